@@ -1,0 +1,2 @@
+#define WD_ISA avx2
+#include "mover.inc"

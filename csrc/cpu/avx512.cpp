@@ -1,0 +1,2 @@
+#define WD_ISA avx512
+#include "mover.inc"

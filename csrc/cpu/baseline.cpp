@@ -1,0 +1,2 @@
+#define WD_ISA baseline
+#include "mover.inc"

@@ -1,0 +1,13 @@
+"""Fused AdamW and SGDW steps for PyTorch: every form of decoupled weight decay, one launch, exact to the bit.
+
+    import wd_kernels
+    optimizer = wd_kernels.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)  # was torch.optim.AdamW
+
+`python -m wd_kernels` tells what is installed and checks that it computes right.
+"""
+
+from .backends import FallbackWarning
+from .optim import SGDW, AdamW
+from .version import __version__
+
+__all__ = ["SGDW", "AdamW", "FallbackWarning", "__version__"]

@@ -1,0 +1,34 @@
+"""The native CPU backend: one call into csrc/ops.cpp a bucket."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+if TYPE_CHECKING:
+    from ..table import Bucket, Spec, TensorTable
+
+__all__ = ["CPU"]
+
+
+class CPU:
+    """AVX-512, AVX2 or baseline code, chosen at run time (WD_KERNELS_ISA forces one), on torch's threads."""
+
+    name = "cpu"
+
+    def why_not(self) -> str | None:
+        return native.WHY_NOT
+
+    def refuses(self, spec: Spec) -> str | None:
+        if spec.device.type != "cpu":
+            return f"the tensors are on {spec.device}, and this backend steps CPU tensors"
+        return None
+
+    def step(self, table: TensorTable, bucket: Bucket, rows: Tensor) -> None:
+        torch.ops.wd_kernels.step_.default(
+            table.segments, rows, table.control, table.rule.code, bucket.codes, bucket.first, len(bucket.slots)
+        )

@@ -1,0 +1,39 @@
+"""The reference as a backend: slow, on any device, and what all others must equal."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .. import reference
+
+if TYPE_CHECKING:
+    from ..table import Bucket, Spec, TensorTable
+
+__all__ = ["Reference"]
+
+
+class Reference:
+    """Plain torch operations on one parameter after the other (wd_kernels.reference)."""
+
+    name = "reference"
+
+    def why_not(self) -> str | None:
+        if importlib.util.find_spec("numpy") is None:
+            return "it needs numpy, for a correctly rounded square root on the CPU: pip install numpy"
+        return None
+
+    def refuses(self, spec: Spec) -> str | None:
+        return None
+
+    def step(self, table: TensorTable, bucket: Bucket, rows: Tensor) -> None:
+        grad_factor, skip = table.control.tolist()
+        if skip:
+            return
+        for i in bucket.slots:
+            if table.active[i]:
+                theta, grad, states = table.tensors(i)
+                assert grad is not None
+                reference.step_(table.rule.name, rows[table.row_of(i)], grad_factor, theta, grad, states)

@@ -1,0 +1,142 @@
+"""Saving and loading: torch's shape of state, our own policy of precision.
+
+torch's base class casts loaded states to the parameter's dtype, which loses the float32 states of a bfloat16
+parameter, and its loaded groups replace live ones whole. Here states keep their precision and keys that a saved group
+lacks keep the live group's value.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import deepcopy
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .checks import conform_state, label, step_count
+
+if TYPE_CHECKING:
+    from .optim import _Decoupled
+
+__all__ = ["adopt_group", "export", "load", "with_own_counts"]
+
+STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+
+
+def adopt_group(group: dict[str, Any], live: Mapping[str, Any]) -> None:
+    """Reads torch's `decoupled_weight_decay`, in place: False means decay "l2", True that it is not."""
+    decoupled = group.get("decoupled_weight_decay")
+    if "decay" in group and decoupled is None:
+        return
+    decay = group.get("decay", live.get("decay"))
+    if decoupled is False:
+        group["decay"] = "l2"
+    elif decoupled is True and decay == "l2":
+        group["decay"] = "lr_scaled"
+
+
+def with_own_counts(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The state with copies of the step counts: a view would carry the table's whole vector into a pickle."""
+    own: dict[Any, Any] = defaultdict(dict)
+    for key, value in state.items():
+        if isinstance(value, dict) and isinstance(value.get("step"), Tensor):
+            value = {**value, "step": value["step"].clone()}
+        own[key] = value
+    return own
+
+
+def export(optimizer: _Decoupled, packed: dict[str, Any]) -> dict[str, Any]:
+    """What leaves the optimizer: step counts of its own, `decoupled_weight_decay` as torch's Adam reads it."""
+    groups = []
+    for group in packed["param_groups"]:
+        group = dict(group)
+        if optimizer.rule.name == "adamw":
+            group["decoupled_weight_decay"] = group["decay"] != "l2"
+        groups.append(group)
+    if not optimizer._warned_of_export:
+        lost = {reason for group in groups for reason in _lost_on_torch(optimizer.rule.name, group)}
+        if lost:
+            optimizer._warned_of_export = True
+            theirs = "torch.optim.AdamW" if optimizer.rule.name == "adamw" else "torch.optim.SGD"
+            warnings.warn(
+                f"this state has {', '.join(sorted(lost))}, which {theirs} does not know: wd_kernels loads it back as it "
+                "is, torch would train on differently",
+                stacklevel=3,
+            )
+    return {**packed, "state": dict(with_own_counts(packed["state"])), "param_groups": groups}
+
+
+def _lost_on_torch(rule: str, group: Mapping[str, Any]) -> list[str]:
+    """What torch's class cannot express of a group."""
+    lost = []
+    expressible = ("l2", "lr_scaled") if rule == "adamw" else ("l2",)
+    if group["decay"] not in expressible and float(group["weight_decay"]) != 0:
+        lost.append(f"decay={group['decay']!r}")
+    if group.get("form") == "paper":
+        lost.append("form='paper'")
+    if float(group["eta"]) != 1:
+        lost.append("eta != 1")
+    return lost
+
+
+def load(optimizer: _Decoupled, state_dict: Mapping[str, Any]) -> None:
+    """Replaces groups and state by those of `state_dict`; checks all of it first."""
+    state_dict = dict(state_dict)
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = pre_hook(optimizer, state_dict)
+        if changed is not None:
+            state_dict = changed
+
+    live = optimizer.param_groups
+    saved = [{**g, "params": list(g["params"])} for g in state_dict["param_groups"]]
+    if len(live) != len(saved):
+        raise ValueError(f"the saved state has {len(saved)} parameter groups, this optimizer has {len(live)}")
+    for i, (own, other) in enumerate(zip(live, saved, strict=True)):
+        if len(own["params"]) != len(other["params"]):
+            raise ValueError(
+                f"param group {i} of the saved state has {len(other['params'])} parameters, that of this optimizer "
+                f"{len(own['params'])}"
+            )
+
+    groups = []
+    for own, other in zip(live, saved, strict=True):
+        if "decay" in other or "decoupled_weight_decay" in other:
+            adopt_group(other, own)
+        settings = {k: deepcopy(v) for k, v in other.items() if k != "params"}
+        groups.append({**own, **settings})
+    optimizer.rule.hypers(groups)
+
+    keys = chain.from_iterable(g["params"] for g in saved)
+    places = [(g, k, p) for g, group in enumerate(groups) for k, p in enumerate(group["params"])]
+    place_of = dict(zip(keys, places, strict=True))
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    for key, value in state_dict["state"].items():
+        if key in place_of:
+            g, k, p = place_of[key]
+            state[p] = _load_one(value, p, label(groups[g], g, k))
+        else:
+            state[key] = value
+    optimizer.__setstate__({"state": state, "param_groups": groups})
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _load_one(saved: Mapping[str, Any], p: Tensor, what: str) -> dict[str, Any]:
+    """One parameter's state, copied to its device and laid out as the parameter."""
+    if not isinstance(saved, Mapping):
+        raise TypeError(f"the saved state of {what} is a {type(saved).__name__}: expected a dict")
+    own: dict[str, Any] = {}
+    for name, value in saved.items():
+        if name == "step" and value is not None:
+            own[name] = torch.tensor(step_count(value, f"the saved step count of {what}"), dtype=torch.float32)
+        elif name in STATES and isinstance(value, Tensor):
+            moved = value.to(p.device)
+            loaded = conform_state(p, p.detach(), moved, f"the saved state {name!r} of {what}")
+            own[name] = loaded.clone(memory_format=torch.preserve_format) if loaded is value else loaded
+        else:
+            own[name] = deepcopy(value)
+    return own

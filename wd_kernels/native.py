@@ -1,0 +1,28 @@
+"""Loads the native extension, once; the only module that does.
+
+`C` is the extension module or None, `WHY_NOT` says why it is None. `WALKS` is True where `C.walk` may be used: torch
+then offers DLPack's exchange API, and tensors are read without a Python call each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["WALKS", "WHY_NOT", "C"]
+
+C: Any = None
+WHY_NOT: str | None = None
+WALKS = False
+
+try:
+    from . import _C as C  # type: ignore[no-redef]
+except ImportError as error:
+    WHY_NOT = (
+        f"the native extension is not there ({error}); install a C++17 compiler, then reinstall wd_kernels "
+        "without build isolation: pip install --no-build-isolation --force-reinstall --no-deps wd_kernels"
+    )
+else:
+    _capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    WALKS = _capsule is not None and C.connect(_capsule)
