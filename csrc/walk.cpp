@@ -43,27 +43,25 @@ struct Expected {
 };
 static_assert(sizeof(Expected) == 12 * sizeof(int64_t), "table.py writes 12 words a parameter");
 
-// What the last walk saw of one parameter, kept in memory of the table. `near` are addresses inside torch's tensor
+// Notes of the last walk about one parameter, in memory of the table. `near` are addresses inside torch's tensor
 // objects (DLPack lends the shape from there). They are prefetched and never read: between two steps the model's own
 // work has pushed these objects out of the caches, and fetching them one by one costs more than the rest of the walk.
 struct Seen {
   PyObject* grad;
   void* grad_address;
+  PyObject* own;  // the parameter's state dictionary, borrowed within one walk
   const void* near[2 + kMaxStates];
-  const void* spare;
 };
 static_assert(sizeof(Seen) == 8 * sizeof(int64_t), "table.py gives 8 words a parameter");
 constexpr Py_ssize_t kAhead = 8;
 
-// Fetches the objects of one parameter that `check` will read.
-void fetch(PyObject* param, PyObject* held, const Seen& seen) {
+void fetch(PyObject* param, const Seen& seen) {
   __builtin_prefetch(param);
   __builtin_prefetch(seen.grad);
-  for (Py_ssize_t i = 0; i < PyTuple_Size(held); ++i) __builtin_prefetch(PyTuple_GetItem(held, i));
+  __builtin_prefetch(seen.own);
   for (const void* near : seen.near) {
     if (near == nullptr) continue;
-    const char* const line = static_cast<const char*>(near);
-    for (int at = -192; at <= 128; at += 64) __builtin_prefetch(line + at);
+    for (int at = -192; at <= 128; at += 64) __builtin_prefetch(static_cast<const char*>(near) + at);
   }
 }
 
@@ -96,6 +94,14 @@ int asks(PyObject* object, PyObject* method) {
   return truth;
 }
 
+// Is the object's type one of torch's own?
+bool known(PyObject* object, PyObject* types) {
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  for (Py_ssize_t i = 0; i < PyTuple_Size(types); ++i)
+    if (type == PyTuple_GetItem(types, i)) return true;
+  return false;
+}
+
 // Do the groups hold these parameters, in this order?
 int same_params(PyObject* groups, PyObject* params, const Expected* expected) {
   const Py_ssize_t total = PyList_Size(params), n_groups = PyList_Size(groups);
@@ -116,23 +122,24 @@ int same_params(PyObject* groups, PyObject* params, const Expected* expected) {
   return i == total;
 }
 
-// Does `state` hold these keys and values, in this order? Identity, so no tensor is hashed.
-int same_state(PyObject* state, PyObject* keys, PyObject* values) {
-  if (PyDict_Size(state) != PyList_Size(keys)) return 0;
+// Do the entries of `state` belong to these parameters, in this order? By identity, so that no tensor is hashed.
+int same_state(PyObject* state, PyObject* params, const int64_t* order, Py_ssize_t n_order, Seen* seen) {
+  if (PyDict_Size(state) != n_order) return 0;
   PyObject *key, *value;
   Py_ssize_t position = 0;
-  for (Py_ssize_t i = 0; PyDict_Next(state, &position, &key, &value); ++i)
-    if (key != PyList_GetItem(keys, i) || value != PyList_GetItem(values, i)) return 0;
+  for (Py_ssize_t i = 0; PyDict_Next(state, &position, &key, &value); ++i) {
+    if (order[i] < 0) continue;
+    if (key != PyList_GetItem(params, order[i])) return 0;
+    seen[order[i]].own = PyDict_Check(value) ? value : nullptr;
+  }
   return 1;
 }
 
 // One parameter with a gradient: 1 as expected (its segment is written), 0 not, -1 an error is set.
-int check(PyObject* param, PyObject* grad, PyObject* held, PyObject* names, PyObject* types, const Expected& e,
+int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* names, PyObject* types, const Expected& e,
           const int64_t* dims, float count, wd::Segment& segment, Seen& seen) {
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(grad));
-  bool known = false;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(types); ++i) known |= type == PyTuple_GetItem(types, i);
-  if (!known || !(count >= 0) || count != std::floor(count) || std::isinf(count)) return 0;
+  if (!known(grad, types) || !(count >= 0) || count != std::floor(count) || std::isinf(count)) return 0;
+  if (seen.own == nullptr) return 0;
 
   DLTensor t;
   if (!read(param, &t) || !agrees(t, e, dims, e.param_dtype, e.device)) return 0;
@@ -154,13 +161,14 @@ int check(PyObject* param, PyObject* grad, PyObject* held, PyObject* names, PyOb
     seen.grad_address = grad_address;
   }
 
-  // held: the parameter's state dictionary, then what it must hold under each of `names`.
-  PyObject* const own = PyTuple_GetItem(held, 0);
   for (int64_t s = 0; s <= e.states; ++s) {
-    PyObject* const expected = PyTuple_GetItem(held, s + 1);
-    if (PyDict_GetItemWithError(own, PyTuple_GetItem(names, s)) != expected) return PyErr_Occurred() ? -1 : 0;
-    if (s == 0) continue;  // the step count is a view of the table's own vector
-    if (!read(expected, &t) || !agrees(t, e, dims, e.state_dtype, e.device)) return 0;
+    PyObject* const value = PyDict_GetItemWithError(seen.own, PyTuple_GetItem(names, s));
+    if (value == nullptr) return PyErr_Occurred() ? -1 : 0;
+    if (s == 0) {  // the step count must be the table's own
+      if (value != view) return 0;
+      continue;
+    }
+    if (!known(value, types) || !read(value, &t) || !agrees(t, e, dims, e.state_dtype, e.device)) return 0;
     if (address(t) != segment.address[wd::kState + s - 1]) return 0;
     seen.near[1 + s] = t.shape;
   }
@@ -171,17 +179,18 @@ int check(PyObject* param, PyObject* grad, PyObject* held, PyObject* names, PyOb
   return 1;
 }
 
-// walk(groups, state, params, keys, values, held, names, types, expected, dims, seen, segments, steps, active)
+// walk(groups, state, params, views, names, types, n_order, order, expected, dims, seen, segments, steps, active)
 //   -> None where groups or state are not what the table was built from, else (odd, changed): positions that table.py
 //      has to look at, and whether another set of parameters has gradients than in the last step.
 PyObject* walk(PyObject*, PyObject* args) {
-  PyObject *groups, *state, *params, *keys, *values, *held, *names, *types;
-  unsigned long long at_expected, at_dims, at_seen, at_segments, at_steps, at_active;
-  if (!PyArg_ParseTuple(args, "O!O!O!O!O!O!O!O!KKKKKK", &PyList_Type, &groups, &PyDict_Type, &state, &PyList_Type,
-                        &params, &PyList_Type, &keys, &PyList_Type, &values, &PyList_Type, &held, &PyTuple_Type,
-                        &names, &PyTuple_Type, &types, &at_expected, &at_dims, &at_seen, &at_segments, &at_steps,
-                        &at_active))
+  PyObject *groups, *state, *params, *views, *names, *types;
+  Py_ssize_t n_order;
+  unsigned long long at_order, at_expected, at_dims, at_seen, at_segments, at_steps, at_active;
+  if (!PyArg_ParseTuple(args, "O!O!O!O!O!O!nKKKKKKK", &PyList_Type, &groups, &PyDict_Type, &state, &PyList_Type,
+                        &params, &PyList_Type, &views, &PyTuple_Type, &names, &PyTuple_Type, &types, &n_order,
+                        &at_order, &at_expected, &at_dims, &at_seen, &at_segments, &at_steps, &at_active))
     return nullptr;
+  const auto* order = reinterpret_cast<const int64_t*>(at_order);
   const auto* expected = reinterpret_cast<const Expected*>(at_expected);
   const auto* dims = reinterpret_cast<const int64_t*>(at_dims);
   auto* seen = reinterpret_cast<Seen*>(at_seen);
@@ -190,7 +199,7 @@ PyObject* walk(PyObject*, PyObject* args) {
   auto* active = reinterpret_cast<float*>(at_active);
 
   int same = same_params(groups, params, expected);
-  if (same > 0) same = same_state(state, keys, values);
+  if (same > 0) same = same_state(state, params, order, n_order, seen);
   if (same < 0) return nullptr;
   if (same == 0) Py_RETURN_NONE;
 
@@ -199,9 +208,8 @@ PyObject* walk(PyObject*, PyObject* args) {
   bool changed = false;
   const Py_ssize_t n = PyList_Size(params);
   for (Py_ssize_t i = 0; i < n; ++i) {
-    if (i + 2 * kAhead < n) __builtin_prefetch(PyList_GetItem(held, i + 2 * kAhead));
     if (i + kAhead < n && expected[i + kAhead].kind == kOrdinary)
-      fetch(PyList_GetItem(params, i + kAhead), PyList_GetItem(held, i + kAhead), seen[i + kAhead]);
+      fetch(PyList_GetItem(params, i + kAhead), seen[i + kAhead]);
     const Expected& e = expected[i];
     PyObject* const param = PyList_GetItem(params, i);
     PyObject* const grad = PyObject_GetAttr(param, kw_grad);
@@ -214,7 +222,7 @@ PyObject* walk(PyObject*, PyObject* args) {
     active[i] = now ? 1 : 0;
     int fine = 1;
     if (now && e.kind == kOrdinary)
-      fine = check(param, grad, PyList_GetItem(held, i), names, types, e, dims, steps[i], segments[e.segment],
+      fine = check(param, grad, PyList_GetItem(views, i), names, types, e, dims, steps[i], segments[e.segment],
                    seen[i]);
     else if (now)
       fine = 0;

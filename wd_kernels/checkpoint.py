@@ -63,8 +63,8 @@ def export(optimizer: _Decoupled, packed: dict[str, Any]) -> dict[str, Any]:
             optimizer._warned_of_export = True
             theirs = "torch.optim.AdamW" if optimizer.rule.name == "adamw" else "torch.optim.SGD"
             warnings.warn(
-                f"this state has {', '.join(sorted(lost))}, which {theirs} does not know: wd_kernels loads it back as it "
-                "is, torch would train on differently",
+                f"this state has {', '.join(sorted(lost))}, which {theirs} does not know: wd_kernels loads it back "
+                "as it is, torch would train on differently",
                 stacklevel=3,
             )
     return {**packed, "state": dict(with_own_counts(packed["state"])), "param_groups": groups}

@@ -14,8 +14,8 @@ from .storage import FORMATS, format_of, state_dtype, widens
 __all__ = [
     "Extent",
     "check_disjoint",
-    "check_memory",
     "check_gradient",
+    "check_memory",
     "check_parameter",
     "check_type",
     "conform_state",
@@ -58,9 +58,9 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 def check_type(t: Tensor, what: str) -> None:
     """Raises TypeError for a tensor whose memory is not its own: subclasses that dispatch, sparse layouts, fakes."""
-    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # type: ignore[comparison-overlap]
+    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
-            f"{what} is a {type(t).__name__}: tensor subclasses that dispatch for themselves are not known to the table; "
+            f"{what} is a {type(t).__name__}: subclasses that dispatch for themselves are not known to the table; "
             "allowed are torch.Tensor, torch.nn.Parameter and plain subclasses of them"
         )
     if t.layout != torch.strided:
@@ -176,7 +176,7 @@ class Extent:
 def _overlaps_itself(t: Tensor) -> bool:
     if any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True)):
         return True
-    return Extent(t, "").addresses().unique().numel() < t.numel()
+    return len(set(Extent(t, "").addresses().tolist())) < t.numel()
 
 
 def check_disjoint(extents: Iterable[Extent]) -> None:

@@ -6,6 +6,7 @@ then offers DLPack's exchange API, and tensors are read without a Python call ea
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ WHY_NOT: str | None = None
 WALKS = False
 
 try:
-    from . import _C as C  # type: ignore[no-redef]
+    C = importlib.import_module("._C", __package__)
 except ImportError as error:
     WHY_NOT = (
         f"the native extension is not there ({error}); install a C++17 compiler, then reinstall wd_kernels "

@@ -12,7 +12,8 @@ from torch.optim.optimizer import ParamsT
 
 from . import backends, checkpoint
 from .checks import Extent, check_disjoint, check_parameter, label
-from .rules import ADAMW, SGDW as SGDW_RULE, Rule
+from .rules import ADAMW, Rule
+from .rules import SGDW as SGDW_RULE
 from .table import Spec, TensorTable
 
 __all__ = ["SGDW", "AdamW"]
@@ -49,7 +50,7 @@ class _Decoupled(Optimizer):
         self._table = TensorTable(self.rule, resolve)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step: one launch for every (device, dtype) of the parameters.
 
         Args:

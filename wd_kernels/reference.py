@@ -21,7 +21,7 @@ __all__ = ["adamw", "load", "sgdw", "sqrt", "step_", "store"]
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """The correctly rounded square root. torch's on the CPU is an ulp off for 16% of float32 values: numpy's is exact."""
+    """The correctly rounded root: torch's on the CPU is an ulp off for 16% of float32 values; numpy's is exact."""
     if x.device.type != "cpu":
         return x.double().sqrt().to(x.dtype)
     import numpy as np

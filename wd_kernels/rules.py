@@ -50,7 +50,7 @@ def scalar(name: str, value: Any, where: str) -> float:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex():
             raise ValueError(
-                f"{name}={tuple(value.shape)}-shaped {value.dtype} tensor in {where}: a tensor must hold one real number"
+                f"{name}={tuple(value.shape)}-shaped {value.dtype} tensor in {where}: expected one real number"
             )
         return float(value.detach())
     if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):

@@ -8,8 +8,7 @@ where the extension is missing, and says in fewer words what the native one does
 
 from __future__ import annotations
 
-from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ def device_code(device: torch.device) -> int:
     return -1 if code is None else (code << 32) | (device.index or 0)
 
 
-def walk(table: TensorTable, groups: list[dict[str, Any]], state: dict[Any, Any]) -> tuple[list[int], bool] | None:
+def walk(table: TensorTable) -> tuple[list[int], bool] | None:
     """None if groups or state are not what the table was built from; else (odd, changed).
 
     odd: positions of parameters with a gradient that are not as expected; changed: whether another set of parameters
@@ -53,14 +52,14 @@ def walk(table: TensorTable, groups: list[dict[str, Any]], state: dict[Any, Any]
     """
     if native.WALKS:
         return native.C.walk(  # type: ignore[no-any-return]
-            groups,
-            state,
+            table.groups,
+            table.state,
             table.params,
-            table.keys,
-            table.values,
-            table.held,
+            table.views,
             table.names,
             _TYPES,
+            table.order.numel(),
+            table.order.data_ptr(),
             table.expected.data_ptr(),
             table.dims.data_ptr(),
             table.seen.data_ptr(),
@@ -68,14 +67,12 @@ def walk(table: TensorTable, groups: list[dict[str, Any]], state: dict[Any, Any]
             table.steps.data_ptr(),
             table.active.data_ptr(),
         )
-    places = [(g, p) for g, group in enumerate(groups) for p in group["params"]]
+    places = [(g, p) for g, group in enumerate(table.groups) for p in group["params"]]
     if len(places) != len(table.params) or not all(
-        p is q and g == place[0] for (g, p), q, place in zip(places, table.params, table.places, strict=True)
+        p is q and g == h for (g, p), q, (h, _) in zip(places, table.params, table.places, strict=True)
     ):
         return None
-    if len(state) != len(table.keys) or not (
-        all(map(is_, state.keys(), table.keys)) and all(map(is_, state.values(), table.values))
-    ):
+    if [table.index.get(id(key), -1) for key in table.state] != table.order_of:
         return None
     odd = []
     active = [0.0 if p.grad is None else 1.0 for p in table.params]
@@ -91,32 +88,36 @@ def walk(table: TensorTable, groups: list[dict[str, Any]], state: dict[Any, Any]
 
 
 def _check(table: TensorTable, i: int, expected: list[int]) -> bool:
-    p, (own, *held) = table.params[i], table.held[i]
+    """One parameter with a gradient: is it as expected? Then its segment is written."""
+    p, own, view = table.params[i], table.state.get(table.params[i]), table.views[i]
     grad = p.grad
     dims = table.dims_of[i]
     shape, strides = dims[: expected[4]], dims[expected[4] :]
 
-    def agrees(t: Tensor, dtype: int) -> bool:
-        if type(t) not in _TYPES or t.layout != torch.strided or _DTYPE_CODES.get(t.dtype) != dtype:
+    def agrees(t: object, dtype: int) -> bool:
+        if not isinstance(t, Tensor) or type(t) not in _TYPES or t.layout != torch.strided:
             return False
-        if t.shape != shape or device_code(t.device) != expected[8]:
+        if _DTYPE_CODES.get(t.dtype) != dtype or t.shape != shape or device_code(t.device) != expected[8]:
             return False
-        loose = expected[2] == 0 or all(a == b or n == 1 for n, a, b in zip(shape, t.stride(), strides, strict=True))
-        return loose and (expected[2] == 0 or t.data_ptr() != 0)
+        if expected[2] == 0:
+            return True
+        loose = all(a == b or n == 1 for n, a, b in zip(shape, t.stride(), strides, strict=True))
+        return loose and t.data_ptr() != 0
 
     at = expected[1] * 12
     words = table.words
-    if grad is None or not (agrees(p, expected[5]) and agrees(grad, expected[6])):
+    if not (agrees(p, expected[5]) and agrees(grad, expected[6])) or grad is None:
         return False
     if p.data_ptr() != words[at] or grad.is_neg() or grad.is_conj():
         return False
-    count = float(held[0])
+    if not isinstance(own, dict) or view is None or own.get("step") is not view:
+        return False
+    count = float(view)
     if not (count >= 0 and count.is_integer()):
         return False
-    for s, (name, value) in enumerate(zip(table.names, held, strict=False)):
-        if own.get(name) is not value:
-            return False
-        if s and not (agrees(value, expected[7]) and value.data_ptr() == words[at + 1 + s]):
+    for s in range(expected[11]):
+        value = own.get(table.names[s + 1])
+        if value is None or not agrees(value, expected[7]) or value.data_ptr() != words[at + 2 + s]:
             return False
     words[at + 1], words[at + 9] = grad.data_ptr(), expected[2]
     words[at + 11] = int(bool(expected[9]) and grad.data_ptr() % 16 == 0)

@@ -34,6 +34,5 @@ class Reference:
             return
         for i in bucket.slots:
             if table.active[i]:
-                theta, grad, states = table.tensors(i)
-                assert grad is not None
-                reference.step_(table.rule.name, rows[table.row_of(i)], grad_factor, theta, grad, states)
+                theta, grad, states, row = table.tensors(i)
+                reference.step_(table.rule.name, rows[row], grad_factor, theta, grad, states)
