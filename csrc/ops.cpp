@@ -91,8 +91,7 @@ void step_(const Tensor segments, const Tensor rows, const Tensor control, int64
 
   const auto* table = static_cast<const Segment*>(segments.const_data_ptr()) + first;
   const auto* switches = static_cast<const Control*>(control.const_data_ptr());
-  const Plan plan{table, count, static_cast<const double*>(rows.const_data_ptr()), rows.size(1),
-                  switches->grad_factor};
+  const Plan plan{table, count, static_cast<const double*>(rows.const_data_ptr()), rows.size(1), switches->grad_factor};
   for (int64_t i = 0; i < count; ++i)
     STD_TORCH_CHECK(table[i].row >= 0 && table[i].row < rows.size(0), "step_: segment ", first + i, " names row ",
                     table[i].row, " of ", rows.size(0));
@@ -112,8 +111,7 @@ void step_(const Tensor segments, const Tensor rows, const Tensor control, int64
 }  // namespace wd
 
 STABLE_TORCH_LIBRARY(wd_kernels, m) {
-  m.def(
-      "step_(Tensor segments, Tensor rows, Tensor control, int rule, int[] formats, int first, int count) -> ()");
+  m.def("step_(Tensor segments, Tensor rows, Tensor control, int rule, int[] formats, int first, int count) -> ()");
   m.def("instruction_set() -> str");
 }
 

@@ -222,8 +222,8 @@ PyObject* walk(PyObject*, PyObject* args) {
     active[i] = now ? 1 : 0;
     int fine = 1;
     if (now && e.kind == kOrdinary)
-      fine = check(param, grad, PyList_GetItem(views, i), names, types, e, dims, steps[i], segments[e.segment],
-                   seen[i]);
+      fine =
+          check(param, grad, PyList_GetItem(views, i), names, types, e, dims, steps[i], segments[e.segment], seen[i]);
     else if (now)
       fine = 0;
     else if (e.kind != kUnseen)
@@ -324,8 +324,8 @@ PyMethodDef methods[] = {
     {"assign", assign, METH_VARARGS, "Rows and flat positions of the segments."},
     {nullptr, nullptr, 0, nullptr},
 };
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Native part of wd_kernels.", -1, methods,
-                      nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "Native part of wd_kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -89,7 +89,8 @@ def walk(table: TensorTable) -> tuple[list[int], bool] | None:
 
 def _check(table: TensorTable, i: int, expected: list[int]) -> bool:
     """One parameter with a gradient: is it as expected? Then its segment is written."""
-    p, own, view = table.params[i], table.state.get(table.params[i]), table.views[i]
+    p, own = table.params[i], table.state.get(table.params[i])
+    view = table.views[i]
     grad = p.grad
     dims = table.dims_of[i]
     shape, strides = dims[: expected[4]], dims[expected[4] :]
@@ -112,8 +113,8 @@ def _check(table: TensorTable, i: int, expected: list[int]) -> bool:
         return False
     if not isinstance(own, dict) or view is None or own.get("step") is not view:
         return False
-    count = float(view)
-    if not (count >= 0 and count.is_integer()):
+    count = table.steps[i].item()
+    if not (count >= 0 and float(count).is_integer()):
         return False
     for s in range(expected[11]):
         value = own.get(table.names[s + 1])

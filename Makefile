@@ -1,0 +1,52 @@
+# `make demo` and `make test` set everything up first; a second call starts at once.
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python
+
+NATIVE  := wd_kernels/_C.abi3.so
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+CPP     := $(SOURCES)
+
+.PHONY: demo test test-slow bench check lint format dist clean
+
+demo: $(NATIVE)
+	$(RUN) bench/demo.py
+
+test: $(NATIVE)
+	$(RUN) -m pytest
+
+test-slow: $(NATIVE)
+	$(RUN) -m pytest -m slow
+
+bench: $(NATIVE)
+	$(RUN) -m pytest bench --benchmark-json=bench.json
+	$(RUN) bench/table.py bench.json
+
+check: $(NATIVE)  ## what is installed, and does it compute right
+	$(RUN) -m wd_kernels
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+$(VENV)/ready: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements-dev.txt)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# The extension is built in place and the package is installed editable, both without build isolation: an isolated
+# build would fetch another torch.
+$(NATIVE): $(VENV)/ready setup.py pyproject.toml $(SOURCES)
+	PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(NATIVE) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
