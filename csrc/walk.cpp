@@ -3,15 +3,13 @@
 // the table. It decides nothing: whatever is not exactly as expected goes back to table.py as a list of positions.
 // Python's limited API and DLPack's exchange API (a C table that torch's Tensor class carries) are all it uses:
 // 0.15 us a tensor, where the same look-ups from Python take 0.6.
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
+#include "walk.h"
 
 #include <cmath>
-#include <cstring>
-
-#include "table.h"
 
 namespace {
+
+using wd::Expected;
 
 // The parts of DLPack's ABI (version 1) that are used here, in its layout.
 struct DLTensor {
@@ -33,15 +31,8 @@ struct DLExchangeAPI {
 const DLExchangeAPI* exchange = nullptr;
 PyObject *kw_params = nullptr, *kw_grad = nullptr, *kw_is_neg = nullptr, *kw_is_conj = nullptr;
 
-enum Kind : int64_t { kOrdinary = 0, kSpecial = 1, kUnseen = 2 };
 constexpr uint8_t kComplexCode = 5;
 constexpr int kMaxStates = 3;
-
-// What table.py expects of one parameter: 12 int64 words.
-struct Expected {
-  int64_t kind, segment, numel, dims, ndim, param_dtype, grad_dtype, state_dtype, device, aligned, group, states;
-};
-static_assert(sizeof(Expected) == 12 * sizeof(int64_t), "table.py writes 12 words a parameter");
 
 // Notes of the last walk about one parameter, in memory of the table. `near` are addresses inside torch's tensor
 // objects (DLPack lends the shape from there). They are prefetched and never read: between two steps the model's own
@@ -85,13 +76,18 @@ bool agrees(const DLTensor& t, const Expected& e, const int64_t* dims, int64_t d
   return e.numel == 0 || t.data != nullptr;
 }
 
-// 1 yes, 0 no, -1 an error is set.
-int asks(PyObject* object, PyObject* method) {
-  PyObject* answer = PyObject_CallMethodObjArgs(object, method, nullptr);
-  if (answer == nullptr) return -1;
-  const int truth = PyObject_IsTrue(answer);
-  Py_DECREF(answer);
-  return truth;
+// Does the tensor have the negative or the conjugate bit? 1 yes, 0 no, -1 an error is set.
+int lazy(PyObject* tensor, const Expected& e) {
+  const bool complex = (e.param_dtype >> 8) == kComplexCode;
+  PyObject* const methods[] = {kw_is_neg, kw_is_conj};
+  for (int i = 0; i < (complex ? 2 : 1); ++i) {
+    PyObject* const answer = PyObject_CallMethodObjArgs(tensor, methods[i], nullptr);
+    if (answer == nullptr) return -1;
+    const int truth = PyObject_IsTrue(answer);
+    Py_DECREF(answer);
+    if (truth != 0) return truth;
+  }
+  return 0;
 }
 
 // Is the object's type one of torch's own?
@@ -138,7 +134,7 @@ int same_state(PyObject* state, PyObject* params, const int64_t* order, Py_ssize
 // One parameter with a gradient: 1 as expected (its segment is written), 0 not, -1 an error is set.
 int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* names, PyObject* types, const Expected& e,
           const int64_t* dims, float count, wd::Segment& segment, Seen& seen) {
-  if (!known(grad, types) || !(count >= 0) || count != std::floor(count) || std::isinf(count)) return 0;
+  if (!known(grad, types) || !(count >= 0 && count < 0x1p53f) || count != std::floor(count)) return 0;
   if (seen.own == nullptr) return 0;
 
   DLTensor t;
@@ -148,17 +144,20 @@ int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* names, PyOb
   if (!read(grad, &t) || !agrees(t, e, dims, e.grad_dtype, e.device)) return 0;
   void* const grad_address = address(t);
   seen.near[1] = t.shape;
-  // The lazy bits. Autograd makes a real gradient with the negative bit only as a strided view (the imaginary part of
-  // a conjugate), which never agrees unless it has one element; so elsewhere a look at a changed object is enough.
-  const bool complex = t.code == kComplexCode;
-  if (complex || e.numel == 1 || grad != seen.grad || grad_address != seen.grad_address) {
+  // The lazy bits. A complex tensor may be a conjugate at any time. A real one with the negative bit is the imaginary
+  // part of a conjugate: a strided view, which never agrees unless it has one element. So elsewhere a look at a
+  // gradient that is a new object, or lies elsewhere, is enough.
+  const bool always = t.code == kComplexCode || e.numel == 1;
+  if (always || grad != seen.grad || grad_address != seen.grad_address) {
     seen.grad = nullptr;
-    const int negative = asks(grad, kw_is_neg);
-    if (negative != 0) return negative < 0 ? -1 : 0;
-    const int conjugate = complex ? asks(grad, kw_is_conj) : 0;
-    if (conjugate != 0) return conjugate < 0 ? -1 : 0;
+    const int found = lazy(grad, e);
+    if (found != 0) return found < 0 ? -1 : 0;
     seen.grad = grad;
     seen.grad_address = grad_address;
+  }
+  if (always) {
+    const int found = lazy(param, e);
+    if (found != 0) return found < 0 ? -1 : 0;
   }
 
   for (int64_t s = 0; s <= e.states; ++s) {
@@ -171,6 +170,8 @@ int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* names, PyOb
     if (!known(value, types) || !read(value, &t) || !agrees(t, e, dims, e.state_dtype, e.device)) return 0;
     if (address(t) != segment.address[wd::kState + s - 1]) return 0;
     seen.near[1 + s] = t.shape;
+    const int found = always ? lazy(value, e) : 0;
+    if (found != 0) return found < 0 ? -1 : 0;
   }
 
   segment.address[wd::kGrad] = grad_address;
@@ -208,7 +209,7 @@ PyObject* walk(PyObject*, PyObject* args) {
   bool changed = false;
   const Py_ssize_t n = PyList_Size(params);
   for (Py_ssize_t i = 0; i < n; ++i) {
-    if (i + kAhead < n && expected[i + kAhead].kind == kOrdinary)
+    if (i + kAhead < n && expected[i + kAhead].kind == wd::kOrdinary)
       fetch(PyList_GetItem(params, i + kAhead), seen[i + kAhead]);
     const Expected& e = expected[i];
     PyObject* const param = PyList_GetItem(params, i);
@@ -221,12 +222,12 @@ PyObject* walk(PyObject*, PyObject* args) {
     changed |= now != (active[i] != 0);
     active[i] = now ? 1 : 0;
     int fine = 1;
-    if (now && e.kind == kOrdinary)
+    if (now && e.kind == wd::kOrdinary)
       fine =
           check(param, grad, PyList_GetItem(views, i), names, types, e, dims, steps[i], segments[e.segment], seen[i]);
     else if (now)
       fine = 0;
-    else if (e.kind != kUnseen)
+    else if (e.kind != wd::kUnseen)
       segments[e.segment].numel = 0;
     Py_DECREF(grad);
     if (fine == 0) {
@@ -244,71 +245,6 @@ PyObject* walk(PyObject*, PyObject* args) {
   return result;
 }
 
-// assign(expected, segments, steps, active, fresh, n, firsts, n_buckets) -> [(group, step, fresh), ...]
-// Names the row of every segment (one per distinct group, step count and freshness) and lays the segments of each
-// bucket end to end.
-PyObject* assign(PyObject*, PyObject* args) {
-  unsigned long long at_expected, at_segments, at_steps, at_active, at_fresh, at_firsts;
-  Py_ssize_t n, n_buckets;
-  if (!PyArg_ParseTuple(args, "KKKKKnKn", &at_expected, &at_segments, &at_steps, &at_active, &at_fresh, &n, &at_firsts,
-                        &n_buckets))
-    return nullptr;
-  const auto* expected = reinterpret_cast<const Expected*>(at_expected);
-  auto* segments = reinterpret_cast<wd::Segment*>(at_segments);
-  const auto* steps = reinterpret_cast<const float*>(at_steps);
-  const auto* active = reinterpret_cast<const float*>(at_active);
-  const auto* made = reinterpret_cast<const uint8_t*>(at_fresh);
-  const auto* firsts = reinterpret_cast<const int64_t*>(at_firsts);
-
-  PyObject* const keys = PyList_New(0);
-  if (keys == nullptr) return nullptr;
-  auto* leaders = static_cast<Py_ssize_t*>(PyMem_Malloc(sizeof(Py_ssize_t) * size_t(n > 0 ? n : 1)));
-  if (leaders == nullptr) {
-    Py_DECREF(keys);
-    return PyErr_NoMemory();
-  }
-  Py_ssize_t count = 0, of_group = 0;  // rows so far, and the first of the current group
-  int64_t group = -1;
-  for (Py_ssize_t i = 0; i < n; ++i) {
-    if (active[i] == 0) continue;
-    const bool fresh = steps[i] == 0 || made[i];
-    if (expected[i].group != group) {
-      group = expected[i].group;
-      of_group = count;
-    }
-    Py_ssize_t row = count;
-    for (Py_ssize_t r = count; r-- > of_group;) {
-      const Py_ssize_t leader = leaders[r];
-      if (steps[leader] == steps[i] && (steps[leader] == 0 || made[leader]) == fresh) {
-        row = r;
-        break;
-      }
-    }
-    if (row == count) {
-      leaders[count++] = i;
-      PyObject* const key = Py_BuildValue("(LLi)", (long long)group, (long long)steps[i] + 1, int(fresh));
-      if (key == nullptr || PyList_Append(keys, key) < 0) {
-        Py_XDECREF(key);
-        PyMem_Free(leaders);
-        Py_DECREF(keys);
-        return nullptr;
-      }
-      Py_DECREF(key);
-    }
-    segments[expected[i].segment].row = row;
-  }
-  PyMem_Free(leaders);
-  for (Py_ssize_t b = 0; b < n_buckets; ++b) {
-    int64_t start = 0;
-    for (int64_t s = firsts[b]; s < firsts[b + 1]; ++s) {
-      segments[s].start = start;
-      start += segments[s].numel;
-      if (segments[s].numel == 0) segments[s].row = 0;
-    }
-  }
-  return keys;
-}
-
 // connect(capsule) -> bool: takes torch's DLPack exchange API; False where it has no (known) one.
 PyObject* connect(PyObject*, PyObject* capsule) {
   auto* api = static_cast<const DLExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
@@ -321,7 +257,7 @@ PyObject* connect(PyObject*, PyObject* capsule) {
 PyMethodDef methods[] = {
     {"connect", connect, METH_O, "connect(capsule) -> bool"},
     {"walk", walk, METH_VARARGS, "The check of every step."},
-    {"assign", assign, METH_VARARGS, "Rows and flat positions of the segments."},
+    {"assign", wd::assign, METH_VARARGS, "Rows and flat positions of the segments."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {

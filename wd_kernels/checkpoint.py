@@ -28,14 +28,14 @@ STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 def adopt_group(group: dict[str, Any], live: Mapping[str, Any]) -> None:
-    """Reads torch's `decoupled_weight_decay`, in place: False means decay "l2", True that it is not."""
-    decoupled = group.get("decoupled_weight_decay")
-    if "decay" in group and decoupled is None:
-        return
-    decay = group.get("decay", live.get("decay"))
+    """Takes torch's `decoupled_weight_decay` out of `group`: False means decay "l2", True that it is not.
+
+    Live groups hold `decay` alone; `export` writes torch's flag.
+    """
+    decoupled = group.pop("decoupled_weight_decay", None)
     if decoupled is False:
         group["decay"] = "l2"
-    elif decoupled is True and decay == "l2":
+    elif decoupled is True and group.get("decay", live.get("decay")) == "l2":
         group["decay"] = "lr_scaled"
 
 
@@ -104,8 +104,7 @@ def load(optimizer: _Decoupled, state_dict: Mapping[str, Any]) -> None:
 
     groups = []
     for own, other in zip(live, saved, strict=True):
-        if "decay" in other or "decoupled_weight_decay" in other:
-            adopt_group(other, own)
+        adopt_group(other, own)
         settings = {k: deepcopy(v) for k, v in other.items() if k != "params"}
         groups.append({**own, **settings})
     optimizer.rule.hypers(groups)
@@ -132,7 +131,9 @@ def _load_one(saved: Mapping[str, Any], p: Tensor, what: str) -> dict[str, Any]:
     own: dict[str, Any] = {}
     for name, value in saved.items():
         if name == "step" and value is not None:
-            own[name] = torch.tensor(step_count(value, f"the saved step count of {what}"), dtype=torch.float32)
+            own[name] = torch.tensor(
+                step_count(value, f"the saved step count of {what}"), dtype=torch.float32, device="cpu"
+            )
         elif name in STATES and isinstance(value, Tensor):
             moved = value.to(p.device)
             loaded = conform_state(p, p.detach(), moved, f"the saved state {name!r} of {what}")

@@ -146,8 +146,10 @@ def step_count(value: Any, what: str) -> float:
         if value.numel() != 1:
             raise ValueError(f"{what} has shape {tuple(value.shape)}: expected one number")
         value = value.item()
-    if not isinstance(value, (int, float)) or not 0 <= value < 2**63 or value != int(value):
-        raise ValueError(f"{what} is {value!r}: allowed are whole numbers >= 0")
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{what} is {value!r}: expected a whole number >= 0")
+    if not 0 <= float(value) < 2**53 or not float(value).is_integer():
+        raise ValueError(f"{what} is {value!r}: allowed are whole numbers >= 0 and < 2**53")
     return float(value)
 
 
@@ -167,9 +169,9 @@ class Extent:
     def addresses(self) -> Tensor:
         """The address of every element: for tensors with gaps, whose spans may cross without a common element."""
         t = self.tensor
-        at = torch.tensor(0 if t.device.type == "meta" else t.data_ptr())
+        at = torch.tensor(0 if t.device.type == "meta" else t.data_ptr(), device="cpu")
         for stride, size in zip(t.stride(), t.shape, strict=True):
-            at = at.unsqueeze(-1) + torch.arange(size) * stride * t.element_size()
+            at = at.unsqueeze(-1) + torch.arange(size, device="cpu") * stride * t.element_size()
         return at.flatten()
 
 

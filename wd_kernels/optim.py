@@ -63,7 +63,7 @@ class _Decoupled(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self.param_groups
+        groups = self.param_groups if type(self.param_groups) is list else list(self.param_groups)
         hypers = self.rule.hypers(groups)
         keys = self._table.refresh(groups, self.state, hypers)
         if keys:
@@ -121,7 +121,6 @@ class _Decoupled(Optimizer):
         self.__dict__.setdefault("backend", "auto")
         self.__dict__.setdefault("_warned_of_export", False)
         for group in self.param_groups:
-            checkpoint.adopt_group(group, self.defaults)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         self._new_table()
@@ -216,7 +215,6 @@ class AdamW(_Decoupled):
             "fused": fused,
             "capturable": capturable,
             "differentiable": differentiable,
-            "decoupled_weight_decay": decay != "l2",
         }
         super().__init__(params, defaults, backend)
 

@@ -79,7 +79,7 @@ def _one_of(name: str, value: Any, allowed: Sequence[str], where: str) -> str:
 
 
 def _flag(name: str, value: Any, where: str) -> bool:
-    if not isinstance(value, (bool, int)) or value not in (0, 1):
+    if value not in (0, 1):
         raise TypeError(f"{name}={value!r} in {where}: expected True or False")
     return bool(value)
 
@@ -132,7 +132,15 @@ class Rule:
         """
         result = []
         memo = self._memo
-        for i, (lr, eta, *key) in enumerate(map(self._key_of, groups)):
+        try:
+            keys = list(map(self._key_of, groups))
+        except KeyError:
+            for i, group in enumerate(groups):
+                for name in ("lr", "eta", *self.static_keys):
+                    if name not in group:
+                        raise KeyError(f"param group {i} has no {name!r}; it has {sorted(map(str, group))}") from None
+            raise
+        for i, (lr, eta, *key) in enumerate(keys):
             key = tuple(key)
             try:
                 static = memo.get(key)
@@ -149,7 +157,7 @@ class Rule:
 
     def _checked(self, group: Mapping[str, Any], key: tuple[Any, ...], index: int) -> Static:
         static = self.check(group, f"param group {index}")
-        # A tensor is another number under the same key, and 1 == True: only exact types are remembered.
+        # A tensor may hold another number under the same key: only plain values are remembered.
         if all(type(v) in (float, bool, str) for k in key for v in (k if type(k) is tuple else (k,))):
             if len(self._memo) >= 4096:  # a schedule that moves weight_decay makes a new key a step
                 self._memo.clear()
@@ -162,7 +170,7 @@ class Rule:
         for group, t, fresh in keys:
             flat.extend(self.row(*hypers[group], t, fresh))
         if not flat:
-            return torch.empty(0, self.width, dtype=torch.float64)
+            return torch.empty(0, self.width, dtype=torch.float64, device="cpu")
         return torch.frombuffer(flat, dtype=torch.float64).view(-1, self.width)
 
 

@@ -38,6 +38,7 @@ class Slot:
     """One parameter that has had a gradient. It holds no gradient and no state: those live where torch has them."""
 
     spec: Spec
+    address: int  # of the parameter itself
     param_copy: Tensor | None = None  # dense stand-in for a parameter with gaps, copied back after the step
     grad_copy: Tensor | None = None  # for a gradient with other strides, or a conjugate or negative bit
     segment: int = -1
@@ -114,7 +115,7 @@ def inspect(p: Tensor, own: Any, names: tuple[str, ...], what: str, old: Slot | 
             put[name] = torch.zeros_like(theta, dtype=state_dtype(p.dtype), memory_format=torch.preserve_format)
     states = tuple(put[name] if name in put else own[name] for name in names)
     formats = tuple(format_of(t.dtype) for t in (p, grad, *states))
-    slot = Slot(Spec(p.device, formats), param_copy, grad_copy)  # type: ignore[arg-type]
+    slot = Slot(Spec(p.device, formats), p.data_ptr(), param_copy, grad_copy)  # type: ignore[arg-type]
     fresh = bool(count) and "momentum_buffer" in names and "momentum_buffer" not in present
     return Finding(slot, theta, grad, states, own, put, count, fresh)
 

@@ -28,8 +28,9 @@ from .storage import state_dtype
 __all__ = ["Bucket", "Spec", "TensorTable"]
 
 WORDS = 12  # int64 words of a segment, and of what walk expects of a parameter
-PARAM, GRAD, STATE = 0, 1, 2  # roles: positions of the addresses in a segment
-START, NUMEL, ROW, ALIGNED = 8, 9, 10, 11
+STATE = 2  # position of the first state's address, after parameter and gradient
+NUMEL, ROW, ALIGNED = 9, 10, 11
+CPU = torch.device("cpu")  # the table's own memory, whatever the default device
 ORDINARY, SPECIAL, UNSEEN = 0, 1, 2  # kinds of parameters: SPECIAL is inspected every step
 
 
@@ -65,7 +66,7 @@ class TensorTable:
 
     def __init__(self, rule: Rule, resolve: Callable[[Spec], Any]) -> None:
         self.rule, self.resolve = rule, resolve
-        self.control = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.params: list[Tensor] = []
         self.stepped: list[Tensor] = []
         self.buckets: list[Bucket] = []
@@ -87,16 +88,20 @@ class TensorTable:
         written; the table then starts anew with the next refresh.
         """
         needs = [static[-1] for static, _, _ in hypers]
+        if not isinstance(state, dict):
+            raise TypeError(f"the optimizer's state is a {type(state).__name__}: expected a dict")
         self.groups, self.state = groups, state
         try:
             found = walking.walk(self) if needs == self.needs else None
             if found is None:
-                self._start(needs)
+                with torch.inference_mode(False):  # what is made here outlives the caller's mode
+                    self._start(needs)
                 found = walking.walk(self)
                 assert found is not None
             odd, changed = found
             if odd:
-                self._mend(odd)
+                with torch.inference_mode(False), torch.no_grad():
+                    self._mend(odd)
             if odd or changed:
                 self.stepped = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
             return walking.assign(self)
@@ -134,6 +139,9 @@ class TensorTable:
     def _start(self, needs: list[tuple[str, ...]]) -> None:
         """An empty table for the groups' parameters: none inspected, all step counts the table's own."""
         self.needs = needs
+        for group in self.groups:
+            if not isinstance(group["params"], (list, tuple)):
+                group["params"] = list(group["params"])
         self.params = [p for group in self.groups for p in group["params"]]
         self.places = [(g, k) for g, group in enumerate(self.groups) for k in range(len(group["params"]))]
         self.index = {id(p): i for i, p in enumerate(self.params)}
@@ -142,11 +150,11 @@ class TensorTable:
         self.views: list[Tensor | None] = [None] * n  # the views of `steps` that the state dictionaries hold
         self.dims_of: list[tuple[int, ...]] = [()] * n
         self.expected_of = [[UNSEEN, i, 0, 0, 0, 0, 0, 0, 0, 0, g, 0] for i, (g, _) in enumerate(self.places)]
-        self.segments = torch.zeros(n, WORDS, dtype=torch.int64)
-        self.steps = torch.zeros(n, dtype=torch.float32)
-        self.active = torch.zeros(n, dtype=torch.float32)
-        self.fresh = torch.zeros(n, dtype=torch.uint8)
-        self.seen = torch.zeros(n, 8, dtype=torch.int64)  # walk's own notes
+        self.segments = torch.zeros(n, WORDS, dtype=torch.int64, device=CPU)
+        self.steps = torch.zeros(n, dtype=torch.float32, device=CPU)
+        self.active = torch.zeros(n, dtype=torch.float32, device=CPU)
+        self.fresh = torch.zeros(n, dtype=torch.uint8, device=CPU)
+        self.seen = torch.zeros(n, 8, dtype=torch.int64, device=CPU)  # walk's own notes
         self.any_fresh = False
         self.gapped: list[int] = []
         self.buckets = []
@@ -157,7 +165,7 @@ class TensorTable:
     def _note_order(self) -> None:
         """Which parameter each entry of the state belongs to, in order: walk then needs no hash of a tensor."""
         self.order_of = [self.index.get(id(key), -1) for key in self.state]
-        self.order = torch.tensor(self.order_of, dtype=torch.int64)
+        self.order = torch.tensor(self.order_of, dtype=torch.int64, device=CPU)
 
     def _publish(self) -> None:
         """Hands the expectations to walk, as memory."""
@@ -167,10 +175,10 @@ class TensorTable:
             expected[3] = at
             flat += dims
             at += len(dims)
-        self.expected = torch.tensor(self.expected_of, dtype=torch.int64)
-        self.dims = torch.tensor(flat, dtype=torch.int64)
+        self.expected = torch.tensor(self.expected_of, dtype=torch.int64, device=CPU)
+        self.dims = torch.tensor(flat, dtype=torch.int64, device=CPU)
         firsts = [bucket.first for bucket in self.buckets]
-        self.firsts = torch.tensor([*firsts, sum(len(b.slots) for b in self.buckets)], dtype=torch.int64)
+        self.firsts = torch.tensor([*firsts, sum(len(b.slots) for b in self.buckets)], dtype=torch.int64, device=CPU)
         self.words = (ctypes.c_int64 * self.segments.numel()).from_address(self.segments.data_ptr())
 
     # Inspecting what differs ------------------------------------------------------------------------------------------
@@ -224,11 +232,10 @@ class TensorTable:
     def _moved(self, i: int, f: Finding) -> bool:
         """Does a tensor that is written lie elsewhere than before?"""
         slot = self.slots[i]
-        if slot is None or slot.spec != f.slot.spec:
+        if slot is None or slot.spec != f.slot.spec or slot.address != f.slot.address:
             return True
-        at = slot.segment * WORDS
-        known = [self.words[at + PARAM], *self.words[at + STATE : at + STATE + len(f.states)]]
-        return known != [t.data_ptr() for t in f.written]
+        at = slot.segment * WORDS + STATE
+        return self.words[at : at + len(f.states)] != [t.data_ptr() for t in f.states]
 
     def _check_overlaps(self, found: dict[int, Finding]) -> None:
         extents = []

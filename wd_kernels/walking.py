@@ -83,7 +83,7 @@ def walk(table: TensorTable) -> tuple[list[int], bool] | None:
         elif not on and expected[0] != 2:
             table.words[expected[1] * 12 + 9] = 0
     changed = active != table.active.tolist()
-    table.active.copy_(torch.tensor(active))
+    table.active.copy_(torch.tensor(active, device="cpu"))
     return odd, changed
 
 
@@ -109,16 +109,18 @@ def _check(table: TensorTable, i: int, expected: list[int]) -> bool:
     words = table.words
     if not (agrees(p, expected[5]) and agrees(grad, expected[6])) or grad is None:
         return False
-    if p.data_ptr() != words[at] or grad.is_neg() or grad.is_conj():
+    if p.data_ptr() != words[at] or any(t.is_neg() or t.is_conj() for t in (p, grad)):
         return False
     if not isinstance(own, dict) or view is None or own.get("step") is not view:
         return False
     count = table.steps[i].item()
-    if not (count >= 0 and float(count).is_integer()):
+    if not (0 <= count < 2**53 and float(count).is_integer()):
         return False
     for s in range(expected[11]):
         value = own.get(table.names[s + 1])
         if value is None or not agrees(value, expected[7]) or value.data_ptr() != words[at + 2 + s]:
+            return False
+        if value.is_neg() or value.is_conj():
             return False
     words[at + 1], words[at + 9] = grad.data_ptr(), expected[2]
     words[at + 11] = int(bool(expected[9]) and grad.data_ptr() % 16 == 0)

@@ -1,0 +1,71 @@
+// Rows and flat positions: the part of a step's preparation that looks at no Python object but its result.
+#include "walk.h"
+
+namespace wd {
+
+// assign(expected, segments, steps, active, fresh, n, firsts, n_buckets) -> [(group, step, fresh), ...]
+// Names the row of every segment (one per distinct group, step count and freshness) and lays the segments of each
+// bucket end to end.
+PyObject* assign(PyObject*, PyObject* args) {
+  unsigned long long at_expected, at_segments, at_steps, at_active, at_fresh, at_firsts;
+  Py_ssize_t n, n_buckets;
+  if (!PyArg_ParseTuple(args, "KKKKKnKn", &at_expected, &at_segments, &at_steps, &at_active, &at_fresh, &n, &at_firsts,
+                        &n_buckets))
+    return nullptr;
+  const auto* expected = reinterpret_cast<const Expected*>(at_expected);
+  auto* segments = reinterpret_cast<Segment*>(at_segments);
+  const auto* steps = reinterpret_cast<const float*>(at_steps);
+  const auto* active = reinterpret_cast<const float*>(at_active);
+  const auto* made = reinterpret_cast<const uint8_t*>(at_fresh);
+  const auto* firsts = reinterpret_cast<const int64_t*>(at_firsts);
+
+  PyObject* const keys = PyList_New(0);
+  if (keys == nullptr) return nullptr;
+  auto* leaders = static_cast<Py_ssize_t*>(PyMem_Malloc(sizeof(Py_ssize_t) * size_t(n > 0 ? n : 1)));
+  if (leaders == nullptr) {
+    Py_DECREF(keys);
+    return PyErr_NoMemory();
+  }
+  Py_ssize_t count = 0, of_group = 0;  // rows so far, and the first of the current group
+  int64_t group = -1;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    if (active[i] == 0) continue;
+    const bool fresh = steps[i] == 0 || made[i];
+    if (expected[i].group != group) {
+      group = expected[i].group;
+      of_group = count;
+    }
+    Py_ssize_t row = count;
+    for (Py_ssize_t r = count; r-- > of_group;) {
+      const Py_ssize_t leader = leaders[r];
+      if (steps[leader] == steps[i] && (steps[leader] == 0 || made[leader]) == fresh) {
+        row = r;
+        break;
+      }
+    }
+    if (row == count) {
+      leaders[count++] = i;
+      PyObject* const key = Py_BuildValue("(LLi)", (long long)group, (long long)steps[i] + 1, int(fresh));
+      if (key == nullptr || PyList_Append(keys, key) < 0) {
+        Py_XDECREF(key);
+        PyMem_Free(leaders);
+        Py_DECREF(keys);
+        return nullptr;
+      }
+      Py_DECREF(key);
+    }
+    segments[expected[i].segment].row = row;
+  }
+  PyMem_Free(leaders);
+  for (Py_ssize_t b = 0; b < n_buckets; ++b) {
+    int64_t start = 0;
+    for (int64_t s = firsts[b]; s < firsts[b + 1]; ++s) {
+      segments[s].start = start;
+      start += segments[s].numel;
+      if (segments[s].numel == 0) segments[s].row = 0;
+    }
+  }
+  return keys;
+}
+
+}  // namespace wd
