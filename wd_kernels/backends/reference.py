@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -21,8 +20,6 @@ class Reference:
     name = "reference"
 
     def why_not(self) -> str | None:
-        if importlib.util.find_spec("numpy") is None:
-            return "it needs numpy, for a correctly rounded square root on the CPU: pip install numpy"
         return None
 
     def refuses(self, spec: Spec) -> str | None:
