@@ -176,8 +176,14 @@ class Extent:
 
 
 def _overlaps_itself(t: Tensor) -> bool:
-    if any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True)):
-        return True
+    span, nested = 1, True
+    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+        if stride == 0:
+            return True
+        nested = nested and stride >= span
+        span += stride * (size - 1)
+    if nested:  # every stride steps over all that the smaller ones reach, as in any slice
+        return False
     return len(set(Extent(t, "").addresses().tolist())) < t.numel()
 
 

@@ -21,8 +21,8 @@ try:
     C = importlib.import_module("._C", __package__)
 except ImportError as error:
     WHY_NOT = (
-        f"the native extension is not there ({error}); install a C++17 compiler, then reinstall wd_kernels "
-        "without build isolation: pip install --no-build-isolation --force-reinstall --no-deps wd_kernels"
+        f"the native extension is not there ({error}); install a C++17 compiler, then reinstall: "
+        "pip install --force-reinstall --no-deps wd_kernels"
     )
 else:
     _capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)

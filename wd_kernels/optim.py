@@ -14,7 +14,8 @@ from . import backends, checkpoint
 from .checks import Extent, check_disjoint, check_parameter, label
 from .rules import ADAMW, Rule
 from .rules import SGDW as SGDW_RULE
-from .table import Spec, TensorTable
+from .slots import Spec
+from .table import TensorTable
 
 __all__ = ["SGDW", "AdamW"]
 
@@ -95,7 +96,7 @@ class _Decoupled(Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, and torch.optim.{theirs} loads it. Step counts are copies, not views of the table's vector."""
+        """As torch's, whose Adam, AdamW and SGD load it. Step counts are copies, not views of the table's vector."""
         return checkpoint.export(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One parameter as the table knows it: inspected with its gradient and state, or refused by name."""
+"""One parameter as the table knows it (inspected with its gradient and state, or refused by name), and buckets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .checks import (
 )
 from .storage import Format, format_of, state_dtype
 
-__all__ = ["Finding", "Slot", "Spec", "inspect"]
+__all__ = ["Bucket", "Finding", "Slot", "Spec", "inspect"]
 
 # States that may begin at any step count: momentum or amsgrad switched on later, torch's SGD state.
 MADE_LATER = ("momentum_buffer", "max_exp_avg_sq")
@@ -34,11 +34,25 @@ class Spec:
 
 
 @dataclass
+class Bucket:
+    """A range of a table's segments for one launch; segment `first + k` is parameter `slots[k]`."""
+
+    spec: Spec
+    backend: Any
+    first: int
+    slots: list[int]
+
+    @property
+    def codes(self) -> list[int]:
+        return [fmt.code for fmt in self.spec.formats]
+
+
+@dataclass
 class Slot:
     """One parameter that has had a gradient. It holds no gradient and no state: those live where torch has them."""
 
     spec: Spec
-    address: int  # of the parameter itself
+    place: tuple[object, ...]  # address, shape and strides of the parameter itself
     param_copy: Tensor | None = None  # dense stand-in for a parameter with gaps, copied back after the step
     grad_copy: Tensor | None = None  # for a gradient with other strides, or a conjugate or negative bit
     segment: int = -1
@@ -115,7 +129,7 @@ def inspect(p: Tensor, own: Any, names: tuple[str, ...], what: str, old: Slot | 
             put[name] = torch.zeros_like(theta, dtype=state_dtype(p.dtype), memory_format=torch.preserve_format)
     states = tuple(put[name] if name in put else own[name] for name in names)
     formats = tuple(format_of(t.dtype) for t in (p, grad, *states))
-    slot = Slot(Spec(p.device, formats), p.data_ptr(), param_copy, grad_copy)  # type: ignore[arg-type]
+    slot = Slot(Spec(p.device, formats), (p.data_ptr(), p.shape, p.stride()), param_copy, grad_copy)  # type: ignore[arg-type]
     fresh = bool(count) and "momentum_buffer" in names and "momentum_buffer" not in present
     return Finding(slot, theta, grad, states, own, put, count, fresh)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,30 +21,16 @@ from torch import Tensor
 from . import walking
 from .checks import Extent, check_disjoint, label
 from .rules import Hyper, Rule
-from .slots import Finding, Slot, Spec, inspect
+from .slots import Bucket, Finding, Slot, Spec, inspect
 from .storage import state_dtype
 
-__all__ = ["Bucket", "Spec", "TensorTable"]
+__all__ = ["TensorTable"]
 
 WORDS = 12  # int64 words of a segment, and of what walk expects of a parameter
 STATE = 2  # position of the first state's address, after parameter and gradient
 NUMEL, ROW, ALIGNED = 9, 10, 11
 CPU = torch.device("cpu")  # the table's own memory, whatever the default device
 ORDINARY, SPECIAL, UNSEEN = 0, 1, 2  # kinds of parameters: SPECIAL is inspected every step
-
-
-@dataclass
-class Bucket:
-    """A range of segments for one launch; segment `first + k` is parameter `slots[k]`."""
-
-    spec: Spec
-    backend: Any
-    first: int
-    slots: list[int]
-
-    @property
-    def codes(self) -> list[int]:
-        return [fmt.code for fmt in self.spec.formats]
 
 
 class TensorTable:
@@ -190,7 +175,11 @@ class TensorTable:
             self._check_overlaps(found)
         for spec in {f.slot.spec for f in found.values()}:
             self.resolve(spec)
-        views = {i: self.steps[i] for i, f in found.items() if not self._own_view(i, f)}
+        views = {  # step counts that are not yet the table's own
+            i: self.steps[i]
+            for i, f in found.items()
+            if self.views[i] is None or f.own.get("step") is not self.views[i]
+        }
 
         relayout = False
         for i, f in found.items():
@@ -199,6 +188,9 @@ class TensorTable:
             f.slot.segment = -1 if old is None else old.segment
             self.slots[i] = f.slot
             if i in views:
+                superseded = self.views[i]
+                if superseded is not None:  # whoever holds it keeps the count that it shows
+                    superseded.data = superseded.clone()
                 self.views[i], self.steps[i] = views[i], f.count
                 f.put = {"step": views[i], **f.put}
             f.own.update(f.put)
@@ -225,14 +217,10 @@ class TensorTable:
         what = label(self.groups[g], g, k)
         return inspect(p, self.state.get(p), self.needs[g], what, self.slots[i], countless=self.rule.name == "sgdw")
 
-    def _own_view(self, i: int, f: Finding) -> bool:
-        """Is the step count of this state dictionary the table's view?"""
-        return self.views[i] is not None and f.own.get("step") is self.views[i]
-
     def _moved(self, i: int, f: Finding) -> bool:
         """Does a tensor that is written lie elsewhere than before?"""
         slot = self.slots[i]
-        if slot is None or slot.spec != f.slot.spec or slot.address != f.slot.address:
+        if slot is None or slot.spec != f.slot.spec or slot.place != f.slot.place:
             return True
         at = slot.segment * WORDS + STATE
         return self.words[at : at + len(f.states)] != [t.data_ptr() for t in f.states]

@@ -67,6 +67,8 @@ def walk(table: TensorTable) -> tuple[list[int], bool] | None:
             table.steps.data_ptr(),
             table.active.data_ptr(),
         )
+    if not all(isinstance(group["params"], (list, tuple)) for group in table.groups):
+        return None
     places = [(g, p) for g, group in enumerate(table.groups) for p in group["params"]]
     if len(places) != len(table.params) or not all(
         p is q and g == h for (g, p), q, (h, _) in zip(places, table.params, table.places, strict=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 from . import cpu, reference
 
 if TYPE_CHECKING:
-    from ..table import Bucket, Spec, TensorTable
+    from ..slots import Bucket, Spec
+    from ..table import TensorTable
 
 __all__ = ["BACKENDS", "NAMES", "Backend", "FallbackWarning", "resolve"]
 

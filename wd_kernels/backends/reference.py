@@ -9,7 +9,8 @@ from torch import Tensor
 from .. import reference
 
 if TYPE_CHECKING:
-    from ..table import Bucket, Spec, TensorTable
+    from ..slots import Bucket, Spec
+    from ..table import TensorTable
 
 __all__ = ["Reference"]
 
