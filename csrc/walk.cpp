@@ -29,6 +29,7 @@ struct DLExchangeAPI {
 };
 
 const DLExchangeAPI* exchange = nullptr;
+PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 PyObject *kw_params = nullptr, *kw_grad = nullptr, *kw_is_neg = nullptr, *kw_is_conj = nullptr;
 
 constexpr uint8_t kComplexCode = 5;
@@ -91,11 +92,9 @@ int lazy(PyObject* tensor, const Expected& e) {
 }
 
 // Is the object's type one of torch's own?
-bool known(PyObject* object, PyObject* types) {
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  for (Py_ssize_t i = 0; i < PyTuple_Size(types); ++i)
-    if (type == PyTuple_GetItem(types, i)) return true;
-  return false;
+bool known(PyObject* object) {
+  const void* const type = Py_TYPE(object);
+  return type == tensor_type || type == parameter_type;
 }
 
 // Do the groups hold these parameters, in this order?
@@ -132,9 +131,9 @@ int same_state(PyObject* state, PyObject* params, const int64_t* order, Py_ssize
 }
 
 // One parameter with a gradient: 1 as expected (its segment is written), 0 not, -1 an error is set.
-int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* names, PyObject* types, const Expected& e,
+int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* const* names, const Expected& e,
           const int64_t* dims, float count, wd::Segment& segment, Seen& seen) {
-  if (!known(grad, types) || !(count >= 0 && count < 0x1p53f) || count != std::floor(count)) return 0;
+  if (!known(grad) || !(count >= 0 && count < 0x1p53f) || count != std::floor(count)) return 0;
   if (seen.own == nullptr) return 0;
 
   DLTensor t;
@@ -161,13 +160,13 @@ int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* names, PyOb
   }
 
   for (int64_t s = 0; s <= e.states; ++s) {
-    PyObject* const value = PyDict_GetItemWithError(seen.own, PyTuple_GetItem(names, s));
+    PyObject* const value = PyDict_GetItemWithError(seen.own, names[s]);
     if (value == nullptr) return PyErr_Occurred() ? -1 : 0;
     if (s == 0) {  // the step count must be the table's own
       if (value != view) return 0;
       continue;
     }
-    if (!known(value, types) || !read(value, &t) || !agrees(t, e, dims, e.state_dtype, e.device)) return 0;
+    if (!known(value) || !read(value, &t) || !agrees(t, e, dims, e.state_dtype, e.device)) return 0;
     if (address(t) != segment.address[wd::kState + s - 1]) return 0;
     seen.near[1 + s] = t.shape;
     const int found = always ? lazy(value, e) : 0;
@@ -180,17 +179,19 @@ int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* names, PyOb
   return 1;
 }
 
-// walk(groups, state, params, views, names, types, n_order, order, expected, dims, seen, segments, steps, active)
+// walk(groups, state, params, views, names, n_order, order, expected, dims, seen, segments, steps, active)
 //   -> None where groups or state are not what the table was built from, else (odd, changed): positions that table.py
 //      has to look at, and whether another set of parameters has gradients than in the last step.
 PyObject* walk(PyObject*, PyObject* args) {
-  PyObject *groups, *state, *params, *views, *names, *types;
+  PyObject *groups, *state, *params, *views, *all_names;
   Py_ssize_t n_order;
   unsigned long long at_order, at_expected, at_dims, at_seen, at_segments, at_steps, at_active;
-  if (!PyArg_ParseTuple(args, "O!O!O!O!O!O!nKKKKKKK", &PyList_Type, &groups, &PyDict_Type, &state, &PyList_Type,
-                        &params, &PyList_Type, &views, &PyTuple_Type, &names, &PyTuple_Type, &types, &n_order,
-                        &at_order, &at_expected, &at_dims, &at_seen, &at_segments, &at_steps, &at_active))
+  if (!PyArg_ParseTuple(args, "O!O!O!O!O!nKKKKKKK", &PyList_Type, &groups, &PyDict_Type, &state, &PyList_Type, &params,
+                        &PyList_Type, &views, &PyTuple_Type, &all_names, &n_order, &at_order, &at_expected, &at_dims,
+                        &at_seen, &at_segments, &at_steps, &at_active))
     return nullptr;
+  PyObject* names[1 + kMaxStates] = {};
+  for (Py_ssize_t i = 0; i < PyTuple_Size(all_names) && i <= kMaxStates; ++i) names[i] = PyTuple_GetItem(all_names, i);
   const auto* order = reinterpret_cast<const int64_t*>(at_order);
   const auto* expected = reinterpret_cast<const Expected*>(at_expected);
   const auto* dims = reinterpret_cast<const int64_t*>(at_dims);
@@ -223,8 +224,7 @@ PyObject* walk(PyObject*, PyObject* args) {
     active[i] = now ? 1 : 0;
     int fine = 1;
     if (now && e.kind == wd::kOrdinary)
-      fine =
-          check(param, grad, PyList_GetItem(views, i), names, types, e, dims, steps[i], segments[e.segment], seen[i]);
+      fine = check(param, grad, PyList_GetItem(views, i), names, e, dims, steps[i], segments[e.segment], seen[i]);
     else if (now)
       fine = 0;
     else if (e.kind != wd::kUnseen)
@@ -245,17 +245,24 @@ PyObject* walk(PyObject*, PyObject* args) {
   return result;
 }
 
-// connect(capsule) -> bool: takes torch's DLPack exchange API; False where it has no (known) one.
-PyObject* connect(PyObject*, PyObject* capsule) {
+// connect(capsule, Tensor, Parameter) -> bool: takes torch's DLPack exchange API and its two types of tensors; False
+// where the API is of another major version.
+PyObject* connect(PyObject*, PyObject* args) {
+  PyObject *capsule, *tensor, *parameter;
+  if (!PyArg_ParseTuple(args, "OOO", &capsule, &tensor, &parameter)) return nullptr;
   auto* api = static_cast<const DLExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (api == nullptr) return nullptr;
   if (api->major != 1 || api->tensor_from_object == nullptr) Py_RETURN_FALSE;
   exchange = api;
+  Py_INCREF(tensor);
+  Py_INCREF(parameter);
+  tensor_type = tensor;
+  parameter_type = parameter;
   Py_RETURN_TRUE;
 }
 
 PyMethodDef methods[] = {
-    {"connect", connect, METH_O, "connect(capsule) -> bool"},
+    {"connect", connect, METH_VARARGS, "connect(capsule, Tensor, Parameter) -> bool"},
     {"walk", walk, METH_VARARGS, "The check of every step."},
     {"assign", wd::assign, METH_VARARGS, "Rows and flat positions of the segments."},
     {nullptr, nullptr, 0, nullptr},

@@ -26,4 +26,4 @@ except ImportError as error:
     )
 else:
     _capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    WALKS = _capsule is not None and C.connect(_capsule)
+    WALKS = _capsule is not None and C.connect(_capsule, torch.Tensor, torch.nn.Parameter)

@@ -57,7 +57,6 @@ def walk(table: TensorTable) -> tuple[list[int], bool] | None:
             table.params,
             table.views,
             table.names,
-            _TYPES,
             table.order.numel(),
             table.order.data_ptr(),
             table.expected.data_ptr(),

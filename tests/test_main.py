@@ -1,0 +1,157 @@
+"""`python -m wd_kernels`: its sections, and that it finds backends which compute wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from wd_kernels import __main__ as program
+from wd_kernels.backends import BACKENDS
+
+Damage = Callable[[object, object, Tensor], None]
+
+
+class Broken:
+    """The reference, with its rows spoiled before the step or its results after it."""
+
+    name = "cpu"
+
+    def __init__(self, before: Callable[[Tensor], Tensor] | None = None, after: Damage | None = None) -> None:
+        self.before, self.after = before, after
+        self.inner = BACKENDS["reference"]
+
+    def why_not(self) -> str | None:
+        return None
+
+    def refuses(self, spec) -> str | None:
+        return None
+
+    def step(self, table, bucket, rows: Tensor) -> None:
+        self.inner.step(table, bucket, self.before(rows) if self.before else rows)
+        if self.after:
+            self.after(table, bucket, rows)
+
+
+def flip_lowest_bit(role: int) -> Damage:
+    """Flips the lowest bit of the first element of one role: 0 is the parameter, -1 the last state."""
+
+    def damage(table, bucket, rows: Tensor) -> None:
+        theta, _, states = table.tensors(bucket.slots[0])[:3]
+        memory = (theta, *states)[role]
+        memory.detach().view(-1)[:1].view(program._INTEGERS[memory.element_size()]).bitwise_xor_(1)
+
+    return damage
+
+
+def scale_column(column: int, factor: float) -> Callable[[Tensor], Tensor]:
+    def spoil(rows: Tensor) -> Tensor:
+        rows = rows.clone()
+        rows[:, column] *= factor
+        return rows
+
+    return spoil
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> list[program.Case]:
+    """A short self-check: both rules, all dtypes, one configuration each."""
+    cases = [
+        program.Case(rule, variant, "lr_scaled", dtype)
+        for rule, variant in (("AdamW", "amsgrad"), ("SGDW", "nesterov"))
+        for dtype in program.DTYPES
+    ]
+    monkeypatch.setattr(program, "all_cases", lambda: cases)
+    return cases
+
+
+def test_as_a_program_it_prints_every_section_and_exits_0():
+    done = subprocess.run([sys.executable, "-m", "wd_kernels"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr
+    for title in ("Versions\n", "Backends\n", "Chosen\n", "Self-check\n"):
+        assert title in done.stdout
+    assert f"torch       {torch.__version__}" in done.stdout
+    assert "all backends compute right" in done.stdout
+
+
+def test_the_self_check_has_every_rule_variant_decay_and_dtype():
+    cases = program.all_cases()
+    assert len(set(cases)) == len(cases)
+    ordinary = [c for c in cases if c.shapes is program.SHAPES]
+    assert len(ordinary) == (3 + 5) * 5 * 4
+    sizes = [torch.Size(shape).numel() for shape in program.SHAPES]
+    assert {0, 1, 33, 1025} <= set(sizes)
+    assert any(torch.Size(shape).numel() > 32768 for c in cases for shape in c.shapes)
+
+
+def test_rows_are_equal_to_the_reference(few, capsys: pytest.CaptureFixture[str]):
+    assert program.main([]) == 0
+    out = capsys.readouterr().out
+    available = [name for name, backend in BACKENDS.items() if backend.why_not() is None]
+    rows = [line.split() for line in out.splitlines() if line.split()[1:2] in (["AdamW"], ["SGDW"])]
+    assert sorted({row[0] for row in rows}) == sorted(available)
+    assert len(rows) == len(available) * len(few)
+    assert all(" ".join(row[6:]) in ("within the limit", "equal to the reference") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        (Broken(after=flip_lowest_bit(0)), "1 of 1164 elements of the parameter differ from the reference"),
+        (Broken(after=flip_lowest_bit(-1)), "differ from the reference"),
+        (Broken(before=scale_column(-2, 1.01)), "units off float64"),  # AdamW's decay, SGDW's step size
+    ],
+    ids=["parameter bit", "state bit", "scalar"],
+)
+def test_a_wrong_backend_is_found_and_named(few, broken, named, monkeypatch, capsys):
+    monkeypatch.setitem(BACKENDS, "cpu", broken)
+    assert program.main([]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  WRONG")]
+    assert all(line.startswith("  WRONG  cpu: ") for line in wrong)
+    assert len(wrong) == len(few)
+    assert any(named in line for line in wrong)
+    for case, line in zip(few, wrong, strict=True):
+        assert f"{case}: step 1: " in line
+
+
+def test_a_wrong_reference_is_found_by_float64(few, monkeypatch, capsys):
+    monkeypatch.setitem(BACKENDS, "reference", Broken(before=scale_column(-2, 1.01)))
+    assert program.main([]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG  reference: AdamW, amsgrad, decay='lr_scaled', torch.float32" in out
+    assert "units off float64" in out
+
+
+def test_a_backend_that_raises_is_found(few, monkeypatch, capsys):
+    def fail(table, bucket, rows) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setitem(BACKENDS, "cpu", Broken(after=fail))
+    assert program.main([]) == 1
+    assert "step 1: RuntimeError: no such luck" in capsys.readouterr().out
+
+
+def test_an_absent_backend_says_why_and_is_no_mismatch(few, monkeypatch, capsys):
+    absent = Broken()
+    monkeypatch.setattr(absent, "why_not", lambda: "no compiler was there", raising=False)
+    monkeypatch.setitem(BACKENDS, "cpu", absent)
+    assert program.main([]) == 0
+    assert "not available: no compiler was there" in capsys.readouterr().out
+
+
+def test_without_the_reference_nothing_is_claimed(few, monkeypatch, capsys):
+    monkeypatch.setattr(BACKENDS["reference"], "why_not", lambda: "it needs numpy", raising=False)
+    assert program.main([]) == 1
+    out = capsys.readouterr().out
+    assert "Nothing can be checked without the reference: it needs numpy" in out
+    assert "compute right" not in out
+
+
+def test_columns_are_aligned():
+    lines = program.aligned([("name", "n"), ("a", 5), ("bcdef", 10)], indent="").splitlines()
+    assert lines == ["name    n", "a       5", "bcdef  10"]

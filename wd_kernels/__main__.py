@@ -1,0 +1,285 @@
+"""`python -m wd_kernels`: what is here, what was chosen, does it compute right.
+
+Every backend that is there is compared with the reference, bit for bit, and each step of it with the same step in
+float64 from the same values. The exit status is 1 on a mismatch, or where nothing could be checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import SGDW, AdamW, native, reference
+from .backends import BACKENDS
+from .rules import DECAY_MODES
+from .version import __version__
+
+__all__ = ["main"]
+
+STEPS = 10
+#: Largest error allowed of one step against float64, in units of eps * max(|before|, |after|, rms of the role): a
+#: rounding is 1/2 at most.
+LIMIT = 8.0
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES: tuple[tuple[int, ...], ...] = ((1,), (33,), (0,), (1025,), (3, 5, 7))
+WIDE_SHAPES = ((40_000,), (33,), (1025,))  # enough elements for more than one thread
+OPTIMIZERS: dict[str, Any] = {"AdamW": AdamW, "SGDW": SGDW}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "AdamW": {"plain": {}, "amsgrad": {"amsgrad": True}, "maximize": {"maximize": True}},
+    "SGDW": {
+        "no momentum": {},
+        "momentum": {"momentum": 0.9},
+        "dampening": {"momentum": 0.9, "dampening": 0.3},
+        "nesterov": {"momentum": 0.9, "nesterov": True},
+        "paper form": {"momentum": 0.9, "form": "paper"},
+    },
+}
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer configuration on one set of tensors."""
+
+    optimizer: str
+    variant: str
+    decay: str
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], ...] = SHAPES
+
+    def __str__(self) -> str:
+        size = f"{sum(torch.Size(shape).numel() for shape in self.shapes)} elements"
+        return f"{self.optimizer}, {self.variant}, decay={self.decay!r}, {self.dtype}, {size}"
+
+    def build(self, backend: str) -> Any:
+        """The optimizer over its own parameters, in two groups."""
+        generator = torch.Generator().manual_seed(1)
+        params = [torch.randn(shape, generator=generator).to(self.dtype) for shape in self.shapes]
+        options = VARIANTS[self.optimizer][self.variant]
+        groups = [{"params": params[:2]}, {"params": params[2:]}]
+        return OPTIMIZERS[self.optimizer](groups, lr=0.1, decay=self.decay, backend=backend, **options)
+
+
+@dataclass
+class Outcome:
+    """What the cases of one row of the table showed."""
+
+    cases: int = 0
+    wrong: list[str] = field(default_factory=list)
+    param_error: float = 0.0
+    state_error: float = 0.0
+
+
+def all_cases() -> list[Case]:
+    """Every rule, variant, decay mode and dtype, and one wide case of each rule and dtype."""
+    cases = [
+        Case(rule, variant, decay, dtype)
+        for rule, variants in VARIANTS.items()
+        for variant, decay, dtype in product(variants, DECAY_MODES, DTYPES)
+    ]
+    wide = (("AdamW", "amsgrad"), ("SGDW", "nesterov"))
+    return cases + [Case(rule, variant, "lr_scaled", d, WIDE_SHAPES) for (rule, variant), d in product(wide, DTYPES)]
+
+
+def set_hyperparameters(optimizer: Any, t: int) -> None:
+    """Another lr, weight decay and schedule multiplier every step and group; lr 0 freezes one group once."""
+    for g, group in enumerate(optimizer.param_groups):
+        group["lr"] = 0.0 if (t, g) == (6, 0) else 0.05 * (1 + g) / (1 + 0.2 * t)
+        group["weight_decay"] = 0.1 + 0.02 * t
+        group["eta"] = 1.0 - 0.05 * t
+
+
+def roles(optimizer: Any, group: int, p: Tensor) -> list[Tensor]:
+    """The parameter and its states, as the rule orders them; zeros for a state that is yet to be made."""
+    names = optimizer.rule.hypers(optimizer.param_groups)[group][0][-1]
+    state = optimizer.state.get(p, {})
+    return [p, *(state.get(name, torch.zeros_like(p, dtype=torch.float64)) for name in names)]
+
+
+def flat_roles(tensors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """One flat tensor a role, over all parameters."""
+    return [torch.cat([t.detach().flatten() for t in role]) for role in zip(*tensors, strict=True)]
+
+
+def exact_step(optimizer: Any, t: int, grads: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What step t should give, in float64, from the optimizer's present values: (after, scale) flat for each role."""
+    rule, groups = optimizer.rule, optimizer.param_groups
+    rows = rule.rows(rule.hypers(groups), [(g, t, t == 1) for g in range(len(groups))])
+    places = [(g, p) for g, group in enumerate(groups) for p in group["params"]]
+    tensors = [[x.detach().to(torch.float64, copy=True) for x in roles(optimizer, g, p)] for g, p in places]
+    before = flat_roles(tensors)
+    for (g, _), grad, (theta, *states) in zip(places, grads, tensors, strict=True):
+        reference.step_(rule.name, rows[g], 1.0, theta, grad.double(), states)
+    after = flat_roles(tensors)
+    floors = (x.square().mean().sqrt().clamp(min=1e-300) for x in after)
+    return [(x, x.abs().maximum(y.abs()).maximum(rms)) for x, y, rms in zip(after, before, floors, strict=True)]
+
+
+def error(found: Tensor, exact: Tensor, scale: Tensor) -> float:
+    """The largest error, in units of eps * scale."""
+    worst = ((found.double() - exact).abs() / (torch.finfo(found.dtype).eps * scale)).max()
+    return float("inf") if worst.isnan() else float(worst)
+
+
+def check(case: Case, names: Sequence[str]) -> dict[str, Outcome]:
+    """Steps the case with every backend at once. "reference" is among `names`; a backend that is wrong drops out."""
+    optimizers = {name: case.build(name) for name in names}
+    outcomes = {name: Outcome(cases=1) for name in names}
+    generator = torch.Generator().manual_seed(2)
+    for t in range(1, STEPS + 1):
+        scale = (1.0, 1e-3, 10.0)[t % 3]
+        grads = [(scale * torch.randn(shape, generator=generator)).to(case.dtype) for shape in case.shapes]
+        for optimizer in optimizers.values():
+            set_hyperparameters(optimizer, t)
+        exact = exact_step(optimizers["reference"], t, grads)
+        expected: list[Tensor] = []
+        for name in ["reference", *(n for n in optimizers if n != "reference")]:
+            try:
+                found = step(optimizers[name], grads)
+            except Exception as raised:
+                wrong, found = f"{type(raised).__name__}: {raised}", []
+            else:
+                expected = expected or found
+                wrong = compare(found, expected, exact, outcomes[name])
+            if wrong:
+                outcomes[name].wrong.append(f"{case}: step {t}: {wrong}")
+                del optimizers[name]
+        if "reference" not in optimizers:
+            break
+    return outcomes
+
+
+def step(optimizer: Any, grads: Sequence[Tensor]) -> list[Tensor]:
+    """Takes a step; returns a flat tensor a role."""
+    places = [(g, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
+    for (_, p), grad in zip(places, grads, strict=True):
+        p.grad = grad.clone()
+    optimizer.step()
+    return flat_roles([roles(optimizer, g, p) for g, p in places])
+
+
+def compare(
+    found: Sequence[Tensor], expected: Sequence[Tensor], exact: Sequence[tuple[Tensor, Tensor]], outcome: Outcome
+) -> str:
+    """What is wrong with a step, "" if nothing is; the errors are noted in `outcome`."""
+    wrong = []
+    for i, (x, y, z) in enumerate(zip(found, expected, exact, strict=True)):
+        role = f"state {i}" if i else "parameter"
+        integers = _INTEGERS[x.element_size()]
+        differ = int((x.view(integers) != y.view(integers)).sum())
+        off = error(x, *z)
+        if differ:
+            wrong.append(f"{differ} of {x.numel()} elements of the {role} differ from the reference")
+        if not off <= LIMIT:
+            wrong.append(f"the {role} is {off:.3g} units off float64, allowed are {LIMIT:g}")
+        if i:
+            outcome.state_error = max(outcome.state_error, off)
+        else:
+            outcome.param_error = max(outcome.param_error, off)
+    return "; ".join(wrong)
+
+
+def aligned(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
+    """Rows as lines of aligned columns: numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [all(c[:1].isdigit() or c == "-" for c in column[1:]) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
+        lines.append((indent + "  ".join(padded)).rstrip())
+    return "\n".join(lines)
+
+
+def versions() -> list[tuple[str, str]]:
+    """Names and versions of what takes part."""
+    numpy = "not installed"
+    if importlib.util.find_spec("numpy") is not None:
+        import numpy as np
+
+        numpy = np.__version__
+    return [
+        ("wd_kernels", __version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+        ("numpy", numpy),
+        ("platform", platform.platform()),
+    ]
+
+
+def choices() -> list[tuple[str, str]]:
+    """What was chosen on this machine."""
+    if native.C is None:
+        instructions = "none: the native extension is not there"
+    else:
+        try:
+            instructions = torch.ops.wd_kernels.instruction_set()
+        except RuntimeError as raised:
+            instructions = str(raised).splitlines()[0]
+        forced = os.environ.get("WD_KERNELS_ISA")
+        instructions += f" (WD_KERNELS_ISA={forced})" if forced else ""
+    walks = "native" if native.WALKS else "Python (slower: the extension or torch's DLPack exchange API is missing)"
+    return [("instruction set", instructions), ("threads", str(torch.get_num_threads())), ("walk", walks)]
+
+
+def self_check(names: Sequence[str]) -> int:
+    """Checks the backends, prints the table and what is wrong; returns the exit status."""
+    started = time.perf_counter()
+    table: dict[tuple[str, str, torch.dtype], Outcome] = {}
+    for case in all_cases():
+        for name, outcome in check(case, names).items():
+            row = table.setdefault((name, case.optimizer, case.dtype), Outcome())
+            row.cases += outcome.cases
+            row.wrong += outcome.wrong
+            row.param_error = max(row.param_error, outcome.param_error)
+            row.state_error = max(row.state_error, outcome.state_error)
+    rows: list[tuple[object, ...]] = [
+        ("backend", "optimizer", "dtype", "cases", "parameter error", "state error", "result")
+    ]
+    for (name, optimizer, dtype), outcome in sorted(table.items(), key=lambda item: names.index(item[0][0])):
+        no_oracle = dtype == torch.float64 and not outcome.wrong
+        errors = ("-", "-") if no_oracle else (f"{outcome.param_error:.2f}", f"{outcome.state_error:.2f}")
+        right = "within the limit" if name == "reference" else "equal to the reference"
+        result = f"WRONG in {len(outcome.wrong)}" if outcome.wrong else right
+        rows.append((name, optimizer, str(dtype).removeprefix("torch."), outcome.cases, *errors, result))
+    print(aligned(rows))
+    print(f"  error: of one step against float64, in units of eps * max(|before|, |after|, rms); limit {LIMIT:g}")
+
+    wrong = [f"{name}: {what}" for (name, _, _), outcome in table.items() for what in outcome.wrong]
+    seconds = time.perf_counter() - started
+    for line in wrong[:20]:
+        print(f"  WRONG  {line}")
+    if len(wrong) > 20:
+        print(f"  and {len(wrong) - 20} more")
+    summary = f"{len(wrong)} cases are wrong" if wrong else "all backends compute right"
+    print(f"\n{summary} ({sum(o.cases for o in table.values())} cases of {STEPS} steps, {seconds:.1f} s)")
+    return 1 if wrong else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the sections; returns the exit status."""
+    argparse.ArgumentParser(prog="python -m wd_kernels", description=__doc__.split("\n", 1)[0]).parse_args(argv)
+    why_not = {name: backend.why_not() for name, backend in BACKENDS.items()}
+    backends = [(name, f"not available: {why}" if why else "available") for name, why in why_not.items()]
+    for title, section in (("Versions", versions()), ("Backends", backends), ("Chosen", choices())):
+        print(f"{title}\n{aligned(section)}\n")
+    print("Self-check")
+    if why_not["reference"]:
+        print(f"  Nothing can be checked without the reference: {why_not['reference']}")
+        return 1
+    return self_check(["reference", *(name for name, why in why_not.items() if why is None and name != "reference")])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
