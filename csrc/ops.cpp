@@ -82,11 +82,14 @@ void step_(const Tensor segments, const Tensor rows, const Tensor control, int64
   check_host(control, "control", ScalarType::Double);
   STD_TORCH_CHECK(segments.dim() == 2 && segments.size(1) * int64_t(sizeof(int64_t)) == int64_t(sizeof(Segment)),
                   "step_: segments must have shape [n, 12]");
-  STD_TORCH_CHECK(rows.dim() == 2, "step_: rows must have shape [r, width]");
-  STD_TORCH_CHECK(control.numel() == 2, "step_: control must hold grad_factor and skip");
-  STD_TORCH_CHECK(first >= 0 && count >= 0 && first + count <= segments.size(0), "step_: segments ", first, " to ",
-                  first + count, " of ", segments.size(0), " do not exist");
   STD_TORCH_CHECK(formats.size() >= kState && formats.size() <= kState + 3, "step_: formats must name 2 to 5 roles");
+  const Mover mover = chosen_set().find(rule, formats.data(), int(formats.size()));
+  STD_TORCH_CHECK(mover != nullptr, "step_: no CPU kernel for this rule and these storage formats");
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == (rule == kAdamW ? kAdamWRow : kSGDWRow),
+                  "step_: rows must have shape [r, 13] for AdamW, [r, 10] for SGDW");
+  STD_TORCH_CHECK(control.numel() == 2, "step_: control must hold grad_factor and skip");
+  STD_TORCH_CHECK(first >= 0 && first <= segments.size(0) && count >= 0 && count <= segments.size(0) - first,
+                  "step_: ", count, " segments from ", first, " of ", segments.size(0), " do not exist");
   if (count == 0) return;
 
   const auto* table = static_cast<const Segment*>(segments.const_data_ptr()) + first;
@@ -97,8 +100,6 @@ void step_(const Tensor segments, const Tensor rows, const Tensor control, int64
                     table[i].row, " of ", rows.size(0));
   const int64_t total = table[count - 1].start + table[count - 1].numel;
 
-  const Mover mover = chosen_set().find(rule, formats.data(), int(formats.size()));
-  STD_TORCH_CHECK(mover != nullptr, "step_: no CPU kernel for this rule and these storage formats");
   if (switches->skip != 0 || total == 0) return;
   if (total < kSerialBelow)
     mover(plan, 0, total);

@@ -27,6 +27,7 @@ struct Control {
 };
 
 enum RuleCode : int64_t { kAdamW = 0, kSGDW = 1 };
+constexpr int64_t kAdamWRow = 13, kSGDWRow = 10;  // scalars in a row, as rules.py writes them
 
 // The storage format of one role. `storage.py` holds the same codes.
 enum FormatCode : int64_t { kAbsent = 0, kFloat64 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4 };

@@ -62,14 +62,14 @@ def _at_least_zero(name: str, value: Any, where: str) -> float:
     number = scalar(name, value, where)
     if not 0.0 <= number < math.inf:
         raise ValueError(f"{name}={number} in {where}: allowed are finite numbers >= 0")
-    return number
+    return number + 0.0  # -0.0 becomes 0.0: equal hyperparameters give equal rows
 
 
 def _finite(name: str, value: Any, where: str) -> float:
     number = scalar(name, value, where)
     if not math.isfinite(number):
         raise ValueError(f"{name}={number} in {where}: allowed are finite numbers")
-    return number
+    return number + 0.0
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str], where: str) -> str:

@@ -99,10 +99,11 @@ class TensorTable:
         torch.autograd.graph.increment_version(self.stepped)
         for bucket in self.buckets:
             bucket.backend.step(self, bucket, rows)
-        self.steps += self.active
-        if self.any_fresh:
-            self.fresh.zero_()
-            self.any_fresh = False
+        if self.control[1] == 0:  # a skipped step is not counted
+            self.steps += self.active
+            if self.any_fresh:
+                self.fresh.zero_()
+                self.any_fresh = False
         for i in self.gapped:
             slot = self.slots[i]
             if slot is not None and slot.param_copy is not None and self.active[i]:

@@ -1,0 +1,462 @@
+"""backend="cpu" against backend="reference": parameters and states equal to the bit, however they lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    BIG,
+    DTYPES,
+    PIECES,
+    Case,
+    Piece,
+    arrange,
+    assert_same,
+    assert_same_bits,
+    bf16,
+    bits,
+    c64,
+    cases,
+    f16,
+    f32,
+    f64,
+    gradient,
+    ids,
+    make_params,
+    optimizer,
+    run,
+    snapshot,
+)
+from conftest import INSTRUCTION_SETS, absent
+from torch import Tensor
+
+STATES = {
+    ("adamw", False): ("exp_avg", "exp_avg_sq"),
+    ("adamw", True): ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    ("sgdw", False): (),
+    ("sgdw", True): ("momentum_buffer",),
+}
+#: One case for each kernel body: rule with and without its optional state, and a decay mode that uses much of a row.
+BODIES = [
+    *cases(rules=["adamw"], names=["plain", "amsgrad"], decays=["metric_proximal"]),
+    *cases(rules=["sgdw"], names=["no-momentum", "nesterov"], decays=["independent"]),
+]
+
+
+def with_dtypes(found: Sequence[Case], dtypes: Sequence[tuple[torch.dtype, torch.dtype]]) -> list[Case]:
+    return [Case(c.rule, c.name, c.options, p, g) for c in found for p, g in dtypes]
+
+
+def states_of(case: Case) -> tuple[str, ...]:
+    return STATES[case.rule, bool(case.options.get("amsgrad") or case.options.get("momentum"))]
+
+
+def arithmetic(case: Case) -> torch.dtype:
+    return f64 if case.dtype == f64 else f32
+
+
+# The matrix -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", cases(DTYPES), ids=ids)
+def test_matrix(case: Case) -> None:
+    native = run(case, "cpu")
+    assert_same(native, run(case, "reference"))
+    counts = [int(value) for name, value in native.items() if name.endswith(" step")]
+    assert len(counts) == len(PIECES)
+    assert len(set(counts)) > 1  # some gradients were missing
+    start = make_params(PIECES, case.dtype, case.grad_dtype)
+    for k, p in enumerate(start):
+        moved = native[f"{k}"]
+        assert bool(moved.isfinite().all())
+        assert p.numel() < 20 or not torch.equal(moved, p.detach())
+    assert {name.split()[1] for name in native if " " in name} == {"step", *states_of(case)}
+
+
+@pytest.mark.parametrize("case", cases(decays=["proximal"]), ids=ids)
+def test_different_decays_differ(case: Case) -> None:
+    """The matrix could not see a decay that both backends ignore: every mode has results of its own."""
+    results = []
+    for other in ("l2", "lr_scaled", "independent", "proximal", "metric_proximal"):
+        options = {**case.options, "decay": other}
+        found = run(Case(case.rule, other, options, case.dtype, case.grad_dtype), "cpu", pieces=(Piece((1025,)),))
+        results.append(found["0"])
+    for i, a in enumerate(results):
+        for b in results[:i]:
+            assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (bf16, f32)]), ids=ids)
+def test_large(case: Case) -> None:
+    assert_same(run(case, "cpu", pieces=BIG), run(case, "reference", pieces=BIG))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", cases(DTYPES, names=["far-end", "half", "no-momentum", "dampening"], decays=["proximal"]), ids=ids
+)
+def test_large_all(case: Case) -> None:
+    assert_same(run(case, "cpu", pieces=BIG, seed=1), run(case, "reference", pieces=BIG, seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases(DTYPES, flip=(False, True)), ids=ids)
+def test_matrix_long(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every instruction set, both signs, more steps, other numbers."""
+    expected = run(case, "reference", steps=16, seed=2)
+    for name in INSTRUCTION_SETS:
+        if not absent(name):
+            monkeypatch.setenv("WD_KERNELS_ISA", name)
+            assert_same(run(case, "cpu", steps=16, seed=2), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "gaps", "offset"])
+@pytest.mark.parametrize("grad", ["contiguous", "channels_last", "transposed", "sliced", "expanded", "offset"])
+@pytest.mark.parametrize("case", with_dtypes(BODIES, DTYPES), ids=ids)
+def test_layouts_alone(case: Case, layout: str, grad: str) -> None:
+    """Each pair of layouts in a bucket of its own, of one shape and size."""
+    pieces = (Piece((3, 5, 7, 11), layout, grad),)
+    assert_same(run(case, "cpu", pieces=pieces), run(case, "reference", pieces=pieces))
+
+
+# What must not matter -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", with_dtypes(BODIES, DTYPES), ids=ids)
+def test_instruction_sets(case: Case, isa: str) -> None:
+    assert torch.ops.wd_kernels.instruction_set() == isa
+    assert_same(run(case, "cpu", seed=3), run(case, "reference", seed=3))
+
+
+def test_instruction_set_is_read_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BODIES[0]
+    (p,) = make_params([Piece((5,))], f32, f32)
+    p.grad = torch.ones(5)
+    opt = optimizer(case, [p], "cpu")
+    opt.step()
+    before = snapshot([p], opt)
+    monkeypatch.setenv("WD_KERNELS_ISA", "avx1024")
+    with pytest.raises(RuntimeError, match=r"WD_KERNELS_ISA=avx1024: unknown.*avx512.*avx2.*baseline"):
+        opt.step()
+    assert_same(snapshot([p], opt), before)
+    monkeypatch.setenv("WD_KERNELS_ISA", "")  # as if it were not set
+    opt.step()
+    assert not torch.equal(before["0"], p)
+    assert float(opt.state[p]["step"]) == 2
+
+
+#: Tensors of all sizes, so that the ranges of several threads begin and end inside of them, and between.
+MANY = tuple(Piece((n,)) for n in (0, 7, 40_001, 0, 0, 1, 32_768, 31, 100_003, 5, 16_384, 65_537, 3, 0))
+
+
+@pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (bf16, bf16)]), ids=ids)
+def test_threads(case: Case) -> None:
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(run(case, "cpu", pieces=MANY))
+    for other in results[1:]:
+        assert_same(results[0], other)
+    assert_same(results[0], run(case, "reference", pieces=MANY))
+
+
+@pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (bf16, f32)]), ids=ids)
+def test_order_of_tensors(case: Case) -> None:
+    n = len(PIECES)
+    one = run(case, "cpu")
+    for order in (range(n)[::-1], [(7 * k + 3) % n for k in range(n)]):
+        assert sorted(order) == list(range(n))
+        assert_same(one, run(case, "cpu", order=list(order)))
+
+
+@pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (f16, f16)]), ids=ids)
+def test_grouping(case: Case) -> None:
+    """One group, several, and a group for each tensor: the same bits. (`decays` is one value, so that it can be.)"""
+    one = run(case, "cpu", groups=1, decays=(0.07,))
+    for groups in (2, 5, len(PIECES), len(PIECES) + 3):  # the last leaves groups without a parameter
+        assert_same(one, run(case, "cpu", groups=groups, decays=(0.07,)))
+    assert not torch.equal(one["5"], run(case, "cpu", groups=1, decays=(0.08,))["5"])
+
+
+@pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (bf16, bf16)]), ids=ids)
+def test_split_tensor(case: Case) -> None:
+    """A tensor stepped whole or in pieces of odd sizes has the same bits."""
+    total, cuts = 5000, (1, 15, 17, 1000, 33, 3934)
+    assert sum(cuts) == total
+    results = []
+    for sizes in ((total,), cuts):
+        whole = make_params([Piece((total,))], case.dtype, case.grad_dtype)[0].detach()
+        params = [torch.nn.Parameter(part) for part in whole.split(sizes)]
+        for p in params:
+            p.grad_dtype = case.grad_dtype
+        opt = optimizer(case, params, "cpu", weight_decay=0.1)
+        for step in range(10):
+            opt.param_groups[0]["lr"] = 0.01 * (step + 1)
+            for p, g in zip(params, gradient(Piece((total,)), case.grad_dtype, step).split(sizes), strict=True):
+                p.grad = g
+            opt.step()
+        states = [torch.cat([opt.state[p][name] for p in params]) for name in states_of(case)]
+        results.append([whole, *states])
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+
+
+# Addresses ------------------------------------------------------------------------------------------------------------
+
+GUARD = 24  # elements before and after
+CANARY = {2: 0x5AC3, 4: 0x5AC35AC3, 8: 0x5AC35AC35AC35AC3}
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def guarded(values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """(a buffer of canaries, a view in it that holds `values`, `offset` elements off a 64-byte boundary)."""
+    size = values.element_size()
+    n = values.numel()
+    buffer = torch.full((n + 2 * GUARD + 64,), CANARY[size], dtype=INTEGERS[size])
+    first = GUARD + (-(buffer.data_ptr() // size + GUARD)) % (64 // size) + offset
+    view = buffer.view(values.dtype)[first : first + n]
+    assert view.data_ptr() % 64 == offset * size
+    return buffer, view.copy_(values)
+
+
+def assert_canaries(buffer: Tensor, view: Tensor, what: str) -> None:
+    first = (view.data_ptr() - buffer.data_ptr()) // buffer.element_size()
+    outside = torch.cat([buffer[:first], buffer[first + view.numel() :]])
+    assert bool((outside == CANARY[buffer.element_size()]).all()), f"{what}: written outside of it"
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+@pytest.mark.parametrize("case", with_dtypes(BODIES, [d for d in DTYPES if not d[0].is_complex]), ids=ids)
+def test_unaligned_roles_and_canaries(case: Case, offset: int) -> None:
+    """Each role in turn, and all of them, off alignment; nothing outside of a tensor is written, nor a gradient."""
+    names = states_of(case)
+    roles = ("param", "grad", *names)
+    for moved in (*roles, "all"):
+        for n in (1, 7, 33, 130):
+            place = {role: offset if moved in (role, "all") else 0 for role in roles}
+            results = []
+            for backend in ("cpu", "reference"):
+                generator = torch.Generator().manual_seed(n)
+                buffers: dict[str, tuple[Tensor, Tensor]] = {}
+                draw = torch.randn(n, generator=generator)
+                buffers["param"] = guarded(draw.to(case.dtype), place["param"])
+                for name in names:
+                    draw = torch.rand(n, generator=generator)
+                    buffers[name] = guarded(draw.to(arithmetic(case)), place[name])
+                buffers["grad"] = guarded(gradient(Piece((n,)), case.grad_dtype, n), place["grad"])
+                p = torch.nn.Parameter(buffers["param"][1])
+                p.grad_dtype = case.grad_dtype
+                p.grad = buffers["grad"][1]
+                opt = optimizer(case, [p], backend, weight_decay=0.2)
+                opt.state[p] = {"step": torch.tensor(3.0), **{name: buffers[name][1] for name in names}}
+                unchanged = buffers["grad"][0].clone()
+                for step in range(3):
+                    opt.param_groups[0]["lr"] = 0.03 / (step + 1)
+                    opt.step()
+                assert p.data_ptr() == buffers["param"][1].data_ptr()
+                assert all(opt.state[p][name] is buffers[name][1] for name in names)
+                assert torch.equal(buffers["grad"][0], unchanged)
+                for role, (buffer, view) in buffers.items():
+                    assert_canaries(buffer, view, f"{role}, {n} elements, {moved} at {offset}, {backend}")
+                assert float(opt.state[p]["step"]) == 6
+                results.append(snapshot([p], opt))
+            assert_same(*results)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", BODIES, ids=ids)
+def test_gaps_are_not_written(case: Case, backend: str) -> None:
+    room = torch.full((6, 14), 77.0)
+    p = torch.nn.Parameter(room[:, ::2])
+    start = p.detach().clone()
+    opt = optimizer(case, [p], backend, weight_decay=0.1)
+    for step in range(3):
+        p.grad = gradient(Piece((6, 7), grad="sliced"), f32, step)
+        opt.step()
+    assert bool((room[:, 1::2] == 77).all())
+    assert not bool((p == start).any())
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+def peculiar(dtype: torch.dtype) -> Tensor:
+    """Zeros of both signs, subnormals, the ends of the range, infinities, NaN, and ordinary numbers between them."""
+    info = torch.finfo(dtype)
+    least = info.smallest_normal * info.eps
+    found = [0.0, 1.0, 1.5, info.eps, least, 3 * least, info.tiny - least, info.tiny, info.max, info.max / 2]
+    found += [math.sqrt(info.max), math.sqrt(info.tiny), 1e-3, 7.0, math.inf]
+    values = torch.tensor(found, dtype=f64)
+    return torch.cat([values, -values, torch.tensor([math.nan], dtype=f64)]).to(dtype)
+
+
+def peculiar_run(case: Case, backend: str, flush: bool = False) -> dict[str, Tensor]:
+    """Every peculiar parameter with every peculiar gradient, from states that are peculiar too."""
+    theta, grad = peculiar(case.dtype), peculiar(case.grad_dtype)
+    p = torch.nn.Parameter(theta.repeat_interleave(grad.numel()))
+    grad = grad.repeat(theta.numel())
+    p.grad_dtype = case.grad_dtype
+    n = p.numel()
+    opt = optimizer(case, [p], backend, weight_decay=0.3, lr=0.5)
+    states = {}
+    for k, name in enumerate(states_of(case)):
+        drawn = peculiar(arithmetic(case)).repeat(n)[k : n * (k + 3) : k + 3]
+        states[name] = (drawn if name in ("exp_avg", "momentum_buffer") else drawn.abs()).clone()
+        assert states[name].numel() == n
+    opt.state[p] = {"step": torch.tensor(1.0), **states}
+    grads = [grad, (grad / 2).roll(5)]
+    torch.set_flush_denormal(flush)
+    for step in range(3):
+        opt.param_groups[0]["lr"] = 0.5 / (step + 1)
+        p.grad = grads[step % 2]
+        opt.step()
+    torch.set_flush_denormal(False)
+    return snapshot([p], opt)
+
+
+REAL = [d for d in DTYPES if not d[0].is_complex]
+PECULIAR = with_dtypes(cases(names=["plain", "amsgrad", "far-end", "no-momentum", "nesterov", "paper"]), REAL)
+
+
+@pytest.mark.parametrize("case", PECULIAR, ids=ids)
+def test_peculiar_numbers(case: Case) -> None:
+    native = peculiar_run(case, "cpu")
+    assert_same(native, peculiar_run(case, "reference"))
+    if case.dtype in (bf16, f16):
+        nans = native["0"][native["0"].isnan()].view(torch.int16)
+        assert nans.numel() > 0
+        assert bool((nans == (0x7FC0 if case.dtype == bf16 else 0x7E00)).all())
+
+
+@pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (f64, f64), (bf16, bf16), (f16, f16)]), ids=ids)
+def test_peculiar_numbers_on_each_instruction_set(case: Case, isa: str) -> None:
+    assert_same(peculiar_run(case, "cpu"), peculiar_run(case, "reference"))
+
+
+def subnormal_run(case: Case, backend: str, flush: bool) -> dict[str, Tensor]:
+    """Numbers that are subnormal as they are stored, and scalars (eps) that are in the arithmetic type."""
+    tiny, arithmetic_tiny = torch.finfo(case.dtype).tiny, torch.finfo(arithmetic(case)).tiny
+    (p,) = make_params([Piece((40_000,))], case.dtype, case.grad_dtype)  # enough for a second thread
+    with torch.no_grad():
+        p.mul_(tiny / 4)
+    options = {**case.options, **({"eps": arithmetic_tiny / 8} if case.rule == "adamw" else {})}
+    opt = optimizer(Case(case.rule, case.name, options), [p], backend, weight_decay=0.3, lr=0.25)
+    grads = [(gradient(Piece((40_000,)), f64, step) * tiny).to(case.grad_dtype) for step in range(3)]
+    torch.set_flush_denormal(flush)
+    for step in range(3):
+        opt.param_groups[0]["lr"] = 0.25 / (step + 1)
+        p.grad = grads[step]
+        opt.step()
+    torch.set_flush_denormal(False)
+    return snapshot([p], opt)
+
+
+@pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (f64, f64), (bf16, bf16), (f16, f16)]), ids=ids)
+def test_flushing_of_subnormals_changes_nothing(case: Case, isa: str) -> None:
+    assert torch.set_flush_denormal(True)
+    assert float(torch.tensor(1e-40) * 1.0) == 0.0  # it does flush
+    torch.set_flush_denormal(False)
+    for of in (peculiar_run, subnormal_run):
+        flushed = of(case, "cpu", flush=True)
+        assert_same(flushed, of(case, "reference", flush=False))
+    if case.rule == "sgdw":  # subnormals were at issue
+        assert bool(((flushed["0"] != 0) & (flushed["0"].abs() < torch.finfo(case.dtype).tiny)).any())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", BODIES, ids=ids)
+def test_a_bad_gradient_spoils_only_its_element(case: Case, backend: str) -> None:
+    results = []
+    for bad in (None, math.nan, math.inf):
+        (p,) = make_params([Piece((70,))], f32, f32)
+        opt = optimizer(case, [p], backend, weight_decay=0.1)
+        for step in range(3):
+            p.grad = gradient(Piece((70,)), f32, step)
+            if bad is not None and step == 1:
+                p.grad[37] = bad
+            opt.step()
+        results.append(p.detach())
+    rest = torch.arange(70) != 37
+    for result in results[1:]:
+        assert not bool(result[37].isfinite())
+        assert_same_bits(result[rest], results[0][rest])
+
+
+# The control pair -----------------------------------------------------------------------------------------------------
+
+
+def controlled(case: Case, backend: str, control: Sequence[tuple[float, float]], scale: float = 1.0) -> Any:
+    """Snapshots after every step of a run with the given (grad_factor, skip) of each step."""
+    pieces = (Piece((33,)), Piece((5, 7), "transposed"), Piece((40_000,)))
+    params = make_params(pieces, case.dtype, case.grad_dtype)
+    opt = optimizer(case, params, backend, weight_decay=0.1)
+    found = []
+    for step, pair in enumerate(control):
+        opt.param_groups[0]["lr"] = 0.02 * (step + 1)
+        opt._table.control.copy_(torch.tensor(pair, dtype=f64))
+        for k, (p, piece) in enumerate(zip(params, pieces, strict=True)):
+            p.grad = gradient(piece, case.grad_dtype, 10 * step + k) * scale
+        opt.step()
+        found.append(snapshot(params, opt))
+    return found
+
+
+CONTROLLED = with_dtypes(BODIES, [(f32, f32), (f64, f64), (bf16, f32), (c64, c64)])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", CONTROLLED, ids=ids)
+def test_skip_leaves_everything(case: Case, backend: str) -> None:
+    found = controlled(case, backend, [(1, 0), (1, 1), (math.nan, 1), (1, 0)])
+    tensors = [{k: v for k, v in each.items() if not k.endswith(" step")} for each in found]
+    assert_same(tensors[0], tensors[1])
+    assert_same(tensors[0], tensors[2])
+    assert not torch.equal(tensors[2]["0"], tensors[3]["0"])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", CONTROLLED, ids=ids)
+def test_grad_factor_scales_gradients(case: Case, backend: str) -> None:
+    """A power of two scales without rounding, so scaled gradients give the same bits."""
+    steps = 4
+    factor = controlled(case, backend, [(0.125, 0)] * steps)
+    scaled = controlled(case, backend, [(1, 0)] * steps, scale=0.125)
+    plain = controlled(case, backend, [(1, 0)] * steps)
+    assert_same(factor[-1], scaled[-1])
+    assert not torch.equal(factor[-1]["0"], plain[-1]["0"])
+
+
+@pytest.mark.parametrize("case", with_dtypes(BODIES, DTYPES), ids=ids)
+def test_grad_factor_has_the_same_bits(case: Case) -> None:
+    factors = [(0.3, 0), (1 / 3, 0), (1e-3, 0), (7.7, 0)]
+    assert_same(controlled(case, "cpu", factors)[-1], controlled(case, "reference", factors)[-1])
+
+
+# The comparison itself ------------------------------------------------------------------------------------------------
+
+
+def test_comparison_sees_what_it_must() -> None:
+    zero, nan = torch.tensor([0.0, 1.0]), torch.tensor([math.nan, 1.0])
+    assert torch.equal(zero, -zero * torch.tensor([1.0, -1.0]))
+    with pytest.raises(AssertionError, match="1 of 2 differ, first at 0"):
+        assert_same_bits(zero, torch.tensor([-0.0, 1.0]))
+    assert_same_bits(nan, torch.tensor([0x7FC12345, 0x3F800000], dtype=torch.int32).view(f32))
+    with pytest.raises(AssertionError):
+        assert_same_bits(nan.to(bf16), torch.tensor([0x7FC1, 0x3F80], dtype=torch.int16).view(bf16))
+    with pytest.raises(AssertionError):
+        assert_same_bits(torch.tensor([1.0]), torch.tensor([1.0 + 2**-23]))
+    for layout in ("channels_last", "transposed", "sliced", "offset", "negative", "conjugate"):
+        for dtype in (f32, c64):
+            values = torch.randn(2, 3, 4, 5, dtype=dtype)
+            lying = arrange(values.clone(), layout)
+            if layout in ("negative", "conjugate"):
+                assert lying.is_neg() or lying.is_conj()
+                values = values.conj() if layout == "conjugate" and dtype == c64 else -values
+            else:
+                assert lying.stride() != values.stride() or layout == "offset"
+            assert torch.equal(bits(lying), bits(values.contiguous()))

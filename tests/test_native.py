@@ -1,0 +1,529 @@
+"""The native extension: what its objects hold, what its operator refuses, its walk beside Python's, and its absence."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import BIG, PIECES, Case, assert_same, cases, f32, f64, gradient, ids, make_params, optimizer, run, snapshot
+from torch import Tensor
+
+import wd_kernels
+from wd_kernels import native, walking
+
+ROOT = Path(wd_kernels.__file__).resolve().parent.parent
+SETS = ("baseline", "avx2", "avx512")
+x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
+
+
+# The objects ----------------------------------------------------------------------------------------------------------
+
+
+def object_of(name: str) -> Path:
+    """The object file of one instruction set, of the build that made the extension."""
+    found = sorted(ROOT.glob(f"build/temp*/**/{name}.o"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        pytest.skip("the extension was not built in this directory: no objects to look at")
+    return found[-1]
+
+
+def tool(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"no {command[0]}")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def symbols(name: str) -> dict[str, str]:
+    """The symbols that an object defines for the linker, and their kinds (nm's letters)."""
+    lines = tool("nm", "-C", "--defined-only", str(object_of(name))).splitlines()
+    found = {}
+    for line in lines:
+        _, kind, symbol = line.split(maxsplit=2)
+        if kind not in "rtdb" and not symbol.startswith("DW.ref."):  # local to the object; the unwinder's pointer
+            found[symbol] = kind
+    return found
+
+
+@x86
+@pytest.mark.parametrize("name", SETS)
+def test_symbols_lie_in_the_namespace_of_their_set(name: str) -> None:
+    """The linker keeps one copy of a shared template, and it may be the AVX-512 one."""
+    found = symbols(name)
+    assert len(found) > 30
+    strangers = [s for s in found if not re.match(rf"(void )?wd::{name}::", s)]
+    assert not strangers
+    assert not [s for s in found if "std::" in s or "torch::" in s or "c10::" in s]
+    undefined = tool("nm", "-C", "--undefined-only", str(object_of(name)))
+    assert not re.search(r"std::|torch|c10|at::", undefined)
+
+
+@x86
+def test_no_symbol_is_in_two_sets() -> None:
+    names = [set(symbols(name)) for name in SETS]
+    assert not (names[0] & names[1] | names[0] & names[2] | names[1] & names[2])
+
+
+@x86
+@pytest.mark.parametrize("name", SETS)
+def test_instructions(name: str) -> None:
+    """No fused multiply-add and no approximate division or root; the widest registers of the set, and no wider."""
+    lines = tool("objdump", "-d", "--no-show-raw-insn", str(object_of(name))).splitlines()
+    mnemonics = {match[1] for line in lines if (match := re.match(r"\s+[0-9a-f]+:\s+(\S+)", line))}
+    assert len(mnemonics) > 20
+    assert not {m for m in mnemonics if re.match(r"vf(n?m)(add|sub)", m) or re.match(r"v?(rcp|rsqrt)", m)}
+    text = "\n".join(lines)
+    widest = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
+    for kind in ("div", "sqrt", "mul", "sub", "add"):
+        assert re.search(rf"\bv?{kind}ps\b[^\n]*%{widest[name]}", text), f"{kind} is not vectorised"
+        assert re.search(rf"\bv?{kind}pd\b[^\n]*%{widest[name]}", text), f"{kind} is not vectorised in float64"
+    for other in SETS[SETS.index(name) + 1 :]:
+        assert f"%{widest[other]}" not in text
+
+
+# The operator ---------------------------------------------------------------------------------------------------------
+
+
+def arguments(**changed: Any) -> list[Any]:
+    """A call of step_ on no elements, which is fine, but for what is changed."""
+    plain = {
+        "segments": torch.zeros(3, 12, dtype=torch.int64),
+        "rows": torch.zeros(2, 13, dtype=f64),
+        "control": torch.tensor([1.0, 0.0], dtype=f64),
+        "rule": 0,
+        "formats": [2, 2, 2, 2],
+        "first": 0,
+        "count": 3,
+    }
+    assert plain.keys() >= changed.keys()
+    return list({**plain, **changed}.values())
+
+
+def naming_row(row: int) -> Tensor:
+    segments = torch.zeros(3, 12, dtype=torch.int64)
+    segments[1, 10] = row
+    return segments
+
+
+def test_operator_accepts_no_elements() -> None:
+    step_ = torch.ops.wd_kernels.step_
+    assert step_(*arguments()) is None
+    step_(*arguments(rule=1, formats=[2, 2], rows=torch.zeros(2, 10, dtype=f64)))
+    step_(*arguments(first=3, count=0))
+    step_(*arguments(count=0, rows=torch.zeros(0, 13, dtype=f64)))
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"segments": torch.zeros(3, 12, dtype=torch.int32)}, "segments must be a contiguous CPU tensor"),
+    ({"segments": torch.zeros(3, 12, dtype=f64)}, "segments must be a contiguous CPU tensor"),
+    ({"segments": torch.zeros(3, 11, dtype=torch.int64)}, r"segments must have shape \[n, 12\]"),
+    ({"segments": torch.zeros(36, dtype=torch.int64)}, r"segments must have shape \[n, 12\]"),
+    ({"segments": torch.zeros(12, 3, dtype=torch.int64).t()}, "segments must be a contiguous CPU tensor"),
+    ({"rows": torch.zeros(2, 13)}, "rows must be a contiguous CPU tensor"),
+    ({"rows": torch.zeros(26, dtype=f64)}, "rows must have shape"),
+    ({"rows": torch.zeros(13, 2, dtype=f64).t()}, "rows must be a contiguous CPU tensor"),
+    ({"rows": torch.zeros(0, 13, dtype=f64)}, "segment 0 names row 0 of 0"),
+    ({"rows": torch.zeros(2, 12, dtype=f64)}, "rows must have"),
+    ({"rows": torch.zeros(2, 10, dtype=f64)}, "rows must have"),
+    ({"rows": torch.zeros(2, 9, dtype=f64), "rule": 1, "formats": [2, 2]}, "rows must have"),
+    ({"control": torch.zeros(2)}, "control must be a contiguous CPU tensor"),
+    ({"control": torch.zeros(1, dtype=f64)}, "control must hold grad_factor and skip"),
+    ({"control": torch.zeros(3, dtype=f64)}, "control must hold grad_factor and skip"),
+    ({"segments": naming_row(2)}, "segment 1 names row 2 of 2"),
+    ({"segments": naming_row(-1)}, "segment 1 names row -1 of 2"),
+    ({"first": 1, "count": 3}, "3 segments from 1 of 3 do not exist"),
+    ({"first": -1, "count": 1}, "1 segments from -1 of 3 do not exist"),
+    ({"first": 0, "count": -1}, "-1 segments from 0 of 3 do not exist"),
+    ({"first": 4, "count": 0}, "0 segments from 4 of 3 do not exist"),
+    ({"formats": [2]}, "formats must name 2 to 5 roles"),
+    ({"formats": [2] * 6}, "formats must name 2 to 5 roles"),
+    ({"formats": [2, 2]}, "no CPU kernel for this rule and these storage formats"),  # AdamW without states
+    ({"formats": [2, 1, 2, 2]}, "no CPU kernel"),
+    ({"formats": [3, 3, 3, 3]}, "no CPU kernel"),  # states of bfloat16
+    ({"formats": [1, 1, 2, 2]}, "no CPU kernel"),
+    ({"formats": [3, 4, 2, 2]}, "no CPU kernel"),
+    ({"formats": [0, 0, 0, 0]}, "no CPU kernel"),
+    ({"formats": [9, 9, 9, 9]}, "no CPU kernel"),
+    ({"rule": 2}, "no CPU kernel"),
+    ({"rule": -1}, "no CPU kernel"),
+    ({"rule": 1}, "no CPU kernel"),  # SGDW with two states
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), REFUSED, ids=[f"{i}-{m}" for i, (_, m) in enumerate(REFUSED)])
+def test_operator_refuses(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.wd_kernels.step_(*arguments(**changed))
+
+
+def test_operator_refuses_a_range_beyond_64_bits() -> None:
+    """In a process of its own: where the sum of first and count wraps around, memory far away is read."""
+    code = (
+        "import torch, wd_kernels\n"
+        "a = torch.zeros(3, 12, dtype=torch.int64), torch.zeros(2, 13, dtype=torch.float64)\n"
+        "c = torch.tensor([1.0, 0.0], dtype=torch.float64)\n"
+        "try: torch.ops.wd_kernels.step_(*a, c, 0, [2, 2, 2, 2], 2**63 - 1, 1)\n"
+        "except RuntimeError as error: assert 'do not exist' in str(error), error\n"
+        "else: raise SystemExit('accepted')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_operator_is_for_the_cpu_alone() -> None:
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"meta|Meta"):
+        torch.ops.wd_kernels.step_(*(a.to("meta") if isinstance(a, Tensor) else a for a in arguments()))
+
+
+# walk and assign in two forms -----------------------------------------------------------------------------------------
+
+
+def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switches the native forms of walk and assign off; the kernels stay."""
+    monkeypatch.setattr(native, "WALKS", False)
+    monkeypatch.setattr(native, "C", None)
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What walk and assign return from here on."""
+    notes: list[Any] = []
+    for name in ("walk", "assign"):
+        plain = getattr(walking, name)
+
+        def noting(*args: Any, plain: Callable[..., Any] = plain, name: str = name) -> Any:
+            found = plain(*args)
+            if name == "walk":
+                notes.append((name, found if found is None else (list(found[0]), bool(found[1]))))
+            else:
+                notes.append((name, [(int(g), int(t), bool(fresh)) for g, t, fresh in found]))
+            return found
+
+        monkeypatch.setattr(walking, name, noting)
+    return notes
+
+
+def both(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[], dict[str, Tensor]]) -> None:
+    """Runs a scenario with each form of walk and assign: same results, same findings, same row keys."""
+    assert native.WALKS
+    outcomes = []
+    for python in (False, True):
+        with monkeypatch.context() as patch:
+            if python:
+                in_python(patch)
+            notes = recorded(patch)
+            outcomes.append((scenario(), notes))
+    (a, notes_a), (b, notes_b) = outcomes
+    assert_same(a, b)
+    assert notes_a == notes_b
+    assert {name for name, _ in notes_a} == {"walk", "assign"}
+
+
+@pytest.mark.parametrize("case", cases(names=["amsgrad", "dampening", "no-momentum"], decays=["independent"]), ids=ids)
+def test_walks_agree_on_the_matrix(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    both(monkeypatch, lambda: run(case, "cpu"))
+    both(monkeypatch, lambda: run(case, "cpu", groups=7, pieces=PIECES[::-1]))
+
+
+ADAMW = Case("adamw", "scenario", {"betas": (0.8, 0.9), "decay": "independent"})
+SGDW = Case("sgdw", "scenario", {"momentum": 0.9, "dampening": 0.2, "decay": "proximal"})
+
+
+class Scene:
+    """Three groups under way, for something to change."""
+
+    def __init__(self, case: Case) -> None:
+        self.params = make_params(PIECES[:9], f32, f32)
+        groups = [{"params": self.params[:4]}, {"params": self.params[4:8]}, {"params": self.params[8:]}]
+        for k, group in enumerate(groups):
+            group["weight_decay"] = 0.1 * (k + 1)  # type: ignore[assignment]
+        self.opt = optimizer(case, groups, "cpu")
+        self.count = 0
+        self.step(5)
+
+    def step(self, times: int = 2, absent: tuple[int, ...] = ()) -> None:
+        for _ in range(times):
+            self.count += 1
+            self.opt.param_groups[1]["lr"] = 0.01 * self.count
+            for k, (p, piece) in enumerate(zip(self.params, PIECES, strict=False)):
+                p.grad = None if k in absent else gradient(piece, f32, 100 * self.count + k)
+            self.opt.step()
+
+    def state(self, k: int) -> dict[str, Any]:
+        return self.opt.state[self.params[k]]  # type: ignore[no-any-return]
+
+
+def swap_data(s: Scene) -> None:
+    for k in (0, 4):
+        s.params[k].data = s.params[k].detach().clone() * 2
+
+
+def replace_states(s: Scene) -> None:
+    for k in (0, 5, 8):
+        own = s.state(k)
+        for name in [n for n in own if n != "step"]:
+            own[name] = own[name].clone()
+
+
+def replace_state_dicts(s: Scene) -> None:
+    for k in (0, 5):
+        s.opt.state[s.params[k]] = dict(s.state(k))
+
+
+def foreign_counts(s: Scene) -> None:
+    s.state(4)["step"] = torch.tensor(40.0)
+    s.state(0)["step"] = 7
+
+
+def counts_in_place(s: Scene) -> None:
+    s.state(4)["step"].fill_(20)
+
+
+def forget_states(s: Scene) -> None:
+    del s.opt.state[s.params[4]]
+    s.state(5).clear()
+
+
+def forget_buffer(s: Scene) -> None:
+    for k in (0, 4, 6):
+        s.state(k).pop("momentum_buffer", None)
+
+
+def forget_all(s: Scene) -> None:
+    s.opt.state.clear()
+
+
+def reorder_state(s: Scene) -> None:
+    items = list(s.opt.state.items())[::-1]
+    s.opt.state.clear()
+    s.opt.state.update(items)
+
+
+def move_parameter(s: Scene) -> None:
+    first, second = s.opt.param_groups[0]["params"], s.opt.param_groups[1]["params"]
+    second.append(first.pop())
+
+
+def replace_list(s: Scene) -> None:
+    s.opt.param_groups[0]["params"] = list(s.opt.param_groups[0]["params"])
+
+
+def add_group(s: Scene) -> None:
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 9))
+    s.opt.add_param_group({"params": [p], "weight_decay": 0.5})
+    s.params.append(p)
+
+
+def switch_states(s: Scene) -> None:
+    for group in s.opt.param_groups[:2]:
+        if "amsgrad" in group:
+            group["amsgrad"] = True
+        else:
+            group["momentum"] = 0.0
+
+
+def strange_gradient(s: Scene) -> None:
+    s.params[5].grad = torch.randn(2 * 1023, generator=torch.Generator().manual_seed(0))[::2]
+    s.params[0].grad = torch._neg_view(torch.ones(31))
+    s.params[2].grad = torch.ones(1).expand(1)
+    s.opt.step()
+
+
+def other_dtype(s: Scene) -> None:
+    s.params[4].grad_dtype = None
+    s.params[4].grad = torch.ones(33, dtype=torch.bfloat16)
+    s.opt.step()
+
+
+def same_gradient_again(s: Scene) -> None:
+    s.opt.step()
+    s.params[0].grad.mul_(2)
+    s.opt.step()
+
+
+def narrow(s: Scene) -> None:
+    state = {name: v[:20].clone() for name, v in s.state(4).items() if name != "step"}
+    s.params[4].data = s.params[4].detach()[:20].clone()
+    s.params[4].grad = torch.ones(20)
+    s.opt.state[s.params[4]] = {"step": torch.tensor(3.0), **state}
+    for k in range(len(s.params)):
+        if k != 4:
+            s.params[k].grad = None
+    s.opt.step()
+    s.params[4].data = torch.ones(33)
+    del s.opt.state[s.params[4]]
+
+
+CHANGES = [
+    swap_data, replace_states, replace_state_dicts, foreign_counts, counts_in_place, forget_states, forget_buffer,
+    forget_all, reorder_state, move_parameter, replace_list, switch_states, strange_gradient, other_dtype,
+    same_gradient_again, narrow,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("case", [ADAMW, SGDW], ids=lambda case: case.rule)
+def test_walks_agree_on_a_change(case: Case, change: Callable[[Scene], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def scenario() -> dict[str, Tensor]:
+        scene = Scene(case)
+        scene.step(2, absent=(1, 4))
+        change(scene)
+        scene.step(2, absent=(5,))
+        scene.step(2)
+        return snapshot(scene.params, scene.opt)
+
+    both(monkeypatch, scenario)
+    plain = Scene(case)
+    plain.step(2, absent=(1, 4))
+    plain.step(2, absent=(5,))
+    plain.step(2)
+    same = (replace_states, replace_state_dicts, reorder_state, replace_list)
+    if change not in same and not (change is forget_buffer and case is ADAMW):
+        with pytest.raises(AssertionError):  # the change changes something
+            assert_same(scenario(), snapshot(plain.params, plain.opt))
+    else:
+        assert_same(scenario(), snapshot(plain.params, plain.opt))
+
+
+@pytest.mark.parametrize("case", [ADAMW, SGDW], ids=lambda case: case.rule)
+def test_walks_agree_on_a_new_group(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scenario() -> dict[str, Tensor]:
+        scene = Scene(case)
+        add_group(scene)
+        for _ in range(3):
+            for p in scene.params:
+                p.grad = torch.full_like(p, 0.25)
+            scene.opt.step()
+        return snapshot(scene.params, scene.opt)
+
+    both(monkeypatch, scenario)
+    assert float(scenario()["9 step"]) == 3
+
+
+@pytest.mark.parametrize("case", [ADAMW, SGDW], ids=lambda case: case.rule)
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda s: s.state(0).update(step=torch.tensor(-1.0)),
+        lambda s: s.state(0)["step"].fill_(1.5),
+        lambda s: s.state(0).update(exp_avg=torch.ones(3), momentum_buffer=torch.ones(3)),
+        lambda s: s.state(0).update(exp_avg="text", momentum_buffer="text"),
+        lambda s: s.opt.state.update({s.params[0]: 5}),
+    ],
+    ids=["negative-count", "half-count", "shape", "text", "number"],
+)
+def test_walks_refuse_alike(case: Case, spoil: Callable[[Scene], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same error from both, and no tensor is written."""
+    found = []
+    for python in (False, True):
+        with monkeypatch.context() as patch:
+            if python:
+                in_python(patch)
+            scene = Scene(case)
+            spoil(scene)
+            before = [p.detach().clone() for p in scene.params]
+            for p in scene.params:
+                p.grad = torch.ones_like(p)
+            with pytest.raises((TypeError, ValueError), match="parameter 0 of group 0") as error:
+                scene.opt.step()
+            assert all(torch.equal(p, b) for p, b in zip(scene.params, before, strict=True))
+            found.append((error.type, str(error.value)))
+    assert found[0] == found[1]
+
+
+# Without the extension ------------------------------------------------------------------------------------------------
+
+BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "wd_kernels._C":
+            raise ImportError("blocked for a test")
+sys.meta_path.insert(0, Blocker())
+import warnings
+import torch
+import wd_kernels
+from wd_kernels import native
+assert native.C is None and not native.WALKS and "blocked for a test" in native.WHY_NOT
+"""
+
+STEPS = """
+def train(cls, backend, **options):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 0, 33)]
+    opt = cls(params, lr=0.1, weight_decay=0.1, backend=backend, **options)
+    for step in range(4):
+        for k, p in enumerate(params):
+            p.grad = None if (step + k) % 3 == 2 else torch.randn(p.shape)
+        opt.step()
+        opt.param_groups[0]["lr"] *= 0.9
+    tensors = params + [v for p in params for _, v in sorted(opt.state[p].items())]
+    return [t.tolist() for t in tensors]
+"""
+
+
+def in_a_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_the_extension_auto_warns_once_and_steps() -> None:
+    code = STEPS + (
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    found = train(wd_kernels.AdamW, 'auto'), train(wd_kernels.SGDW, 'auto', momentum=0.9)\n"
+        "fallbacks = [w for w in caught if w.category is wd_kernels.FallbackWarning]\n"
+        "assert len(fallbacks) == 1, caught\n"
+        "assert 'blocked for a test' in str(fallbacks[0].message)\n"
+        "assert 'reference' in str(fallbacks[0].message)\n"
+        "print(found)"
+    )
+    missing = in_a_process(BLOCKED + code)
+    there: dict[str, Any] = {"torch": torch}
+    exec(STEPS, there)
+    for backend in ("cpu", "reference"):
+        train = there["train"]
+        found = train(wd_kernels.AdamW, backend), train(wd_kernels.SGDW, backend, momentum=0.9)
+        assert missing.strip() == str(found)
+
+
+def test_without_the_extension_cpu_is_an_error_that_says_why() -> None:
+    code = BLOCKED + (
+        "p = torch.nn.Parameter(torch.ones(3))\n"
+        "p.grad = torch.ones(3)\n"
+        "opt = wd_kernels.AdamW([p], backend='reference', weight_decay=0.5)\n"
+        "with warnings.catch_warnings():\n"
+        "    warnings.simplefilter('error')\n"
+        "    opt.step()\n"
+        "try:\n"
+        "    wd_kernels.AdamW([p], backend='cpu').step()\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+        "print(p.tolist() == torch.full((3,), 1 - 1e-3 * 1.5).tolist(), p.tolist())"
+    )
+    first, *rest = in_a_process(code).splitlines()
+    assert re.search(r"backend='cpu' cannot be used: the native extension is not there \(blocked for a test\)", first)
+    assert "pip install" in first
+    assert rest[0].startswith("True"), rest
+
+
+def test_explicit_cpu_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in this process; nothing was written, and no state was made."""
+    monkeypatch.setattr(native, "WHY_NOT", "it is not there")
+    (p,) = make_params(BIG[:1], f32, f32)
+    start = p.detach().clone()
+    p.grad = torch.ones_like(p)
+    opt = wd_kernels.AdamW([p], backend="cpu")
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot be used: it is not there"):
+        opt.step()
+    assert torch.equal(p, start)
+    assert not opt.state.get(p)
+    with pytest.raises(ValueError, match="backend='gpu': allowed are 'auto', 'cpu', 'reference'"):
+        wd_kernels.AdamW([p], backend="gpu")
