@@ -1,0 +1,170 @@
+"""What the tests of semantics share: small optimizers, bits, snapshots, and a step checked against plain copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wd_kernels
+from wd_kernels import native
+from wd_kernels.checks import is_dense as is_dense
+
+CLASSES = {"adamw": wd_kernels.AdamW, "sgdw": wd_kernels.SGDW}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1},
+    "sgdw": {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.1},
+}
+STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgdw": ("momentum_buffer",)}
+MODES = ("l2", "lr_scaled", "independent", "proximal", "metric_proximal")
+SHAPES = ((4, 4), (7, 5), (33,), (), (2, 3, 2, 3))
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+
+@pytest.fixture(params=["native", "python"])
+def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test once with the native check of every step, once with its Python form."""
+    if request.param == "python":
+        monkeypatch.setattr(native, "WALKS", False)
+        monkeypatch.setattr(native, "C", None)
+    else:
+        assert native.WALKS
+    return str(request.param)
+
+
+def build(rule: str, params: Any, **options: Any) -> Any:
+    """An optimizer of that rule whose defaults decay and have momentum."""
+    return CLASSES[rule](params, **{**DEFAULTS[rule], **options})
+
+
+def parameters(
+    shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for s in shapes]
+
+
+def set_gradients(params: Sequence[Tensor], seed: int, skip: Sequence[int] = ()) -> None:
+    """New random gradients; None for the positions in `skip`."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for i, p in enumerate(params):
+        grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        p.grad = None if i in skip else grad
+
+
+def plain(t: Tensor) -> Tensor:
+    """A copy without layout, gaps or lazy bits."""
+    return t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def bits(t: Tensor) -> Tensor:
+    """The elements as integers: -0 is not 0."""
+    t = plain(t)
+    if t.is_complex():
+        t = torch.view_as_real(t)
+    return t.view(_INTEGERS[t.element_size()]) if t.is_floating_point() else t
+
+
+def assert_bits(a: Tensor, b: Tensor, what: str = "") -> None:
+    assert a.dtype == b.dtype, f"{what}: {a.dtype} against {b.dtype}"
+    assert a.shape == b.shape, f"{what}: {tuple(a.shape)} against {tuple(b.shape)}"
+    assert torch.equal(bits(a), bits(b)), f"{what}: {plain(a)} against {plain(b)}"
+
+
+def all_params(opt: Any) -> list[Tensor]:
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def assert_same_state(a: dict[str, Any], b: dict[str, Any], what: str = "") -> None:
+    """Same names, same bits; counts as numbers."""
+    assert set(a) == set(b), f"{what}: {sorted(a)} against {sorted(b)}"
+    for name, value in a.items():
+        if name == "step":
+            assert float(value) == float(b[name]), f"{what} step: {float(value)} against {float(b[name])}"
+        elif isinstance(value, Tensor):
+            assert_bits(value, b[name], f"{what} {name}")
+        else:
+            assert value == b[name]
+
+
+def assert_same(a: Any, b: Any, what: str = "") -> None:
+    """Two optimizers hold the same parameters and states, to the bit."""
+    ours, theirs = all_params(a), all_params(b)
+    assert len(ours) == len(theirs)
+    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        assert_bits(p, q, f"{what} parameter {i}")
+        assert_same_state(a.state.get(p) or {}, b.state.get(q) or {}, f"{what} parameter {i}")
+
+
+def plain_copy(opt: Any, backend: str = "reference") -> Any:
+    """A new optimizer, with a new table, on plain copies of all that `opt` holds."""
+    copies: dict[Tensor, nn.Parameter] = {}
+    for p in all_params(opt):
+        copies[p] = nn.Parameter(plain(p))
+        copies[p].grad = None
+        if p.grad is not None:
+            copies[p].grad = torch.zeros_like(copies[p])
+            copies[p].grad.data = plain(p.grad)
+    new = type(opt)([{"params": [copies[p] for p in group["params"]]} for group in opt.param_groups], backend=backend)
+    for own, group in zip(new.param_groups, opt.param_groups, strict=True):
+        own.update({k: v for k, v in group.items() if k != "params"})
+    for p, q in copies.items():
+        if opt.state.get(p) is not None:
+            new.state[q] = {k: plain(v) if isinstance(v, Tensor) else v for k, v in opt.state[p].items()}
+    return new
+
+
+def checked_step(opt: Any, what: str = "") -> None:
+    """Steps `opt`, and demands the bits that a new optimizer on plain copies gives.
+
+    Autograd is told of the parameters that were written, and of no others; gradients are only read.
+    """
+    expected = plain_copy(opt)
+    versions = [p._version for p in all_params(opt)]
+    storages = [p.untyped_storage().data_ptr() for p in all_params(opt)]
+    before = [plain(p.grad) if p.grad is not None else None for p in all_params(opt)]
+    expected.step()
+    opt.step()
+    assert_same(opt, expected, what)
+    for p, grad, version in zip(all_params(opt), before, versions, strict=True):
+        alone = storages.count(p.untyped_storage().data_ptr()) == 1  # views of one memory share a counter
+        if grad is not None or alone:
+            assert (p._version > version) == (grad is not None), f"{what}: version {version}, then {p._version}"
+        if grad is not None:
+            assert p.grad is not None
+            assert_bits(p.grad, grad, f"{what} gradient")
+
+
+def contents(opt: Any) -> list[Any]:
+    """All that a failed step must leave alone: bits, keys, and the identity of states."""
+    found: list[Any] = [[id(key) for key in opt.state]]
+    for p in all_params(opt):
+        own = opt.state.get(p)
+        found.append((bits(p).tolist(), p.dtype, id(own)))
+        for name, value in (own or {}).items() if isinstance(own, dict) else ():
+            whole = (id(value), value.dtype, bits(value).tolist()) if isinstance(value, Tensor) else repr(value)
+            found.append((name, whole))
+    return found
+
+
+@contextmanager
+def untouched(opt: Any) -> Iterator[None]:
+    """Nothing of the optimizer changes inside."""
+    before = contents(opt)
+    yield
+    assert contents(opt) == before
+
+
+def assert_close(a: Tensor, b: Tensor, ulps: float, what: str = "") -> None:
+    """Within `ulps` units in the last place of the largest element, or of 1."""
+    assert a.dtype == b.dtype, f"{what}: {a.dtype} against {b.dtype}"
+    assert a.shape == b.shape, what
+    if a.numel():
+        a, b = a.detach(), b.detach()
+        bound = ulps * torch.finfo(a.dtype).eps * max(float(b.abs().max()), 1.0)
+        assert float((a - b).abs().max()) <= bound, f"{what}: {float((a - b).abs().max())} over {bound}"

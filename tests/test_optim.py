@@ -1,0 +1,725 @@
+"""The optimizer classes as a user of torch.optim sees them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import semantics
+import torch
+from semantics import (
+    DEFAULTS,
+    MODES,
+    STATES,
+    assert_bits,
+    assert_close,
+    assert_same,
+    assert_same_state,
+    bits,
+    build,
+    parameters,
+    plain,
+    set_gradients,
+    untouched,
+)
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from wd_kernels import SGDW, AdamW
+
+walk = semantics.walk
+pytestmark = pytest.mark.filterwarnings("ignore:this state has")
+both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
+
+# Ours and torch's differ in the order of roundings only: a few units in the last place a step, summed over the steps.
+ULPS = 24
+
+LIKE_TORCH: list[Any] = [
+    pytest.param(AdamW, {}, torch.optim.AdamW, id="AdamW"),
+    pytest.param(AdamW, {"amsgrad": True}, torch.optim.AdamW, id="AdamW-amsgrad"),
+    pytest.param(AdamW, {"maximize": True}, torch.optim.AdamW, id="AdamW-maximize"),
+    pytest.param(AdamW, {"decay": "l2"}, torch.optim.Adam, id="Adam"),
+    pytest.param(AdamW, {"decay": "l2", "amsgrad": True, "maximize": True}, torch.optim.Adam, id="Adam-all"),
+    pytest.param(SGDW, {"decay": "l2", "momentum": 0.0}, torch.optim.SGD, id="SGD-plain"),
+    pytest.param(SGDW, {"decay": "l2"}, torch.optim.SGD, id="SGD-momentum"),
+    pytest.param(SGDW, {"decay": "l2", "nesterov": True}, torch.optim.SGD, id="SGD-nesterov"),
+    pytest.param(SGDW, {"decay": "l2", "dampening": 0.4}, torch.optim.SGD, id="SGD-dampening"),
+    pytest.param(SGDW, {"decay": "l2", "dampening": -0.5, "maximize": True}, torch.optim.SGD, id="SGD-maximize"),
+]
+
+
+def options_of(ours: type, extra: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(our options, torch's)."""
+    own = {**DEFAULTS["adamw" if ours is AdamW else "sgdw"], **extra}
+    theirs = {k: v for k, v in own.items() if k != "decay"}
+    return own, theirs
+
+
+def assert_tracks(ours: Any, theirs: Any, ulps: float = ULPS) -> None:
+    """Parameters, states and counts agree with torch's."""
+    for p, q in zip(semantics.all_params(ours), semantics.all_params(theirs), strict=True):
+        assert_close(p, q, ulps, "parameter")
+        for name, value in theirs.state[q].items():
+            if name == "step":
+                assert float(ours.state[p]["step"]) == float(value)
+            elif value is not None:
+                assert_close(ours.state[p][name], value, ulps, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize(("ours", "extra", "theirs"), LIKE_TORCH)
+def test_tracks_torch(ours: type, extra: dict[str, Any], theirs: type, dtype: torch.dtype, walk: str) -> None:
+    if dtype.is_complex and extra.get("amsgrad"):
+        extra = {**extra, "betas": (0.8, 0.9)}
+    mine, others = parameters(dtype=dtype), parameters(dtype=dtype)
+    own, their = options_of(ours, extra)
+    a, b = ours(mine, **own), theirs(others, **their)
+    for t in range(12):
+        for opt, params in ((a, mine), (b, others)):
+            opt.param_groups[0]["lr"] = 0.05 / (1 + t)
+            set_gradients(params, t, skip=[i for i in range(len(params)) if (t + i) % 4 == 0])
+            opt.step()
+        assert_tracks(a, b)
+    assert [float(a.state[p]["step"]) for p in mine] == [9.0] * len(mine)
+
+
+def test_positional_arguments_are_torchs() -> None:
+    for ours, theirs in ((AdamW, torch.optim.AdamW), (SGDW, torch.optim.SGD)):
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
+        names = [[n for n, p in inspect.signature(c).parameters.items() if p.kind in kinds] for c in (ours, theirs)]
+        assert names[0] == names[1]
+        known = set(inspect.signature(ours).parameters)
+        assert set(inspect.signature(theirs).parameters) <= known
+    a = AdamW(parameters(), 0.3, (0.5, 0.6), 1e-5, 0.7, True).param_groups[0]
+    assert (a["lr"], a["betas"], a["eps"], a["weight_decay"], a["amsgrad"]) == (0.3, (0.5, 0.6), 1e-5, 0.7, True)
+    s = SGDW(parameters(), 0.3, 0.9, 0.0, 0.7, True).param_groups[0]
+    assert (s["lr"], s["momentum"], s["dampening"], s["weight_decay"], s["nesterov"]) == (0.3, 0.9, 0.0, 0.7, True)
+
+
+def test_defaults_are_torchs() -> None:
+    for ours, theirs in ((AdamW, torch.optim.AdamW), (SGDW, torch.optim.SGD)):
+        own, other = ours(parameters()).defaults, theirs(parameters()).defaults
+        said = "decoupled_weight_decay"  # said by decay=
+        assert {k: own[k] for k in other if k != said} == {k: v for k, v in other.items() if k != said}
+
+
+@both
+@pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": True}, {"foreach": False, "fused": False}])
+def test_fused_and_foreach_are_kept_and_change_nothing(rule: str, flags: dict[str, bool]) -> None:
+    a, b = build(rule, parameters(), **flags), build(rule, parameters())
+    assert {k: a.param_groups[0][k] for k in flags} == flags
+    for t in range(3):
+        for opt in (a, b):
+            set_gradients(opt.param_groups[0]["params"], t)
+            opt.step()
+    assert_same(a, b)
+
+
+@both
+def test_closure(rule: str) -> None:
+    """Called once, with gradients enabled, positionally or by name; its loss is returned; the step follows it."""
+    (p,), (q,) = parameters([(5,)]), parameters([(5,)])
+    opt, other = build(rule, [p]), build(rule, [q])
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        assert torch.is_grad_enabled()
+        opt.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    for t in range(3):
+        q.grad = plain(2 * q)
+        expected = (q.detach() ** 2).sum().item()
+        with torch.no_grad():
+            loss = opt.step(closure) if t % 2 else opt.step(closure=closure)
+        other.step()
+        assert loss.item() == expected
+    assert calls == 3
+    assert_same(opt, other)
+    assert opt.step() is None
+
+
+@both
+def test_step_hooks(rule: str) -> None:
+    """Pre hooks see the weights before, post hooks after; global ones too; a pre hook may set gradients."""
+    (p,) = parameters([(5,)])
+    opt = build(rule, [p])
+    seen: list[tuple[str, list[float]]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: seen.append((name, p.tolist()))
+
+    def double(*_: Any) -> None:
+        assert p.grad is not None
+        p.grad = p.grad * 2
+
+    handles = [
+        opt.register_step_pre_hook(note("pre")),
+        opt.register_step_pre_hook(double),
+        opt.register_step_post_hook(note("post")),
+        register_optimizer_step_pre_hook(note("global pre")),
+        register_optimizer_step_post_hook(note("global post")),
+    ]
+    try:
+        (q,) = parameters([(5,)])
+        other = build(rule, [q])
+        for t in range(2):
+            before = p.tolist()
+            set_gradients([p], t)
+            opt.step()
+            assert seen == [
+                (n, before if "pre" in n else p.tolist()) for n in ("global pre", "pre", "post", "global post")
+            ]
+            assert before != p.tolist()
+            seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for t in range(2):
+        set_gradients([q], t)
+        assert q.grad is not None
+        q.grad.mul_(2)
+        other.step()
+    assert_same(opt, other)
+
+
+def one_cycle(opt: Any) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=12, base_momentum=0.7, max_momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda opt: torch.optim.lr_scheduler.StepLR(opt, 3, 0.3),
+        lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 12),
+        lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda t: t / 4),
+        one_cycle,
+    ],
+    ids=["step", "cosine", "warmup from 0", "one cycle"],
+)
+@pytest.mark.parametrize(("ours", "extra", "theirs"), [LIKE_TORCH[0], LIKE_TORCH[3], LIKE_TORCH[6], LIKE_TORCH[7]])
+def test_schedulers(schedule: Callable[[Any], Any], ours: type, extra: dict[str, Any], theirs: type) -> None:
+    """torch's schedulers, momentum cycling with them, move ours as they move torch's."""
+    mine, others = parameters(), parameters()
+    own, their = options_of(ours, extra)
+    a, b = ours(mine, **own), theirs(others, **their)
+    schedulers = schedule(a), schedule(b)
+    lrs = set()
+    for t in range(11):
+        for opt, params, scheduler in ((a, mine, schedulers[0]), (b, others, schedulers[1])):
+            set_gradients(params, t)
+            opt.step()
+            scheduler.step()
+        for key in {"lr", "momentum", "betas"} & set(b.param_groups[0]):
+            assert a.param_groups[0][key] == b.param_groups[0][key]
+        lrs.add(a.param_groups[0]["lr"])
+        assert_tracks(a, b)
+    assert len(lrs) > 2
+
+
+@both
+def test_tensor_hyperparameters(rule: str) -> None:
+    """Tensors of one element count as their value at the step, also when changed in place."""
+    lr, decay, eta = (torch.tensor(v, dtype=torch.float64) for v in (0.05, 0.1, 0.5))
+    a = build(rule, parameters(), lr=lr, weight_decay=decay, eta=eta.reshape(1))
+    b = build(rule, parameters(), lr=0.05, weight_decay=0.1, eta=0.5)
+    for t in range(4):
+        if t == 2:
+            lr.fill_(0.01)
+            decay.fill_(0.3)
+            b.param_groups[0].update(lr=0.01, weight_decay=0.3)
+        for opt in (a, b):
+            set_gradients(opt.param_groups[0]["params"], t)
+            opt.step()
+        assert_same(a, b, f"step {t}")
+    assert a.param_groups[0]["lr"] is lr
+
+
+def test_tensor_betas() -> None:
+    pair = (torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.95, dtype=torch.float64))
+    a, b = build("adamw", parameters(), betas=pair), build("adamw", parameters(), betas=[0.8, 0.95])
+    for t in range(4):
+        if t == 2:
+            pair[0].fill_(0.5)
+            b.param_groups[0]["betas"] = (0.5, 0.95)
+        for opt in (a, b):
+            set_gradients(opt.param_groups[0]["params"], t)
+            opt.step()
+    assert_same(a, b)
+
+
+@both
+def test_groups_have_their_own_hyperparameters(rule: str, walk: str) -> None:
+    """One optimizer with many groups equals one optimizer a group, to the bit."""
+    own: list[dict[str, Any]] = [{"lr": 0.1}, {"weight_decay": 0.5}, {"lr": 0.02, "maximize": True}, {"eta": 0.25}]
+    own += [{"decay": mode, "weight_decay": 0.2} for mode in MODES]
+    if rule == "adamw":
+        own += [{"amsgrad": True}, {"betas": (0.5, 0.7), "eps": 1e-3}]
+    else:
+        own += [{"momentum": 0.0}, {"nesterov": True}, {"dampening": 0.5}, {"form": "paper"}]
+    groups = [{"params": parameters(seed=i), **options} for i, options in enumerate(own)]
+    opt = build(rule, groups)
+    singles = [build(rule, parameters(seed=i), **options) for i, options in enumerate(own)]
+    for t in range(5):
+        set_gradients([p for group in groups for p in group["params"]], t)
+        for group, single in zip(groups, singles, strict=True):
+            for p, q in zip(group["params"], semantics.all_params(single), strict=True):
+                q.grad = plain(p.grad)
+        opt.step()
+        for group, single in zip(groups, singles, strict=True):
+            single.step()
+            for p, q in zip(group["params"], semantics.all_params(single), strict=True):
+                assert_bits(p, q)
+                assert_same_state(opt.state[p], single.state[q])
+    results = {tuple(bits(p).flatten().tolist()) for group in groups for p in group["params"][:1]}
+    assert len(results) == len(groups)
+
+
+@both
+def test_unknown_group_keys_are_kept(rule: str) -> None:
+    p, q = parameters([(3,), (4,)])
+    opt = build(rule, [{"params": [p], "note": "mine", "base": {"x": 1}}, {"params": [q]}])
+    for t in range(2):
+        set_gradients([p, q], t)
+        opt.step()
+    for saved in (opt, copy.deepcopy(opt)):
+        assert saved.state_dict()["param_groups"][0]["note"] == "mine"
+        assert "note" not in saved.param_groups[1]
+    opt.load_state_dict(opt.state_dict())
+    assert (opt.param_groups[0]["note"], opt.param_groups[0]["base"]) == ("mine", {"x": 1})
+
+
+@both
+def test_named_parameters(rule: str) -> None:
+    model, twin = (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    opt, other = build(rule, model.named_parameters()), build(rule, twin.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    for t in range(3):
+        for m, o in ((model, opt), (twin, other)):
+            set_gradients(list(m.parameters()), t)
+            o.step()
+    assert_same(opt, other)
+    assert opt.param_groups[0]["param_names"] == names
+    assert opt.state_dict()["param_groups"][0]["param_names"] == names
+
+
+@both
+def test_empty_group_and_empty_list(rule: str, walk: str) -> None:
+    params = parameters()
+    opt = build(rule, [{"params": []}, {"params": params[:2], "lr": 0.1}, {"params": []}, {"params": params[2:]}])
+    for t in range(3):
+        set_gradients(params, t)
+        semantics.checked_step(opt)
+    assert [len(group["params"]) for group in opt.state_dict()["param_groups"]] == [0, 2, 0, 3]
+    empty = build(rule, [{"params": []}])
+    empty.step()
+    assert not empty.state
+    with pytest.raises(ValueError, match="empty parameter list"):
+        build(rule, [])
+
+
+@both
+def test_group_added_in_the_middle(rule: str, walk: str) -> None:
+    """The new group is stepped from count 1; the others go on as if nothing had happened."""
+    old, new, alone = parameters(), parameters(seed=1), parameters()
+    opt, other = build(rule, old), build(rule, alone)
+    late = build(rule, parameters(seed=1), lr=0.2)
+    for t in range(8):
+        if t == 3:
+            opt.add_param_group({"params": new, "lr": 0.2})
+        set_gradients(old + new, t)
+        opt.step()
+        for p, q in zip(old + new, alone + semantics.all_params(late), strict=True):
+            q.grad = plain(p.grad)
+        other.step()
+        if t >= 3:
+            late.step()
+        for p, q in zip(old, alone, strict=True):
+            assert_bits(p, q)
+            assert_same_state(opt.state[p], other.state[q])
+    for p, q in zip(new, semantics.all_params(late), strict=True):
+        assert_bits(p, q)
+        assert_same_state(opt.state[p], late.state[q])
+    assert {float(opt.state[p]["step"]) for p in old} == {8.0}
+    assert {float(opt.state[p]["step"]) for p in new} == {5.0}
+
+
+@both
+def test_missing_gradients(rule: str, walk: str) -> None:
+    """A parameter without gradient keeps its bits and its own count; each equals an optimizer that saw only its own."""
+    params = parameters()
+    opt = build(rule, params)
+    singles = [build(rule, [p]) for p in parameters()]
+    seen = [0] * len(params)
+    for t in range(10):
+        skip = [i for i in range(len(params)) if (t * 7 + i * 3) % 4 == 0 or (i == 4 and t < 6)]
+        set_gradients(params, t, skip)
+        before = [bits(p) for p in params]
+        opt.step()
+        for i, (p, single) in enumerate(zip(params, singles, strict=True)):
+            if i in skip:
+                assert torch.equal(bits(p), before[i])
+            else:
+                seen[i] += 1
+                (q,) = semantics.all_params(single)
+                q.grad = plain(p.grad)
+                single.step()
+                assert_bits(p, q)
+                assert_same_state(opt.state[p], single.state[q], f"step {t}, parameter {i}")
+            if seen[i]:
+                assert float(opt.state[p]["step"]) == seen[i]
+            else:
+                assert p not in opt.state
+    assert len(set(seen)) > 1
+    assert max(seen) < 10
+
+
+@both
+def test_frozen_parameters_have_no_state(rule: str) -> None:
+    """1000 of 1010 are frozen: no state for them, nothing saved for them, right bits for the others."""
+    model = nn.ParameterList(
+        [nn.Parameter(torch.full((3,), float(i)), requires_grad=i % 101 == 0) for i in range(1010)]
+    )
+    before = [bits(p) for p in model]
+    opt = build(rule, model.parameters())
+    for _ in range(3):
+        opt.zero_grad()
+        sum((p**2).sum() for p in model).backward()  # type: ignore[union-attr]
+        semantics.checked_step(opt)
+    trained = [p for p in model if p.requires_grad]
+    assert len(trained) == 10
+    assert set(opt.state) == set(trained)
+    assert len(opt.state_dict()["state"]) == 10
+    for i, p in enumerate(model):
+        assert torch.equal(bits(p), before[i]) == (i % 101 != 0 or i == 0), i
+
+
+@both
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_lr_0_freezes_weights_while_moments_advance(rule: str, mode: str, zero: Any) -> None:
+    """As if the weights had been put back after a step with lr > 0."""
+    a, b = (build(rule, parameters(), decay=mode, eta=0.5) for _ in range(2))
+    for t in range(6):
+        frozen = t in (0, 3, 4)
+        for opt in (a, b):
+            set_gradients(semantics.all_params(opt), t)
+        before = [plain(p) for p in semantics.all_params(a)]
+        a.param_groups[0]["lr"] = zero if frozen else 0.05
+        a.step()
+        b.step()
+        if frozen:
+            for p, q, old in zip(semantics.all_params(a), semantics.all_params(b), before, strict=True):
+                assert_bits(p, old, "frozen weights")
+                assert not torch.equal(q, old)
+                q.data.copy_(old)
+        assert_same(a, b, f"step {t}")
+    assert float(a.state[semantics.all_params(a)[0]]["step"]) == 6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_lr_0_freezes_weights_in_the_papers_form(mode: str) -> None:
+    """There the lr sits inside the buffer: with lr 0 it decays by the momentum, and takes nothing in."""
+    params = parameters()
+    opt = build("sgdw", params, form="paper", decay=mode)
+    for t in range(5):
+        set_gradients(params, t)
+        before = [(plain(p), plain(opt.state[p]["momentum_buffer"]) if t else torch.zeros_like(p)) for p in params]
+        opt.param_groups[0]["lr"] = 0.0 if t in (2, 3) else 0.1
+        opt.step()
+        for p, (old, buffer) in zip(params, before, strict=True):
+            assert torch.equal(p, old) == (t in (2, 3))
+            if t in (2, 3):
+                assert torch.equal(opt.state[p]["momentum_buffer"], 0.8 * buffer)
+                assert buffer.abs().max() > 0
+        assert float(opt.state[params[0]]["step"]) == t + 1
+
+
+@both
+def test_empty_tensors(rule: str, walk: str) -> None:
+    """Empty tensors among others, and a model of empty tensors only: counted, never written."""
+    shapes = [(0,), (3,), (2, 0), (5,), (0, 4, 1)]
+    mixed, few = parameters(shapes), parameters([(0,), (2, 0)])
+    for params in (mixed, few):
+        opt = build(rule, params)
+        for t in range(3):
+            set_gradients(params, t, skip=[0] if t == 1 else [])
+            semantics.checked_step(opt)
+        assert [float(opt.state[p]["step"]) for p in params] == [2.0] + [3.0] * (len(params) - 1)
+        for p in params:
+            assert all(opt.state[p][name].shape == p.shape for name in STATES[rule])
+
+
+@both
+def test_all_gradients_missing(rule: str, walk: str) -> None:
+    params = parameters()
+    opt = build(rule, params)
+    with untouched(opt):
+        opt.step()
+        opt.step()
+    set_gradients(params, 0)
+    semantics.checked_step(opt)
+    opt.zero_grad()
+    with untouched(opt):
+        opt.step()
+    set_gradients(params, 1)
+    semantics.checked_step(opt)
+    assert float(opt.state[params[0]]["step"]) == 2
+
+
+@both
+def test_grad_scaler_with_an_overflow_on_the_first_step(rule: str) -> None:
+    """The overflowed step is skipped whole: no state, no count; then the bits of a run without a scaler."""
+    params, others = parameters(), parameters()
+    opt, other = build(rule, params), build(rule, others)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    scales = []
+    for t in range(5):
+        set_gradients(params, t)
+        set_gradients(others, t)
+        for p in params:
+            assert p.grad is not None
+            p.grad.mul_(scaler.scale(torch.ones(())))  # a power of two: exact
+        if t == 0:
+            params[2].grad[7] = torch.inf  # type: ignore[index]
+        scaler.step(opt)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        if t == 0:
+            assert not opt.state
+        else:
+            other.step()
+        assert_same(opt, other, f"step {t}")
+    assert scales == [512.0, 512.0, 1024.0, 1024.0, 2048.0]
+
+
+@both
+@pytest.mark.parametrize("layout", ["plain", "gapped"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autograd_sees_the_write(rule: str, layout: str, backend: str, walk: str) -> None:
+    """backward through a parameter saved before the step raises; a parameter that was not stepped stays usable."""
+    base = torch.randn(4, 6)
+    p = nn.Parameter(base if layout == "plain" else base[:, ::2])
+    q = nn.Parameter(torch.randn(3))
+    opt = build(rule, [q, p], backend=backend)
+    for t in range(3):  # the first builds the table, the others find it
+        loss, kept = (p**2).sum(), (q**2).sum()
+        versions = p._version, q._version
+        set_gradients([q, p], t, skip=[0])
+        opt.step()
+        assert p._version > versions[0]
+        assert q._version == versions[1]
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        kept.backward()
+        q.grad = None
+
+
+@both
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_grad_modes_do_not_matter(rule: str, context: Callable[[], Any], walk: str) -> None:
+    """Also from one step to the next: the first inside the mode, the second outside, and round again."""
+    params, others = parameters(), parameters()
+    opt, other = build(rule, params), build(rule, others)
+    for t in range(5):
+        set_gradients(params, t)
+        set_gradients(others, t)
+        if t % 2 == 0:
+            with context():
+                opt.step()
+        else:
+            opt.step()
+        other.step()
+        assert_same(opt, other, f"step {t}")
+    assert all(p.requires_grad and p.is_leaf for p in params)
+    assert not any(v.requires_grad for own in opt.state.values() for v in own.values())
+
+
+@both
+def test_default_device_and_dtype_do_not_matter(rule: str, walk: str) -> None:
+    """torch.set_default_device moves tensors that name no device: every vector of the table names its own."""
+    others = parameters()
+    other = build(rule, others)
+    sets = [parameters() for _ in range(3)]
+    opts = [build(rule, sets[0])]
+    for t in range(4):
+        for params in (others, *sets):
+            set_gradients(params, t)
+        other.step()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                if t == 0:
+                    opts.append(build(rule, sets[1]))
+                    opts.append(copy.deepcopy(opts[0]))
+                    opts[2].param_groups[0]["params"] = sets[2]
+                if t == 2:
+                    opts[1].load_state_dict(opts[1].state_dict())
+                for opt in opts:
+                    opt.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for opt in opts:
+            assert_same(opt, other, f"step {t}")
+
+
+@both
+def test_eta_multiplies_the_lr(rule: str) -> None:
+    """eta 0.5 is lr/2 where decay is scaled by the lr, and halves both lr and decay where it is not."""
+    for mode, halved in (("lr_scaled", {"lr": 0.025}), ("independent", {"lr": 0.025, "weight_decay": 0.05})):
+        a, b = build(rule, parameters(), decay=mode), build(rule, parameters(), decay=mode)
+        for t in range(4):
+            if t == 1:
+                a.param_groups[0]["eta"] = 0.5
+                b.param_groups[0].update(halved)
+            for opt in (a, b):
+                set_gradients(semantics.all_params(opt), t)
+                opt.step()
+            assert_same(a, b, f"{mode}, step {t}")
+        set_gradients(semantics.all_params(a), 9)
+        a.param_groups[0]["eta"] = 0.25
+        a.step()
+        b.step()
+        assert not torch.equal(semantics.all_params(a)[0], semantics.all_params(b)[0])
+
+
+@both
+def test_repr_names_class_and_options(rule: str) -> None:
+    text = repr(build(rule, parameters(), decay="independent"))
+    assert text.startswith(f"{semantics.CLASSES[rule].__name__} (")
+    assert "decay: independent" in text
+    assert "weight_decay: 0.1" in text
+
+
+def by_deepcopy(pair: Any) -> Any:
+    return copy.deepcopy(pair)
+
+
+def by_pickle(pair: Any) -> Any:
+    return pickle.loads(pickle.dumps(pair))
+
+
+def by_torch_save(pair: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@both
+@pytest.mark.parametrize("way", [by_deepcopy, by_pickle, by_torch_save])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_copies_go_on_independently(rule: str, way: Callable[[Any], Any], backend: str, walk: str) -> None:
+    """The copy has the same bits and settings; then each steps its own tensors only."""
+    params = parameters()
+    opt = build(rule, [{"params": params[:3]}, {"params": params[3:], "lr": 0.2}], backend=backend)
+    for t in range(3):
+        set_gradients(params, t, skip=[1] if t else [])
+        opt.step()
+    twins, twin = way((params, opt))
+    assert twin.backend == backend
+    assert_same(opt, twin)
+    for t in range(3, 7):
+        set_gradients(params, t)
+        with untouched(twin):
+            opt.step()
+        set_gradients(twins, t)
+        with untouched(opt):
+            twin.step()
+        assert_same(opt, twin, f"step {t}")
+
+
+@both
+@pytest.mark.parametrize("way", [by_deepcopy, by_pickle])
+def test_copies_keep_the_decay_of_every_group(rule: str, way: Callable[[Any], Any]) -> None:
+    """Whether it was given to the class, to a group, or set later."""
+    for default in MODES:
+        params = parameters([(3,)] * len(MODES))
+        opt = build(
+            rule, [{"params": [p], "decay": mode} for p, mode in zip(params, MODES, strict=True)], decay=default
+        )
+        assert [group["decay"] for group in way(opt).param_groups] == list(MODES)
+        for group, mode in zip(opt.param_groups, reversed(MODES), strict=True):
+            group["decay"] = mode
+        twins, twin = way((params, opt))
+        for t in range(2):
+            set_gradients(params, t)
+            set_gradients(twins, t)
+            opt.step()
+            twin.step()
+        assert [group["decay"] for group in twin.param_groups] == list(reversed(MODES))
+        assert_same(opt, twin)
+
+
+@both
+def test_shallow_copy_steps_the_same_parameters(rule: str) -> None:
+    a, b = build(rule, parameters()), build(rule, parameters())
+    for t in range(4):
+        if t == 2:
+            a = copy.copy(a)
+        for opt in (a, b):
+            set_gradients(semantics.all_params(opt), t)
+            opt.step()
+    assert_same(a, b)
+
+
+@both
+def test_optimizer_in_backward(rule: str) -> None:
+    """One optimizer a parameter, stepped from a hook inside backward, as memory-saving trainers do."""
+    params, others = parameters(), parameters()
+    own = {p: build(rule, [p]) for p in params}
+    other = build(rule, others)
+
+    def step(p: Tensor) -> None:
+        own[p].step()
+        own[p].zero_grad()
+
+    for p in params:
+        p.register_post_accumulate_grad_hook(step)
+    for _ in range(4):
+        for ps in (params, others):
+            sum((p**3).sum() for p in ps).backward()  # type: ignore[union-attr]
+        other.step()
+        other.zero_grad()
+    for p, q in zip(params, others, strict=True):
+        assert_bits(p, q)
+        assert_same_state(own[p].state[p], other.state[q])
+
+
+@both
+def test_zero_grad_and_accumulation(rule: str) -> None:
+    """Gradients that are kept and accumulated in place, step after step."""
+    (p,), (q,) = parameters([(6, 3)]), parameters([(6, 3)])
+    opt, other = build(rule, [p]), build(rule, [q])
+    for t in range(4):
+        for _ in range(2):
+            (p**2).sum().backward()
+        q.grad = plain(2 * q) + plain(2 * q)
+        opt.step()
+        other.step()
+        opt.zero_grad(set_to_none=t % 2 == 0)
+    assert_same(opt, other)
+
+
+@both
+def test_subclasses_work(rule: str) -> None:
+    """As Lightning makes them: a class derived at run time, with its own step."""
+    base = semantics.CLASSES[rule]
+    derived = type("Wrapped", (base,), {"step": lambda self, closure=None: base.step(self, closure)})
+    a, b = derived(parameters(), **DEFAULTS[rule]), build(rule, parameters())
+    for t in range(3):
+        for opt in (a, b):
+            set_gradients(semantics.all_params(opt), t)
+            opt.step()
+    assert_same(a, b)
+    assert type(copy.deepcopy(a)) is derived
