@@ -61,7 +61,7 @@ def ninja_file(home: Path, build: Path, library: Path) -> str:
     includes = f"-isystem {home}/include -isystem {sysconfig.get_paths()['include']}"
     lines = [
         f"cxx = {os.environ.get('CXX', 'c++')}",
-        f"flags = {FLAGS} -DTORCH_TARGET_VERSION={TARGET_TORCH} {includes}",
+        f"flags = {FLAGS} -ffile-prefix-map={ROOT}/= -DTORCH_TARGET_VERSION={TARGET_TORCH} {includes}",
         "rule compile",
         "  command = $cxx $flags $set -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",

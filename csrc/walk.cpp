@@ -125,7 +125,7 @@ int same_state(PyObject* state, PyObject* params, const int64_t* order, Py_ssize
   for (Py_ssize_t i = 0; PyDict_Next(state, &position, &key, &value); ++i) {
     if (order[i] < 0) continue;
     if (key != PyList_GetItem(params, order[i])) return 0;
-    seen[order[i]].own = PyDict_Check(value) ? value : nullptr;
+    seen[order[i]].own = value;  // looked at in `check`, when it has been fetched
   }
   return 1;
 }
@@ -134,7 +134,7 @@ int same_state(PyObject* state, PyObject* params, const int64_t* order, Py_ssize
 int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* const* names, const Expected& e,
           const int64_t* dims, float count, wd::Segment& segment, Seen& seen) {
   if (!known(grad) || !(count >= 0 && count < 0x1p53f) || count != std::floor(count)) return 0;
-  if (seen.own == nullptr) return 0;
+  if (seen.own == nullptr || !PyDict_Check(seen.own)) return 0;
 
   DLTensor t;
   if (!read(param, &t) || !agrees(t, e, dims, e.param_dtype, e.device)) return 0;

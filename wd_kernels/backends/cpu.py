@@ -27,6 +27,7 @@ class CPU:
     def refuses(self, spec: Spec) -> str | None:
         if spec.device.type != "cpu":
             return f"the tensors are on {spec.device}, and this backend steps CPU tensors"
+        torch.ops.wd_kernels.instruction_set()  # raises if WD_KERNELS_ISA names one that is not here
         return None
 
     def step(self, table: TensorTable, bucket: Bucket, rows: Tensor) -> None:
