@@ -131,10 +131,10 @@ int same_state(PyObject* state, PyObject* params, const int64_t* order, Py_ssize
 }
 
 // One parameter with a gradient: 1 as expected (its segment is written), 0 not, -1 an error is set.
-int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* const* names, const Expected& e,
-          const int64_t* dims, float count, wd::Segment& segment, Seen& seen) {
+int check(PyObject* param, PyObject* grad, PyObject* own, PyObject* view, PyObject* keep, PyObject* const* names,
+          const Expected& e, const int64_t* dims, float count, wd::Segment& segment, Seen& seen) {
   if (!known(grad) || !(count >= 0 && count < 0x1p53f) || count != std::floor(count)) return 0;
-  if (seen.own == nullptr || !PyDict_Check(seen.own)) return 0;
+  if (own == nullptr || !PyDict_Check(own)) return 0;
 
   DLTensor t;
   if (!read(param, &t) || !agrees(t, e, dims, e.param_dtype, e.device)) return 0;
@@ -160,7 +160,7 @@ int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* const* name
   }
 
   for (int64_t s = 0; s <= e.states; ++s) {
-    PyObject* const value = PyDict_GetItemWithError(seen.own, names[s]);
+    PyObject* const value = PyDict_GetItemWithError(own, names[s]);
     if (value == nullptr) return PyErr_Occurred() ? -1 : 0;
     if (s == 0) {  // the step count must be the table's own
       if (value != view) return 0;
@@ -173,6 +173,7 @@ int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* const* name
     if (found != 0) return found < 0 ? -1 : 0;
   }
 
+  if (PyList_Append(keep, grad) < 0) return -1;
   segment.address[wd::kGrad] = grad_address;
   segment.numel = e.numel;
   segment.aligned = e.aligned && reinterpret_cast<uintptr_t>(grad_address) % 16 == 0;
@@ -180,8 +181,9 @@ int check(PyObject* param, PyObject* grad, PyObject* view, PyObject* const* name
 }
 
 // walk(groups, state, params, views, names, n_order, order, expected, dims, seen, segments, steps, active)
-//   -> None where groups or state are not what the table was built from, else (odd, changed): positions that table.py
-//      has to look at, and whether another set of parameters has gradients than in the last step.
+//   -> None where groups or state are not what the table was built from, else (odd, changed, keep): positions that
+//      table.py has to look at; whether another set of parameters has gradients than in the last step; and the
+//      gradients, to be kept alive while their addresses are used: another thread may drop them.
 PyObject* walk(PyObject*, PyObject* args) {
   PyObject *groups, *state, *params, *views, *all_names;
   Py_ssize_t n_order;
@@ -205,8 +207,13 @@ PyObject* walk(PyObject*, PyObject* args) {
   if (same < 0) return nullptr;
   if (same == 0) Py_RETURN_NONE;
 
-  PyObject* const odd = PyList_New(0);
-  if (odd == nullptr) return nullptr;
+  PyObject *const odd = PyList_New(0), *const keep = PyList_New(0);
+  const auto release = [&] {
+    Py_XDECREF(odd);
+    Py_XDECREF(keep);
+    return nullptr;
+  };
+  if (odd == nullptr || keep == nullptr) return release();
   bool changed = false;
   const Py_ssize_t n = PyList_Size(params);
   for (Py_ssize_t i = 0; i < n; ++i) {
@@ -215,17 +222,19 @@ PyObject* walk(PyObject*, PyObject* args) {
     const Expected& e = expected[i];
     PyObject* const param = PyList_GetItem(params, i);
     PyObject* const grad = PyObject_GetAttr(param, kw_grad);
-    if (grad == nullptr) {
-      Py_DECREF(odd);
-      return nullptr;
-    }
+    if (grad == nullptr) return release();
     const bool now = grad != Py_None;
     changed |= now != (active[i] != 0);
     active[i] = now ? 1 : 0;
     int fine = 1;
-    if (now && e.kind == wd::kOrdinary)
-      fine = check(param, grad, PyList_GetItem(views, i), names, e, dims, steps[i], segments[e.segment], seen[i]);
-    else if (now)
+    if (now && e.kind == wd::kOrdinary) {
+      // Looking at a subclass may have run anybody's code: its state is looked up again.
+      PyObject* const own = known(param) ? seen[i].own : PyDict_GetItemWithError(state, param);
+      Py_XINCREF(own);
+      fine = check(param, grad, own, PyList_GetItem(views, i), keep, names, e, dims, steps[i], segments[e.segment],
+                   seen[i]);
+      Py_XDECREF(own);
+    } else if (now)
       fine = 0;
     else if (e.kind != wd::kUnseen)
       segments[e.segment].numel = 0;
@@ -235,13 +244,10 @@ PyObject* walk(PyObject*, PyObject* args) {
       if (position == nullptr || PyList_Append(odd, position) < 0) fine = -1;
       Py_XDECREF(position);
     }
-    if (fine < 0) {
-      Py_DECREF(odd);
-      return nullptr;
-    }
+    if (fine < 0) return release();
   }
-  PyObject* const result = Py_BuildValue("(Oi)", odd, int(changed));
-  Py_DECREF(odd);
+  PyObject* const result = Py_BuildValue("(OiO)", odd, int(changed), keep);
+  release();
   return result;
 }
 

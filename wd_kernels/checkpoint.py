@@ -20,7 +20,7 @@ from torch import Tensor
 from .checks import conform_state, label, step_count
 
 if TYPE_CHECKING:
-    from .optim import _Decoupled
+    from .base import DecoupledOptimizer
 
 __all__ = ["adopt_group", "export", "load", "with_own_counts"]
 
@@ -49,7 +49,7 @@ def with_own_counts(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return own
 
 
-def export(optimizer: _Decoupled, packed: dict[str, Any]) -> dict[str, Any]:
+def export(optimizer: DecoupledOptimizer, packed: dict[str, Any]) -> dict[str, Any]:
     """What leaves the optimizer: step counts of its own, `decoupled_weight_decay` as torch's Adam reads it."""
     groups = []
     for group in packed["param_groups"]:
@@ -83,7 +83,7 @@ def _lost_on_torch(rule: str, group: Mapping[str, Any]) -> list[str]:
     return lost
 
 
-def load(optimizer: _Decoupled, state_dict: Mapping[str, Any]) -> None:
+def load(optimizer: DecoupledOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Replaces groups and state by those of `state_dict`; checks all of it first."""
     state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():

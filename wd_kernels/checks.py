@@ -56,9 +56,13 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
+def _is_plain(t: Tensor) -> bool:
+    return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def check_type(t: Tensor, what: str) -> None:
     """Raises TypeError for a tensor whose memory is not its own: subclasses that dispatch, sparse layouts, fakes."""
-    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not _is_plain(t):
         raise TypeError(
             f"{what} is a {type(t).__name__}: subclasses that dispatch for themselves are not known to the table; "
             "allowed are torch.Tensor, torch.nn.Parameter and plain subclasses of them"
@@ -192,7 +196,7 @@ def check_disjoint(extents: Iterable[Extent]) -> None:
     by_device: dict[torch.device, list[tuple[int, int, Extent]]] = {}
     for extent in extents:
         t = extent.tensor
-        if t.numel() and t.device.type != "meta" and t.data_ptr():
+        if _is_plain(t) and t.numel() and t.device.type != "meta" and t.data_ptr():
             by_device.setdefault(t.device, []).append((*extent.span(), extent))
     for spans in by_device.values():
         spans.sort(key=lambda span: span[:2])

@@ -1,133 +1,22 @@
-"""AdamW and SGDW: thin torch.optim.Optimizer classes over one table, one rule and one launch a bucket."""
+"""AdamW and SGDW: thin classes over one base, one table, one rule and one launch a bucket."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import backends, checkpoint
-from .checks import Extent, check_disjoint, check_parameter, label
-from .rules import ADAMW, Rule
+from .base import DecoupledOptimizer
+from .rules import ADAMW
 from .rules import SGDW as SGDW_RULE
-from .slots import Spec
-from .table import TensorTable
 
 __all__ = ["SGDW", "AdamW"]
 
 Number: TypeAlias = float | Tensor
 
 
-class _Decoupled(Optimizer):
-    """What AdamW and SGDW share: groups, the table, the way of a step, saving and loading."""
-
-    rule: Rule
-
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str) -> None:
-        if defaults.get("differentiable"):
-            raise ValueError("differentiable=True is not supported: the step writes in place, outside autograd")
-        if defaults.get("capturable"):
-            raise ValueError("capturable=True is not supported yet: allowed is False")
-        if backend not in backends.NAMES:
-            raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, backends.NAMES))}")
-        self.backend = backend
-        self._warned_of_export = False
-        self.rule.hypers([defaults])
-        super().__init__(params, defaults)
-        self._new_table()
-
-    def _new_table(self) -> None:
-        resolved: dict[Spec, backends.Backend] = {}
-
-        def resolve(spec: Spec) -> backends.Backend:
-            if spec not in resolved:
-                resolved[spec] = backends.resolve(self.backend, spec)
-            return resolved[spec]
-
-        self._table = TensorTable(self.rule, resolve)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs one optimization step: one launch for every (device, dtype) of the parameters.
-
-        Args:
-            closure: re-evaluates the model and returns the loss, which is returned.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: naming the parameter or the hyperparameter; nothing was written.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        groups = self.param_groups if type(self.param_groups) is list else list(self.param_groups)
-        hypers = self.rule.hypers(groups)
-        keys = self._table.refresh(groups, self.state, hypers)
-        if keys:
-            self._table.launch(self.rule.rows(hypers, keys))
-        return loss
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group. As torch's, and a bad parameter or hyperparameter is an error here, by name."""
-        checkpoint.adopt_group(param_group, self.defaults)
-        before = len(self.param_groups)
-        known = {id(p) for group in self.param_groups for p in group["params"]}
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self.rule.hypers([group])
-            for k, p in enumerate(group["params"]):
-                what = label(group, before, k)
-                if id(p) in known:
-                    raise ValueError(f"{what} of shape {tuple(p.shape)} is given twice: each parameter has one place")
-                known.add(id(p))
-                check_parameter(p, what)
-            check_disjoint(
-                Extent(p.detach(), label(own, g, k))
-                for g, own in enumerate(self.param_groups)
-                for k, p in enumerate(own["params"])
-            )
-        except BaseException:
-            del self.param_groups[before:]
-            raise
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, whose Adam, AdamW and SGD load it. Step counts are copies, not views of the table's vector."""
-        return checkpoint.export(self, super().state_dict())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class, or of torch's. Tensors are copied; states keep their stored precision.
-
-        A key that a saved group lacks keeps the live group's value. `decoupled_weight_decay=False` means
-        `decay="l2"`. A momentum buffer without a step count counts as started. Narrower states are widened, which is
-        exact; a state that would have to be narrowed is an error.
-
-        Raises:
-            ValueError, TypeError: naming what does not fit; the optimizer is as it was.
-        """
-        checkpoint.load(self, state_dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        packed: dict[str, Any] = super().__getstate__()
-        packed["state"] = checkpoint.with_own_counts(packed["state"])
-        packed["backend"] = self.backend
-        return packed
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("backend", "auto")
-        self.__dict__.setdefault("_warned_of_export", False)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-        self._new_table()
-
-
-class AdamW(_Decoupled):
+class AdamW(DecoupledOptimizer):
     r"""Adam with decoupled weight decay, in every form the literature has, in one launch.
 
     With :math:`a = \eta\alpha` (schedule multiplier times learning rate):
@@ -220,7 +109,7 @@ class AdamW(_Decoupled):
         super().__init__(params, defaults, backend)
 
 
-class SGDW(_Decoupled):
+class SGDW(DecoupledOptimizer):
     r"""SGD with momentum and decoupled weight decay, in one launch.
 
     With :math:`a = \eta\alpha` and :math:`\lambda'` as in :class:`AdamW`:

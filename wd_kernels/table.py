@@ -12,6 +12,7 @@ before all of it has passed.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ class TensorTable:
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.params: list[Tensor] = []
         self.stepped: list[Tensor] = []
+        self.keep: list[Tensor] = []  # gradients of this step: another thread may drop them meanwhile
+        self.lock = threading.RLock()
         self.buckets: list[Bucket] = []
         self.any_fresh = False
         self.forget()
@@ -83,7 +86,7 @@ class TensorTable:
                     self._start(needs)
                 found = walking.walk(self)
                 assert found is not None
-            odd, changed = found
+            odd, changed, self.keep = found
             if odd:
                 with torch.inference_mode(False), torch.no_grad():
                     self._mend(odd)
@@ -108,6 +111,7 @@ class TensorTable:
             slot = self.slots[i]
             if slot is not None and slot.param_copy is not None and self.active[i]:
                 self.params[i].copy_(slot.param_copy)
+        self.keep = []
 
     def tensors(self, i: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...], int]:
         """Parameter, gradient, states and row of parameter `i`, for a backend that works on tensors."""
@@ -141,6 +145,11 @@ class TensorTable:
         self.active = torch.zeros(n, dtype=torch.float32, device=CPU)
         self.fresh = torch.zeros(n, dtype=torch.uint8, device=CPU)
         self.seen = torch.zeros(n, 8, dtype=torch.int64, device=CPU)  # walk's own notes
+        if any(type(t) is not Tensor for t in (self.control, self.segments)):
+            raise RuntimeError(
+                f"the table's tensors would be {type(self.segments).__name__}s: a step reads memory and cannot run "
+                "under FakeTensorMode or another tensor mode, nor with an optimizer made under one"
+            )
         self.any_fresh = False
         self.gapped: list[int] = []
         self.buckets = []
@@ -163,8 +172,8 @@ class TensorTable:
             at += len(dims)
         self.expected = torch.tensor(self.expected_of, dtype=torch.int64, device=CPU)
         self.dims = torch.tensor(flat, dtype=torch.int64, device=CPU)
-        firsts = [bucket.first for bucket in self.buckets]
-        self.firsts = torch.tensor([*firsts, sum(len(b.slots) for b in self.buckets)], dtype=torch.int64, device=CPU)
+        firsts = [*(b.first for b in self.buckets), sum(len(b.slots) for b in self.buckets)]
+        self.firsts = torch.tensor(firsts, dtype=torch.int64, device=CPU)
         self.words = (ctypes.c_int64 * self.segments.numel()).from_address(self.segments.data_ptr())
 
     # Inspecting what differs ------------------------------------------------------------------------------------------
@@ -210,6 +219,7 @@ class TensorTable:
             self._publish()
         for i, f in found.items():
             self._write_segment(i, f)
+            self.keep.append(f.grad)
         self.gapped = [i for i, slot in enumerate(self.slots) if slot and slot.param_copy is not None]
 
     def _inspect(self, i: int) -> Finding:

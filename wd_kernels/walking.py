@@ -44,11 +44,11 @@ def device_code(device: torch.device) -> int:
     return -1 if code is None else (code << 32) | (device.index or 0)
 
 
-def walk(table: TensorTable) -> tuple[list[int], bool] | None:
-    """None if groups or state are not what the table was built from; else (odd, changed).
+def walk(table: TensorTable) -> tuple[list[int], bool, list[Tensor]] | None:
+    """None if groups or state are not what the table was built from; else (odd, changed, keep).
 
     odd: positions of parameters with a gradient that are not as expected; changed: whether another set of parameters
-    has gradients than in the last step.
+    has gradients than in the last step; keep: the gradients, to be held while their addresses are used.
     """
     if native.WALKS:
         return native.C.walk(  # type: ignore[no-any-return]
@@ -75,20 +75,21 @@ def walk(table: TensorTable) -> tuple[list[int], bool] | None:
         return None
     if [table.index.get(id(key), -1) for key in table.state] != table.order_of:
         return None
-    odd = []
+    odd: list[int] = []
+    keep: list[Tensor] = []
     active = [0.0 if p.grad is None else 1.0 for p in table.params]
     for i, on in enumerate(active):
         expected = table.expected_of[i]
-        if on and not (expected[0] == 0 and _check(table, i, expected)):
+        if on and not (expected[0] == 0 and _check(table, i, expected, keep)):
             odd.append(i)
         elif not on and expected[0] != 2:
             table.words[expected[1] * 12 + 9] = 0
     changed = active != table.active.tolist()
     table.active.copy_(torch.tensor(active, device="cpu"))
-    return odd, changed
+    return odd, changed, keep
 
 
-def _check(table: TensorTable, i: int, expected: list[int]) -> bool:
+def _check(table: TensorTable, i: int, expected: list[int], keep: list[Tensor]) -> bool:
     """One parameter with a gradient: is it as expected? Then its segment is written."""
     p, own = table.params[i], table.state.get(table.params[i])
     view = table.views[i]
@@ -123,6 +124,7 @@ def _check(table: TensorTable, i: int, expected: list[int]) -> bool:
             return False
         if value.is_neg() or value.is_conj():
             return False
+    keep.append(grad)
     words[at + 1], words[at + 9] = grad.data_ptr(), expected[2]
     words[at + 11] = int(bool(expected[9]) and grad.data_ptr() % 16 == 0)
     return True

@@ -1,0 +1,110 @@
+"""What stands around an optimizer: tensor modes, lazy modules, state_dict hooks, threads."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import wd_kernels
+
+BOTH = pytest.mark.parametrize("build", [wd_kernels.AdamW, wd_kernels.SGDW])
+
+
+def parameter(*shape: int) -> torch.nn.Parameter:
+    p = torch.nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))))
+    p.grad = torch.full_like(p, 0.25)
+    return p
+
+
+@BOTH
+def test_fake_tensors_are_refused(build: Any) -> None:
+    """Under FakeTensorMode the table itself would be fake: an error, not a read of address 0."""
+    with FakeTensorMode():
+        optimizer = build([parameter(4)], weight_decay=0.1)
+        with pytest.raises(RuntimeError, match="FakeTensor"):
+            optimizer.step()
+    real = parameter(4)
+    optimizer = build([real], weight_decay=0.1)
+    before = real.detach().clone()
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="FakeTensor"):
+        optimizer.step()
+    assert torch.equal(real, before)
+    optimizer.step()
+    assert not torch.equal(real, before)
+
+
+@BOTH
+def test_lazy_parameters_wait_until_they_are_made(build: Any) -> None:
+    layer = torch.nn.LazyLinear(3)
+    optimizer = build(layer.parameters(), lr=0.1, weight_decay=0.1)
+    optimizer.step()
+    assert not optimizer.state
+    layer(torch.ones(2, 5)).sum().backward()
+    before = [p.detach().clone() for p in layer.parameters()]
+    optimizer.step()
+    for p, old in zip(layer.parameters(), before, strict=True):
+        assert not torch.equal(p, old)
+        assert optimizer.state[p]["step"] == 1
+
+
+@BOTH
+def test_state_dict_hooks_see_what_is_exported(build: Any) -> None:
+    """Counts of their own; and what a hook returns is what the caller gets, whatever its structure."""
+    optimizer = build([parameter(3)], weight_decay=0.1, decay="l2")
+    optimizer.step()
+    seen: list[dict[str, Any]] = []
+    optimizer.register_state_dict_post_hook(lambda _, packed: seen.append(packed))
+    optimizer.register_state_dict_post_hook(lambda _, packed: {"mine": packed["state"]})
+    packed = optimizer.state_dict()
+    optimizer.step()
+    assert packed.keys() == {"mine"}
+    assert seen[0]["state"][0]["step"] == 1
+    assert seen[0]["param_groups"][0]["decay"] == "l2"
+    assert optimizer.state_dict()["mine"][0]["step"] == 2
+
+
+@BOTH
+def test_threads_with_optimizers_of_their_own(build: Any) -> None:
+    """One thread drops and renews gradients while another's optimizer steps the same parameters: no crash."""
+    params = [parameter(1 << 14) for _ in range(8)]
+    stop = threading.Event()
+
+    def renew() -> None:
+        while not stop.is_set():
+            for p in params:
+                p.grad = torch.full_like(p, 0.5)
+
+    other = threading.Thread(target=renew)
+    other.start()
+    try:
+        optimizer = build(params, lr=1e-3, weight_decay=0.1)
+        for _ in range(200):
+            optimizer.step()
+    finally:
+        stop.set()
+        other.join()
+    for p in params:
+        assert p.isfinite().all()
+        assert optimizer.state[p]["step"] == 200
+
+
+@BOTH
+def test_threads_that_share_an_optimizer_take_turns(build: Any) -> None:
+    params = [parameter(n) for n in (5, 1000, 40_000)]
+    alone = [parameter(n) for n in (5, 1000, 40_000)]
+    optimizer = build(params, lr=1e-2, weight_decay=0.1)
+    threads = [threading.Thread(target=lambda: [optimizer.step() for _ in range(25)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reference = build(alone, lr=1e-2, weight_decay=0.1)
+    for _ in range(100):
+        reference.step()
+    for p, q in zip(params, alone, strict=True):
+        assert torch.equal(p, q)
+        assert optimizer.state[p]["step"] == 100

@@ -1,0 +1,150 @@
+"""What AdamW and SGDW share: groups, the table, the way of a step, saving and loading."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from . import backends, checkpoint
+from .checks import Extent, check_disjoint, check_parameter, label
+from .rules import Rule
+from .slots import Spec
+from .table import TensorTable
+
+__all__ = ["DecoupledOptimizer"]
+
+
+class DecoupledOptimizer(Optimizer):
+    """A torch.optim.Optimizer that steps all its parameters through one table."""
+
+    rule: Rule
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str) -> None:
+        if defaults.get("differentiable"):
+            raise ValueError("differentiable=True is not supported: the step writes in place, outside autograd")
+        if defaults.get("capturable"):
+            raise ValueError("capturable=True is not supported yet: allowed is False")
+        if backend not in backends.NAMES:
+            raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, backends.NAMES))}")
+        self.backend = backend
+        self._warned_of_export = False
+        self.rule.hypers([defaults])
+        super().__init__(params, defaults)
+        self._check_overlaps()
+        self._new_table()
+
+    def _new_table(self) -> None:
+        resolved: dict[Spec, backends.Backend] = {}
+
+        def resolve(spec: Spec) -> backends.Backend:
+            if spec not in resolved:
+                resolved[spec] = backends.resolve(self.backend, spec)
+            return resolved[spec]
+
+        self._table = TensorTable(self.rule, resolve)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step: one launch for every (device, dtype) of the parameters.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, which is returned.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: naming the parameter or the hyperparameter; nothing was written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups if type(self.param_groups) is list else list(self.param_groups)
+        hypers = self.rule.hypers(groups)
+        table = self._table
+        with table.lock:
+            keys = table.refresh(groups, self.state, hypers)
+            if keys:
+                table.launch(self.rule.rows(hypers, keys))
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group. As torch's, and a bad parameter or hyperparameter is an error here, by name."""
+        checkpoint.adopt_group(param_group, self.defaults)
+        index = len(self.param_groups)
+        try:
+            super().add_param_group(param_group)
+        except ValueError:
+            self._check_repeats(param_group, index, {id(p) for own in self.param_groups for p in own["params"]})
+            raise
+        group = self.param_groups[-1]
+        try:
+            self.rule.hypers([group])
+            self._check_repeats(group, index, set())
+            for k, p in enumerate(group["params"]):
+                if not is_lazy(p):
+                    check_parameter(p, label(group, index, k))
+            if "_table" in self.__dict__:  # the constructor checks all groups at once
+                self._check_overlaps()
+        except BaseException:
+            del self.param_groups[index:]
+            raise
+
+    def _check_repeats(self, group: dict[str, Any], index: int, known: set[int]) -> None:
+        for k, p in enumerate(group["params"]):
+            if id(p) in known:
+                what = label(group, index, k)
+                raise ValueError(f"{what} of shape {tuple(p.shape)} is given twice: each parameter has one place")
+            known.add(id(p))
+
+    def _check_overlaps(self) -> None:
+        check_disjoint(
+            Extent(p.detach(), label(group, g, k))
+            for g, group in enumerate(self.param_groups)
+            for k, p in enumerate(group["params"])
+            if not is_lazy(p)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, whose Adam, AdamW and SGD load it. Step counts are copies, not views of the table's vector."""
+        hooks = self._optimizer_state_dict_post_hooks
+        self._optimizer_state_dict_post_hooks = OrderedDict()  # they see what is exported
+        try:
+            packed = checkpoint.export(self, super().state_dict())
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+        for hook in hooks.values():
+            changed = hook(self, packed)
+            packed = packed if changed is None else changed
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class, or of torch's. Tensors are copied; states keep their stored precision.
+
+        A key that a saved group lacks keeps the live group's value. `decoupled_weight_decay=False` means
+        `decay="l2"`. A momentum buffer without a step count counts as started. Narrower states are widened, which is
+        exact; a state that would have to be narrowed is an error.
+
+        Raises:
+            ValueError, TypeError: naming what does not fit; the optimizer is as it was.
+        """
+        checkpoint.load(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        packed: dict[str, Any] = super().__getstate__()
+        packed["state"] = checkpoint.with_own_counts(packed["state"])
+        packed["backend"] = self.backend
+        return packed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("backend", "auto")
+        self.__dict__.setdefault("_warned_of_export", False)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        self._new_table()
