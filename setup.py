@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,23 +60,33 @@ def ninja_file(home: Path, build: Path, library: Path) -> str:
     sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("ops", "walk", "assign")]
     sets = INSTRUCTION_SETS if x86 else {"baseline": ""}
     sources += [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in sets]
-    includes = f"-isystem {home}/include -isystem {sysconfig.get_paths()['include']}"
+    includes = f"-isystem {_word(home / 'include')} -isystem {_word(sysconfig.get_paths()['include'])}"
     lines = [
         f"cxx = {os.environ.get('CXX', 'c++')}",
-        f"flags = {FLAGS} -ffile-prefix-map={ROOT}/= -DTORCH_TARGET_VERSION={TARGET_TORCH} {includes}",
+        f"flags = {FLAGS} -ffile-prefix-map={_word(ROOT)}/= -DTORCH_TARGET_VERSION={TARGET_TORCH} {includes}",
         "rule compile",
         "  command = $cxx $flags $set -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $in",
         "rule link",
-        f"  command = $cxx -shared $in -o $out -L{home}/lib -ltorch_cpu -ltorch -lc10 {linker_flags()}",
+        f"  command = $cxx -shared $in -o $out -L{_word(home / 'lib')} -ltorch_cpu -ltorch -lc10 {linker_flags()}",
         "  description = link $out",
     ]
     objects = [build / (source.stem + ".o") for source in sources]
     for source, target in zip(sources, objects, strict=True):
-        lines += [f"build {target}: compile {source}", f"  set = {sets.get(source.stem, '')}"]
-    return "\n".join([*lines, f"build {library}: link {' '.join(map(str, objects))}", ""])
+        lines += [f"build {_path(target)}: compile {_path(source)}", f"  set = {sets.get(source.stem, '')}"]
+    return "\n".join([*lines, f"build {_path(library)}: link {' '.join(map(_path, objects))}", ""])
+
+
+def _path(path: Path) -> str:
+    """A path as ninja reads it."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def _word(path: object) -> str:
+    """A path as a word of a ninja command, which a shell reads."""
+    return shlex.quote(str(path)).replace("$", "$$")
 
 
 def linker_flags() -> str:
@@ -87,7 +99,7 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         home = torch_home()
         assert home is not None
-        build = Path(self.build_temp).resolve()
+        build = ROOT / "build" / "native"  # one place for every way of building; tests look at the objects
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         build.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)

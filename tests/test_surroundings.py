@@ -38,6 +38,62 @@ def test_fake_tensors_are_refused(build: Any) -> None:
 
 
 @BOTH
+def test_a_step_that_torch_does_not_allow_writes_nothing(build: Any) -> None:
+    """Inside a torch.func transform torch refuses to count the step: then nothing else was written either."""
+    p = parameter(40)
+    optimizer = build([p], lr=0.1, weight_decay=0.1)
+    optimizer.step()
+    before = {name: t.clone() for name, t in {"theta": p.detach(), **optimizer.state[p]}.items()}
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        optimizer.step()
+        return x.sum()
+
+    with pytest.raises(RuntimeError):
+        torch.func.grad(loss)(torch.ones(3))
+    for name, t in {"theta": p.detach(), **optimizer.state[p]}.items():
+        assert torch.equal(t, before[name]), name
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+    assert not torch.equal(p, before["theta"])
+
+
+@BOTH
+def test_compiled_step_gives_the_same_bits(build: Any) -> None:
+    """torch.compile leaves the step alone."""
+    plain, compiled = parameter(40), parameter(40)
+    one, other = build([plain], lr=0.1, weight_decay=0.1), build([compiled], lr=0.1, weight_decay=0.1)
+    step = torch.compile(other.step, backend="eager")
+    for _ in range(3):
+        one.step()
+        step()
+    assert torch.equal(plain, compiled)
+    assert other.state[compiled]["step"] == 3
+
+
+@BOTH
+def test_flushed_subnormals_change_no_bits(build: Any) -> None:
+    """The reference, too, computes with subnormals where the thread flushes them."""
+    params = [torch.nn.Parameter(torch.full((40,), 1e-39)) for _ in range(2)]
+    pairs = [
+        build([p], lr=0.1, weight_decay=0.5, backend=name) for p, name in zip(params, ("cpu", "reference"), strict=True)
+    ]
+    torch.set_flush_denormal(True)
+    try:
+        for _ in range(3):
+            for p, optimizer in zip(params, pairs, strict=True):
+                p.grad = torch.full_like(p, 1e-39 if build is wd_kernels.SGDW else 1e-20)
+                optimizer.step()
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(params[0], params[1])
+    assert params[0][0] != 1e-39
+    states = [list(optimizer.state[p].values()) for p, optimizer in zip(params, pairs, strict=True)]
+    for a, b in zip(*states, strict=True):
+        assert torch.equal(a, b)
+
+
+@BOTH
 def test_lazy_parameters_wait_until_they_are_made(build: Any) -> None:
     layer = torch.nn.LazyLinear(3)
     optimizer = build(layer.parameters(), lr=0.1, weight_decay=0.1)

@@ -49,6 +49,9 @@ class DecoupledOptimizer(Optimizer):
 
         self._table = TensorTable(self.rule, resolve)
 
+    # One native call already, nothing to trace; spelled as torch.optim does, since torch.compiler.disable would import
+    # dynamo with this package.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step: one launch for every (device, dtype) of the parameters.

@@ -10,7 +10,8 @@ parameter and states in the arithmetic type (`load` and `store` widen and round)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,10 +116,25 @@ def sgdw(row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Sequ
     return [theta, *new]
 
 
+_TINY = (5e-324, 0.0)  # their sum is 0 where subnormals are flushed
 RULES = {"adamw": adamw, "sgdw": sgdw}
 
 
+@contextmanager
+def subnormals() -> Iterator[None]:
+    """Undoes torch.set_flush_denormal(True) meanwhile: the arithmetic has subnormals."""
+    flushes = sum(_TINY) == 0.0
+    if flushes:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushes:
+            torch.set_flush_denormal(True)
+
+
 @torch.no_grad()
+@subnormals()
 def step_(rule: str, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Sequence[Tensor]) -> None:
     """One step of `rule` ("adamw" or "sgdw") in place, on tensors as they are stored.
 

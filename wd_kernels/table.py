@@ -98,15 +98,23 @@ class TensorTable:
             raise
 
     def launch(self, rows: Tensor) -> None:
-        """Steps every bucket, then advances the step counts."""
+        """Steps every bucket and advances the step counts; a skipped step (`control`) is not counted.
+
+        The counts go first, and back if a launch fails: where torch allows no write (inside a torch.func transform,
+        say), it says so before anything else was written.
+        """
+        counted = self.active if self.control[1] == 0 else torch.zeros_like(self.active)
         torch.autograd.graph.increment_version(self.stepped)
-        for bucket in self.buckets:
-            bucket.backend.step(self, bucket, rows)
-        if self.control[1] == 0:  # a skipped step is not counted
-            self.steps += self.active
-            if self.any_fresh:
-                self.fresh.zero_()
-                self.any_fresh = False
+        self.steps += counted
+        try:
+            for bucket in self.buckets:
+                bucket.backend.step(self, bucket, rows)
+        except BaseException:
+            self.steps -= counted
+            raise
+        if self.any_fresh and counted is self.active:
+            self.fresh.zero_()
+            self.any_fresh = False
         for i in self.gapped:
             slot = self.slots[i]
             if slot is not None and slot.param_copy is not None and self.active[i]:
