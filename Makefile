@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 
-NATIVE  := wd_kernels/_C.abi3.so
+# A stamp, not the extension itself: without a compiler the package is there without it.
+NATIVE  := $(VENV)/built
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 CPP     := $(SOURCES)
 
@@ -49,4 +50,4 @@ $(NATIVE): $(VENV)/ready setup.py pyproject.toml $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info $(NATIVE) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info wd_kernels/_C.abi3.so $(NATIVE) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -30,7 +30,7 @@ PyObject* assign(PyObject*, PyObject* args) {
   int64_t group = -1;
   for (Py_ssize_t i = 0; i < n; ++i) {
     if (active[i] == 0) continue;
-    const bool fresh = steps[i] == 0 || made[i];
+    const bool fresh = made[i] != 0;
     if (expected[i].group != group) {
       group = expected[i].group;
       of_group = count;
@@ -38,7 +38,7 @@ PyObject* assign(PyObject*, PyObject* args) {
     Py_ssize_t row = count;
     for (Py_ssize_t r = count; r-- > of_group;) {
       const Py_ssize_t leader = leaders[r];
-      if (steps[leader] == steps[i] && (steps[leader] == 0 || made[leader]) == fresh) {
+      if (steps[leader] == steps[i] && (made[leader] != 0) == fresh) {
         row = r;
         break;
       }

@@ -164,3 +164,32 @@ def test_threads_that_share_an_optimizer_take_turns(build: Any) -> None:
     for p, q in zip(params, alone, strict=True):
         assert torch.equal(p, q)
         assert optimizer.state[p]["step"] == 100
+
+
+def test_a_momentum_buffer_that_is_there_is_dampened_as_in_torch() -> None:
+    """Only the step that makes the buffer takes the gradient undampened, whatever the count says."""
+    ours, theirs = parameter(5), parameter(5)
+    buffer = torch.linspace(-1, 1, 5)
+    settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1}
+    one, other = wd_kernels.SGDW([ours], **settings, decay="l2"), torch.optim.SGD([theirs], **settings)
+    one.state[ours] = {"step": 0, "momentum_buffer": buffer.clone()}
+    other.state[theirs] = {"momentum_buffer": buffer.clone()}
+    for _ in range(3):
+        one.step()
+        other.step()
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(one.state[ours]["momentum_buffer"], other.state[theirs]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("flag", ["capturable", "differentiable"])
+def test_flags_of_a_group_are_refused_and_not_loaded(flag: str) -> None:
+    p = parameter(5)
+    with pytest.raises(ValueError, match=f"{flag}=True in param group 0"):
+        wd_kernels.AdamW([{"params": [p], flag: True}])
+    theirs = torch.optim.AdamW([p], foreach=False, **{flag: flag == "differentiable"})
+    optimizer = wd_kernels.AdamW([p], weight_decay=0.1)
+    saved = theirs.state_dict()
+    saved["param_groups"][0][flag] = True
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0][flag] is False
+    assert optimizer.param_groups[0]["weight_decay"] == 0.01

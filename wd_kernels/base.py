@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,10 +26,7 @@ class DecoupledOptimizer(Optimizer):
     rule: Rule
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str) -> None:
-        if defaults.get("differentiable"):
-            raise ValueError("differentiable=True is not supported: the step writes in place, outside autograd")
-        if defaults.get("capturable"):
-            raise ValueError("capturable=True is not supported yet: allowed is False")
+        _refuse_flags(defaults, "")
         if backend not in backends.NAMES:
             raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, backends.NAMES))}")
         self.backend = backend
@@ -86,6 +83,7 @@ class DecoupledOptimizer(Optimizer):
             raise
         group = self.param_groups[-1]
         try:
+            _refuse_flags(group, f" in param group {index}")
             self.rule.hypers([group])
             self._check_repeats(group, index, set())
             for k, p in enumerate(group["params"]):
@@ -151,3 +149,10 @@ class DecoupledOptimizer(Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         self._new_table()
+
+
+def _refuse_flags(settings: Mapping[str, Any], where: str) -> None:
+    if settings.get("differentiable"):
+        raise ValueError(f"differentiable=True{where} is not supported: the step writes in place, outside autograd")
+    if settings.get("capturable"):
+        raise ValueError(f"capturable=True{where} is not supported yet: allowed is False")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["adopt_group", "export", "load", "with_own_counts"]
 
+HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would step: the live group's stay
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
@@ -105,7 +106,7 @@ def load(optimizer: DecoupledOptimizer, state_dict: Mapping[str, Any]) -> None:
     groups = []
     for own, other in zip(live, saved, strict=True):
         adopt_group(other, own)
-        settings = {k: deepcopy(v) for k, v in other.items() if k != "params"}
+        settings = {k: deepcopy(v) for k, v in other.items() if k not in ("params", *HOW)}
         groups.append({**own, **settings})
     optimizer.rule.hypers(groups)
 

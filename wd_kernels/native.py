@@ -26,4 +26,7 @@ except ImportError as error:
     )
 else:
     _capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    WALKS = _capsule is not None and C.connect(_capsule, torch.Tensor, torch.nn.Parameter)
+    try:
+        WALKS = _capsule is not None and C.connect(_capsule, torch.Tensor, torch.nn.Parameter)
+    except ValueError:  # a capsule of another name: an API that is not known here
+        WALKS = False

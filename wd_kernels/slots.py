@@ -69,7 +69,7 @@ class Finding:
     own: dict[str, Any]  # the parameter's state dictionary, live or new
     put: dict[str, Tensor]
     count: float
-    fresh: bool  # a momentum buffer that begins after the first step
+    fresh: bool  # this step makes the momentum buffer
 
     @property
     def written(self) -> tuple[Tensor, ...]:
@@ -130,7 +130,7 @@ def inspect(p: Tensor, own: Any, names: tuple[str, ...], what: str, old: Slot | 
     states = tuple(put[name] if name in put else own[name] for name in names)
     formats = tuple(format_of(t.dtype) for t in (p, grad, *states))
     slot = Slot(Spec(p.device, formats), (p.data_ptr(), p.shape, p.stride()), param_copy, grad_copy)  # type: ignore[arg-type]
-    fresh = bool(count) and "momentum_buffer" in names and "momentum_buffer" not in present
+    fresh = "momentum_buffer" in names and "momentum_buffer" not in present
     return Finding(slot, theta, grad, states, own, put, count, fresh)
 
 

@@ -137,7 +137,9 @@ class TensorTable:
     def _start(self, needs: list[tuple[str, ...]]) -> None:
         """An empty table for the groups' parameters: none inspected, all step counts the table's own."""
         self.needs = needs
-        for group in self.groups:
+        for g, group in enumerate(self.groups):
+            if not isinstance(group, dict):
+                raise TypeError(f"param group {g} is a {type(group).__name__}: expected a dict")
             if not isinstance(group["params"], (list, tuple)):
                 group["params"] = list(group["params"])
         self.params = [p for group in self.groups for p in group["params"]]

@@ -147,7 +147,7 @@ def assign(table: TensorTable) -> list[tuple[int, int, bool]]:
     steps, fresh = table.steps.tolist(), table.fresh.tolist()
     for i, on in enumerate(table.active.tolist()):
         if on:
-            key = (table.places[i][0], int(steps[i]) + 1, steps[i] == 0 or bool(fresh[i]))
+            key = (table.places[i][0], int(steps[i]) + 1, bool(fresh[i]))
             table.words[table.expected_of[i][1] * 12 + 10] = rows.setdefault(key, len(rows))
     for bucket in table.buckets:
         start = 0
