@@ -154,7 +154,7 @@ class TensorTable:
         self.steps = torch.zeros(n, dtype=torch.float32, device=CPU)
         self.active = torch.zeros(n, dtype=torch.float32, device=CPU)
         self.fresh = torch.zeros(n, dtype=torch.uint8, device=CPU)
-        self.seen = torch.zeros(n, 8, dtype=torch.int64, device=CPU)  # walk's own notes
+        self.seen = torch.zeros(n, WORDS, dtype=torch.int64, device=CPU)  # walk's own notes
         if any(type(t) is not Tensor for t in (self.control, self.segments)):
             raise RuntimeError(
                 f"the table's tensors would be {type(self.segments).__name__}s: a step reads memory and cannot run "

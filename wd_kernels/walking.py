@@ -2,7 +2,7 @@
 
 `walk` compares the live groups, parameters, gradients and states with a TensorTable and writes this step's gradient
 addresses into it; what is not exactly as expected it returns. `assign` names the row of every segment and lays the
-segments end to end. Both have a native form (csrc/walk.cpp, 0.15 us a tensor) and the Python form below, which serves
+segments end to end. Both have a native form (csrc/walk.cpp) and the Python form below, which serves
 where the extension is missing, and says in fewer words what the native one does.
 """
 
