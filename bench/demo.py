@@ -210,7 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     runs, early, test = train(arguments.epochs, arguments.seed)
     count = [p.numel() for p in runs[0].model.parameters()]
-    print(f"{len(count)} parameter tensors, {sum(count)} parameters, {len(runs[0].losses)} steps each\n")
+    print(
+        f"{len(count)} parameter tensors, {sum(count)} parameters, {len(runs[0].losses)} steps each, "
+        f"torch.set_num_threads({arguments.threads})\n"
+    )
     print(report(runs, early, test))
     plot(runs, arguments.out)
     print(f"\nplot: {arguments.out}")

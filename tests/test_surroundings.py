@@ -193,3 +193,13 @@ def test_flags_of_a_group_are_refused_and_not_loaded(flag: str) -> None:
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0][flag] is False
     assert optimizer.param_groups[0]["weight_decay"] == 0.01
+
+
+def test_a_bad_hyperparameter_of_a_later_group_names_that_group() -> None:
+    optimizer = wd_kernels.AdamW([parameter(3)], weight_decay=0.1)
+    for settings, wrong in (({"lr": -1.0}, "lr"), ({"betas": (0.9, 1.5)}, "betas")):
+        with pytest.raises(ValueError, match=rf"{wrong}.* in param group 1: allowed"):
+            optimizer.add_param_group({"params": [parameter(4)], **settings})
+    with pytest.raises(ValueError, match="in param group 2: allowed"):
+        wd_kernels.AdamW([{"params": [parameter(n)]} for n in (3, 4)] + [{"params": [parameter(5)], "eps": -1.0}])
+    assert len(optimizer.param_groups) == 1

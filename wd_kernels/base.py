@@ -84,7 +84,7 @@ class DecoupledOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             _refuse_flags(group, f" in param group {index}")
-            self.rule.hypers([group])
+            self.rule.hypers([group], first=index)
             self._check_repeats(group, index, set())
             for k, p in enumerate(group["params"]):
                 if not is_lazy(p):

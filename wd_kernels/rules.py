@@ -124,8 +124,11 @@ class Rule:
         self._key_of = itemgetter("lr", "eta", *static_keys)
         self._memo: dict[tuple[Any, ...], Static] = {}
 
-    def hypers(self, groups: Sequence[Mapping[str, Any]]) -> list[Hyper]:
+    def hypers(self, groups: Sequence[Mapping[str, Any]], first: int = 0) -> list[Hyper]:
         """The checked hyperparameters of every group. Raises before anything was written.
+
+        Args:
+            first: what errors call the first of `groups`.
 
         Raises:
             KeyError, TypeError, ValueError: naming the hyperparameter, the group, what was found and what is allowed.
@@ -135,19 +138,19 @@ class Rule:
         try:
             keys = list(map(self._key_of, groups))
         except KeyError:
-            for i, group in enumerate(groups):
+            for i, group in enumerate(groups, first):
                 for name in ("lr", "eta", *self.static_keys):
                     if name not in group:
                         raise KeyError(f"param group {i} has no {name!r}; it has {sorted(map(str, group))}") from None
             raise
-        for i, (lr, eta, *key) in enumerate(keys):
+        for i, (lr, eta, *key) in enumerate(keys, first):
             key = tuple(key)
             try:
                 static = memo.get(key)
             except TypeError:  # an unhashable value: betas as a list, say
                 static = None
             if static is None:
-                static = self._checked(groups[i], key, i)
+                static = self._checked(groups[i - first], key, i)
             if type(lr) is not float or not 0.0 <= lr < math.inf:
                 lr = _at_least_zero("lr", lr, f"param group {i}")
             if type(eta) is not float or not 0.0 <= eta < math.inf:

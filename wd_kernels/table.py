@@ -21,17 +21,13 @@ from torch import Tensor
 
 from . import walking
 from .checks import Extent, check_disjoint, label
+from .records import WORDS, Expected, Kind, Segment
 from .rules import Hyper, Rule
 from .slots import Bucket, Finding, Slot, Spec, inspect
-from .storage import state_dtype
 
 __all__ = ["TensorTable"]
 
-WORDS = 12  # int64 words of a segment, and of what walk expects of a parameter
-STATE = 2  # position of the first state's address, after parameter and gradient
-NUMEL, ROW, ALIGNED = 9, 10, 11
 CPU = torch.device("cpu")  # the table's own memory, whatever the default device
-ORDINARY, SPECIAL, UNSEEN = 0, 1, 2  # kinds of parameters: SPECIAL is inspected every step
 
 
 class TensorTable:
@@ -55,7 +51,6 @@ class TensorTable:
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.params: list[Tensor] = []
         self.stepped: list[Tensor] = []
-        self.keep: list[Tensor] = []  # gradients of this step: another thread may drop them meanwhile
         self.lock = threading.RLock()
         self.buckets: list[Bucket] = []
         self.any_fresh = False
@@ -64,6 +59,7 @@ class TensorTable:
     def forget(self) -> None:
         """Drops what is known of the tensors; the next refresh inspects all of them."""
         self.needs: list[tuple[str, ...]] | None = None
+        self.keep: list[Tensor] = []  # gradients of this step: another thread may drop them meanwhile
 
     # The way of a step ------------------------------------------------------------------------------------------------
 
@@ -112,6 +108,8 @@ class TensorTable:
         except BaseException:
             self.steps -= counted
             raise
+        finally:
+            self.keep = []
         if self.any_fresh and counted is self.active:
             self.fresh.zero_()
             self.any_fresh = False
@@ -119,7 +117,6 @@ class TensorTable:
             slot = self.slots[i]
             if slot is not None and slot.param_copy is not None and self.active[i]:
                 self.params[i].copy_(slot.param_copy)
-        self.keep = []
 
     def tensors(self, i: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...], int]:
         """Parameter, gradient, states and row of parameter `i`, for a backend that works on tensors."""
@@ -130,7 +127,7 @@ class TensorTable:
         theta = p if slot.param_copy is None else slot.param_copy
         grad = p.grad if slot.grad_copy is None else slot.grad_copy
         assert grad is not None
-        return theta, grad, tuple(own[name] for name in names), int(self.words[slot.segment * WORDS + ROW])
+        return theta, grad, tuple(own[name] for name in names), int(self.words[slot.segment * WORDS + Segment.ROW])
 
     # Building ---------------------------------------------------------------------------------------------------------
 
@@ -149,7 +146,7 @@ class TensorTable:
         self.slots: list[Slot | None] = [None] * n
         self.views: list[Tensor | None] = [None] * n  # the views of `steps` that the state dictionaries hold
         self.dims_of: list[tuple[int, ...]] = [()] * n
-        self.expected_of = [[UNSEEN, i, 0, 0, 0, 0, 0, 0, 0, 0, g, 0] for i, (g, _) in enumerate(self.places)]
+        self.expected_of = [[Kind.UNSEEN, i, 0, 0, 0, 0, 0, 0, 0, 0, g, 0] for i, (g, _) in enumerate(self.places)]
         self.segments = torch.zeros(n, WORDS, dtype=torch.int64, device=CPU)
         self.steps = torch.zeros(n, dtype=torch.float32, device=CPU)
         self.active = torch.zeros(n, dtype=torch.float32, device=CPU)
@@ -177,7 +174,7 @@ class TensorTable:
         at = 0
         flat: list[int] = []
         for expected, dims in zip(self.expected_of, self.dims_of, strict=True):
-            expected[3] = at
+            expected[Expected.DIMS] = at
             flat += dims
             at += len(dims)
         self.expected = torch.tensor(self.expected_of, dtype=torch.int64, device=CPU)
@@ -224,7 +221,9 @@ class TensorTable:
             self._lay_out()
         before = [(self.expected_of[i], self.dims_of[i]) for i in odd]
         for i, f in found.items():
-            self._describe(i, f)
+            dims_at = self.expected_of[i][Expected.DIMS]
+            self.expected_of[i] = walking.expect(self.params[i], f, self.places[i][0], dims_at)
+            self.dims_of[i] = (*self.params[i].shape, *self.params[i].stride())
         if relayout or before != [(self.expected_of[i], self.dims_of[i]) for i in odd]:
             self._publish()
         for i, f in found.items():
@@ -243,14 +242,13 @@ class TensorTable:
         slot = self.slots[i]
         if slot is None or slot.spec != f.slot.spec or slot.place != f.slot.place:
             return True
-        at = slot.segment * WORDS + STATE
+        at = slot.segment * WORDS + Segment.STATE
         return self.words[at : at + len(f.states)] != [t.data_ptr() for t in f.states]
 
     def _check_overlaps(self, found: dict[int, Finding]) -> None:
         extents = []
         assert self.needs is not None
-        for i, p in enumerate(self.params):
-            g, k = self.places[i]
+        for i, (p, (g, k)) in enumerate(zip(self.params, self.places, strict=True)):
             if i not in found and self.slots[i] is None:
                 continue
             what = label(self.groups[g], g, k)
@@ -282,32 +280,13 @@ class TensorTable:
                 if slot.segment >= 0:
                     self.segments[segment] = old[slot.segment]
                 slot.segment = segment
-            self.expected_of[i] = [self.expected_of[i][0], segment, *self.expected_of[i][2:]]
-
-    def _describe(self, i: int, f: Finding) -> None:
-        """What walk must find of parameter `i` to leave it alone."""
-        p = self.params[i]
-        special = f.slot.param_copy is not None or f.slot.grad_copy is not None
-        self.expected_of[i] = [
-            SPECIAL if special else ORDINARY,
-            f.slot.segment,
-            p.numel() * (2 if p.is_complex() else 1),
-            self.expected_of[i][3],
-            p.dim(),
-            walking.dtype_code(p.dtype),
-            walking.dtype_code(f.grad.dtype),
-            walking.dtype_code(state_dtype(p.dtype)),
-            walking.device_code(p.device),
-            int(all(t.data_ptr() % 16 == 0 for t in f.written)),
-            self.places[i][0],
-            len(f.states),
-        ]
-        self.dims_of[i] = (*p.shape, *p.stride())
+            kind, _, *rest = self.expected_of[i]
+            self.expected_of[i] = [kind, segment, *rest]
 
     def _write_segment(self, i: int, f: Finding) -> None:
         at = f.slot.segment * WORDS
         addresses = [t.data_ptr() for t in (f.theta, f.grad, *f.states)]
         for role, address in enumerate(addresses):
             self.words[at + role] = address
-        self.words[at + NUMEL] = self.expected_of[i][2]
-        self.words[at + ALIGNED] = int(all(address % 16 == 0 for address in addresses))
+        self.words[at + Segment.NUMEL] = self.expected_of[i][Expected.NUMEL]
+        self.words[at + Segment.ALIGNED] = int(all(address % 16 == 0 for address in addresses))

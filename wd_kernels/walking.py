@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from . import native
+from .records import WORDS, Expected, Kind, Segment
+from .storage import state_dtype
 
 if TYPE_CHECKING:
+    from .slots import Finding
     from .table import TensorTable
 
-__all__ = ["assign", "device_code", "dtype_code", "walk"]
+__all__ = ["assign", "device_code", "dtype_code", "expect", "walk"]
 
 # DLPack's type codes, with the bits of an element.
 _DTYPE_CODES = {
@@ -42,6 +45,25 @@ def device_code(device: torch.device) -> int:
     """DLPack's code of a device; -1 for one it is not asked about, whose tensors are inspected every step."""
     code = _DEVICE_CODES.get(device.type)
     return -1 if code is None else (code << 32) | (device.index or 0)
+
+
+def expect(p: Tensor, found: Finding, group: int, dims_at: int) -> list[int]:
+    """What walk must find of a parameter to leave it alone: an Expected record."""
+    special = found.slot.param_copy is not None or found.slot.grad_copy is not None
+    return [
+        Kind.SPECIAL if special else Kind.ORDINARY,
+        found.slot.segment,
+        p.numel() * (2 if p.is_complex() else 1),
+        dims_at,
+        p.dim(),
+        dtype_code(p.dtype),
+        dtype_code(found.grad.dtype),
+        dtype_code(state_dtype(p.dtype)),
+        device_code(p.device),
+        int(all(t.data_ptr() % 16 == 0 for t in found.written)),
+        group,
+        len(found.states),
+    ]
 
 
 def walk(table: TensorTable) -> tuple[list[int], bool, list[Tensor]] | None:
@@ -80,10 +102,10 @@ def walk(table: TensorTable) -> tuple[list[int], bool, list[Tensor]] | None:
     active = [0.0 if p.grad is None else 1.0 for p in table.params]
     for i, on in enumerate(active):
         expected = table.expected_of[i]
-        if on and not (expected[0] == 0 and _check(table, i, expected, keep)):
+        if on and not (expected[Expected.KIND] == Kind.ORDINARY and _check(table, i, expected, keep)):
             odd.append(i)
-        elif not on and expected[0] != 2:
-            table.words[expected[1] * 12 + 9] = 0
+        elif not on and expected[Expected.KIND] != Kind.UNSEEN:
+            table.words[expected[Expected.SEGMENT] * WORDS + Segment.NUMEL] = 0
     changed = active != table.active.tolist()
     table.active.copy_(torch.tensor(active, device="cpu"))
     return odd, changed, keep
@@ -95,38 +117,41 @@ def _check(table: TensorTable, i: int, expected: list[int], keep: list[Tensor]) 
     view = table.views[i]
     grad = p.grad
     dims = table.dims_of[i]
-    shape, strides = dims[: expected[4]], dims[expected[4] :]
+    ndim, numel = expected[Expected.NDIM], expected[Expected.NUMEL]
+    shape, strides = dims[:ndim], dims[ndim:]
 
     def agrees(t: object, dtype: int) -> bool:
         if not isinstance(t, Tensor) or type(t) not in _TYPES or t.layout != torch.strided:
             return False
-        if _DTYPE_CODES.get(t.dtype) != dtype or t.shape != shape or device_code(t.device) != expected[8]:
+        if _DTYPE_CODES.get(t.dtype) != dtype or t.shape != shape or device_code(t.device) != expected[Expected.DEVICE]:
             return False
-        if expected[2] == 0:
+        if numel == 0:
             return True
         loose = all(a == b or n == 1 for n, a, b in zip(shape, t.stride(), strides, strict=True))
         return loose and t.data_ptr() != 0
 
-    at = expected[1] * 12
+    at = expected[Expected.SEGMENT] * WORDS
     words = table.words
-    if not (agrees(p, expected[5]) and agrees(grad, expected[6])) or grad is None:
+    if not (agrees(p, expected[Expected.PARAM_DTYPE]) and agrees(grad, expected[Expected.GRAD_DTYPE])) or grad is None:
         return False
-    if p.data_ptr() != words[at] or any(t.is_neg() or t.is_conj() for t in (p, grad)):
+    if p.data_ptr() != words[at + Segment.PARAM] or any(t.is_neg() or t.is_conj() for t in (p, grad)):
         return False
     if not isinstance(own, dict) or view is None or own.get("step") is not view:
         return False
     count = table.steps[i].item()
     if not (0 <= count < 2**53 and float(count).is_integer()):
         return False
-    for s in range(expected[11]):
+    for s in range(expected[Expected.STATES]):
         value = own.get(table.names[s + 1])
-        if value is None or not agrees(value, expected[7]) or value.data_ptr() != words[at + 2 + s]:
+        if value is None or not agrees(value, expected[Expected.STATE_DTYPE]):
+            return False
+        if value.data_ptr() != words[at + Segment.STATE + s]:
             return False
         if value.is_neg() or value.is_conj():
             return False
     keep.append(grad)
-    words[at + 1], words[at + 9] = grad.data_ptr(), expected[2]
-    words[at + 11] = int(bool(expected[9]) and grad.data_ptr() % 16 == 0)
+    words[at + Segment.GRAD], words[at + Segment.NUMEL] = grad.data_ptr(), numel
+    words[at + Segment.ALIGNED] = int(bool(expected[Expected.ALIGNED]) and grad.data_ptr() % 16 == 0)
     return True
 
 
@@ -148,12 +173,13 @@ def assign(table: TensorTable) -> list[tuple[int, int, bool]]:
     for i, on in enumerate(table.active.tolist()):
         if on:
             key = (table.places[i][0], int(steps[i]) + 1, bool(fresh[i]))
-            table.words[table.expected_of[i][1] * 12 + 10] = rows.setdefault(key, len(rows))
+            table.words[table.expected_of[i][Expected.SEGMENT] * WORDS + Segment.ROW] = rows.setdefault(key, len(rows))
     for bucket in table.buckets:
         start = 0
         for segment in range(bucket.first, bucket.first + len(bucket.slots)):
-            table.words[segment * 12 + 8] = start
-            start += table.words[segment * 12 + 9]
-            if table.words[segment * 12 + 9] == 0:
-                table.words[segment * 12 + 10] = 0
+            at = segment * WORDS
+            table.words[at + Segment.START] = start
+            start += table.words[at + Segment.NUMEL]
+            if table.words[at + Segment.NUMEL] == 0:
+                table.words[at + Segment.ROW] = 0
     return list(rows)
