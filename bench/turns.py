@@ -20,6 +20,7 @@ from byte_model import torch_bytes, wd_kernels_bytes
 from torch import Tensor
 
 import wd_kernels
+from wd_kernels.table import TensorTable
 
 __all__ = ["BARE_LOOP", "CASES", "LEAST_ROUNDS", "OPTIMIZERS", "ROUNDS", "Case", "Contender", "Turns", "measure"]
 
@@ -188,7 +189,12 @@ def bare_loop(case: Case, values: list[Tensor], slopes: list[Tensor]) -> Contend
             grad.copy_(again)
 
     moved = wd_kernels_bytes("adamw", case.dtype)
-    return Contender(BARE_LOOP, 1, moved, prepare, partial(bucket.backend.step, table, bucket, rows))
+    (launch,) = bucket.backend.prepare(table, [bucket], rows)
+
+    def step(table: TensorTable = table) -> None:  # which holds what the launch has only the addresses of
+        launch()
+
+    return Contender(BARE_LOOP, 1, moved, prepare, step)
 
 
 @contextmanager

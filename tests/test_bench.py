@@ -110,7 +110,7 @@ def test_the_bare_loop_steps_every_element():
     case = turns.Case(3, 11)
     bare = turns.build(case)[-1]
     assert bare.name == turns.BARE_LOOP
-    table_, *_ = bare.step.args
+    (table_,) = bare.step.__defaults__
     (p,) = table_.params
     before = p.detach().clone()
     bare.turn(1)

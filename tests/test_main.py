@@ -31,10 +31,12 @@ class Broken:
     def refuses(self, spec) -> str | None:
         return None
 
-    def step(self, table, bucket, rows: Tensor) -> None:
-        self.inner.step(table, bucket, self.before(rows) if self.before else rows)
-        if self.after:
-            self.after(table, bucket, rows)
+    def prepare(self, table, buckets, rows: Tensor) -> list[Callable[[], None]]:
+        def after() -> None:
+            for bucket in buckets if self.after else ():
+                self.after(table, bucket, rows)
+
+        return [*self.inner.prepare(table, buckets, self.before(rows) if self.before else rows), after]
 
 
 def flip_lowest_bit(role: int) -> Damage:

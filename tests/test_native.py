@@ -522,5 +522,5 @@ def test_explicit_cpu_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
         opt.step()
     assert torch.equal(p, start)
     assert not opt.state.get(p)
-    with pytest.raises(ValueError, match="backend='gpu': allowed are 'auto', 'cpu', 'reference'"):
+    with pytest.raises(ValueError, match="backend='gpu': allowed are 'auto', 'cpu', 'triton', 'reference'"):
         wd_kernels.AdamW([p], backend="gpu")

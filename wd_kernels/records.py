@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["WORDS", "Expected", "Kind", "Segment"]
+__all__ = ["WORDS", "Chunk", "Expected", "Kind", "Moving", "Place", "Segment"]
 
-WORDS = 12  # of every record
+WORDS = 12  # of a Segment or an Expected
 
 
 class Segment:
@@ -12,6 +12,24 @@ class Segment:
 
     PARAM, GRAD, STATE = 0, 1, 2
     START, NUMEL, ROW, ALIGNED = 8, 9, 10, 11
+
+
+class Place:
+    """What a device has of a segment for many steps: the addresses of parameter and states."""
+
+    OF_SEGMENT = (Segment.PARAM, Segment.STATE, Segment.STATE + 1, Segment.STATE + 2)
+
+
+class Moving:
+    """What a step may change of a segment: the address of its gradient, how many elements it has, row, alignment."""
+
+    OF_SEGMENT = (Segment.GRAD, Segment.NUMEL, Segment.ROW, Segment.ALIGNED)
+
+
+class Chunk:
+    """What one program of a device steps, in one word: the segment below, above it which of the segment's chunks."""
+
+    ORDINAL_SHIFT = 32
 
 
 class Expected:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import walking
 from .checks import Extent, check_disjoint, label
+from .mirror import Mirror
 from .records import WORDS, Expected, Kind, Segment
 from .rules import Hyper, Rule
 from .slots import Bucket, Finding, Slot, Spec, inspect
@@ -52,6 +53,7 @@ class TensorTable:
         self.params: list[Tensor] = []
         self.stepped: list[Tensor] = []
         self.lock = threading.RLock()
+        self.mirrors: dict[torch.device, Mirror] = {}  # what other devices have of this table
         self.buckets: list[Bucket] = []
         self.any_fresh = False
         self.forget()
@@ -99,15 +101,19 @@ class TensorTable:
         The counts go first, and back if a launch fails: where torch allows no write (inside a torch.func transform,
         say), it says so before anything else was written.
         """
-        counted = self.active if self.control[1] == 0 else torch.zeros_like(self.active)
-        torch.autograd.graph.increment_version(self.stepped)
-        self.steps += counted
         try:
-            for bucket in self.buckets:
-                bucket.backend.step(self, bucket, rows)
-        except BaseException:
-            self.steps -= counted
-            raise
+            launches: list[Callable[[], None]] = []
+            for backend in dict.fromkeys(bucket.backend for bucket in self.buckets):
+                launches += backend.prepare(self, [b for b in self.buckets if b.backend is backend], rows)
+            counted = self.active if self.control[1] == 0 else torch.zeros_like(self.active)
+            torch.autograd.graph.increment_version(self.stepped)
+            self.steps += counted
+            try:
+                for go in launches:
+                    go()
+            except BaseException:
+                self.steps -= counted
+                raise
         finally:
             self.keep = []
         if self.any_fresh and counted is self.active:
@@ -201,7 +207,8 @@ class TensorTable:
         relayout = False
         for i, f in found.items():
             old = self.slots[i]
-            relayout |= old is None or old.spec != f.slot.spec
+            numel = walking.numel(self.params[i])
+            relayout |= old is None or old.spec != f.slot.spec or self.expected_of[i][Expected.NUMEL] != numel
             f.slot.segment = -1 if old is None else old.segment
             self.slots[i] = f.slot
             if i in views:

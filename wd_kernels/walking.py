@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .slots import Finding
     from .table import TensorTable
 
-__all__ = ["assign", "device_code", "dtype_code", "expect", "walk"]
+__all__ = ["assign", "device_code", "dtype_code", "expect", "numel", "walk"]
 
 # DLPack's type codes, with the bits of an element.
 _DTYPE_CODES = {
@@ -47,13 +47,18 @@ def device_code(device: torch.device) -> int:
     return -1 if code is None else (code << 32) | (device.index or 0)
 
 
+def numel(p: Tensor) -> int:
+    """Elements that a step writes: a complex one is two."""
+    return p.numel() * (2 if p.is_complex() else 1)
+
+
 def expect(p: Tensor, found: Finding, group: int, dims_at: int) -> list[int]:
     """What walk must find of a parameter to leave it alone: an Expected record."""
     special = found.slot.param_copy is not None or found.slot.grad_copy is not None
     return [
         Kind.SPECIAL if special else Kind.ORDINARY,
         found.slot.segment,
-        p.numel() * (2 if p.is_complex() else 1),
+        numel(p),
         dims_at,
         p.dim(),
         dtype_code(p.dtype),

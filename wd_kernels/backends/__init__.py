@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, reference, triton
 
 if TYPE_CHECKING:
     from ..slots import Bucket, Spec
@@ -17,7 +18,7 @@ __all__ = ["BACKENDS", "NAMES", "Backend", "FallbackWarning", "resolve"]
 
 
 class FallbackWarning(UserWarning):
-    """`backend="auto"` uses the slow reference because the native extension is missing."""
+    """`backend="auto"` uses the slow reference because what is fast on the tensors' device is missing."""
 
 
 class Backend(Protocol):
@@ -31,12 +32,17 @@ class Backend(Protocol):
     def refuses(self, spec: Spec) -> str | None:
         """Why it cannot step such a bucket; None where it can."""
 
-    def step(self, table: TensorTable, bucket: Bucket, rows: Tensor) -> None:
-        """Steps one bucket in place. `rows` is float64 [r, width]; segments name theirs."""
+    def prepare(self, table: TensorTable, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
+        """The launches that step the buckets in place: everything that allocates or may fail is done here.
+
+        `rows` is float64 [r, width]; segments name theirs.
+        """
 
 
-BACKENDS: dict[str, Backend] = {"cpu": cpu.CPU(), "reference": reference.Reference()}
+BACKENDS: dict[str, Backend] = {"cpu": cpu.CPU(), "triton": triton.Triton(), "reference": reference.Reference()}
 NAMES = ("auto", *BACKENDS)
+#: What "auto" takes for tensors of a device type ("cuda" is ROCm's too), where it can.
+FASTEST = {"cpu": "cpu", "cuda": "triton"}
 _warned = False
 
 
@@ -56,14 +62,17 @@ def resolve(name: str, spec: Spec) -> Backend:
         if why_not:
             raise RuntimeError(f"backend={name!r} cannot be used: {why_not}")
         return backend
-    native = BACKENDS["cpu"]
-    if native.why_not() is None and native.refuses(spec) is None:
-        return native
+    if spec.device.type in FASTEST:
+        fastest = BACKENDS[FASTEST[spec.device.type]]
+        why_not = fastest.why_not() or fastest.refuses(spec)
+        if why_not is None:
+            return fastest
+    else:
+        why_not = "no fast backend is chosen for such a device unless it is named"
     if not _warned:
         _warned = True
-        why = native.why_not() or native.refuses(spec)
         warnings.warn(
-            f"backend='auto' uses the slow reference for tensors on {spec.device}: {why}. "
+            f"backend='auto' uses the slow reference for tensors on {spec.device}: {why_not}. "
             "backend='reference' chooses it without this warning",
             FallbackWarning,
             stacklevel=2,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +32,7 @@ class CPU:
         torch.ops.wd_kernels.instruction_set()  # raises if WD_KERNELS_ISA names one that is not here
         return None
 
-    def step(self, table: TensorTable, bucket: Bucket, rows: Tensor) -> None:
-        torch.ops.wd_kernels.step_.default(
-            table.segments, rows, table.control, table.rule.code, bucket.codes, bucket.first, len(bucket.slots)
-        )
+    def prepare(self, table: TensorTable, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
+        step_ = torch.ops.wd_kernels.step_.default
+        common = (table.segments, rows, table.control, table.rule.code)
+        return [partial(step_, *common, bucket.codes, bucket.first, len(bucket.slots)) for bucket in buckets]

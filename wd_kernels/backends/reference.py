@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -26,7 +28,10 @@ class Reference:
     def refuses(self, spec: Spec) -> str | None:
         return None
 
-    def step(self, table: TensorTable, bucket: Bucket, rows: Tensor) -> None:
+    def prepare(self, table: TensorTable, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
+        return [partial(self._step, table, bucket, rows) for bucket in buckets]
+
+    def _step(self, table: TensorTable, bucket: Bucket, rows: Tensor) -> None:
         grad_factor, skip = table.control.tolist()
         if skip:
             return

@@ -1,0 +1,141 @@
+"""The Triton backend: one launch a bucket, on the tensors' device and current stream, never waiting for it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..mirror import BLOCK, Mirror
+
+if TYPE_CHECKING:
+    from ..slots import Bucket, Spec
+    from ..table import TensorTable
+
+__all__ = ["OLDEST", "Triton", "block", "options"]
+
+OLDEST = (3, 6)
+WARPS, THREADS = 4, 128
+#: Registers of an NVIDIA multiprocessor, and the bytes that one should have on their way to fill its memory.
+REGISTERS, IN_FLIGHT = 65536, 64 * 1024
+
+
+@cache
+def _kernels() -> Any:
+    """The module of the kernels, or a sentence that says why it is not there."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is not there ({error}); torch's wheels for CUDA and ROCm bring it, else: pip install triton"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"Triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST))} is the oldest that is known here"
+    return importlib.import_module(".triton_kernels", __package__)
+
+
+def interpreted() -> bool:
+    """Do the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were first used)?"""
+    module = _kernels()
+    return not isinstance(module, str) and type(module.step_kernel).__name__ == "InterpretedFunction"
+
+
+def loaded_bytes(formats: tuple[Any, ...]) -> int:
+    """Bytes read for one element."""
+    return sum(int(fmt.dtype.itemsize) for fmt in formats)
+
+
+def block(formats: tuple[Any, ...]) -> int:
+    """Elements of a block: 8 a thread, or 4 of float64."""
+    return BLOCK // 2 if formats[0].dtype == torch.float64 else BLOCK
+
+
+def options(formats: tuple[Any, ...], nvidia: bool) -> dict[str, Any]:
+    """How a kernel is compiled: exact arithmetic, and as many registers as leave IN_FLIGHT bytes on their way.
+
+    Left to itself, ptxas puts a register of some kernels on the stack so that one program more fits on a processor.
+    """
+    how: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
+    if nvidia:
+        programs = -(-IN_FLIGHT // (block(formats) * loaded_bytes(formats)))
+        how["maxnreg"] = REGISTERS // (programs * THREADS) // 8 * 8
+    return how
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":  # interpreted, one program after another: the fewer the better
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return int(getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 64))
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device the current one meanwhile: Triton launches on the current device and stream."""
+    return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]
+
+
+class Triton:
+    """Kernels of `triton_kernels.py`, for CUDA and ROCm tensors; under TRITON_INTERPRET=1 for CPU tensors."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self._compiled: set[tuple[Any, ...]] = set()
+
+    def why_not(self) -> str | None:
+        module = _kernels()
+        if isinstance(module, str):
+            return module
+        if not interpreted() and not torch.accelerator.is_available():
+            return "no GPU is there (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+        return None
+
+    def refuses(self, spec: Spec) -> str | None:
+        device = spec.device
+        if interpreted():
+            if device.type != "cpu":
+                return f"the tensors are on {device}, and TRITON_INTERPRET=1 runs the kernels on CPU tensors only"
+            return None
+        if device.type not in ("cuda", "xpu"):
+            return (
+                f"the tensors are on {device}, and this backend steps tensors of a GPU "
+                "(TRITON_INTERPRET=1, set before the start, runs its kernels on CPU tensors, slowly)"
+            )
+        return None
+
+    def prepare(self, table: TensorTable, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
+        """Uploads what changed and compiles what is new; the launches that are left are one a bucket."""
+        launches: list[Callable[[], None]] = []
+        for device in dict.fromkeys(bucket.spec.device for bucket in buckets):
+            mirror = table.mirrors.setdefault(device, Mirror(device))
+            mirror.update(table, rows, _processors(device))
+            for bucket in buckets:
+                if bucket.spec.device == device and mirror.chunks(bucket).numel():
+                    launches.append(self._launch(table, bucket, mirror))
+        return launches
+
+    def _launch(self, table: TensorTable, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
+        kernels, formats, device = _kernels(), bucket.spec.formats, bucket.spec.device
+        chunks, there = mirror.chunks(bucket), mirror.there
+        arguments = (
+            chunks, there["places"], there["moving"], there["rows"], there["control"], mirror.size(bucket),
+            getattr(kernels, table.rule.name), table.rule.width, tuple(bucket.codes), block(formats),
+        )  # fmt: skip
+        how = options(formats, nvidia=device.type == "cuda" and torch.version.hip is None)
+        if interpreted():
+            return partial(kernels.step_kernel[chunks.numel(),], *arguments, **how)
+        key = (device, table.rule.name, formats)
+        if key not in self._compiled:  # here, where a failure leaves every tensor as it was
+            with _on(device):
+                kernels.step_kernel.warmup(*arguments, grid=(1,), **how)
+            self._compiled.add(key)
+
+        def launch() -> None:
+            with _on(device):
+                kernels.step_kernel[chunks.numel(),](*arguments, **how)
+
+        return launch

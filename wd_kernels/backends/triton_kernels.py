@@ -1,0 +1,227 @@
+"""The step in Triton: rules, formats and movers (NUMERICS sections 3, 4 and 6), for CUDA and ROCm devices.
+
+A program takes one chunk of one segment: chunk -> segment -> row, by the records of `records.py` (`mirror.py` brings
+them to the device). Blocks of an aligned segment take the vector path; the rest of it, and all of any other segment,
+the masked path, which promises nothing of addresses.
+
+The rules are transcriptions of `reference.py`: same names, same order, every operation rounded on its own. Launch with
+`enable_fp_fusion=False`. What is `constexpr` comes from what is there (formats, amsgrad, a momentum buffer), never from
+a hyperparameter. Only `triton.py` beside this imports this module, and only when it is used.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Codes of storage.py.
+FLOAT64 = tl.constexpr(1)
+FLOAT32 = tl.constexpr(2)
+BFLOAT16 = tl.constexpr(3)
+FLOAT16 = tl.constexpr(4)
+
+# Words of a record (records.py): Chunk, Place, Moving.
+PLACE_WORDS = tl.constexpr(4)
+MOVING_WORDS = tl.constexpr(4)
+REST_BLOCK = tl.constexpr(512)
+
+
+@triton.constexpr_function
+def vector(formats, role, full):
+    """Bytes that a role has in one vector access, where the widest role has 16; 0: no vectors."""
+    size = {1: 8, 2: 4, 3: 2, 4: 2}
+    return 16 * size[formats[role]] // max(size[format] for format in formats) if full else 0
+
+
+# Formats --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pointer(address, format: tl.constexpr):
+    """An address as a pointer to elements; 16-bit ones are read and written as their bits."""
+    if format == FLOAT64:
+        return address.to(tl.pointer_type(tl.float64))
+    elif format == FLOAT32:
+        return address.to(tl.pointer_type(tl.float32))
+    else:
+        return address.to(tl.pointer_type(tl.int16))
+
+
+@triton.jit
+def widen(stored, format: tl.constexpr):
+    """What was read, in the arithmetic type: exact."""
+    if format == BFLOAT16:  # on the bits: the interpreter's conversions lose subnormals and round wrongly
+        return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif format == FLOAT16:
+        return stored.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return stored
+
+
+@triton.jit
+def narrow(value, format: tl.constexpr):
+    """What is to be written: rounded once, to nearest even; a 16-bit NaN is the canonical one."""
+    if format == BFLOAT16:
+        bits = value.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(value != value, 0x7FC0, nearest).to(tl.int16)
+    elif format == FLOAT16:
+        return tl.where(value != value, 0x7E00, value.to(tl.float16).to(tl.int16, bitcast=True)).to(tl.int16)
+    else:
+        return value
+
+
+@triton.jit
+def load(at, lanes, mask, format: tl.constexpr, vector: tl.constexpr):
+    """A block of a role; `vector` as for `vectors`."""
+    if vector:
+        return widen(tl.load(tl.multiple_of(at + lanes, vector)), format)
+    else:
+        return widen(tl.load(at + lanes, mask=mask), format)
+
+
+@triton.jit
+def store(at, lanes, value, mask, format: tl.constexpr, vector: tl.constexpr):
+    if vector:
+        tl.store(tl.multiple_of(at + lanes, vector), narrow(value, format))
+    else:
+        tl.store(at + lanes, narrow(value, format), mask=mask)
+
+
+# Rules ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scalar(row, position: tl.constexpr, formats: tl.constexpr):
+    """A scalar of a row, rounded to the arithmetic type."""
+    if formats[0] == FLOAT64:
+        return tl.load(row + position)
+    else:
+        return tl.load(row + position).to(tl.float32)
+
+
+@triton.jit
+def root(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def divide(x, y):
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def lerp(x, y, beta, w):
+    """From the nearer end, as torch.lerp."""
+    return tl.where(w < 0.5, x + w * (y - x), y + beta * (x - y))
+
+
+@triton.jit
+def adamw(theta, g, states, scalars):
+    """NUMERICS section 3 on a block: (theta, states) after the step; the third state, for amsgrad, is v_max."""
+    (
+        grad_scale, l2, beta1, one_minus_beta1, beta2, one_minus_beta2,
+        step_size, inv_sqrt_bias2, eps, decay, metric,
+    ) = scalars  # fmt: skip
+    m, v = states[0], states[1]
+    g = g * grad_scale
+    g = g + l2 * theta
+    m = lerp(m, g, beta1, one_minus_beta1)
+    v = lerp(v, g * g, beta2, one_minus_beta2)
+    new = (m, v)
+    second = v
+    if len(states) == 3:
+        v_max = states[2]
+        second = tl.where((v > v_max) | (v != v), v, v_max)
+        new = (m, v, second)
+    d = root(second) * inv_sqrt_bias2 + eps
+    u = divide(step_size * m + metric * theta, d + metric)
+    theta = theta - (decay * theta + u)
+    return theta, new
+
+
+@triton.jit
+def sgdw(theta, g, states, scalars):
+    """NUMERICS section 4 on a block: (theta, states) after the step; the state is the buffer, if there is momentum."""
+    grad_scale, l2, momentum, grad_coef, update_grad, update_buf, step_size, decay = scalars
+    g = g * grad_scale
+    g = g + l2 * theta
+    if len(states) == 1:
+        b = momentum * states[0] + grad_coef * g
+        u = step_size * (update_grad * g + update_buf * b)
+        new = (b,)
+    else:
+        u = step_size * g
+        new = ()
+    theta = theta - (decay * theta + u)
+    return theta, new
+
+
+# Mover ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def move(at, count, scalars, frozen, rule: tl.constexpr, formats: tl.constexpr, block: tl.constexpr,
+         full: tl.constexpr):  # fmt: skip
+    """Steps `count` elements from `at` on, a block at most; `full`: a whole block, and every address is aligned."""
+    if full:
+        lanes = tl.arange(0, block)
+        mask = None
+    else:  # two-dimensional, so that its layout (neighbours in neighbouring threads) stays apart from the vectors'
+        lanes = tl.arange(0, block // 128)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        mask = lanes < count
+    values = ()
+    for role in tl.static_range(len(formats)):
+        values += (load(at[role], lanes, mask, formats[role], vector(formats, role, full)),)
+    theta, states = rule(values[0], values[1], values[2:], scalars)
+    if not frozen:
+        store(at[0], lanes, theta, mask, formats[0], vector(formats, 0, full))
+    for role in tl.static_range(2, len(formats)):
+        store(at[role], lanes, states[role - 2], mask, formats[role], vector(formats, role, full))
+
+
+@triton.jit
+def ahead(at, offset):
+    """Pointers that lie `offset` elements further on."""
+    further = ()
+    for role in tl.static_range(len(at)):
+        further += (at[role] + offset,)
+    return further
+
+
+@triton.jit
+def step_kernel(chunks, places, moving, rows, control, chunk_size,
+                rule: tl.constexpr, width: tl.constexpr, formats: tl.constexpr, block: tl.constexpr):  # fmt: skip
+    """Steps one chunk. `formats` are the codes of parameter, gradient and states, `width` the scalars of a row."""
+    chunk = tl.load(chunks + tl.program_id(0))
+    place = places + (chunk & 0xFFFFFFFF) * PLACE_WORDS
+    moved = moving + (chunk & 0xFFFFFFFF) * MOVING_WORDS
+    begin = (chunk >> 32) * chunk_size
+    numel = tl.load(moved + 1)  # 0 without a gradient
+    row = rows + tl.load(moved + 2) * width
+    aligned = tl.load(moved + 3) != 0
+    skip = tl.load(control + 1) != 0
+    ended = skip | (begin >= numel)
+    count = tl.where(ended, 0, tl.minimum(numel - begin, chunk_size).to(tl.int32))
+
+    at = (pointer(tl.load(place), formats[0]) + begin, pointer(tl.load(moved), formats[1]) + begin)
+    for role in tl.static_range(2, len(formats)):
+        at += (pointer(tl.load(place + role - 1), formats[role]) + begin,)
+    frozen = tl.load(row + 1) != 0
+    scalars = (scalar(row, 2, formats) * scalar(control, 0, formats),)
+    for position in tl.static_range(3, width):
+        scalars += (scalar(row, position, formats),)
+
+    done = 0
+    if aligned:
+        done = count - count % block
+        for offset in range(0, done, block):
+            move(ahead(at, offset), block, scalars, frozen, rule, formats, block, True)
+    for offset in range(done, count, REST_BLOCK):
+        move(ahead(at, offset), count - offset, scalars, frozen, rule, formats, REST_BLOCK, False)
