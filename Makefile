@@ -8,7 +8,11 @@ NATIVE  := $(VENV)/built
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 CPP     := $(SOURCES)
 
-.PHONY: demo test test-slow bench check lint format dist clean
+# The oldest Triton that is supported, beside the newest one of requirements-dev.txt: code generation is tested with both.
+OLDEST_TRITON := triton==3.6.0
+OLDEST        := $(VENV)/triton-oldest
+
+.PHONY: demo test test-slow bench codegen check lint format dist clean
 
 demo: $(NATIVE)
 	$(RUN) bench/demo.py
@@ -16,12 +20,16 @@ demo: $(NATIVE)
 test: $(NATIVE)
 	$(RUN) -m pytest
 
-test-slow: $(NATIVE)
+test-slow: $(NATIVE) $(OLDEST)
 	$(RUN) -m pytest -m slow
 
 bench: $(NATIVE)
 	$(RUN) -m pytest bench --benchmark-json=bench.json
 	$(RUN) bench/table.py bench.json
+
+codegen: $(NATIVE) $(OLDEST)  ## what the Triton kernels compile to, kept in bench/results
+	$(RUN) bench/codegen.py --save
+	PYTHONPATH=$(OLDEST) $(RUN) bench/codegen.py --save
 
 check: $(NATIVE)  ## what is installed, and does it compute right
 	$(RUN) -m wd_kernels
@@ -41,6 +49,10 @@ $(VENV)/ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements-dev.txt)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(OLDEST): $(VENV)/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ $(OLDEST_TRITON)
 	touch $@
 
 # The extension is built in place and the package is installed editable, both without build isolation: an isolated

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["OLDEST", "Triton", "block", "options"]
 
 OLDEST = (3, 6)
-WARPS, THREADS = 4, 128
-#: Registers of an NVIDIA multiprocessor, and the bytes that one should have on their way to fill its memory.
-REGISTERS, IN_FLIGHT = 65536, 64 * 1024
+THREADS = 128
+REGISTERS = 65536  # of an NVIDIA multiprocessor
 
 
 @cache
@@ -43,34 +42,33 @@ def interpreted() -> bool:
     return not isinstance(module, str) and type(module.step_kernel).__name__ == "InterpretedFunction"
 
 
-def loaded_bytes(formats: tuple[Any, ...]) -> int:
-    """Bytes read for one element."""
-    return sum(int(fmt.dtype.itemsize) for fmt in formats)
-
-
 def block(formats: tuple[Any, ...]) -> int:
     """Elements of a block: 8 a thread, or 4 of float64."""
     return BLOCK // 2 if formats[0].dtype == torch.float64 else BLOCK
 
 
-def options(formats: tuple[Any, ...], nvidia: bool) -> dict[str, Any]:
-    """How a kernel is compiled: exact arithmetic, and as many registers as leave IN_FLIGHT bytes on their way.
+def options(formats: tuple[Any, ...], warp: int, nvidia: bool) -> dict[str, Any]:
+    """How a kernel is compiled: exact arithmetic and, for AdamW, the registers that some programs at once leave it.
 
-    Left to itself, ptxas puts a register of some kernels on the stack so that one program more fits on a processor.
+    Left to itself, ptxas puts a register on the stack now and then, so that one program more fits on a processor. The
+    numbers are the best of which it keeps all in registers, with the oldest and the newest Triton (`make codegen`).
     """
-    how: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
-    if nvidia:
-        programs = -(-IN_FLIGHT // (block(formats) * loaded_bytes(formats)))
-        how["maxnreg"] = REGISTERS // (programs * THREADS) // 8 * 8
+    how: dict[str, Any] = {"num_warps": THREADS // warp, "enable_fp_fusion": False}
+    states = len(formats) - 2
+    if nvidia and states >= 2:
+        programs = 4 if formats[0].dtype == torch.float64 else 8 - states
+        how["maxnreg"] = REGISTERS // (programs * THREADS) // 16 * 16
     return how
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def _machine(device: torch.device) -> tuple[int, int]:
+    """(processors, threads of a warp) of a device."""
     if device.type == "cpu":  # interpreted, one program after another: the fewer the better
-        return 1
+        return 1, 32
     properties = torch.get_device_module(device).get_device_properties(device)
-    return int(getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 64))
+    processors = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+    return int(processors), int(getattr(properties, "warp_size", 32))
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -112,7 +110,7 @@ class Triton:
         launches: list[Callable[[], None]] = []
         for device in dict.fromkeys(bucket.spec.device for bucket in buckets):
             mirror = table.mirrors.setdefault(device, Mirror(device))
-            mirror.update(table, rows, _processors(device))
+            mirror.update(table, rows, _machine(device)[0])
             for bucket in buckets:
                 if bucket.spec.device == device and mirror.chunks(bucket).numel():
                     launches.append(self._launch(table, bucket, mirror))
@@ -125,7 +123,7 @@ class Triton:
             chunks, there["places"], there["moving"], there["rows"], there["control"], mirror.size(bucket),
             getattr(kernels, table.rule.name), table.rule.width, tuple(bucket.codes), block(formats),
         )  # fmt: skip
-        how = options(formats, nvidia=device.type == "cuda" and torch.version.hip is None)
+        how = options(formats, _machine(device)[1], nvidia=device.type == "cuda" and torch.version.hip is None)
         if interpreted():
             return partial(kernels.step_kernel[chunks.numel(),], *arguments, **how)
         key = (device, table.rule.name, formats)

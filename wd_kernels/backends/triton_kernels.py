@@ -27,10 +27,10 @@ REST_BLOCK = tl.constexpr(512)
 
 
 @triton.constexpr_function
-def vector(formats, role, full):
-    """Bytes that a role has in one vector access, where the widest role has 16; 0: no vectors."""
+def vector(formats, role):
+    """Bytes of a role in one vector access, where the widest role has 16: more would want another layout."""
     size = {1: 8, 2: 4, 3: 2, 4: 2}
-    return 16 * size[formats[role]] // max(size[format] for format in formats) if full else 0
+    return 16 * size[formats[role]] // max(size[format] for format in formats)
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
@@ -72,20 +72,13 @@ def narrow(value, format: tl.constexpr):
 
 
 @triton.jit
-def load(at, lanes, mask, format: tl.constexpr, vector: tl.constexpr):
-    """A block of a role; `vector` as for `vectors`."""
-    if vector:
-        return widen(tl.load(tl.multiple_of(at + lanes, vector)), format)
-    else:
-        return widen(tl.load(at + lanes, mask=mask), format)
+def load(at, lanes, mask, format: tl.constexpr):
+    return widen(tl.load(at + lanes, mask=mask), format)
 
 
 @triton.jit
-def store(at, lanes, value, mask, format: tl.constexpr, vector: tl.constexpr):
-    if vector:
-        tl.store(tl.multiple_of(at + lanes, vector), narrow(value, format))
-    else:
-        tl.store(at + lanes, narrow(value, format), mask=mask)
+def store(at, lanes, value, mask, format: tl.constexpr):
+    tl.store(at + lanes, narrow(value, format), mask=mask)
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -178,20 +171,23 @@ def move(at, count, scalars, frozen, rule: tl.constexpr, formats: tl.constexpr, 
         mask = lanes < count
     values = ()
     for role in tl.static_range(len(formats)):
-        values += (load(at[role], lanes, mask, formats[role], vector(formats, role, full)),)
+        values += (load(at[role], lanes, mask, formats[role]),)
     theta, states = rule(values[0], values[1], values[2:], scalars)
     if not frozen:
-        store(at[0], lanes, theta, mask, formats[0], vector(formats, 0, full))
+        store(at[0], lanes, theta, mask, formats[0])
     for role in tl.static_range(2, len(formats)):
-        store(at[role], lanes, states[role - 2], mask, formats[role], vector(formats, role, full))
+        store(at[role], lanes, states[role - 2], mask, formats[role])
 
 
 @triton.jit
-def ahead(at, offset):
-    """Pointers that lie `offset` elements further on."""
+def ahead(at, offset, formats: tl.constexpr, full: tl.constexpr):
+    """Pointers that lie `offset` elements further on; if `full`, they are promised to begin vectors."""
     further = ()
-    for role in tl.static_range(len(at)):
-        further += (at[role] + offset,)
+    for role in tl.static_range(len(formats)):
+        if full:
+            further += (tl.multiple_of(at[role] + offset, vector(formats, role)),)
+        else:
+            further += (at[role] + offset,)
     return further
 
 
@@ -222,6 +218,6 @@ def step_kernel(chunks, places, moving, rows, control, chunk_size,
     if aligned:
         done = count - count % block
         for offset in range(0, done, block):
-            move(ahead(at, offset), block, scalars, frozen, rule, formats, block, True)
+            move(ahead(at, offset, formats, True), block, scalars, frozen, rule, formats, block, True)
     for offset in range(done, count, REST_BLOCK):
-        move(ahead(at, offset), count - offset, scalars, frozen, rule, formats, REST_BLOCK, False)
+        move(ahead(at, offset, formats, False), count - offset, scalars, frozen, rule, formats, REST_BLOCK, False)
