@@ -62,9 +62,7 @@ def nvidia(asm: Mapping[str, Any], threads: int) -> Reading:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
         cubin.flush()
-        usage = re.search(
-            r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _tool("cuobjdump", "-res-usage", cubin.name)
-        )
+        usage = _tool("cuobjdump", "-res-usage", cubin.name)
         sass = _tool("nvdisasm", "-c", cubin.name).splitlines()
     registers, stack, shared, local = (
         int(n) for n in re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)[0]
@@ -108,7 +106,9 @@ def _sass_load(line: str) -> int:
 def amd(asm: Mapping[str, Any], target: str, warp: int, divides: bool) -> Reading:
     """Of AMDGCN and its LLVM IR; `divides`: roots and divisions are in the code."""
     text: str = asm["amdgcn"]
-    known = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
+    known: dict[str, int] = {
+        name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)
+    }
     code = [line.split(";")[0] for line in text.splitlines() if re.match(r"\.LBB\w+:|\t[a-z]\w+", line)]
     body = full_blocks(loops(code, r"(\.LBB\w+):", r"s_c?branch\w*\s+(\.LBB\w+)"), _amd_load)
     registers = known["vgpr_count"]
@@ -132,7 +132,7 @@ def _amd_inexact(llir: str, code: str, divides: bool) -> int:
     Root and division, which are exact, are made of fused operations: so those are counted where there is neither. A
     `v_fma_mix` that adds -0 or multiplies by 1 is a product or a sum, rounded once, of a number that it widens.
     """
-    found = len(re.findall(r"@llvm\.fmuladd|\bf(?:add|mul|sub) (?:fast|contract|reassoc)|!fpmath", llir))
+    found: int = len(re.findall(r"@llvm\.fmuladd|\bf(?:add|mul|sub) (?:fast|contract|reassoc)|!fpmath", llir))
     found += sum(mode != "3" for mode in re.findall(r"amdhsa_float_denorm_mode\w+ (\d)", code))
     if not divides:
         lines = re.findall(r"\tv_\w*(?:fma|fmac|mac|mad)_.*", code)

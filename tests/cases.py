@@ -2,7 +2,8 @@
 
 A case is a rule, its options and its dtypes. A run steps many parameters (sizes, layouts, gradients that lie oddly,
 are missing or arrive late) under a schedule that moves lr and eta, and reloads the state half-way. What it returns is
-compared by the bits: `torch.equal` takes -0 for 0.
+compared by the bits: `torch.equal` takes -0 for 0. What takes a `device` builds the same numbers, lying in memory in
+the same way, on any device, and returns copies on the CPU.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import wd_kernels
+from wd_kernels.records import Segment
 from wd_kernels.rules import DECAY_MODES
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 c64, c128 = torch.complex64, torch.complex128
 
+Device = torch.device | str
 CLASSES: dict[str, Callable[..., Any]] = {"adamw": wd_kernels.AdamW, "sgdw": wd_kernels.SGDW}
 LR = {"adamw": 0.02, "sgdw": 0.1}
 
@@ -84,12 +87,12 @@ def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
 
 
 def snapshot(params: Iterable[Tensor], opt: Optimizer) -> dict[str, Tensor]:
-    """Copies of all parameters and states."""
+    """Copies of all parameters and states, on the CPU."""
     result = {}
     for i, p in enumerate(params):
-        result[f"{i}"] = p.detach().clone()
+        result[f"{i}"] = p.detach().to("cpu", copy=True)
         for name, value in sorted(opt.state.get(p, {}).items()):
-            result[f"{i} {name}"] = value.detach().clone()
+            result[f"{i} {name}"] = value.detach().to("cpu", copy=True)
     return result
 
 
@@ -114,6 +117,13 @@ PIECES = (
     Piece((9, 11), "gaps"), Piece((9, 11), "gaps", "transposed"), Piece((65,), "gaps", "expanded"),
     Piece((29,), grad="conjugate"), Piece((1,), grad="negative"), Piece((5, 6), "transposed", "negative"),
 )  # fmt: skip
+#: Fewer and smaller ones, for Triton's interpreter: sizes about its blocks (512, 1024) and chunks (1024).
+SMALL = (
+    Piece((31,)), Piece((0,)), Piece((1,)), Piece(()), Piece((513,)), Piece((1025,)), Piece((2051,)),
+    Piece((2, 3, 4, 5), "channels_last", "channels_last"), Piece((31, 7), "transposed"),
+    Piece((12, 9), grad="expanded"), Piece((1030,), grad="offset"), Piece((9, 11), "gaps", "sliced"),
+    Piece((29,), grad="conjugate"), Piece((5, 6), "transposed", "negative"),
+)  # fmt: skip
 BIG = (Piece((5,)), Piece((2**20 + 3,)), Piece((0,)), Piece((1023,)))
 
 
@@ -126,10 +136,11 @@ def arrange(values: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return values.transpose(0, -1).contiguous().transpose(0, -1)
     if layout in ("gaps", "sliced"):
-        room = torch.full((*values.shape[:-1], 2 * values.shape[-1]), math.nan, dtype=values.dtype)
+        shape = (*values.shape[:-1], 2 * values.shape[-1])
+        room = torch.full(shape, math.nan, dtype=values.dtype, device=values.device)
         return room[..., ::2].copy_(values)
     if layout == "offset":
-        return torch.empty(values.numel() + 1, dtype=values.dtype)[1:].view(values.shape).copy_(values)
+        return values.new_empty(values.numel() + 1)[1:].view(values.shape).copy_(values)
     if layout == "expanded":
         return values[..., :1].contiguous().expand(values.shape)
     if layout == "conjugate" and values.is_complex():
@@ -137,24 +148,26 @@ def arrange(values: Tensor, layout: str) -> Tensor:
     return torch._neg_view(values)
 
 
-def make_params(pieces: Sequence[Piece], dtype: torch.dtype, grad_dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+def make_params(
+    pieces: Sequence[Piece], dtype: torch.dtype, grad_dtype: torch.dtype, seed: int = 0, device: Device = "cpu"
+) -> list[Tensor]:
     """A leaf for each piece, with values of its own; gradients of `grad_dtype` may be assigned."""
     generator = torch.Generator().manual_seed(seed)
     params = []
     for piece in pieces:
         values = torch.randn(piece.shape, generator=generator, dtype=_drawn(dtype)).to(dtype)
-        p = torch.nn.Parameter(arrange(values, piece.layout))
+        p = torch.nn.Parameter(arrange(values.to(device), piece.layout))
         p.grad_dtype = grad_dtype
         params.append(p)
     return params
 
 
-def gradient(piece: Piece, dtype: torch.dtype, seed: int) -> Tensor:
+def gradient(piece: Piece, dtype: torch.dtype, seed: int, device: Device = "cpu") -> Tensor:
     """The gradient of a piece, of a magnitude that varies by orders from element to element."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(piece.shape, generator=generator, dtype=_drawn(dtype))
     values = values * torch.randn(piece.shape, generator=generator).abs().square()
-    return arrange(values.to(dtype), piece.grad)
+    return arrange(values.to(dtype).to(device), piece.grad)
 
 
 def _drawn(dtype: torch.dtype) -> torch.dtype:
@@ -239,12 +252,13 @@ def run(
     groups: int = 2,
     decays: Sequence[float] = (0.1, 0.03),
     prepare: Callable[[Any], None] = lambda opt: None,
+    device: Device = "cpu",
 ) -> dict[str, Tensor]:
     """All parameters and states after `steps` steps; piece k is in group k % groups with decays[k % len(decays)].
 
     order: the order in which the pieces are given to the optimizer. prepare: called with each new optimizer.
     """
-    params = make_params(pieces, case.dtype, case.grad_dtype, seed)
+    params = make_params(pieces, case.dtype, case.grad_dtype, seed, device)
     members = [[k for k in order or range(len(pieces)) if k % groups == g] for g in range(groups)]
 
     def make() -> Any:
@@ -259,11 +273,152 @@ def run(
         for group in opt.param_groups:
             group["lr"], group["eta"] = schedule(case.rule, step)
         for k, (p, piece) in enumerate(zip(params, pieces, strict=True)):
-            p.grad = gradient(piece, case.grad_dtype, 1000 * step + k) if has_gradient(k, step) else None
+            p.grad = gradient(piece, case.grad_dtype, 1000 * step + k, device) if has_gradient(k, step) else None
         opt.step()
         if step == steps // 2:
             opt = reload(opt, make)
     return snapshot(params, opt)
+
+
+# Kernel bodies; runs on chosen addresses, numbers and controls --------------------------------------------------------
+
+REAL = tuple(d for d in DTYPES if not d[0].is_complex)
+#: One case for each kernel body: rule with and without its optional state, and a decay mode that uses much of a row.
+BODIES = [
+    *cases(rules=["adamw"], names=["plain", "amsgrad"], decays=["metric_proximal"]),
+    *cases(rules=["sgdw"], names=["no-momentum", "nesterov"], decays=["independent"]),
+]
+STATES = {
+    ("adamw", False): ("exp_avg", "exp_avg_sq"),
+    ("adamw", True): ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    ("sgdw", False): (),
+    ("sgdw", True): ("momentum_buffer",),
+}
+GUARD = 24  # elements before and after
+CANARY = {2: 0x5AC3, 4: 0x5AC35AC3, 8: 0x5AC35AC35AC35AC3}
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def with_dtypes(found: Iterable[Case], dtypes: Iterable[tuple[torch.dtype, torch.dtype]]) -> list[Case]:
+    return [Case(c.rule, c.name, c.options, p, g) for c, (p, g) in itertools.product(found, dtypes)]
+
+
+def states_of(case: Case) -> tuple[str, ...]:
+    return STATES[case.rule, bool(case.options.get("amsgrad") or case.options.get("momentum"))]
+
+
+def arithmetic(case: Case) -> torch.dtype:
+    return f64 if case.dtype == f64 else f32
+
+
+def guarded(values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """(a buffer of canaries, a view in it that holds `values`, `offset` elements off a 64-byte boundary)."""
+    size, n = values.element_size(), values.numel()
+    buffer = torch.full((n + 2 * GUARD + 64,), CANARY[size], dtype=INTEGERS[size], device=values.device)
+    first = GUARD + (-(buffer.data_ptr() // size + GUARD)) % (64 // size) + offset
+    view = buffer.view(values.dtype)[first : first + n]
+    assert n == 0 or view.data_ptr() % 64 == offset * size
+    return buffer, view.copy_(values)
+
+
+def assert_canaries(buffer: Tensor, view: Tensor, what: str) -> None:
+    first = (view.data_ptr() - buffer.data_ptr()) // buffer.element_size() if view.numel() else 0
+    outside = torch.cat([buffer[:first], buffer[first + view.numel() :]])
+    assert bool((outside == CANARY[buffer.element_size()]).all()), f"{what}: written outside of it"
+
+
+def placed_run(
+    case: Case, backend: str, offset: int, sizes: Sequence[int], device: Device = "cpu"
+) -> tuple[dict[str, Tensor], set[int]]:
+    """(result, the alignment flags of the segments) of tensors of which none, each role in turn, or all lie `offset`
+    elements off a 64-byte boundary. Nothing outside of a tensor is written, nor a gradient, and no tensor is replaced.
+    """
+    names = states_of(case)
+    roles = ("param", "grad", *names)
+    params, placed, unchanged = [], [], []
+    for k, (moved, n) in enumerate(itertools.product(("none", *roles, "all"), sizes)):
+        generator = torch.Generator().manual_seed(n + 1000 * k)
+        values = {
+            "param": torch.randn(n, generator=generator).to(case.dtype),
+            **{name: torch.rand(n, generator=generator).to(arithmetic(case)) for name in names},
+            "grad": gradient(Piece((n,)), case.grad_dtype, n + k),
+        }
+        own = {role: guarded(v.to(device), offset if moved in (role, "all") else 0) for role, v in values.items()}
+        p = torch.nn.Parameter(own["param"][1])
+        p.grad_dtype = case.grad_dtype
+        p.grad = own["grad"][1]
+        params.append(p)
+        placed.append((f"{n} elements, {moved} at {offset}", own))
+        unchanged.append(own["grad"][0].clone())
+    groups = [{"params": params[::2], "weight_decay": 0.2}, {"params": params[1::2], "weight_decay": 0.05}]
+    opt = optimizer(case, groups, backend)
+    for p, (_, own) in zip(params, placed, strict=True):
+        opt.state[p] = {"step": torch.tensor(3.0), **{name: own[name][1] for name in names}}
+    for step in range(3):
+        for g, group in enumerate(opt.param_groups):
+            group["lr"] = 0.03 / (step + g + 1)
+        opt.step()
+    for p, (what, own), grad in zip(params, placed, unchanged, strict=True):
+        assert p.data_ptr() == own["param"][1].data_ptr()
+        assert all(opt.state[p][name] is own[name][1] for name in names)
+        assert torch.equal(own["grad"][0], grad)
+        for role, (buffer, view) in own.items():
+            assert_canaries(buffer, view, f"{role}, {what}, {backend}")
+        assert float(opt.state[p]["step"]) == 6
+    flags = set(opt._table.segments[:, Segment.ALIGNED].tolist())
+    return snapshot(params, opt), flags
+
+
+def peculiar(dtype: torch.dtype) -> Tensor:
+    """Zeros of both signs, subnormals, the ends of the range, infinities, NaN, and ordinary numbers between them."""
+    info = torch.finfo(dtype)
+    least = info.smallest_normal * info.eps
+    found = [0.0, 1.0, 1.5, info.eps, least, 3 * least, info.tiny - least, info.tiny, info.max, info.max / 2]
+    found += [math.sqrt(info.max), math.sqrt(info.tiny), 1e-3, 7.0, math.inf]
+    values = torch.tensor(found, dtype=f64)
+    return torch.cat([values, -values, torch.tensor([math.nan], dtype=f64)]).to(dtype)
+
+
+def peculiar_run(case: Case, backend: str, flush: bool = False, device: Device = "cpu") -> dict[str, Tensor]:
+    """Every peculiar parameter with every peculiar gradient, from states that are peculiar too."""
+    theta, grad = peculiar(case.dtype), peculiar(case.grad_dtype)
+    p = torch.nn.Parameter(theta.repeat_interleave(grad.numel()).to(device))
+    grad = grad.repeat(theta.numel()).to(device)
+    p.grad_dtype = case.grad_dtype
+    n = p.numel()
+    opt = optimizer(case, [p], backend, weight_decay=0.3, lr=0.5)
+    states = {}
+    for k, name in enumerate(states_of(case)):
+        drawn = peculiar(arithmetic(case)).repeat(n)[k : n * (k + 3) : k + 3]
+        states[name] = (drawn if name in ("exp_avg", "momentum_buffer") else drawn.abs()).clone().to(device)
+        assert states[name].numel() == n
+    opt.state[p] = {"step": torch.tensor(1.0), **states}
+    grads = [grad, (grad / 2).roll(5)]
+    torch.set_flush_denormal(flush)
+    for step in range(3):
+        opt.param_groups[0]["lr"] = 0.5 / (step + 1)
+        p.grad = grads[step % 2]
+        opt.step()
+    torch.set_flush_denormal(False)
+    return snapshot([p], opt)
+
+
+def controlled(
+    case: Case, backend: str, control: Sequence[tuple[float, float]], scale: float = 1.0,
+    pieces: Sequence[Piece] = (Piece((33,)), Piece((5, 7), "transposed"), Piece((40_000,))), device: Device = "cpu",
+) -> list[dict[str, Tensor]]:  # fmt: skip
+    """Snapshots after every step of a run with the given (grad_factor, skip) of each step."""
+    params = make_params(pieces, case.dtype, case.grad_dtype, device=device)
+    opt = optimizer(case, params, backend, weight_decay=0.1)
+    found = []
+    for step, pair in enumerate(control):
+        opt.param_groups[0]["lr"] = 0.02 * (step + 1)
+        opt._table.control.copy_(torch.tensor(pair, dtype=f64))
+        for k, (p, piece) in enumerate(zip(params, pieces, strict=True)):
+            p.grad = gradient(piece, case.grad_dtype, 10 * step + k, device) * scale
+        opt.step()
+        found.append(snapshot(params, opt))
+    return found
 
 
 def ids(case: Any) -> str:

@@ -1,16 +1,73 @@
-"""Fixtures that the tests share."""
+"""Fixtures that the tests share, and how Triton's kernels are run: interpreted, or compiled for `-m gpu`."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import wd_kernels.backends
 
+#: Where the tests marked gpu run. "cpu" rehearses them in the interpreter, on a machine without a GPU.
+TEST_DEVICE = os.environ.get("WD_KERNELS_TEST_DEVICE", "cuda")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Chooses once and for all, before the kernels are used: interpreted, or compiled where GPU tests were selected."""
+    of_gpu = {item.get_closest_marker("gpu") is not None for item in session.items}
+    if True not in of_gpu or TEST_DEVICE == "cpu":
+        interpret()
+    elif False in of_gpu:
+        raise pytest.UsageError("tests marked gpu run compiled kernels, all others interpreted ones: run -m gpu apart")
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError(
+            "tests marked gpu were selected, and torch finds no GPU here "
+            "(WD_KERNELS_TEST_DEVICE=cpu rehearses those that can do without, in Triton's interpreter)"
+        )
+    elif "TRITON_INTERPRET" in os.environ:
+        raise pytest.UsageError("tests marked gpu run compiled kernels: unset TRITON_INTERPRET")
+
+
+def interpret() -> None:
+    """TRITON_INTERPRET=1 for this process, not for the programs that tests start.
+
+    The interpreter patches Triton's language anew for every call of a function inside a kernel, which is more than half
+    of its time; once a launch, as it does too, is enough for kernels of one module.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    knobs = importlib.import_module("triton").knobs
+    propagates, knobs.propagate_env = knobs.propagate_env, False
+    knobs.runtime.interpret = True
+    knobs.propagate_env = propagates
+    interpreted: Any = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
+    interpreted.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of programs of each kernel of Triton that the test launches."""
+    found: list[int] = []
+    kind: Any = type(importlib.import_module("wd_kernels.backends.triton_kernels").step_kernel)
+    choose = kind.__getitem__
+
+    def counted(kernel: Any, grid: tuple[int]) -> Any:
+        launch = choose(kernel, grid)
+
+        def go(*args: Any, **kwargs: Any) -> None:
+            found.append(grid[0])
+            launch(*args, **kwargs)
+
+        return go
+
+    monkeypatch.setattr(kind, "__getitem__", counted)
+    return found
 
 
 def absent(name: str) -> bool:
