@@ -12,7 +12,7 @@ CPP     := $(SOURCES)
 OLDEST_TRITON := triton==3.6.0
 OLDEST        := $(VENV)/triton-oldest
 
-.PHONY: demo test test-slow bench codegen check lint format dist clean
+.PHONY: demo test test-slow bench bench-gpu codegen check lint format dist clean
 
 demo: $(NATIVE)
 	$(RUN) bench/demo.py
@@ -26,6 +26,9 @@ test-slow: $(NATIVE) $(OLDEST)
 bench: $(NATIVE)
 	$(RUN) -m pytest bench --benchmark-json=bench.json
 	$(RUN) bench/table.py bench.json
+
+bench-gpu:  ## on a machine with a GPU, with the Python that has its torch; needs no network
+	$(PYTHON) bench/gpu.py --out gpu
 
 codegen: $(NATIVE) $(OLDEST)  ## what the Triton kernels compile to, kept in bench/results
 	$(RUN) bench/codegen.py --save

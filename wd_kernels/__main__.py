@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import SGDW, AdamW, native, reference
-from .backends import BACKENDS
+from .backends import BACKENDS, triton
 from .rules import DECAY_MODES
 from .version import __version__
 
@@ -63,9 +63,10 @@ class Case:
         return f"{self.optimizer}, {self.variant}, decay={self.decay!r}, {self.dtype}, {size}"
 
     def build(self, backend: str) -> Any:
-        """The optimizer over its own parameters, in two groups."""
+        """The optimizer over its own parameters, in two groups, on a device of the backend."""
         generator = torch.Generator().manual_seed(1)
-        params = [torch.randn(shape, generator=generator).to(self.dtype) for shape in self.shapes]
+        home = device_of(backend)
+        params = [torch.randn(shape, generator=generator).to(home, self.dtype) for shape in self.shapes]
         options = VARIANTS[self.optimizer][self.variant]
         groups = [{"params": params[:2]}, {"params": params[2:]}]
         return OPTIMIZERS[self.optimizer](groups, lr=0.1, decay=self.decay, backend=backend, **options)
@@ -79,6 +80,14 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
     param_error: float = 0.0
     state_error: float = 0.0
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend is checked."""
+    accelerator = torch.accelerator.current_accelerator()
+    if backend != "triton" or accelerator is None or triton.interpreted():
+        return torch.device("cpu")
+    return accelerator
 
 
 def all_cases() -> list[Case]:
@@ -108,8 +117,8 @@ def roles(optimizer: Any, group: int, p: Tensor) -> list[Tensor]:
 
 
 def flat_roles(tensors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """One flat tensor a role, over all parameters."""
-    return [torch.cat([t.detach().flatten() for t in role]) for role in zip(*tensors, strict=True)]
+    """One flat tensor a role, over all parameters, on the CPU."""
+    return [torch.cat([t.detach().flatten() for t in role]).cpu() for role in zip(*tensors, strict=True)]
 
 
 def exact_step(optimizer: Any, t: int, grads: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -164,7 +173,7 @@ def step(optimizer: Any, grads: Sequence[Tensor]) -> list[Tensor]:
     """Takes a step; returns a flat tensor a role."""
     places = [(g, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
     for (_, p), grad in zip(places, grads, strict=True):
-        p.grad = grad.clone()
+        p.grad = grad.to(p.device, copy=True)
     optimizer.step()
     return flat_roles([roles(optimizer, g, p) for g, p in places])
 
@@ -214,6 +223,7 @@ def versions() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("python", platform.python_version()),
         ("numpy", numpy),
+        ("triton", triton.version() or "not installed"),
         ("platform", platform.platform()),
     ]
 
@@ -230,7 +240,17 @@ def choices() -> list[tuple[str, str]]:
         forced = os.environ.get("WD_KERNELS_ISA")
         instructions += f" (WD_KERNELS_ISA={forced})" if forced else ""
     walks = "native" if native.WALKS else "Python (slower: the extension or torch's DLPack exchange API is missing)"
-    return [("instruction set", instructions), ("threads", str(torch.get_num_threads())), ("walk", walks)]
+    accelerator = torch.accelerator.current_accelerator()
+    name = "none" if accelerator is None else torch.get_device_module(accelerator).get_device_name()
+    return [
+        ("instruction set", instructions),
+        ("threads", str(torch.get_num_threads())),
+        ("walk", walks),
+        (
+            "accelerator",
+            f"{name} (not used: TRITON_INTERPRET is set)" if accelerator and triton.interpreted() else name,
+        ),
+    ]
 
 
 def self_check(names: Sequence[str]) -> int:

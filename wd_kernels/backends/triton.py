@@ -17,11 +17,19 @@ if TYPE_CHECKING:
     from ..slots import Bucket, Spec
     from ..table import TensorTable
 
-__all__ = ["OLDEST", "Triton", "block", "options"]
+__all__ = ["OLDEST", "Triton", "block", "interpreted", "options", "version"]
 
 OLDEST = (3, 6)
 THREADS = 128
 REGISTERS = 65536  # of an NVIDIA multiprocessor
+
+
+def version() -> str | None:
+    """Triton's version, None where it is not there."""
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except ImportError:
+        return None
 
 
 @cache
