@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,56 @@ def test_what_is_wrong_is_seen(kernel: str, target: str, change: str, inexact: b
     assert (int(found[0]) > 0, int(found[1]) > 0) == (inexact, stack)
 
 
+LAUNCH = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Utils:
+    def load_binary(self, *arguments):
+        raise RuntimeError("no device to load it on")
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+
+class Driver:  # enough of one to compile for a device that is not there
+    utils = Utils()
+    launcher_cls = lambda self, *arguments: None
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+driver.set_active(Driver())
+from wd_kernels.backends import triton
+from wd_kernels.storage import format_of
+kernels = triton._kernels()
+def known():
+    return len(kernels.step_kernel.device_caches[0][0])
+words, numbers = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.float64)
+for dtype in (torch.float32, torch.bfloat16):
+    formats = tuple(format_of(d) for d in (dtype, dtype, torch.float32, torch.float32))
+    for size, offset in ((1024, 0), (2048, 16), (16384, 32)):
+        arguments = (words[offset:], words, words[16:], numbers, numbers[16:], size, kernels.adamw, 13,
+                     tuple(f.code for f in formats), triton.block(formats))
+        how = triton.options(formats, 32, nvidia=True)
+        compiled = kernels.step_kernel.warmup(*arguments, grid=(1,), **how)
+        print(known(), compiled.metadata.num_warps, compiled.metadata.enable_fp_fusion)
+        try:
+            kernels.step_kernel[3,](*arguments, **how)
+        except RuntimeError as error:
+            print(known(), error)
+"""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_launch_is_compiled_before_it_and_once(version: str) -> None:
+    """Triton's own way of a launch, to where it needs a device: `warmup` compiles what a launch will look for, and
+    neither sizes nor places make another kernel."""
+    done = subprocess.run([sys.executable, "-c", LAUNCH], env=environment(version), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = [line for known in (1, 2) for line in 3 * [f"{known} 4 False", f"{known} no device to load it on"]]
+    assert done.stdout.splitlines() == expected
+
+
 def test_loops_are_found() -> None:
     """Nested branches back to one stretch of code are one loop; a label that nothing goes back to is none."""
     code = ["A:", "a 4", "B:", "b 16", "go A", "c", "go B", "C:", "d 4", "D:", "e 2", "go D", "go E", "E:"]
@@ -137,3 +188,19 @@ def test_the_interpreter_compiles_nothing() -> None:
     )
     assert done.returncode == 2
     assert "TRITON_INTERPRET is set" in done.stderr
+
+
+def test_the_readme_shows_what_is_kept() -> None:
+    """The README's rows are rows of the kept table, for the newest Triton and sm_90."""
+    table = max(codegen.RESULTS.glob("codegen-triton-*.txt")).read_text()
+    section = next(part for part in table.split("\n\n") if part.startswith("sm_90 "))
+    kept = {}
+    for line in section.splitlines()[1:]:
+        kernel, registers, _, _, size, instructions, budget, in_flight = re.split(r"\s{2,}", line.strip())
+        kept[kernel] = (size, instructions, budget, registers, in_flight)
+    rows = re.findall(r"^\| ((?:AdamW|SGDW)[^|]*) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = [(name, row.split(" | ")) for name, row in rows if row.count("|") == 4]
+    assert len(rows) >= 5
+    for name, numbers in rows:
+        kernel = re.sub(r", (\w+)(?: with (\w+) gradients)?$", r" (\1, \2)", name).replace(", )", ")")
+        assert tuple(numbers) == kept[kernel.replace("AdamW", "adamw").replace("SGDW", "sgdw")], name

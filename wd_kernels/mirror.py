@@ -69,7 +69,7 @@ class Mirror:
         self.device = device
         self.there: dict[str | int, Tensor] = {}
         self._sent: dict[str | int, Tensor] = {}  # host copies of `there`
-        self._stream: object = None
+        self._stream: int | None = None
         self._buckets: list[Bucket] = []
         self._chunks: dict[str | int, Tensor] = {}
         self._sizes: dict[int, int] = {}
@@ -95,7 +95,7 @@ class Mirror:
         }
         # What was sent on another stream may still be on its way: a new stream is sent everything anew. So memory also
         # returns to the stream that it came from.
-        stream = None if self.device.type == "cpu" else torch.accelerator.current_stream(self.device)
+        stream = 0 if self.device.type == "cpu" else torch.accelerator.current_stream(self.device).stream_id
         if stream != self._stream:
             self._stream, self._sent = stream, {}
         sent = self._sent
