@@ -278,6 +278,7 @@ class TensorTable:
         for spec, members in by_spec.items():
             self.buckets.append(Bucket(spec, self.resolve(spec), len(order), members))
             order += members
+        self.mirrors = {device: m for device, m in self.mirrors.items() if any(s.device == device for s in by_spec)}
         order += [i for i, slot in enumerate(self.slots) if slot is None]
         old = self.segments
         self.segments = torch.zeros_like(old)
