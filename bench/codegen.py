@@ -127,6 +127,7 @@ def compiled(kernel: Kernel, target: str, changes: Mapping[str, Any]) -> Any:
     rule = _RULES[kernel.rule][0]
     constants = {
         "rule": getattr(triton_kernels, rule.name),
+        "root": triton_kernels.root if TARGETS[target][0] == "cuda" else triton_kernels.scaled_root,
         "width": rule.width,
         "formats": tuple(fmt.code for fmt in kernel.formats),
         "block": block(kernel.formats),

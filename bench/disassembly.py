@@ -92,8 +92,8 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _sass_width(line: str) -> int:
-    found = re.search(r"(?:LDG|STG)\S*?\.(128|64|U16|S16|U8|16)\b", line)
-    return {"128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1}[found[1]] if found else 4
+    found = re.search(r"(?:LDG|STG)\S*?\.(\d+|[US]\d+)\b", line)
+    return {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1}[found[1]] if found else 4
 
 
 def _sass_load(line: str) -> int:
@@ -132,7 +132,10 @@ def _amd_inexact(llir: str, code: str, divides: bool) -> int:
     Root and division, which are exact, are made of fused operations: so those are counted where there is neither. A
     `v_fma_mix` that adds -0 or multiplies by 1 is a product or a sum, rounded once, of a number that it widens.
     """
-    found: int = len(re.findall(r"@llvm\.fmuladd|\bf(?:add|mul|sub) (?:fast|contract|reassoc)|!fpmath", llir))
+    flags = r"\bf(?:add|mul|sub|div) (?:[a-z]+ )*(?:fast|contract|reassoc|arcp|afn)\b"
+    found: int = len(re.findall(rf"@llvm\.fmuladd|{flags}|!fpmath", llir))
+    if "0x41F0000000000000" not in llir:  # 2^32: small numbers are scaled before these see them
+        found += len(re.findall(r"call .*@llvm\.amdgcn\.(?:rsq|sqrt)\.f32", llir))
     found += sum(mode != "3" for mode in re.findall(r"amdhsa_float_denorm_mode\w+ (\d)", code))
     if not divides:
         lines = re.findall(r"\tv_\w*(?:fma|fmac|mac|mad)_.*", code)
@@ -142,9 +145,9 @@ def _amd_inexact(llir: str, code: str, divides: bool) -> int:
 
 
 def _amd_width(line: str) -> int:
-    found = re.search(r"_(?:load|store)_(dwordx4|b128|dwordx2|b64|ushort|short|u16|b16|dword|b32)\b", line)
-    widths = {"dwordx4": 16, "b128": 16, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4}
-    return int(widths.get(found[1], 2)) if found else 0
+    what = line.split()[0].rsplit("_load_")[-1].rsplit("_store_")[-1]
+    widths = {"dwordx4": 16, "b128": 16, "dwordx3": 12, "b96": 12, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4}
+    return widths[what] if what in widths else 2 if re.search(r"short|16", what) else 1
 
 
 def _amd_load(line: str) -> int:

@@ -148,25 +148,28 @@ words, numbers = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch
 for dtype in (torch.float32, torch.bfloat16):
     formats = tuple(format_of(d) for d in (dtype, dtype, torch.float32, torch.float32))
     for size, offset in ((1024, 0), (2048, 16), (16384, 32)):
-        arguments = (words[offset:], words, words[16:], numbers, numbers[16:], size, kernels.adamw, 13,
+        arguments = (words[offset:], words, words[16:], numbers, numbers[16:], size, kernels.adamw, kernels.root, 13,
                      tuple(f.code for f in formats), triton.block(formats))
         how = triton.options(formats, 32, nvidia=True)
         compiled = kernels.step_kernel.warmup(*arguments, grid=(1,), **how)
         print(known(), compiled.metadata.num_warps, compiled.metadata.enable_fp_fusion)
-        try:
-            kernels.step_kernel[3,](*arguments, **how)
-        except RuntimeError as error:
-            print(known(), error)
+        for use in (lambda: triton._load(compiled), lambda: kernels.step_kernel[3,](*arguments, **how)):
+            try:
+                use()
+            except RuntimeError as error:
+                print(known(), error)
 """
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_launch_is_compiled_before_it_and_once(version: str) -> None:
-    """Triton's own way of a launch, to where it needs a device: `warmup` compiles what a launch will look for, and
-    neither sizes nor places make another kernel."""
+    """Triton's own way of a launch, to where it needs a device: `warmup` compiles what a launch will look for, `_load`
+    brings it there, and neither sizes nor places make another kernel."""
     done = subprocess.run([sys.executable, "-c", LAUNCH], env=environment(version), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    expected = [line for known in (1, 2) for line in 3 * [f"{known} 4 False", f"{known} no device to load it on"]]
+    expected = [
+        line for known in (1, 2) for line in 3 * [f"{known} 4 False", *2 * [f"{known} no device to load it on"]]
+    ]
     assert done.stdout.splitlines() == expected
 
 

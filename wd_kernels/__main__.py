@@ -84,7 +84,7 @@ class Outcome:
 
 def device_of(backend: str) -> torch.device:
     """Where a backend is checked."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if backend != "triton" or accelerator is None or triton.interpreted():
         return torch.device("cpu")
     return accelerator
@@ -240,8 +240,10 @@ def choices() -> list[tuple[str, str]]:
         forced = os.environ.get("WD_KERNELS_ISA")
         instructions += f" (WD_KERNELS_ISA={forced})" if forced else ""
     walks = "native" if native.WALKS else "Python (slower: the extension or torch's DLPack exchange API is missing)"
-    accelerator = torch.accelerator.current_accelerator()
-    name = "none" if accelerator is None else torch.get_device_module(accelerator).get_device_name()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    name = "none" if accelerator is None else str(accelerator)
+    if accelerator is not None and accelerator.type == "cuda":
+        name = torch.cuda.get_device_name()
     return [
         ("instruction set", instructions),
         ("threads", str(torch.get_num_threads())),

@@ -90,43 +90,46 @@ class Mirror:
             **self._chunks,
             "places": table.segments.index_select(1, _PLACE),
             "moving": table.segments.index_select(1, _MOVING),
-            "control": table.control.view(torch.int64),
-            "rows": rows.view(torch.int64),
+            "control": table.control,
+            "rows": rows,
         }
         # What was sent on another stream may still be on its way: a new stream is sent everything anew. So memory also
         # returns to the stream that it came from.
         stream = 0 if self.device.type == "cpu" else torch.accelerator.current_stream(self.device).stream_id
         if stream != self._stream:
-            self._stream, self._sent = stream, {}
+            self._stream, self._sent, self.there = stream, {}, {}
         sent = self._sent
-        self._send({k: part for k, part in parts.items() if k not in sent or not torch.equal(sent[k], part)})
-        for name in ("control", "rows"):
-            self.there[name] = self.there[name].view(torch.float64)
+        bits = {name: part.view(torch.int64) for name, part in parts.items()}
+        self._send({k: parts[k] for k, b in bits.items() if k not in sent or not torch.equal(sent[k], b)})
         for stale in self.there.keys() - parts.keys():
             del self.there[stale], sent[stale]
 
     def _cut(self, table: TensorTable, processors: int) -> None:
         """Chunks of the buckets on this device. They hold in a step that lacks gradients too."""
         numel_of = {expected[Expected.SEGMENT]: expected[Expected.NUMEL] for expected in table.expected_of}
-        self._buckets, self._chunks, self._sizes = table.buckets, {}, {}
+        chunks: dict[str | int, Tensor] = {}
+        sizes: dict[int, int] = {}
         for bucket in table.buckets:
             if bucket.spec.device == self.device:
                 numels = [numel_of[bucket.first + k] for k in range(len(bucket.slots))]
-                self._sizes[bucket.first] = size = chunk_size(sum(numels), processors)
-                self._chunks[bucket.first] = cut(bucket.first, torch.tensor(numels, device="cpu"), size)
+                sizes[bucket.first] = chunk_size(sum(numels), processors)
+                chunks[bucket.first] = cut(bucket.first, torch.tensor(numels, device="cpu"), sizes[bucket.first])
+        self._buckets, self._chunks, self._sizes = table.buckets, chunks, sizes
 
     def _send(self, parts: Mapping[str | int, Tensor]) -> None:
-        """One copy to the device, whatever the number of parts; all are int64."""
+        """One copy to the device, whatever the number of parts; their elements have 8 bytes."""
         lines = [-(-part.numel() // _LINE) for part in parts.values()]
         to_device = self.device.type != "cpu"
         # Pinned memory that is freed while a copy of it is under way is kept by torch until that is done.
         here = torch.empty(sum(lines) * _LINE, dtype=torch.int64, device="cpu", pin_memory=to_device)
         there = torch.empty_like(here, device=self.device) if to_device else here
-        begin = 0
+        sent, arrived, begin = {}, {}, 0
         for (name, part), own in zip(parts.items(), lines, strict=True):
             at = slice(begin, begin + part.numel())
-            self._sent[name] = here[at].view(part.shape).copy_(part)
-            self.there[name] = there[at].view(part.shape)
+            sent[name] = here[at].view(part.shape).copy_(part.view(torch.int64))
+            arrived[name] = there[at].view(part.dtype).view(part.shape)
             begin += own * _LINE
         if to_device:
             there.copy_(here, non_blocking=True)
+        self._sent.update(sent)  # now, not before: what is noted as sent is there
+        self.there.update(arrived)

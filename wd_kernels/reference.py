@@ -79,7 +79,7 @@ def adamw(row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Seq
     _, _, grad_sign, l2, beta1, one_minus_beta1, beta2, one_minus_beta2 = scalars[:8]
     step_size, inv_sqrt_bias2, eps, decay, metric = scalars[8:]
     m, v = states[0], states[1]
-    factor = torch.tensor(grad_factor, dtype=torch.float64).to(theta)
+    factor = torch.tensor(grad_factor, dtype=torch.float64, device="cpu").to(theta)
 
     g = g * (grad_sign * factor)
     g = g + l2 * theta
@@ -101,7 +101,7 @@ def sgdw(row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Sequ
     """One SGDW step on one tensor: (theta[, b]) after it, in the dtype of `theta`. Arguments as for `adamw`."""
     scalars: Any = row.to(device=theta.device, dtype=theta.dtype)
     _, _, grad_sign, l2, momentum, grad_coef, update_grad, update_buf, step_size, decay = scalars
-    factor = torch.tensor(grad_factor, dtype=torch.float64).to(theta)
+    factor = torch.tensor(grad_factor, dtype=torch.float64, device="cpu").to(theta)
 
     g = g * (grad_sign * factor)
     g = g + l2 * theta

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, partial
@@ -26,21 +26,25 @@ REGISTERS = 65536  # of an NVIDIA multiprocessor
 
 def version() -> str | None:
     """Triton's version, None where it is not there."""
+    return None if importlib.util.find_spec("triton") is None else getattr(_triton(), "__version__", None)
+
+
+def _triton() -> Any:
+    """Triton, or the error of its import."""
     try:
-        return str(importlib.import_module("triton").__version__)
-    except ImportError:
-        return None
+        return importlib.import_module("triton")
+    except ImportError as error:
+        return error
 
 
 @cache
 def _kernels() -> Any:
     """The module of the kernels, or a sentence that says why it is not there."""
-    try:
-        triton = importlib.import_module("triton")
-    except ImportError as error:
-        return f"Triton is not there ({error}); torch's wheels for CUDA and ROCm bring it, else: pip install triton"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
-        return f"Triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST))} is the oldest that is known here"
+    known = version()
+    if known is None:
+        return f"Triton is not there ({_triton()}); torch's wheels for CUDA and ROCm bring it, else: pip install triton"
+    if tuple(int(part) for part in known.split(".")[:2]) < OLDEST:
+        return f"Triton {known} is too old: {'.'.join(map(str, OLDEST))} is the oldest that is known here"
     return importlib.import_module(".triton_kernels", __package__)
 
 
@@ -70,18 +74,39 @@ def options(formats: tuple[Any, ...], warp: int, nvidia: bool) -> dict[str, Any]
 
 
 @cache
+def _no_driver() -> str | None:
+    """Why Triton cannot compile for the GPU that is there, None where it can: it wants a C compiler, say."""
+    try:
+        importlib.import_module("triton.runtime").driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton cannot use this GPU ({type(error).__name__}: {error})"
+    return None
+
+
+@cache
 def _machine(device: torch.device) -> tuple[int, int]:
     """(processors, threads of a warp) of a device."""
     if device.type == "cpu":  # interpreted, one program after another: the fewer the better
         return 1, 32
     properties = torch.get_device_module(device).get_device_properties(device)
-    processors = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
-    return int(processors), int(getattr(properties, "warp_size", 32))
+    return int(getattr(properties, "multi_processor_count", 64)), int(getattr(properties, "warp_size", 32))
+
+
+def _load(compiled: Any) -> None:
+    """Brings a compiled kernel to the current device: Triton does it where `run` is read."""
+    _ = compiled.run
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a device the current one meanwhile: Triton launches on the current device and stream."""
     return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """A graph would repeat this step's scalars, and read the memory that they travelled in when it is another's."""
+    with _on(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a step cannot be captured in a CUDA graph: its scalars and step counts are the host's")
 
 
 class Triton:
@@ -96,9 +121,11 @@ class Triton:
         module = _kernels()
         if isinstance(module, str):
             return module
-        if not interpreted() and not torch.accelerator.is_available():
+        if interpreted():
+            return None
+        if not torch.accelerator.is_available():
             return "no GPU is there (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
-        return None
+        return _no_driver()
 
     def refuses(self, spec: Spec) -> str | None:
         device = spec.device
@@ -117,6 +144,8 @@ class Triton:
         """Uploads what changed and compiles what is new; the launches that are left are one a bucket."""
         launches: list[Callable[[], None]] = []
         for device in dict.fromkeys(bucket.spec.device for bucket in buckets):
+            if device.type == "cuda":
+                _refuse_capture(device)
             mirror = table.mirrors.setdefault(device, Mirror(device))
             mirror.update(table, rows, _machine(device)[0])
             for bucket in buckets:
@@ -129,15 +158,16 @@ class Triton:
         chunks, there = mirror.chunks(bucket), mirror.there
         arguments = (
             chunks, there["places"], there["moving"], there["rows"], there["control"], mirror.size(bucket),
-            getattr(kernels, table.rule.name), table.rule.width, tuple(bucket.codes), block(formats),
+            getattr(kernels, table.rule.name), kernels.scaled_root if torch.version.hip else kernels.root,
+            table.rule.width, tuple(bucket.codes), block(formats),
         )  # fmt: skip
-        how = options(formats, _machine(device)[1], nvidia=device.type == "cuda" and torch.version.hip is None)
+        how = options(formats, _machine(device)[1], nvidia=device.type == "cuda" and not torch.version.hip)
         if interpreted():
             return partial(kernels.step_kernel[chunks.numel(),], *arguments, **how)
         key = (device, table.rule.name, formats)
-        if key not in self._compiled:  # here, where a failure leaves every tensor as it was
+        if key not in self._compiled:  # compiled and loaded here, where a failure leaves every tensor as it was
             with _on(device):
-                kernels.step_kernel.warmup(*arguments, grid=(1,), **how)
+                _load(kernels.step_kernel.warmup(*arguments, grid=(1,), **how))
             self._compiled.add(key)
 
         def launch() -> None:

@@ -62,9 +62,8 @@ def widen(stored, format: tl.constexpr):
 def narrow(value, format: tl.constexpr):
     """What is to be written: rounded once, to nearest even; a 16-bit NaN is the canonical one."""
     if format == BFLOAT16:
-        bits = value.to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(value != value, 0x7FC0, nearest).to(tl.int16)
+        bits = tl.where(value != value, 0x7FC00000, value.to(tl.int32, bitcast=True))
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
     elif format == FLOAT16:
         return tl.where(value != value, 0x7E00, value.to(tl.float16).to(tl.int16, bitcast=True)).to(tl.int16)
     else:
@@ -102,6 +101,17 @@ def root(x):
 
 
 @triton.jit
+def scaled_root(x):
+    """For AMD: Triton 3.6's root there is inexact, or worse, below 2^-96; 2^32 and 2^-16 scale exactly."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        small = x < 1.262177448353619e-29  # 2^-96
+        found = tl.sqrt_rn(tl.where(small, x * 4294967296.0, x))
+        return tl.where(small, found * 1.52587890625e-05, found)
+
+
+@triton.jit
 def divide(x, y):
     if x.dtype == tl.float64:
         return x / y
@@ -116,7 +126,7 @@ def lerp(x, y, beta, w):
 
 
 @triton.jit
-def adamw(theta, g, states, scalars):
+def adamw(theta, g, states, scalars, root: tl.constexpr):
     """NUMERICS section 3 on a block: (theta, states) after the step; the third state, for amsgrad, is v_max."""
     (
         grad_scale, l2, beta1, one_minus_beta1, beta2, one_minus_beta2,
@@ -140,7 +150,7 @@ def adamw(theta, g, states, scalars):
 
 
 @triton.jit
-def sgdw(theta, g, states, scalars):
+def sgdw(theta, g, states, scalars, root: tl.constexpr):
     """NUMERICS section 4 on a block: (theta, states) after the step; the state is the buffer, if there is momentum."""
     grad_scale, l2, momentum, grad_coef, update_grad, update_buf, step_size, decay = scalars
     g = g * grad_scale
@@ -160,8 +170,8 @@ def sgdw(theta, g, states, scalars):
 
 
 @triton.jit
-def move(at, count, scalars, frozen, rule: tl.constexpr, formats: tl.constexpr, block: tl.constexpr,
-         full: tl.constexpr):  # fmt: skip
+def move(at, count, scalars, frozen, rule: tl.constexpr, root: tl.constexpr, formats: tl.constexpr,
+         block: tl.constexpr, full: tl.constexpr):  # fmt: skip
     """Steps `count` elements from `at` on, a block at most; `full`: a whole block, and every address is aligned."""
     if full:
         lanes = tl.arange(0, block)
@@ -172,7 +182,7 @@ def move(at, count, scalars, frozen, rule: tl.constexpr, formats: tl.constexpr, 
     values = ()
     for role in tl.static_range(len(formats)):
         values += (load(at[role], lanes, mask, formats[role]),)
-    theta, states = rule(values[0], values[1], values[2:], scalars)
+    theta, states = rule(values[0], values[1], values[2:], scalars, root)
     if not frozen:
         store(at[0], lanes, theta, mask, formats[0])
     for role in tl.static_range(2, len(formats)):
@@ -193,8 +203,13 @@ def ahead(at, offset, formats: tl.constexpr, full: tl.constexpr):
 
 @triton.jit
 def step_kernel(chunks, places, moving, rows, control, chunk_size,
-                rule: tl.constexpr, width: tl.constexpr, formats: tl.constexpr, block: tl.constexpr):  # fmt: skip
-    """Steps one chunk. `formats` are the codes of parameter, gradient and states, `width` the scalars of a row."""
+                rule: tl.constexpr, root: tl.constexpr, width: tl.constexpr, formats: tl.constexpr,
+                block: tl.constexpr):  # fmt: skip
+    """Steps one chunk.
+
+    Compile-time arguments: the rule, the root that is exact on the target, the scalars of a row, the formats' codes
+    (parameter, gradient, states), the elements of a block.
+    """
     chunk = tl.load(chunks + tl.program_id(0))
     place = places + (chunk & 0xFFFFFFFF) * PLACE_WORDS
     moved = moving + (chunk & 0xFFFFFFFF) * MOVING_WORDS
@@ -218,6 +233,6 @@ def step_kernel(chunks, places, moving, rows, control, chunk_size,
     if aligned:
         done = count - count % block
         for offset in range(0, done, block):
-            move(ahead(at, offset, formats, True), block, scalars, frozen, rule, formats, block, True)
+            move(ahead(at, offset, formats, True), block, scalars, frozen, rule, root, formats, block, True)
     for offset in range(done, count, REST_BLOCK):
-        move(ahead(at, offset, formats, False), count - offset, scalars, frozen, rule, formats, REST_BLOCK, False)
+        move(ahead(at, offset, formats, False), count - offset, scalars, frozen, rule, root, formats, REST_BLOCK, False)
