@@ -1,0 +1,126 @@
+"""The host's side of backend="triton", where test_interpreter.py and test_gpu.py would not come to it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    REAL,
+    Case,
+    Piece,
+    assert_same,
+    f32,
+    f64,
+    gradient,
+    ids,
+    make_params,
+    peculiar_run,
+    snapshot,
+    with_dtypes,
+)
+
+import wd_kernels
+import wd_kernels.__main__ as program
+from wd_kernels import mirror
+from wd_kernels.backends import triton
+
+
+def late_and_double(backend: str, before: Any = None) -> dict[str, torch.Tensor]:
+    """Three parameters of two dtypes, whose last has its first gradient late: a bucket then begins elsewhere."""
+    params: list[Any] = [make_params([Piece((2 + k,))], dtype, dtype, k)[0] for k, dtype in enumerate((f32, f64, f32))]
+    opt = wd_kernels.AdamW(params, lr=0.1, weight_decay=0.2, backend=backend)
+    for step in range(4):
+        for k, p in enumerate(params):
+            p.grad = gradient(Piece((2 + k,)), p.dtype, 10 * step + k) if k < 2 or step >= 2 else None
+        if before is not None and step == 2:
+            before(opt)
+        opt.step()
+    return snapshot(params, opt)
+
+
+def test_a_stream_and_a_layout_that_change_in_one_step() -> None:
+    def another_stream(opt: Any) -> None:
+        (own,) = opt._table.mirrors.values()
+        own._stream = -1
+
+    assert_same(late_and_double("triton", another_stream), late_and_double("reference"))
+
+
+def test_a_cut_that_failed_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(opt: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(mirror, "cut", lambda *arguments: (_ for _ in ()).throw(MemoryError("no room")))
+            with pytest.raises(MemoryError):
+                opt.step()
+
+    assert_same(late_and_double("triton", interrupted), late_and_double("reference"))
+
+
+ROOTS = [Case("adamw", f"amsgrad-{amsgrad}", {"amsgrad": amsgrad, "eps": 1e-30}) for amsgrad in (False, True)]
+
+
+@pytest.mark.parametrize("case", with_dtypes(ROOTS, REAL), ids=ids)
+def test_the_root_of_amd(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is scaled where numbers are small, and still exact: among the peculiar numbers are subnormals and zeros."""
+    kernels = triton._kernels()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(kernels, "root", None)  # it is not taken
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.filters", [("ignore", None, RuntimeWarning, None, 0)])
+        found = peculiar_run(case, "triton")
+    assert_same(found, peculiar_run(case, "reference"))
+
+
+def test_a_step_in_a_graph_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_on", lambda device: nullcontext())
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        with pytest.raises(RuntimeError, match="cannot be captured") if capturing else nullcontext():
+            triton._refuse_capture(torch.device("cuda", 0))
+
+
+def test_a_gpu_that_triton_cannot_use_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So "auto" warns and takes the reference, and the name is an error that says why."""
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    triton._no_driver.cache_clear()
+    try:  # there is no driver at all here
+        why = triton.Triton().why_not()
+    finally:
+        triton._no_driver.cache_clear()
+    assert why is not None
+    assert why.startswith("Triton cannot use this GPU (RuntimeError: ")
+
+
+def test_a_module_of_that_name_is_not_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.importlib, "import_module", lambda name: SimpleNamespace())
+    assert triton.version() is None
+    assert triton._kernels.__wrapped__().startswith("Triton is not there")
+
+
+def test_the_self_check_on_a_build_for_gpus_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch names the accelerator that it was built for, unless it is asked whether it is there."""
+    there = lambda check_available=False: None if check_available else torch.device("cuda")  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", there)
+    assert ("accelerator", "none") in program.choices()
+    assert program.device_of("triton") == torch.device("cpu")
+
+
+def test_options() -> None:
+    """Registers so that the programs at once are 6 with two states, 5 with three, 4 of float64; for NVIDIA alone."""
+    from wd_kernels.storage import format_of
+
+    def of(dtype: torch.dtype, states: int, warp: int = 32, nvidia: bool = True) -> dict[str, Any]:
+        formats = tuple(format_of(d) for d in (dtype, dtype, *[f64 if dtype == f64 else f32] * states))
+        return triton.options(formats, warp, nvidia)
+
+    exact = {"num_warps": 4, "enable_fp_fusion": False}
+    assert of(f32, 2) == {**exact, "maxnreg": 80}
+    assert of(torch.bfloat16, 3) == {**exact, "maxnreg": 96}
+    assert of(f64, 2) == of(f64, 3) == {**exact, "maxnreg": 128}
+    assert of(f32, 1) == of(f64, 0) == exact
+    assert of(f32, 2, 64, nvidia=False) == {**exact, "num_warps": 2}
