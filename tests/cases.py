@@ -421,6 +421,45 @@ def controlled(
     return found
 
 
+def frozen_run(case: Case, backend: str, device: Device = "cpu") -> dict[str, Tensor]:
+    """A group of lr 0 beside one that moves. Its weights keep even the payload of a NaN; its moments advance."""
+    payload = {2: 0x7FC5, 4: 0x7FC12345, 8: 0x7FF8000000012345}
+    params = make_params([Piece((1100,)), Piece((1100,))], case.dtype, case.grad_dtype, device=device)
+    raw = [p.detach().view(INTEGERS[p.element_size()]) for p in params]
+    raw[0][5] = payload[params[0].element_size()]
+    start = raw[0].clone()
+    opt = optimizer(case, [{"params": [params[0]], "lr": 0.0}, {"params": [params[1]]}], backend, weight_decay=0.2)
+    for step in range(3):
+        for k, p in enumerate(params):
+            p.grad = gradient(Piece((1100,)), case.grad_dtype, 10 * step + k, device)
+        before = raw[1].clone()
+        opt.step()
+        assert torch.equal(raw[0], start)
+        assert not torch.equal(raw[1], before)
+    assert all(bool(opt.state[params[0]][name][:5].any()) for name in states_of(case))
+    return snapshot(params, opt)
+
+
+def rounding_run(dtype: torch.dtype, backend: str, device: Device = "cpu") -> dict[str, Tensor]:
+    """Every number of a 16-bit dtype, moved by less than, just and more than half of its last place; then decayed."""
+    theta = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    magnitude = theta.view(torch.int16) & 0x7FFF
+    ulp = ((magnitude + 1).view(dtype).float() - magnitude.view(dtype).float()).nan_to_num(0, 0, 0)
+    part = torch.tensor([0.5, 0.5 - 2**-10, 0.5 + 2**-10, 1.5, -0.5, -1.5, 0.0]).repeat(2**16 // 7 + 1)[: 2**16]
+    p = torch.nn.Parameter(theta.to(device, copy=True))
+    p.grad_dtype = f32
+    opt = CLASSES["sgdw"]([p], lr=1.0, backend=backend)
+    found = {}
+    for decay in (0.0, 2**-9):
+        opt.param_groups[0]["weight_decay"] = decay
+        p.grad = (ulp * part).to(device)
+        opt.step()
+        found[f"{decay}"] = p.detach().to("cpu", copy=True)
+    moved = (found["0.0"] != theta) & ~theta.isnan()
+    assert 0.3 < float(moved.float().mean()) < 0.9
+    return found
+
+
 def ids(case: Any) -> str:
     """For pytest.mark.parametrize(..., ids=ids)."""
     return str(case)

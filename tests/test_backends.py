@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from cases import (
     BIG,
+    BODIES,
     DTYPES,
     PIECES,
+    REAL,
     Case,
     Piece,
+    arithmetic,
     arrange,
     assert_same,
     assert_same_bits,
@@ -21,6 +24,7 @@ from cases import (
     bits,
     c64,
     cases,
+    controlled,
     f16,
     f32,
     f64,
@@ -28,36 +32,14 @@ from cases import (
     ids,
     make_params,
     optimizer,
+    peculiar_run,
+    placed_run,
     run,
     snapshot,
+    states_of,
+    with_dtypes,
 )
 from conftest import INSTRUCTION_SETS, absent
-from torch import Tensor
-
-STATES = {
-    ("adamw", False): ("exp_avg", "exp_avg_sq"),
-    ("adamw", True): ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    ("sgdw", False): (),
-    ("sgdw", True): ("momentum_buffer",),
-}
-#: One case for each kernel body: rule with and without its optional state, and a decay mode that uses much of a row.
-BODIES = [
-    *cases(rules=["adamw"], names=["plain", "amsgrad"], decays=["metric_proximal"]),
-    *cases(rules=["sgdw"], names=["no-momentum", "nesterov"], decays=["independent"]),
-]
-
-
-def with_dtypes(found: Sequence[Case], dtypes: Sequence[tuple[torch.dtype, torch.dtype]]) -> list[Case]:
-    return [Case(c.rule, c.name, c.options, p, g) for c in found for p, g in dtypes]
-
-
-def states_of(case: Case) -> tuple[str, ...]:
-    return STATES[case.rule, bool(case.options.get("amsgrad") or case.options.get("momentum"))]
-
-
-def arithmetic(case: Case) -> torch.dtype:
-    return f64 if case.dtype == f64 else f32
-
 
 # The matrix -----------------------------------------------------------------------------------------------------------
 
@@ -208,64 +190,13 @@ def test_split_tensor(case: Case) -> None:
 
 # Addresses ------------------------------------------------------------------------------------------------------------
 
-GUARD = 24  # elements before and after
-CANARY = {2: 0x5AC3, 4: 0x5AC35AC3, 8: 0x5AC35AC35AC35AC3}
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def guarded(values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """(a buffer of canaries, a view in it that holds `values`, `offset` elements off a 64-byte boundary)."""
-    size = values.element_size()
-    n = values.numel()
-    buffer = torch.full((n + 2 * GUARD + 64,), CANARY[size], dtype=INTEGERS[size])
-    first = GUARD + (-(buffer.data_ptr() // size + GUARD)) % (64 // size) + offset
-    view = buffer.view(values.dtype)[first : first + n]
-    assert view.data_ptr() % 64 == offset * size
-    return buffer, view.copy_(values)
-
-
-def assert_canaries(buffer: Tensor, view: Tensor, what: str) -> None:
-    first = (view.data_ptr() - buffer.data_ptr()) // buffer.element_size()
-    outside = torch.cat([buffer[:first], buffer[first + view.numel() :]])
-    assert bool((outside == CANARY[buffer.element_size()]).all()), f"{what}: written outside of it"
-
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
-@pytest.mark.parametrize("case", with_dtypes(BODIES, [d for d in DTYPES if not d[0].is_complex]), ids=ids)
+@pytest.mark.parametrize("case", with_dtypes(BODIES, REAL), ids=ids)
 def test_unaligned_roles_and_canaries(case: Case, offset: int) -> None:
     """Each role in turn, and all of them, off alignment; nothing outside of a tensor is written, nor a gradient."""
-    names = states_of(case)
-    roles = ("param", "grad", *names)
-    for moved in (*roles, "all"):
-        for n in (1, 7, 33, 130):
-            place = {role: offset if moved in (role, "all") else 0 for role in roles}
-            results = []
-            for backend in ("cpu", "reference"):
-                generator = torch.Generator().manual_seed(n)
-                buffers: dict[str, tuple[Tensor, Tensor]] = {}
-                draw = torch.randn(n, generator=generator)
-                buffers["param"] = guarded(draw.to(case.dtype), place["param"])
-                for name in names:
-                    draw = torch.rand(n, generator=generator)
-                    buffers[name] = guarded(draw.to(arithmetic(case)), place[name])
-                buffers["grad"] = guarded(gradient(Piece((n,)), case.grad_dtype, n), place["grad"])
-                p = torch.nn.Parameter(buffers["param"][1])
-                p.grad_dtype = case.grad_dtype
-                p.grad = buffers["grad"][1]
-                opt = optimizer(case, [p], backend, weight_decay=0.2)
-                opt.state[p] = {"step": torch.tensor(3.0), **{name: buffers[name][1] for name in names}}
-                unchanged = buffers["grad"][0].clone()
-                for step in range(3):
-                    opt.param_groups[0]["lr"] = 0.03 / (step + 1)
-                    opt.step()
-                assert p.data_ptr() == buffers["param"][1].data_ptr()
-                assert all(opt.state[p][name] is buffers[name][1] for name in names)
-                assert torch.equal(buffers["grad"][0], unchanged)
-                for role, (buffer, view) in buffers.items():
-                    assert_canaries(buffer, view, f"{role}, {n} elements, {moved} at {offset}, {backend}")
-                assert float(opt.state[p]["step"]) == 6
-                results.append(snapshot([p], opt))
-            assert_same(*results)
+    sizes = (1, 7, 33, 130)
+    assert_same(placed_run(case, "cpu", offset, sizes)[0], placed_run(case, "reference", offset, sizes)[0])
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -285,41 +216,6 @@ def test_gaps_are_not_written(case: Case, backend: str) -> None:
 # Numbers --------------------------------------------------------------------------------------------------------------
 
 
-def peculiar(dtype: torch.dtype) -> Tensor:
-    """Zeros of both signs, subnormals, the ends of the range, infinities, NaN, and ordinary numbers between them."""
-    info = torch.finfo(dtype)
-    least = info.smallest_normal * info.eps
-    found = [0.0, 1.0, 1.5, info.eps, least, 3 * least, info.tiny - least, info.tiny, info.max, info.max / 2]
-    found += [math.sqrt(info.max), math.sqrt(info.tiny), 1e-3, 7.0, math.inf]
-    values = torch.tensor(found, dtype=f64)
-    return torch.cat([values, -values, torch.tensor([math.nan], dtype=f64)]).to(dtype)
-
-
-def peculiar_run(case: Case, backend: str, flush: bool = False) -> dict[str, Tensor]:
-    """Every peculiar parameter with every peculiar gradient, from states that are peculiar too."""
-    theta, grad = peculiar(case.dtype), peculiar(case.grad_dtype)
-    p = torch.nn.Parameter(theta.repeat_interleave(grad.numel()))
-    grad = grad.repeat(theta.numel())
-    p.grad_dtype = case.grad_dtype
-    n = p.numel()
-    opt = optimizer(case, [p], backend, weight_decay=0.3, lr=0.5)
-    states = {}
-    for k, name in enumerate(states_of(case)):
-        drawn = peculiar(arithmetic(case)).repeat(n)[k : n * (k + 3) : k + 3]
-        states[name] = (drawn if name in ("exp_avg", "momentum_buffer") else drawn.abs()).clone()
-        assert states[name].numel() == n
-    opt.state[p] = {"step": torch.tensor(1.0), **states}
-    grads = [grad, (grad / 2).roll(5)]
-    torch.set_flush_denormal(flush)
-    for step in range(3):
-        opt.param_groups[0]["lr"] = 0.5 / (step + 1)
-        p.grad = grads[step % 2]
-        opt.step()
-    torch.set_flush_denormal(False)
-    return snapshot([p], opt)
-
-
-REAL = [d for d in DTYPES if not d[0].is_complex]
 PECULIAR = with_dtypes(cases(names=["plain", "amsgrad", "far-end", "no-momentum", "nesterov", "paper"]), REAL)
 
 
@@ -388,22 +284,6 @@ def test_a_bad_gradient_spoils_only_its_element(case: Case, backend: str) -> Non
 
 
 # The control pair -----------------------------------------------------------------------------------------------------
-
-
-def controlled(case: Case, backend: str, control: Sequence[tuple[float, float]], scale: float = 1.0) -> Any:
-    """Snapshots after every step of a run with the given (grad_factor, skip) of each step."""
-    pieces = (Piece((33,)), Piece((5, 7), "transposed"), Piece((40_000,)))
-    params = make_params(pieces, case.dtype, case.grad_dtype)
-    opt = optimizer(case, params, backend, weight_decay=0.1)
-    found = []
-    for step, pair in enumerate(control):
-        opt.param_groups[0]["lr"] = 0.02 * (step + 1)
-        opt._table.control.copy_(torch.tensor(pair, dtype=f64))
-        for k, (p, piece) in enumerate(zip(params, pieces, strict=True)):
-            p.grad = gradient(piece, case.grad_dtype, 10 * step + k) * scale
-        opt.step()
-        found.append(snapshot(params, opt))
-    return found
 
 
 CONTROLLED = with_dtypes(BODIES, [(f32, f32), (f64, f64), (bf16, f32), (c64, c64)])

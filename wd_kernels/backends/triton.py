@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, partial
@@ -24,17 +24,17 @@ THREADS = 128
 REGISTERS = 65536  # of an NVIDIA multiprocessor
 
 
-def version() -> str | None:
-    """Triton's version, None where it is not there."""
-    return None if importlib.util.find_spec("triton") is None else getattr(_triton(), "__version__", None)
-
-
 def _triton() -> Any:
     """Triton, or the error of its import."""
     try:
         return importlib.import_module("triton")
     except ImportError as error:
         return error
+
+
+def version() -> str | None:
+    """Triton's version, None where it is not there."""
+    return getattr(_triton(), "__version__", None)
 
 
 @cache
