@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import (
     BIG,
     BODIES,
@@ -40,6 +38,7 @@ from cases import (
     with_dtypes,
 )
 from conftest import INSTRUCTION_SETS, absent
+from torch import Tensor
 
 # The matrix -----------------------------------------------------------------------------------------------------------
 
