@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Reading", "amd", "full_blocks", "loops", "nvidia"]
+from wd_kernels.backends.triton import REGISTERS
 
-REGISTERS = 65536  # of an NVIDIA multiprocessor, which runs 2048 threads at most
+__all__ = ["Reading", "amd", "full_blocks", "loops", "nvidia"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def nvidia(asm: Mapping[str, Any], threads: int) -> Reading:
     code = [line for line in sass if re.match(r"\.L_|\s+/\*[0-9a-f]{4,}\*/\s+[^/\s]", line)]
     body = full_blocks(loops(code, r"(\.L_\w+):", r"BRA.*?\(?`\((\.L_\w+)\)"), _sass_load)
     spilled = sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in code)
-    programs = min(REGISTERS // (-(-registers // 8) * 8 * threads), 2048 // threads)
+    programs = min(REGISTERS // (-(-registers // 8) * 8 * threads), 2048 // threads)  # 2048 at most
     return Reading(
         registers,
         max(stack + local, 4 * spilled),

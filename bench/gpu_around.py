@@ -96,19 +96,13 @@ def about(device: torch.device) -> dict[str, str]:
     """What decides the numbers: device, driver, versions."""
     from wd_kernels.__main__ import choices, versions
 
-    try:
-        import triton
-
-        triton_version = str(triton.__version__)
-    except ImportError as error:
-        triton_version = f"missing: {error}"
     machine = {"device": "CPU", "driver": "none"}
     if device.type != "cpu":
         properties = torch.cuda.get_device_properties(device)
         machine["device"] = str(properties.name)
         machine["memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
         machine["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {**machine, **dict(versions()), "triton": triton_version, **dict(choices())}
+    return {**machine, **dict(versions()), **dict(choices())}
 
 
 def output_of(*arguments: str) -> str:

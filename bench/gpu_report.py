@@ -6,33 +6,21 @@ A ratio is the median over rounds of the quotient of two contenders' turns in th
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from gpu_cases import TARGETS
 from gpu_peers import FUSED, OURS
+from table import iqr, ratio
 
 from wd_kernels.__main__ import aligned
 
-__all__ = ["Figures", "Verdict", "case_figures", "copy_rate", "iqr", "ratio", "render", "verdicts"]
+__all__ = ["Figures", "Verdict", "case_figures", "copy_rate", "render", "verdicts"]
 
 Row = tuple[object, ...]
 REHEARSAL = "REHEARSAL on the CPU with tiny sizes: it checks the program; no figure here is a GPU's."
 REACHED, MISSED, UNKNOWN = "reached", "not reached", "not measured"
-
-
-def iqr(values: Sequence[float]) -> float:
-    """The distance of the quartiles; 0 of a single value."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low
-
-
-def ratio(own: Sequence[float], other: Sequence[float]) -> float:
-    """How many times longer the other takes, round by round."""
-    return statistics.median(b / a for a, b in zip(own, other, strict=True))
 
 
 def copy_rate(report: dict[str, Any]) -> float | None:

@@ -19,10 +19,23 @@ from typing import Any
 
 from wd_kernels.__main__ import aligned
 
-__all__ = ["Result", "group_costs", "heading", "main", "render", "results", "steps"]
+__all__ = ["Result", "group_costs", "heading", "iqr", "main", "ratio", "render", "results", "steps"]
 
 RESULTS = Path(__file__).parent / "results"
 OURS, FUSED, FOREACH = "wd_kernels", "torch fused", "torch foreach"
+
+
+def iqr(values: Sequence[float]) -> float:
+    """The distance of the quartiles; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def ratio(own: Sequence[float], other: Sequence[float]) -> float:
+    """How many times longer the other takes, round by round."""
+    return statistics.median(b / a for a, b in zip(own, other, strict=True))
 
 
 @dataclass(frozen=True)
@@ -39,11 +52,7 @@ class Result:
 
     @property
     def iqr(self) -> float:
-        """The distance of the quartiles."""
-        if len(self.seconds) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return high - low
+        return iqr(self.seconds)
 
     @property
     def rate(self) -> float:
@@ -52,8 +61,7 @@ class Result:
         return float(elements * self.info["bytes_per_parameter"] / self.median / 1e9)
 
     def ratio(self, other: Result) -> float:
-        """How many times longer the other takes."""
-        return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+        return ratio(self.seconds, other.seconds)
 
 
 def results(report: dict[str, Any]) -> dict[str, dict[tuple[str, int], Result]]:

@@ -8,16 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import byte_model
 import pytest
+import table
 import torch
+import turns
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-import byte_model  # noqa: E402
-import table  # noqa: E402
-import turns  # noqa: E402
-
 F32, BF16 = torch.float32, torch.bfloat16
 
 

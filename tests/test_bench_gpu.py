@@ -11,24 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import byte_model
+import gpu
+import gpu_around
+import gpu_cases
+import gpu_measure
+import gpu_peers
+import gpu_report
+import gpu_tune
 import pytest
+import table
 import torch
 
 import wd_kernels
 from wd_kernels.backends import triton as triton_backend
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-import byte_model  # noqa: E402
-import gpu  # noqa: E402
-import gpu_around  # noqa: E402
-import gpu_cases  # noqa: E402
-import gpu_measure  # noqa: E402
-import gpu_peers  # noqa: E402
-import gpu_report  # noqa: E402
-import gpu_tune  # noqa: E402
-
 F32, BF16, CPU = torch.float32, torch.bfloat16, torch.device("cpu")
 HERE = {"wd_kernels", "torch fused", "torch foreach"}
 
@@ -145,7 +143,7 @@ def test_contenders_share_tensors_and_move_what_the_byte_model_says(rule, param,
     assert {c.name for c in them} == HERE
     shared: dict[torch.dtype, set[tuple[int, ...]]] = {}
     for contender in them:
-        optimizer: Any = contender.step.__self__  # type: ignore[attr-defined]
+        optimizer: Any = contender.step.__self__
         params = optimizer.param_groups[0]["params"]
         assert {p.grad.dtype for p in params} == {contender.grad}
         shared.setdefault(contender.grad, set()).add(tuple(p.data_ptr() for p in params))
@@ -159,7 +157,7 @@ def test_contenders_share_tensors_and_move_what_the_byte_model_says(rule, param,
 def test_between_steps_gradients_and_lr_change_as_the_case_says():
     assert {c.prepare for c in contenders(gpu_cases.Case("case", ((8,),)))} == {None}
     for contender in contenders(gpu_cases.Case("case", ((8,),) * 3, gradients="new")):
-        params = contender.step.__self__.param_groups[0]["params"]  # type: ignore[attr-defined]
+        params = contender.step.__self__.param_groups[0]["params"]
         before = [(p.grad.data_ptr(), p.grad.clone()) for p in params]
         contender.prepare()
         assert all(p.grad.data_ptr() != address for p, (address, _) in zip(params, before, strict=True))
@@ -167,7 +165,7 @@ def test_between_steps_gradients_and_lr_change_as_the_case_says():
     them = contenders(gpu_cases.Case("case", ((8,),) * 6, groups=3))
     assert [c.groups for c in them] == [1, 1, 1, 3, 3, 3]
     for contender in them:
-        groups = contender.step.__self__.param_groups  # type: ignore[attr-defined]
+        groups = contender.step.__self__.param_groups
         contender.prepare()
         before = [group["lr"] for group in groups]
         contender.prepare()
@@ -298,9 +296,9 @@ def report() -> dict[str, Any]:
 
 
 def test_figures_of_hand_made_numbers(report):
-    assert gpu_report.iqr([1.0, 2.0, 3.0]) == pytest.approx(1.0)
-    assert gpu_report.iqr([5.0]) == 0
-    assert gpu_report.ratio([1.0, 2.0, 4.0], [3.0, 4.0, 4.0]) == pytest.approx(2.0)  # of 3, 2 and 1
+    assert table.iqr([1.0, 2.0, 3.0]) == pytest.approx(1.0)
+    assert table.iqr([5.0]) == 0
+    assert table.ratio([1.0, 2.0, 4.0], [3.0, 4.0, 4.0]) == pytest.approx(2.0)  # of 3, 2 and 1
     assert gpu_report.copy_rate(report) == 2000
     own, fused = gpu_report.case_figures(report["cases"][0], 2000.0)
     assert own.device == pytest.approx(0.014)
@@ -440,7 +438,7 @@ def test_a_variant_replaces_launch_parameters_for_its_time():
     with gpu_tune.patched(gpu_tune.Variant()):
         assert triton_backend.options(formats, 32, True) == before[1]
     assert (triton_backend.block(formats), triton_backend.options(formats, 32, True)) == before
-    assert wd_kernels.mirror.LONGEST == longest  # noqa: SIM300
+    assert longest == wd_kernels.mirror.LONGEST
     assert len(set(map(str, gpu_tune.VARIANTS))) == len(gpu_tune.VARIANTS)
 
 

@@ -256,10 +256,10 @@ def test_torchs_16_bit_states_are_widened_exactly(dtype: torch.dtype, walk: str)
         (lambda p: torch.optim.SGD(p, momentum=0.8), SGDW, STATES["sgdw"]),
     ):
         params = [nn.Parameter(p.detach().to(dtype)) for p in parameters()]
-        other = theirs(params)  # type: ignore[operator]
+        other = theirs(params)
         train(other, range(3))
         mine = [nn.Parameter(p.detach().clone()) for p in params]
-        opt = ours(mine) if ours is AdamW else ours(mine, momentum=0.8)  # type: ignore[operator]
+        opt = ours(mine) if ours is AdamW else ours(mine, momentum=0.8)
         opt.load_state_dict(other.state_dict())
         for p, q in zip(params, mine, strict=True):
             for name in names:
@@ -467,7 +467,7 @@ def test_a_momentum_buffer_without_count_has_been_started(walk: str) -> None:
             set_gradients(all_params(opt), t)
             opt.step()
         for p, q in zip(all_params(b), all_params(a), strict=True):
-            assert_close(b.state[p]["momentum_buffer"], a.state[q]["momentum_buffer"], ULPS)  # type: ignore[arg-type]
+            assert_close(b.state[p]["momentum_buffer"], a.state[q]["momentum_buffer"], ULPS)
             assert_close(p, q, ULPS)
     assert [float(b.state[p]["step"]) for p in all_params(b)] == [3.0] + [4.0] * 4
 

@@ -6,6 +6,7 @@ lies where the Makefile puts it.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -14,17 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import codegen
+import disassembly
 import pytest
+from byte_model import step_bytes
+
+from wd_kernels.storage import state_dtype
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-import codegen  # noqa: E402
-import disassembly  # noqa: E402
-from byte_model import step_bytes  # noqa: E402
-
-from wd_kernels.storage import state_dtype  # noqa: E402
-
 OLDEST = Path(sys.prefix) / "triton-oldest"
 VERSIONS = [pytest.param("newest"), pytest.param("oldest", marks=pytest.mark.slow)]
 
@@ -178,7 +176,11 @@ def test_loops_are_found() -> None:
     code = ["A:", "a 4", "B:", "b 16", "go A", "c", "go B", "C:", "d 4", "D:", "e 2", "go D", "go E", "E:"]
     bodies = disassembly.loops(code, r"(\w):", r"go (\w)")
     assert bodies == [["a 4", "b 16", "go A", "c", "go B"], ["e 2", "go D"]]
-    width = lambda line: int(line.split()[1]) if line.split()[1:] and line.split()[1].isdigit() else 0  # noqa: E731
+
+    def width(line: str) -> int:
+        number = line.split()[-1]
+        return int(number) if number.isdigit() else 0
+
     assert disassembly.full_blocks(bodies, width) == bodies[0]
     with pytest.raises(ValueError, match="expected two that load"):
         disassembly.full_blocks(bodies[:1], width)
@@ -195,7 +197,7 @@ def test_the_interpreter_compiles_nothing() -> None:
 
 def test_the_readme_shows_what_is_kept() -> None:
     """The README's rows are rows of the kept table, for the newest Triton and sm_90."""
-    table = max(codegen.RESULTS.glob("codegen-triton-*.txt")).read_text()
+    table = codegen.kept(importlib.metadata.version("triton")).read_text()
     section = next(part for part in table.split("\n\n") if part.startswith("sm_90 "))
     kept = {}
     for line in section.splitlines()[1:]:

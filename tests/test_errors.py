@@ -224,10 +224,10 @@ class Dispatching(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Dispatching:
-        made: Dispatching = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Dispatching = torch.Tensor._make_wrapper_subclass(
             cls, inner.shape, dtype=inner.dtype, requires_grad=False
         )
-        made.inner = inner  # type: ignore[attr-defined]
+        made.inner = inner
         return made
 
     @classmethod
@@ -576,7 +576,7 @@ def test_the_first_of_several_wrongs_is_named(rule: str) -> None:
     del opt.param_groups[0]["params"][0]
     opt.param_groups[0]["param_names"] = ["only one"]  # fewer names than parameters
     set_gradients(params, 0)
-    params[2].grad.data = torch.zeros(9)  # type: ignore[union-attr]
+    params[2].grad.data = torch.zeros(9)
     with pytest.raises(ValueError, match=mentions("the gradient of parameter 1 of group 0")):
         opt.step()
 
@@ -584,8 +584,8 @@ def test_the_first_of_several_wrongs_is_named(rule: str) -> None:
 def test_positional_mistakes_are_seen() -> None:
     """Arguments in the order of another class."""
     with pytest.raises(TypeError, match=r"betas=0\.9 in param group 0"):
-        AdamW(parameters(), 0.1, 0.9)  # type: ignore[arg-type]
+        AdamW(parameters(), 0.1, 0.9)
     with pytest.raises(TypeError, match=r"momentum=\(0\.9, 0\.99\) in param group 0"):
-        SGDW(parameters(), 0.1, (0.9, 0.99))  # type: ignore[arg-type]
+        SGDW(parameters(), 0.1, (0.9, 0.99))
     with pytest.raises(TypeError, match="unexpected keyword argument 'momentum'"):
-        AdamW(parameters(), momentum=0.9)  # type: ignore[call-arg]
+        AdamW(parameters(), momentum=0.9)

@@ -35,7 +35,7 @@ def test_overflow_on_the_first_step_leaves_no_uninitialised_buffer(dampening: fl
             p.grad.mul_(scaler.scale(torch.ones(())))
         expected = [plain(p.grad) / scaler.get_scale() for p in params]
         if bad is not None:
-            params[0].grad[0, 0] = bad  # type: ignore[index]
+            params[0].grad[0, 0] = bad
         scaler.step(opt)
         scaler.update()
         assert bool(opt.state) == (bad is None)
@@ -62,7 +62,7 @@ def test_a_gradient_that_arrives_late(rule: str, walk: str) -> None:
     late = build(rule, [parameters()[4]])
     for t in (4, 5):
         set_gradients(params, t)
-        all_params(late)[0].grad = plain(params[4].grad)  # type: ignore[arg-type]
+        all_params(late)[0].grad = plain(params[4].grad)
         late.step()
     assert_bits(params[4], all_params(late)[0])
     semantics.assert_same_state(opt.state[params[4]], late.state[all_params(late)[0]])

@@ -627,7 +627,7 @@ def test_triton_that_is_too_old() -> None:
 
 
 def spec(device: str, *dtypes: torch.dtype) -> Spec:
-    return Spec(torch.device(device), tuple(format_of(dtype) for dtype in dtypes))  # type: ignore[misc]
+    return Spec(torch.device(device), tuple(format_of(dtype) for dtype in dtypes))
 
 
 def test_the_interpreter_refuses_tensors_of_a_gpu() -> None:

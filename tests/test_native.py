@@ -239,7 +239,7 @@ class Scene:
         self.params = make_params(PIECES[:9], f32, f32)
         groups = [{"params": self.params[:4]}, {"params": self.params[4:8]}, {"params": self.params[8:]}]
         for k, group in enumerate(groups):
-            group["weight_decay"] = 0.1 * (k + 1)  # type: ignore[assignment]
+            group["weight_decay"] = 0.1 * (k + 1)
         self.opt = optimizer(case, groups, "cpu")
         self.count = 0
         self.step(5)
@@ -253,7 +253,7 @@ class Scene:
             self.opt.step()
 
     def state(self, k: int) -> dict[str, Any]:
-        return self.opt.state[self.params[k]]  # type: ignore[no-any-return]
+        return self.opt.state[self.params[k]]
 
 
 def swap_data(s: Scene) -> None:

@@ -84,7 +84,7 @@ def gapped_view(opt: Any, p: Tensor) -> None:
 
 def set_storage(opt: Any, p: Tensor) -> None:
     with torch.no_grad():
-        p.set_(torch.randn(4, 4))  # type: ignore[call-overload]
+        p.set_(torch.randn(4, 4))
 
 
 def swapped_with_another(opt: Any, p: Tensor) -> None:
@@ -278,7 +278,7 @@ def test_params_given_as_a_generator(rule: str, walk: str) -> None:
         set_gradients(all_params(b), t)
         if t == 0:
             for p, q in zip(list(a.state), all_params(b), strict=True):
-                p.grad = plain(q.grad)  # type: ignore[arg-type]
+                p.grad = plain(q.grad)
         else:
             set_gradients(all_params(a), t)
         a.step()

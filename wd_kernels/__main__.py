@@ -242,17 +242,10 @@ def choices() -> list[tuple[str, str]]:
     walks = "native" if native.WALKS else "Python (slower: the extension or torch's DLPack exchange API is missing)"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     name = "none" if accelerator is None else str(accelerator)
-    if accelerator is not None and accelerator.type == "cuda":
+    if name.startswith("cuda"):
         name = torch.cuda.get_device_name()
-    return [
-        ("instruction set", instructions),
-        ("threads", str(torch.get_num_threads())),
-        ("walk", walks),
-        (
-            "accelerator",
-            f"{name} (not used: TRITON_INTERPRET is set)" if accelerator and triton.interpreted() else name,
-        ),
-    ]
+    threads = str(torch.get_num_threads())
+    return [("instruction set", instructions), ("threads", threads), ("walk", walks), ("accelerator", name)]
 
 
 def self_check(names: Sequence[str]) -> int:

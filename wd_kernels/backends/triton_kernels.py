@@ -14,15 +14,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..records import Moving, Place
+
 # Codes of storage.py.
 FLOAT64 = tl.constexpr(1)
 FLOAT32 = tl.constexpr(2)
 BFLOAT16 = tl.constexpr(3)
 FLOAT16 = tl.constexpr(4)
 
-# Words of a record (records.py): Chunk, Place, Moving.
-PLACE_WORDS = tl.constexpr(4)
-MOVING_WORDS = tl.constexpr(4)
+PLACE_WORDS = tl.constexpr(len(Place.OF_SEGMENT))
+MOVING_WORDS = tl.constexpr(len(Moving.OF_SEGMENT))
+# Elements of a block on the masked path.
 REST_BLOCK = tl.constexpr(512)
 
 
