@@ -57,13 +57,17 @@ def missing() -> str | None:
 def ninja_file(home: Path, build: Path, library: Path) -> str:
     """The build as ninja reads it: one compile rule, flags per file, one link."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("ops", "walk", "assign")]
+    sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("ops", "walk", "assign", "held")]
     sets = INSTRUCTION_SETS if x86 else {"baseline": ""}
     sources += [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in sets]
     includes = f"-isystem {_word(home / 'include')} -isystem {_word(sysconfig.get_paths()['include'])}"
+    namespace = os.environ.get("WD_KERNELS_NAMESPACE", "wd_kernels")  # of the operators in torch.ops
+    if not namespace.isidentifier():
+        raise ValueError(f"WD_KERNELS_NAMESPACE={namespace!r}: expected an identifier")
     lines = [
         f"cxx = {os.environ.get('CXX', 'c++')}",
-        f"flags = {FLAGS} -ffile-prefix-map={_word(ROOT)}/= -DTORCH_TARGET_VERSION={TARGET_TORCH} {includes}",
+        f"flags = {FLAGS} -ffile-prefix-map={_word(ROOT)}/= -DTORCH_TARGET_VERSION={TARGET_TORCH} "
+        f"-DWD_NAMESPACE={namespace} {includes}",
         "rule compile",
         "  command = $cxx $flags $set -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",

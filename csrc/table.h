@@ -7,6 +7,13 @@
 
 #include <cstdint>
 
+// The operators' namespace in torch.ops: a build that vendors this package chooses another.
+#ifndef WD_NAMESPACE
+#define WD_NAMESPACE wd_kernels
+#endif
+#define WD_LITERAL(x) #x
+#define WD_TEXT(x) WD_LITERAL(x)
+
 namespace wd {
 
 enum Role : int { kParam = 0, kGrad = 1, kState = 2, kRoles = 8 };

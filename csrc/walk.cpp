@@ -4,6 +4,8 @@
 // Python's limited API and DLPack's exchange API (a C table that torch's Tensor class carries) are all it uses.
 #include "walk.h"
 
+#include "held.h"
+
 #include <cmath>
 
 namespace {
@@ -29,6 +31,8 @@ struct DLExchangeAPI {
 
 const DLExchangeAPI* exchange = nullptr;
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
+PyObject* grad_of = nullptr;  // the descriptor of Tensor.grad, and what it calls: no look-up by name for each tensor
+descrgetfunc get_grad = nullptr;
 PyObject *kw_params = nullptr, *kw_grad = nullptr, *kw_is_neg = nullptr, *kw_is_conj = nullptr;
 
 constexpr uint8_t kComplexCode = 5;
@@ -136,8 +140,8 @@ int same_state(PyObject* state, PyObject* params, const int64_t* order, Py_ssize
 
 // One parameter with a gradient: 1 as expected (its segment is written), 0 not, -1 an error is set.
 int check(PyObject* param, PyObject* grad, PyObject* own, PyObject* view, PyObject* keep, PyObject* const* names,
-          const Expected& e, const int64_t* dims, float count, wd::Segment& segment, Seen& seen) {
-  if (!known(grad) || !(count >= 0 && count < 0x1p53f) || count != std::floor(count)) return 0;
+          const Expected& e, const int64_t* dims, wd::Segment& segment, Seen& seen) {
+  if (!known(grad)) return 0;
   if (own == nullptr || !PyDict_Check(own)) return 0;
 
   DLTensor t;
@@ -146,6 +150,7 @@ int check(PyObject* param, PyObject* grad, PyObject* own, PyObject* view, PyObje
   seen.near[0] = t.shape;
   if (!read(grad, &t) || !agrees(t, e, dims, e.grad_dtype, e.device)) return 0;
   void* const grad_address = address(t);
+  if (e.flat_grad != 0 && reinterpret_cast<int64_t>(grad_address) == e.flat_grad) return 0;  // it is flat again
   seen.near[1] = t.shape;
   // The lazy bits. A complex tensor may be a conjugate at any time. A real one with the negative bit is the imaginary
   // part of a conjugate: a strided view, which never agrees unless it has one element. So elsewhere a look at a
@@ -185,17 +190,17 @@ int check(PyObject* param, PyObject* grad, PyObject* own, PyObject* view, PyObje
   return 1;
 }
 
-// walk(groups, state, params, views, names, n_order, order, expected, dims, seen, segments, steps, active)
+// walk(groups, state, params, views, names, n_order, order, expected, dims, seen, segments, steps, active, held)
 //   -> None where groups or state are not what the table was built from, else (odd, changed, keep): positions that
 //      table.py has to look at; whether another set of parameters has gradients than in the last step; and the
 //      gradients, to be kept alive while their addresses are used: another thread may drop them.
 PyObject* walk(PyObject*, PyObject* args) {
-  PyObject *groups, *state, *params, *views, *all_names;
+  PyObject *groups, *state, *params, *views, *all_names, *capsule;
   Py_ssize_t n_order;
   unsigned long long at_order, at_expected, at_dims, at_seen, at_segments, at_steps, at_active;
-  if (!PyArg_ParseTuple(args, "O!O!O!O!O!nKKKKKKK", &PyList_Type, &groups, &PyDict_Type, &state, &PyList_Type, &params,
+  if (!PyArg_ParseTuple(args, "O!O!O!O!O!nKKKKKKKO", &PyList_Type, &groups, &PyDict_Type, &state, &PyList_Type, &params,
                         &PyList_Type, &views, &PyTuple_Type, &all_names, &n_order, &at_order, &at_expected, &at_dims,
-                        &at_seen, &at_segments, &at_steps, &at_active))
+                        &at_seen, &at_segments, &at_steps, &at_active, &capsule))
     return nullptr;
   PyObject* names[1 + kMaxStates] = {};
   for (Py_ssize_t i = 0; i < PyTuple_Size(all_names) && i <= kMaxStates; ++i) names[i] = PyTuple_GetItem(all_names, i);
@@ -206,6 +211,9 @@ PyObject* walk(PyObject*, PyObject* args) {
   auto* segments = reinterpret_cast<wd::Segment*>(at_segments);
   const auto* steps = reinterpret_cast<const float*>(at_steps);
   auto* active = reinterpret_cast<float*>(at_active);
+
+  const wd::Held* const all_held = wd::held_of(capsule);
+  if (PyErr_Occurred()) return nullptr;
 
   int same = same_params(groups, params, expected);
   if (same > 0) same = same_state(state, params, order, n_order, seen);
@@ -224,20 +232,29 @@ PyObject* walk(PyObject*, PyObject* args) {
   for (Py_ssize_t i = 0; i < n; ++i) {
     if (i + kAhead < n && expected[i + kAhead].kind == wd::kOrdinary)
       fetch(PyList_GetItem(params, i + kAhead), seen[i + kAhead]);
+    else if (i + kAhead < n && expected[i + kAhead].kind == wd::kFlat)
+      wd::fetch_flat(PyList_GetItem(params, i + kAhead), seen[i + kAhead].own, expected[i + kAhead],
+                     all_held + expected[i + kAhead].held);
     const Expected& e = expected[i];
     PyObject* const param = PyList_GetItem(params, i);
-    PyObject* const grad = PyObject_GetAttr(param, kw_grad);
+    PyObject* const grad = known(param) ? get_grad(grad_of, param, tensor_type) : PyObject_GetAttr(param, kw_grad);
     if (grad == nullptr) return release();
     const bool now = grad != Py_None;
     changed |= now != (active[i] != 0);
     active[i] = now ? 1 : 0;
     int fine = 1;
-    if (now && e.kind == wd::kOrdinary) {
+    const bool counts = steps[i] >= 0 && steps[i] < 0x1p53f && steps[i] == std::floor(steps[i]);
+    if (now && e.kind == wd::kFlat) {
+      fine = counts ? wd::check_flat(grad, seen[i].own, PyList_GetItem(views, i), names, e, dims, all_held + e.held,
+                                     segments[e.segment])
+                    : 0;
+    } else if (now && e.kind == wd::kOrdinary) {
       // Looking at a subclass may have run anybody's code: its state is looked up again.
       PyObject* const own = known(param) ? seen[i].own : PyDict_GetItemWithError(state, param);
       Py_XINCREF(own);
-      fine = check(param, grad, own, PyList_GetItem(views, i), keep, names, e, dims, steps[i], segments[e.segment],
-                   seen[i]);
+      fine = counts
+                 ? check(param, grad, own, PyList_GetItem(views, i), keep, names, e, dims, segments[e.segment], seen[i])
+                 : 0;
       Py_XDECREF(own);
     } else if (now)
       fine = 0;
@@ -264,6 +281,10 @@ PyObject* connect(PyObject*, PyObject* args) {
   auto* api = static_cast<const DLExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (api == nullptr) return nullptr;
   if (api->major != 1 || api->tensor_from_object == nullptr) Py_RETURN_FALSE;
+  grad_of = PyObject_GetAttr(tensor, kw_grad);
+  if (grad_of == nullptr) return nullptr;
+  get_grad = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(grad_of), Py_tp_descr_get));
+  if (get_grad == nullptr) Py_RETURN_FALSE;
   exchange = api;
   Py_INCREF(tensor);
   Py_INCREF(parameter);
@@ -275,6 +296,7 @@ PyObject* connect(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS, "connect(capsule, Tensor, Parameter) -> bool"},
     {"walk", walk, METH_VARARGS, "The check of every step."},
+    {"holding", wd::holding, METH_VARARGS, "holding(tensors, address) -> capsule"},
     {"assign", wd::assign, METH_VARARGS, "Rows and flat positions of the segments."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -289,5 +311,10 @@ PyMODINIT_FUNC PyInit__C(void) {
   kw_is_neg = PyUnicode_InternFromString("is_neg");
   kw_is_conj = PyUnicode_InternFromString("is_conj");
   if (!kw_params || !kw_grad || !kw_is_neg || !kw_is_conj) return nullptr;
-  return PyModule_Create(&module);
+  PyObject* const made = PyModule_Create(&module);
+  if (made != nullptr && PyModule_AddStringConstant(made, "NAMESPACE", WD_TEXT(WD_NAMESPACE)) < 0) {
+    Py_DECREF(made);
+    return nullptr;
+  }
+  return made;
 }

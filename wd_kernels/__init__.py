@@ -7,7 +7,8 @@
 """
 
 from .backends import FallbackWarning
+from .flat import FlatBuffer, flatten_, unflatten_
 from .optim import SGDW, AdamW
 from .version import __version__
 
-__all__ = ["SGDW", "AdamW", "FallbackWarning", "__version__"]
+__all__ = ["SGDW", "AdamW", "FallbackWarning", "FlatBuffer", "__version__", "flatten_", "unflatten_"]

@@ -234,7 +234,7 @@ def choices() -> list[tuple[str, str]]:
         instructions = "none: the native extension is not there"
     else:
         try:
-            instructions = torch.ops.wd_kernels.instruction_set()
+            instructions = native.OPS.instruction_set()
         except RuntimeError as raised:
             instructions = str(raised).splitlines()[0]
         forced = os.environ.get("WD_KERNELS_ISA")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import conform_state, label, step_count
+from .flat import FlatStates, place_of
 
 if TYPE_CHECKING:
     from .base import DecoupledOptimizer
@@ -114,19 +115,22 @@ def load(optimizer: DecoupledOptimizer, state_dict: Mapping[str, Any]) -> None:
     places = [(g, k, p) for g, group in enumerate(groups) for k, p in enumerate(group["params"])]
     place_of = dict(zip(keys, places, strict=True))
     state: defaultdict[Any, Any] = defaultdict(dict)
+    flat = FlatStates()
     for key, value in state_dict["state"].items():
         if key in place_of:
             g, k, p = place_of[key]
-            state[p] = _load_one(value, p, label(groups[g], g, k))
+            state[p] = _load_one(value, p, label(groups[g], g, k), flat)
         else:
             state[key] = value
     optimizer.__setstate__({"state": state, "param_groups": groups})
+    optimizer._table.flat_states = flat
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 
 
-def _load_one(saved: Mapping[str, Any], p: Tensor, what: str) -> dict[str, Any]:
-    """One parameter's state, copied to its device and laid out as the parameter."""
+def _load_one(saved: Mapping[str, Any], p: Tensor, what: str, flat: FlatStates) -> dict[str, Any]:
+    """One parameter's state, copied to its device and laid out as the parameter, in flat buffers where it is flat."""
+    place = place_of(p)
     if not isinstance(saved, Mapping):
         raise TypeError(f"the saved state of {what} is a {type(saved).__name__}: expected a dict")
     own: dict[str, Any] = {}
@@ -138,7 +142,10 @@ def _load_one(saved: Mapping[str, Any], p: Tensor, what: str) -> dict[str, Any]:
         elif name in STATES and isinstance(value, Tensor):
             moved = value.to(p.device)
             loaded = conform_state(p, p.detach(), moved, f"the saved state {name!r} of {what}")
-            own[name] = loaded.clone(memory_format=torch.preserve_format) if loaded is value else loaded
+            if place is not None:
+                own[name] = flat.zeros(place, p.detach(), name, loaded.dtype).copy_(loaded)
+            else:
+                own[name] = loaded.clone(memory_format=torch.preserve_format) if loaded is value else loaded
         else:
             own[name] = deepcopy(value)
     return own

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .records import Chunk, Expected, Moving, Place
+from .records import Chunk, Moving, Place
 
 if TYPE_CHECKING:
     from .slots import Bucket
@@ -62,7 +62,7 @@ class Mirror:
     Attributes:
         device: where.
         there: the parts on the device, by name: "places" and "moving" (records.py; int64 [n, 4]), "rows" (float64
-            [r, width]), "control" (float64 [2]), and of each bucket, by its first segment, the chunks (int64 [c]).
+            [r, width]), "control" (float64 [2]), and of each bucket, by its index, the chunks (int64 [c]).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -71,25 +71,26 @@ class Mirror:
         self._sent: dict[str | int, Tensor] = {}  # host copies of `there`
         self._stream: int | None = None
         self._buckets: list[Bucket] = []
+        self._capacities = torch.empty(0)
         self._chunks: dict[str | int, Tensor] = {}
         self._sizes: dict[int, int] = {}
 
     def chunks(self, bucket: Bucket) -> Tensor:
         """The chunks of a bucket, on the device."""
-        return self.there[bucket.first]
+        return self.there[bucket.index]
 
     def size(self, bucket: Bucket) -> int:
         """Elements of a chunk of a bucket."""
-        return self._sizes[bucket.first]
+        return self._sizes[bucket.index]
 
     def update(self, table: TensorTable, rows: Tensor, processors: int) -> None:
         """Brings the device up to date with this step's table, on the current stream, without waiting for it."""
-        if table.buckets is not self._buckets:
+        if table.buckets is not self._buckets or not torch.equal(table.capacities, self._capacities):
             self._cut(table, processors)
         parts: dict[str | int, Tensor] = {
             **self._chunks,
-            "places": table.segments.index_select(1, _PLACE),
-            "moving": table.segments.index_select(1, _MOVING),
+            "places": table.runs.index_select(1, _PLACE),
+            "moving": table.runs.index_select(1, _MOVING),
             "control": table.control,
             "rows": rows,
         }
@@ -106,15 +107,16 @@ class Mirror:
 
     def _cut(self, table: TensorTable, processors: int) -> None:
         """Chunks of the buckets on this device. They hold in a step that lacks gradients too."""
-        numel_of = {expected[Expected.SEGMENT]: expected[Expected.NUMEL] for expected in table.expected_of}
         chunks: dict[str | int, Tensor] = {}
         sizes: dict[int, int] = {}
         for bucket in table.buckets:
             if bucket.spec.device == self.device:
-                numels = [numel_of[bucket.first + k] for k in range(len(bucket.slots))]
-                sizes[bucket.first] = chunk_size(sum(numels), processors)
-                chunks[bucket.first] = cut(bucket.first, torch.tensor(numels, device="cpu"), sizes[bucket.first])
-        self._buckets, self._chunks, self._sizes = table.buckets, chunks, sizes
+                first, count = table.span(bucket)
+                numels = table.capacities[first : first + count]
+                sizes[bucket.index] = chunk_size(int(numels.sum()), processors)
+                chunks[bucket.index] = cut(first, numels, sizes[bucket.index])
+        self._buckets, self._capacities = table.buckets, table.capacities.clone()
+        self._chunks, self._sizes = chunks, sizes
 
     def _send(self, parts: Mapping[str | int, Tensor]) -> None:
         """One copy to the device, whatever the number of parts; their elements have 8 bytes."""

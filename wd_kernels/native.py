@@ -1,7 +1,8 @@
 """Loads the native extension, once; the only module that does.
 
 `C` is the extension module or None, `WHY_NOT` says why it is None. `WALKS` is True where `C.walk` may be used: torch
-then offers DLPack's exchange API, and tensors are read without a Python call each.
+then offers DLPack's exchange API, and tensors are read without a Python call each. `NAMESPACE` is that of the operators
+in torch.ops, which a build may choose (WD_KERNELS_NAMESPACE), and `OPS` are they.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["WALKS", "WHY_NOT", "C"]
+__all__ = ["NAMESPACE", "OPS", "WALKS", "WHY_NOT", "C"]
 
 C: Any = None
 WHY_NOT: str | None = None
@@ -30,3 +31,6 @@ else:
         WALKS = _capsule is not None and C.connect(_capsule, torch.Tensor, torch.nn.Parameter)
     except ValueError:  # a capsule of another name: an API that is not known here
         WALKS = False
+
+NAMESPACE: str = C.NAMESPACE if C is not None else (__package__ or "wd_kernels").replace(".", "_")
+OPS = getattr(torch.ops, NAMESPACE)

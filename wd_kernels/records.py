@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["WORDS", "Chunk", "Expected", "Kind", "Moving", "Place", "Segment"]
+__all__ = ["WORDS", "Chunk", "Expected", "Kind", "Lie", "Moving", "Place", "Segment"]
 
-WORDS = 12  # of a Segment or an Expected
+WORDS = 12  # of a Segment
 
 
 class Segment:
@@ -37,9 +37,21 @@ class Expected:
 
     KIND, SEGMENT, NUMEL, DIMS, NDIM = 0, 1, 2, 3, 4
     PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, DEVICE, ALIGNED, GROUP, STATES = 5, 6, 7, 8, 9, 10, 11
+    FLAT_GRAD, HELD = 12, 13
+    WORDS = 14
 
 
 class Kind:
-    """ORDINARY parameters are only compared, SPECIAL ones inspected every step, UNSEEN ones had no gradient yet."""
+    """ORDINARY parameters are only compared, SPECIAL ones inspected every step, UNSEEN ones had no gradient yet.
 
-    ORDINARY, SPECIAL, UNSEEN = 0, 1, 2
+    FLAT ones lie in flat buffers with gradient and states, and are compared through handles.
+    """
+
+    ORDINARY, SPECIAL, UNSEEN, FLAT = 0, 1, 2, 3
+
+
+class Lie:
+    """Where a segment lies in flat buffers: which (0: in none), its elements with padding, its gradient's address."""
+
+    BUFFER, OFFSET, END, GRAD, NUMEL = 0, 1, 2, 3, 4
+    NOWHERE = (0, 0, 0, 0)

@@ -17,6 +17,7 @@ from .checks import (
     same_layout,
     step_count,
 )
+from .flat import FlatStates, Place, place_of
 from .storage import Format, format_of, state_dtype
 
 __all__ = ["Bucket", "Finding", "Slot", "Spec", "inspect"]
@@ -35,10 +36,11 @@ class Spec:
 
 @dataclass
 class Bucket:
-    """A range of a table's segments for one launch; segment `first + k` is parameter `slots[k]`."""
+    """What one launch steps, the `index`-th of a table; segment `first + k` is parameter `slots[k]`."""
 
     spec: Spec
     backend: Any
+    index: int
     first: int
     slots: list[int]
 
@@ -70,13 +72,17 @@ class Finding:
     put: dict[str, Tensor]
     count: float
     fresh: bool  # this step makes the momentum buffer
+    place: Place | None  # in a flat buffer, if parameter and states lie in one
+    bases: tuple[int, ...]  # and the addresses of the states' buffers
 
     @property
     def written(self) -> tuple[Tensor, ...]:
         return (self.theta, *self.states)
 
 
-def inspect(p: Tensor, own: Any, names: tuple[str, ...], what: str, old: Slot | None, countless: bool) -> Finding:
+def inspect(
+    p: Tensor, own: Any, names: tuple[str, ...], what: str, old: Slot | None, countless: bool, flat: FlatStates
+) -> Finding:
     """Everything that must hold of one parameter, its gradient and its state. Writes nothing but stand-ins.
 
     Args:
@@ -86,6 +92,7 @@ def inspect(p: Tensor, own: Any, names: tuple[str, ...], what: str, old: Slot | 
         what: how errors call the parameter.
         old: its slot so far, whose stand-ins are used again.
         countless: a state without a step count counts as started once (torch.optim.SGD keeps none).
+        flat: makes the states of flat parameters.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the parameter, what was found and what is allowed.
@@ -120,18 +127,26 @@ def inspect(p: Tensor, own: Any, names: tuple[str, ...], what: str, old: Slot | 
         raise ValueError(f"the state of {what} has no {missing}: give it all of {list(names)}, or none for a new start")
 
     put: dict[str, Tensor] = {}
+    place, dtype = place_of(p), state_dtype(p.dtype)
     for name in names:
         if name in present:
             conformed = conform_state(p, theta, own[name], f"the state {name!r} of {what}")
             if conformed is not own[name]:
                 put[name] = conformed
+        elif place is not None:
+            put[name] = flat.zeros(place, theta, name, dtype)
         else:
-            put[name] = torch.zeros_like(theta, dtype=state_dtype(p.dtype), memory_format=torch.preserve_format)
+            put[name] = torch.zeros_like(theta, dtype=dtype, memory_format=torch.preserve_format)
     states = tuple(put[name] if name in put else own[name] for name in names)
     formats = tuple(format_of(t.dtype) for t in (p, grad, *states))
     slot = Slot(Spec(p.device, formats), (p.data_ptr(), p.shape, p.stride()), param_copy, grad_copy)  # type: ignore[arg-type]
     fresh = "momentum_buffer" in names and "momentum_buffer" not in present
-    return Finding(slot, theta, grad, states, own, put, count, fresh)
+    bases: tuple[int, ...] = ()
+    if place is not None:
+        bases = tuple(flat.address(place, t, name) for name, t in zip(names, states, strict=True))
+        if not all(bases) or not all(same_layout(t, theta) for t in states):
+            place = None
+    return Finding(slot, theta, grad, states, own, put, count, fresh, place, bases)
 
 
 def _stand_in(like: Tensor, dtype: torch.dtype, old: Tensor | None) -> Tensor:

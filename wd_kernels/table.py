@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import walking
+from . import flat, walking
 from .checks import Extent, check_disjoint, label
 from .mirror import Mirror
-from .records import WORDS, Expected, Kind, Segment
+from .records import WORDS, Expected, Kind, Lie, Segment
 from .rules import Hyper, Rule
 from .slots import Bucket, Finding, Slot, Spec, inspect
 
@@ -40,6 +40,8 @@ class TensorTable:
 
     Attributes:
         segments: int64 [n, 12], a record per parameter.
+        runs: int64 [n, 12], what a launch reads: the segments, where neighbours in flat buffers are one.
+        capacities: int64 [n], the most elements that each run may have until the runs change.
         steps: float32 [n], the step counts; `state[p]["step"]` is a view of one of them.
         active: float32 [n], 1 for a parameter with a gradient in this step.
         control: float64 [2], the gradient factor and the skip flag that every launch reads.
@@ -56,11 +58,14 @@ class TensorTable:
         self.mirrors: dict[torch.device, Mirror] = {}  # what other devices have of this table
         self.buckets: list[Bucket] = []
         self.any_fresh = False
+        self.flat_states = flat.FlatStates()
+        self.generation = flat.generation()
         self.forget()
 
     def forget(self) -> None:
         """Drops what is known of the tensors; the next refresh inspects all of them."""
         self.needs: list[tuple[str, ...]] | None = None
+        self.held: object = None  # flat parameters, gradients and states, for walk
         self.keep: list[Tensor] = []  # gradients of this step: another thread may drop them meanwhile
 
     # The way of a step ------------------------------------------------------------------------------------------------
@@ -77,6 +82,9 @@ class TensorTable:
         if not isinstance(state, dict):
             raise TypeError(f"the optimizer's state is a {type(state).__name__}: expected a dict")
         self.groups, self.state = groups, state
+        if self.generation != flat.generation() or (self.held is not None and self.census != self.flat_states.census()):
+            self.generation = flat.generation()
+            self.forget()
         try:
             found = walking.walk(self) if needs == self.needs else None
             if found is None:
@@ -139,6 +147,7 @@ class TensorTable:
 
     def _start(self, needs: list[tuple[str, ...]]) -> None:
         """An empty table for the groups' parameters: none inspected, all step counts the table's own."""
+        self.forget()
         self.needs = needs
         for g, group in enumerate(self.groups):
             if not isinstance(group, dict):
@@ -152,7 +161,11 @@ class TensorTable:
         self.slots: list[Slot | None] = [None] * n
         self.views: list[Tensor | None] = [None] * n  # the views of `steps` that the state dictionaries hold
         self.dims_of: list[tuple[int, ...]] = [()] * n
-        self.expected_of = [[Kind.UNSEEN, i, 0, 0, 0, 0, 0, 0, 0, 0, g, 0] for i, (g, _) in enumerate(self.places)]
+        self.expected_of = [
+            [Kind.UNSEEN, i, 0, 0, 0, 0, 0, 0, 0, 0, g, 0, 0, 0] for i, (g, _) in enumerate(self.places)
+        ]
+        self.lie_of: list[tuple[int, int, int, int]] = [Lie.NOWHERE] * n
+        self.bases: dict[tuple[object, ...], int] = {}  # numbers of sets of flat buffers
         self.segments = torch.zeros(n, WORDS, dtype=torch.int64, device=CPU)
         self.steps = torch.zeros(n, dtype=torch.float32, device=CPU)
         self.active = torch.zeros(n, dtype=torch.float32, device=CPU)
@@ -187,6 +200,15 @@ class TensorTable:
         self.dims = torch.tensor(flat, dtype=torch.int64, device=CPU)
         firsts = [*(b.first for b in self.buckets), sum(len(b.slots) for b in self.buckets)]
         self.firsts = torch.tensor(firsts, dtype=torch.int64, device=CPU)
+        lies: list[tuple[int, ...]] = [()] * len(self.params)
+        for expected, lie in zip(self.expected_of, self.lie_of, strict=True):
+            lies[expected[Expected.SEGMENT]] = (*lie, expected[Expected.NUMEL])
+        self.capacities = torch.tensor([lie[Lie.NUMEL] for lie in lies], dtype=torch.int64, device=CPU)
+        if any(lie[Lie.BUFFER] for lie in lies):
+            self.lies: Tensor | None = torch.tensor(lies, dtype=torch.int64, device=CPU)
+            self.runs, self.run_firsts = torch.zeros_like(self.segments), torch.zeros_like(self.firsts)
+        else:
+            self.lies, self.runs, self.run_firsts = None, self.segments, self.firsts
         self.words = (ctypes.c_int64 * self.segments.numel()).from_address(self.segments.data_ptr())
 
     # Inspecting what differs ------------------------------------------------------------------------------------------
@@ -209,6 +231,9 @@ class TensorTable:
             old = self.slots[i]
             numel = walking.numel(self.params[i])
             relayout |= old is None or old.spec != f.slot.spec or self.expected_of[i][Expected.NUMEL] != numel
+            lie = self._lie(self.params[i], f)
+            relayout |= lie != self.lie_of[i]
+            self.lie_of[i] = lie
             f.slot.segment = -1 if old is None else old.segment
             self.slots[i] = f.slot
             if i in views:
@@ -231,18 +256,58 @@ class TensorTable:
             dims_at = self.expected_of[i][Expected.DIMS]
             self.expected_of[i] = walking.expect(self.params[i], f, self.places[i][0], dims_at)
             self.dims_of[i] = (*self.params[i].shape, *self.params[i].stride())
-        if relayout or before != [(self.expected_of[i], self.dims_of[i]) for i in odd]:
+        after = [(self.expected_of[i], self.dims_of[i]) for i in odd]
+        if relayout or before != after or any(self.expected_of[i][Expected.KIND] == Kind.FLAT for i in odd):
+            self._hold()
             self._publish()
         for i, f in found.items():
             self._write_segment(i, f)
             self.keep.append(f.grad)
         self.gapped = [i for i, slot in enumerate(self.slots) if slot and slot.param_copy is not None]
 
+    def _lie(self, p: Tensor, f: Finding) -> tuple[int, int, int, int]:
+        """Where a parameter lies in flat buffers: Lie's first words. A complex element counts as two."""
+        if f.place is None:
+            return Lie.NOWHERE
+        buffer, offset = f.place.buffer, f.place.offset
+        number = self.bases.setdefault((buffer, f.bases, buffer.grad_address), len(self.bases) + 1)
+        end = offset + -(-f.place.numel // flat.PADDING) * flat.PADDING
+        scale = 2 if p.is_complex() else 1
+        grad = buffer.grad_address and buffer.grad_address + offset * p.itemsize
+        return number, scale * offset, scale * end, grad
+
+    def _hold(self) -> None:
+        """Holds the tensors of flat parameters, which walk compares through handles.
+
+        Of states it compares the identity. That their memory is still theirs, the census says for all of them at once.
+        """
+        assert self.needs is not None
+        tensors: list[Tensor] = []
+        for i, expected in enumerate(self.expected_of):
+            p = self.params[i]
+            if expected[Expected.KIND] != Kind.FLAT:
+                continue
+            if p.grad is None:  # not in this step; walk says when it is back
+                expected[Expected.KIND] = Kind.ORDINARY
+                continue
+            expected[Expected.HELD] = len(tensors)
+            tensors += (p, p.grad, *(self.state[p][name] for name in self.needs[self.places[i][0]]))
+        self.held = walking.held(tensors)
+        self.census = self.flat_states.census()
+
+    def span(self, bucket: Bucket) -> tuple[int, int]:
+        """(first, count) of the runs of a bucket in this step."""
+        if self.lies is None:
+            return bucket.first, len(bucket.slots)
+        first, end = self.run_firsts[bucket.index : bucket.index + 2].tolist()
+        return first, end - first
+
     def _inspect(self, i: int) -> Finding:
         p, (g, k) = self.params[i], self.places[i]
         assert self.needs is not None
         what = label(self.groups[g], g, k)
-        return inspect(p, self.state.get(p), self.needs[g], what, self.slots[i], countless=self.rule.name == "sgdw")
+        countless = self.rule.name == "sgdw"
+        return inspect(p, self.state.get(p), self.needs[g], what, self.slots[i], countless, self.flat_states)
 
     def _moved(self, i: int, f: Finding) -> bool:
         """Does a tensor that is written lie elsewhere than before?"""
@@ -276,7 +341,8 @@ class TensorTable:
         self.buckets = []
         order: list[int] = []
         for spec, members in by_spec.items():
-            self.buckets.append(Bucket(spec, self.resolve(spec), len(order), members))
+            members.sort(key=lambda i: self.lie_of[i][:2])  # neighbours in a flat buffer are neighbours here
+            self.buckets.append(Bucket(spec, self.resolve(spec), len(self.buckets), len(order), members))
             order += members
         self.mirrors = {device: m for device, m in self.mirrors.items() if any(s.device == device for s in by_spec)}
         order += [i for i, slot in enumerate(self.slots) if slot is None]

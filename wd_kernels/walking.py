@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from . import native
-from .records import WORDS, Expected, Kind, Segment
+from .records import WORDS, Expected, Kind, Lie, Segment
 from .storage import state_dtype
 
 if TYPE_CHECKING:
     from .slots import Finding
     from .table import TensorTable
 
-__all__ = ["assign", "device_code", "dtype_code", "expect", "numel", "walk"]
+__all__ = ["assign", "device_code", "dtype_code", "expect", "held", "numel", "walk"]
 
 # DLPack's type codes, with the bits of an element.
 _DTYPE_CODES = {
@@ -54,9 +54,16 @@ def numel(p: Tensor) -> int:
 
 def expect(p: Tensor, found: Finding, group: int, dims_at: int) -> list[int]:
     """What walk must find of a parameter to leave it alone: an Expected record."""
-    special = found.slot.param_copy is not None or found.slot.grad_copy is not None
+    kind, flat_grad = Kind.ORDINARY, 0
+    if found.place is not None:
+        begin = found.place.buffer.grad_address
+        flat_grad = begin and begin + found.place.offset * p.itemsize
+    if found.slot.param_copy is not None or found.slot.grad_copy is not None:
+        kind = Kind.SPECIAL
+    elif flat_grad and found.grad.data_ptr() == flat_grad and native.WALKS and not p.is_complex():
+        kind = Kind.FLAT  # a complex tensor may be a conjugate at any time: it is compared in full
     return [
-        Kind.SPECIAL if special else Kind.ORDINARY,
+        kind,
         found.slot.segment,
         numel(p),
         dims_at,
@@ -68,7 +75,14 @@ def expect(p: Tensor, found: Finding, group: int, dims_at: int) -> list[int]:
         int(all(t.data_ptr() % 16 == 0 for t in found.written)),
         group,
         len(found.states),
+        flat_grad if native.WALKS and not p.is_complex() else 0,
+        0,
     ]
+
+
+def held(tensors: list[Tensor]) -> object:
+    """What keeps these tensors, and lets walk read their addresses; None where there are none."""
+    return native.C.holding(tensors, native.OPS.hold(tensors)) if tensors else None
 
 
 def walk(table: TensorTable) -> tuple[list[int], bool, list[Tensor]] | None:
@@ -92,6 +106,7 @@ def walk(table: TensorTable) -> tuple[list[int], bool, list[Tensor]] | None:
             table.segments.data_ptr(),
             table.steps.data_ptr(),
             table.active.data_ptr(),
+            table.held,
         )
     if not all(isinstance(group["params"], (list, tuple)) for group in table.groups):
         return None
@@ -172,6 +187,10 @@ def assign(table: TensorTable) -> list[tuple[int, int, bool]]:
             len(table.params),
             table.firsts.data_ptr(),
             len(table.buckets),
+            0 if table.lies is None else table.lies.data_ptr(),
+            table.runs.data_ptr(),
+            table.run_firsts.data_ptr(),
+            table.capacities.data_ptr(),
         )
     rows: dict[tuple[int, int, bool], int] = {}
     steps, fresh = table.steps.tolist(), table.fresh.tolist()
@@ -179,12 +198,41 @@ def assign(table: TensorTable) -> list[tuple[int, int, bool]]:
         if on:
             key = (table.places[i][0], int(steps[i]) + 1, bool(fresh[i]))
             table.words[table.expected_of[i][Expected.SEGMENT] * WORDS + Segment.ROW] = rows.setdefault(key, len(rows))
-    for bucket in table.buckets:
-        start = 0
-        for segment in range(bucket.first, bucket.first + len(bucket.slots)):
-            at = segment * WORDS
-            table.words[at + Segment.START] = start
-            start += table.words[at + Segment.NUMEL]
-            if table.words[at + Segment.NUMEL] == 0:
-                table.words[at + Segment.ROW] = 0
+    for b, bucket in enumerate(table.buckets):
+        members = range(bucket.first, bucket.first + len(bucket.slots))
+        for segment in members:
+            if table.words[segment * WORDS + Segment.NUMEL] == 0:
+                table.words[segment * WORDS + Segment.ROW] = 0
+        if table.lies is None:
+            _lay(table.segments, members)
+        else:
+            first = int(table.run_firsts[b])
+            table.run_firsts[b + 1] = first + _merge(table, members, first)
     return list(rows)
+
+
+def _lay(segments: Tensor, which: range) -> None:
+    """Lays segments end to end."""
+    numels = segments[which.start : which.stop, Segment.NUMEL]
+    segments[which.start : which.stop, Segment.START] = numels.cumsum(0) - numels
+
+
+def _merge(table: TensorTable, members: range, first: int) -> int:
+    """Writes the runs of `members` from `first` on: neighbours in flat buffers that share a row are one."""
+    count, offset = first, 0
+    before: list[int] | None = None
+    assert table.lies is not None
+    for segment in members:
+        words, lie = table.segments[segment].tolist(), table.lies[segment].tolist()
+        numel = words[Segment.NUMEL]
+        attached = lie[Lie.BUFFER] != 0 and numel != 0 and words[Segment.GRAD] == lie[Lie.GRAD]
+        follows = before is not None and before[Lie.BUFFER] == lie[Lie.BUFFER] and before[Lie.END] == lie[Lie.OFFSET]
+        if attached and follows and table.runs[count - 1, Segment.ROW] == words[Segment.ROW]:
+            table.capacities[count - 1] = table.runs[count - 1, Segment.NUMEL] = lie[Lie.OFFSET] - offset + numel
+        else:
+            table.runs[count] = table.segments[segment]
+            table.capacities[count] = lie[Lie.NUMEL]
+            count, offset = count + 1, lie[Lie.OFFSET]
+        before = lie if attached else None
+    _lay(table.runs, range(first, count))
+    return count - first

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .. import native
@@ -29,10 +28,10 @@ class CPU:
     def refuses(self, spec: Spec) -> str | None:
         if spec.device.type != "cpu":
             return f"the tensors are on {spec.device}, and this backend steps CPU tensors"
-        torch.ops.wd_kernels.instruction_set()  # raises if WD_KERNELS_ISA names one that is not here
+        native.OPS.instruction_set()  # raises if WD_KERNELS_ISA names one that is not here
         return None
 
     def prepare(self, table: TensorTable, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
-        step_ = torch.ops.wd_kernels.step_.default
-        common = (table.segments, rows, table.control, table.rule.code)
-        return [partial(step_, *common, bucket.codes, bucket.first, len(bucket.slots)) for bucket in buckets]
+        step_ = native.OPS.step_.default
+        common = (table.runs, rows, table.control, table.rule.code)
+        return [partial(step_, *common, bucket.codes, *table.span(bucket)) for bucket in buckets]

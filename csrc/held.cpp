@@ -1,0 +1,125 @@
+#include "held.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+namespace wd {
+
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr const char* kCapsule = "wd_kernels.holding";
+
+struct Holding {
+  PyObject* list;
+  std::vector<Tensor>* tensors;
+  std::vector<Held> held;
+};
+
+void destroy(PyObject* capsule) {
+  auto* const own = static_cast<Holding*>(PyCapsule_GetPointer(capsule, kCapsule));
+  if (own == nullptr) return;
+  delete own->tensors;
+  Py_XDECREF(own->list);
+  delete own;
+}
+
+// Both read through the handle, so whatever was done to the tensor shows.
+bool lies_at(AtenTensorHandle tensor, const void* address) {
+  void* now = nullptr;
+  return aoti_torch_get_data_ptr(tensor, &now) == AOTI_TORCH_SUCCESS && now == address;
+}
+
+bool has_dims(AtenTensorHandle tensor, const Expected& e, const int64_t* dims) {
+  int64_t ndim = 0, *shape = nullptr, *strides = nullptr;
+  if (aoti_torch_get_dim(tensor, &ndim) != AOTI_TORCH_SUCCESS || ndim != e.ndim) return false;
+  if (aoti_torch_get_sizes(tensor, &shape) != AOTI_TORCH_SUCCESS) return false;
+  if (aoti_torch_get_strides(tensor, &strides) != AOTI_TORCH_SUCCESS) return false;
+  for (int64_t d = 0; d < ndim; ++d)
+    if (shape[d] != dims[e.dims + d] || (strides[d] != dims[e.dims + ndim + d] && shape[d] > 1)) return false;
+  return true;
+}
+
+// Is `value` what the state dictionary has under `name`? Its `position`-th entry, most often.
+int has(PyObject* own, Py_ssize_t* position, PyObject* name, PyObject* value) {
+  PyObject *key = nullptr, *found = nullptr;
+  if (PyDict_Next(own, position, &key, &found) && key == name) return found == value;
+  found = PyDict_GetItemWithError(own, name);
+  if (found == nullptr) return PyErr_Occurred() ? -1 : 0;
+  return found == value;
+}
+
+}  // namespace
+
+const Held* held_of(PyObject* capsule) {
+  if (capsule == Py_None) return nullptr;
+  auto* const own = static_cast<Holding*>(PyCapsule_GetPointer(capsule, kCapsule));
+  return own == nullptr ? nullptr : own->held.data();
+}
+
+int check_flat(PyObject* grad, PyObject* own, PyObject* view, PyObject* const* names, const Expected& e,
+               const int64_t* dims, const Held* held, Segment& segment) {
+  if (grad != held[kGrad].object || own == nullptr || !PyDict_Check(own)) return 0;
+  Py_ssize_t position = 0;
+  for (int64_t s = 0; s <= e.states; ++s) {
+    const int found = has(own, &position, names[s], s == 0 ? view : held[kGrad + s].object);
+    if (found <= 0) return found;
+  }
+  if (!lies_at(held[kParam].handle, segment.address[kParam]) || !has_dims(held[kParam].handle, e, dims)) return 0;
+  void* const address = reinterpret_cast<void*>(e.flat_grad);
+  if (!lies_at(held[kGrad].handle, address) || !has_dims(held[kGrad].handle, e, dims)) return 0;
+  segment.address[kGrad] = address;
+  segment.numel = e.numel;
+  segment.aligned = e.aligned;
+  return 1;
+}
+
+void fetch_flat(PyObject* param, PyObject* own, const Expected& e, const Held* held) {
+  __builtin_prefetch(param);
+  __builtin_prefetch(own);
+  __builtin_prefetch(held[kGrad].object);
+  for (int64_t role = 0; role < kState; ++role) {
+    __builtin_prefetch(held[role].handle);
+    for (int at = -64; at <= 64; at += 64) __builtin_prefetch(held[role].near + at);
+  }
+}
+
+PyObject* holding(PyObject*, PyObject* args) {
+  PyObject* list;
+  unsigned long long address;
+  if (!PyArg_ParseTuple(args, "O!K", &PyList_Type, &list, &address)) return nullptr;
+  auto* const tensors = reinterpret_cast<std::vector<Tensor>*>(address);
+  auto* const own = new Holding{list, tensors, {}};
+  Py_INCREF(list);
+  own->held.reserve(tensors->size());
+  for (size_t i = 0; i < tensors->size(); ++i) {
+    int64_t* shape = nullptr;
+    aoti_torch_get_sizes((*tensors)[i].get(), &shape);
+    own->held.push_back(
+        {PyList_GetItem(list, Py_ssize_t(i)), (*tensors)[i].get(), reinterpret_cast<const char*>(shape)});
+  }
+  PyObject* const capsule = PyCapsule_New(own, kCapsule, destroy);
+  if (capsule == nullptr) {
+    delete tensors;
+    Py_DECREF(list);
+    delete own;
+  }
+  return capsule;
+}
+
+namespace {
+
+// The address of a list of handles, for `holding`. The tensors are those themselves, not copies of what they hold.
+int64_t hold(std::vector<Tensor> tensors) {
+  return reinterpret_cast<int64_t>(new std::vector<Tensor>(std::move(tensors)));
+}
+
+}  // namespace
+}  // namespace wd
+
+STABLE_TORCH_LIBRARY_FRAGMENT(WD_NAMESPACE, m) { m.def("hold(Tensor[] tensors) -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(WD_NAMESPACE, CompositeExplicitAutograd, m) { m.impl("hold", TORCH_BOX(&wd::hold)); }

@@ -1,0 +1,32 @@
+// Flat parameters with their gradients and states, held: the table has handles of these tensors, so that a step reads
+// an address in a few nanoseconds where DLPack takes forty.
+#pragma once
+
+#include "walk.h"
+
+struct AtenTensorOpaque;  // torch's
+
+namespace wd {
+
+struct Held {
+  PyObject* object;  // alive as long as the holding's list
+  AtenTensorOpaque* handle;
+  const char* near;  // an address inside torch's tensor, to be prefetched
+};
+
+// The tensors of a capsule, or null where there is none.
+const Held* held_of(PyObject* capsule);
+
+// A parameter of kind kFlat, with a gradient: is everything where it was? 1 yes (its segment is written), 0 no, -1 an
+// error is set. `held` are its parameter, gradient and states; `own` is its state dictionary, `view` its step count in
+// the table.
+int check_flat(PyObject* grad, PyObject* own, PyObject* view, PyObject* const* names, const Expected& e,
+               const int64_t* dims, const Held* held, Segment& segment);
+
+// What the next parameters need, ahead of time.
+void fetch_flat(PyObject* param, PyObject* own, const Expected& e, const Held* held);
+
+// holding(tensors, address) -> capsule: owns what the operator `hold` returned for that list.
+PyObject* holding(PyObject* module, PyObject* args);
+
+}  // namespace wd
