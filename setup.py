@@ -57,7 +57,7 @@ def missing() -> str | None:
 def ninja_file(home: Path, build: Path, library: Path) -> str:
     """The build as ninja reads it: one compile rule, flags per file, one link."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("ops", "walk", "assign", "held")]
+    sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("ops", "tensors", "walk", "held", "assign", "gather")]
     sets = INSTRUCTION_SETS if x86 else {"baseline": ""}
     sources += [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in sets]
     includes = f"-isystem {_word(home / 'include')} -isystem {_word(sysconfig.get_paths()['include'])}"

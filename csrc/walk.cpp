@@ -10,32 +10,11 @@
 
 namespace {
 
+using wd::DLTensor;
 using wd::Expected;
 
-// The parts of DLPack's ABI (version 1) that are used here, in its layout.
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct DLExchangeAPI {
-  uint32_t major, minor;
-  void *previous, *allocate, *managed_from_object, *managed_to_object;
-  int (*tensor_from_object)(void* object, DLTensor* out);
-  void* current_stream;
-};
+PyObject* kw_params = nullptr;
 
-const DLExchangeAPI* exchange = nullptr;
-PyObject *tensor_type = nullptr, *parameter_type = nullptr;
-PyObject* grad_of = nullptr;  // the descriptor of Tensor.grad, and what it calls: no look-up by name for each tensor
-descrgetfunc get_grad = nullptr;
-PyObject *kw_params = nullptr, *kw_grad = nullptr, *kw_is_neg = nullptr, *kw_is_conj = nullptr;
-
-constexpr uint8_t kComplexCode = 5;
 constexpr int kMaxStates = 3;
 
 // Notes of the last walk about one parameter, in memory of the table. `near` are addresses inside torch's tensor
@@ -65,44 +44,15 @@ __attribute__((always_inline)) inline void fetch(PyObject* param, const Seen& se
   }
 }
 
-bool read(PyObject* tensor, DLTensor* out) {
-  if (exchange->tensor_from_object(tensor, out) == 0) return true;
-  PyErr_Clear();
-  return false;
-}
-
-void* address(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
-
 // Dtype, device, shape, and strides wherever they matter.
 bool agrees(const DLTensor& t, const Expected& e, const int64_t* dims, int64_t dtype, int64_t device) {
-  if (((int64_t(t.code) << 8) | t.bits) != dtype || t.ndim != e.ndim) return false;
-  if (((int64_t(t.device_type) << 32) | t.device_id) != device) return false;
+  if (wd::dtype_of(t) != dtype || t.ndim != e.ndim || wd::device_of(t) != device) return false;
   const int64_t *shape = dims + e.dims, *strides = shape + e.ndim;
   for (int64_t d = 0; d < e.ndim; ++d) {
     if (t.shape[d] != shape[d]) return false;
     if (t.strides[d] != strides[d] && shape[d] > 1 && e.numel > 0) return false;
   }
   return e.numel == 0 || t.data != nullptr;
-}
-
-// Does the tensor have the negative or the conjugate bit? 1 yes, 0 no, -1 an error is set.
-int lazy(PyObject* tensor, const Expected& e) {
-  const bool complex = (e.param_dtype >> 8) == kComplexCode;
-  PyObject* const methods[] = {kw_is_neg, kw_is_conj};
-  for (int i = 0; i < (complex ? 2 : 1); ++i) {
-    PyObject* const answer = PyObject_CallMethodObjArgs(tensor, methods[i], nullptr);
-    if (answer == nullptr) return -1;
-    const int truth = PyObject_IsTrue(answer);
-    Py_DECREF(answer);
-    if (truth != 0) return truth;
-  }
-  return 0;
-}
-
-// Is the object's type one of torch's own?
-bool known(PyObject* object) {
-  const void* const type = Py_TYPE(object);
-  return type == tensor_type || type == parameter_type;
 }
 
 // Do the groups hold these parameters, in this order?
@@ -141,30 +91,30 @@ int same_state(PyObject* state, PyObject* params, const int64_t* order, Py_ssize
 // One parameter with a gradient: 1 as expected (its segment is written), 0 not, -1 an error is set.
 int check(PyObject* param, PyObject* grad, PyObject* own, PyObject* view, PyObject* keep, PyObject* const* names,
           const Expected& e, const int64_t* dims, wd::Segment& segment, Seen& seen) {
-  if (!known(grad)) return 0;
+  if (!wd::known(grad)) return 0;
   if (own == nullptr || !PyDict_Check(own)) return 0;
 
   DLTensor t;
-  if (!read(param, &t) || !agrees(t, e, dims, e.param_dtype, e.device)) return 0;
-  if (address(t) != segment.address[wd::kParam]) return 0;
+  if (!wd::read(param, &t) || !agrees(t, e, dims, e.param_dtype, e.device)) return 0;
+  if (wd::address(t) != segment.address[wd::kParam]) return 0;
   seen.near[0] = t.shape;
-  if (!read(grad, &t) || !agrees(t, e, dims, e.grad_dtype, e.device)) return 0;
-  void* const grad_address = address(t);
+  if (!wd::read(grad, &t) || !agrees(t, e, dims, e.grad_dtype, e.device)) return 0;
+  void* const grad_address = wd::address(t);
   if (e.flat_grad != 0 && reinterpret_cast<int64_t>(grad_address) == e.flat_grad) return 0;  // it is flat again
   seen.near[1] = t.shape;
   // The lazy bits. A complex tensor may be a conjugate at any time. A real one with the negative bit is the imaginary
   // part of a conjugate: a strided view, which never agrees unless it has one element. So elsewhere a look at a
   // gradient that is a new object, or lies elsewhere, is enough.
-  const bool always = t.code == kComplexCode || e.numel == 1;
+  const bool always = t.code == wd::kComplexCode || e.numel == 1;
   if (always || grad != seen.grad || grad_address != seen.grad_address) {
     seen.grad = nullptr;
-    const int found = lazy(grad, e);
+    const int found = wd::lazy(grad, t.code == wd::kComplexCode);
     if (found != 0) return found < 0 ? -1 : 0;
     seen.grad = grad;
     seen.grad_address = grad_address;
   }
   if (always) {
-    const int found = lazy(param, e);
+    const int found = wd::lazy(param, t.code == wd::kComplexCode);
     if (found != 0) return found < 0 ? -1 : 0;
   }
 
@@ -175,11 +125,11 @@ int check(PyObject* param, PyObject* grad, PyObject* own, PyObject* view, PyObje
       if (value != view) return 0;
       continue;
     }
-    if (!known(value) || !read(value, &t) || !agrees(t, e, dims, e.state_dtype, e.device)) return 0;
-    if (address(t) != segment.address[wd::kState + s - 1]) return 0;
+    if (!wd::known(value) || !wd::read(value, &t) || !agrees(t, e, dims, e.state_dtype, e.device)) return 0;
+    if (wd::address(t) != segment.address[wd::kState + s - 1]) return 0;
     seen.near[1 + s] = t.shape;
     seen.states[s - 1] = value;
-    const int found = always ? lazy(value, e) : 0;
+    const int found = always ? wd::lazy(value, t.code == wd::kComplexCode) : 0;
     if (found != 0) return found < 0 ? -1 : 0;
   }
 
@@ -237,7 +187,7 @@ PyObject* walk(PyObject*, PyObject* args) {
                      all_held + expected[i + kAhead].held);
     const Expected& e = expected[i];
     PyObject* const param = PyList_GetItem(params, i);
-    PyObject* const grad = known(param) ? get_grad(grad_of, param, tensor_type) : PyObject_GetAttr(param, kw_grad);
+    PyObject* const grad = wd::grad_of(param);
     if (grad == nullptr) return release();
     const bool now = grad != Py_None;
     changed |= now != (active[i] != 0);
@@ -250,7 +200,7 @@ PyObject* walk(PyObject*, PyObject* args) {
                     : 0;
     } else if (now && e.kind == wd::kOrdinary) {
       // Looking at a subclass may have run anybody's code: its state is looked up again.
-      PyObject* const own = known(param) ? seen[i].own : PyDict_GetItemWithError(state, param);
+      PyObject* const own = wd::known(param) ? seen[i].own : PyDict_GetItemWithError(state, param);
       Py_XINCREF(own);
       fine = counts
                  ? check(param, grad, own, PyList_GetItem(views, i), keep, names, e, dims, segments[e.segment], seen[i])
@@ -273,29 +223,10 @@ PyObject* walk(PyObject*, PyObject* args) {
   return result;
 }
 
-// connect(capsule, Tensor, Parameter) -> bool: takes torch's DLPack exchange API and its two types of tensors; False
-// where the API is of another major version.
-PyObject* connect(PyObject*, PyObject* args) {
-  PyObject *capsule, *tensor, *parameter;
-  if (!PyArg_ParseTuple(args, "OOO", &capsule, &tensor, &parameter)) return nullptr;
-  auto* api = static_cast<const DLExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  if (api == nullptr) return nullptr;
-  if (api->major != 1 || api->tensor_from_object == nullptr) Py_RETURN_FALSE;
-  grad_of = PyObject_GetAttr(tensor, kw_grad);
-  if (grad_of == nullptr) return nullptr;
-  get_grad = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(grad_of), Py_tp_descr_get));
-  if (get_grad == nullptr) Py_RETURN_FALSE;
-  exchange = api;
-  Py_INCREF(tensor);
-  Py_INCREF(parameter);
-  tensor_type = tensor;
-  parameter_type = parameter;
-  Py_RETURN_TRUE;
-}
-
 PyMethodDef methods[] = {
-    {"connect", connect, METH_VARARGS, "connect(capsule, Tensor, Parameter) -> bool"},
+    {"connect", wd::connect, METH_VARARGS, "connect(capsule, Tensor, Parameter) -> bool"},
     {"walk", walk, METH_VARARGS, "The check of every step."},
+    {"gather", wd::gather, METH_VARARGS, "The segments of lists of tensors."},
     {"holding", wd::holding, METH_VARARGS, "holding(tensors, address) -> capsule"},
     {"assign", wd::assign, METH_VARARGS, "Rows and flat positions of the segments."},
     {nullptr, nullptr, 0, nullptr},
@@ -307,10 +238,7 @@ PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__C(void) {
   kw_params = PyUnicode_InternFromString("params");
-  kw_grad = PyUnicode_InternFromString("grad");
-  kw_is_neg = PyUnicode_InternFromString("is_neg");
-  kw_is_conj = PyUnicode_InternFromString("is_conj");
-  if (!kw_params || !kw_grad || !kw_is_neg || !kw_is_conj) return nullptr;
+  if (kw_params == nullptr) return nullptr;
   PyObject* const made = PyModule_Create(&module);
   if (made != nullptr && PyModule_AddStringConstant(made, "NAMESPACE", WD_TEXT(WD_NAMESPACE)) < 0) {
     Py_DECREF(made);

@@ -1,12 +1,8 @@
 // What the check of every step and Python share, by position.
 #pragma once
 
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
-
-#include <cstdint>
-
 #include "table.h"
+#include "tensors.h"
 
 namespace wd {
 
@@ -29,5 +25,8 @@ static_assert(sizeof(Lie) == 5 * sizeof(int64_t), "table.py writes 5 words a seg
 
 // assign.cpp
 PyObject* assign(PyObject* module, PyObject* args);
+
+// gather.cpp
+PyObject* gather(PyObject* module, PyObject* args);
 
 }  // namespace wd

@@ -6,9 +6,10 @@
 `python -m wd_kernels` tells what is installed and checks that it computes right.
 """
 
+from . import functional
 from .backends import FallbackWarning
 from .flat import FlatBuffer, flatten_, unflatten_
 from .optim import SGDW, AdamW
 from .version import __version__
 
-__all__ = ["SGDW", "AdamW", "FallbackWarning", "FlatBuffer", "__version__", "flatten_", "unflatten_"]
+__all__ = ["SGDW", "AdamW", "FallbackWarning", "FlatBuffer", "__version__", "flatten_", "functional", "unflatten_"]

@@ -13,13 +13,16 @@ from .storage import FORMATS, format_of, state_dtype, widens
 
 __all__ = [
     "Extent",
+    "check_address",
     "check_disjoint",
     "check_gradient",
     "check_memory",
     "check_parameter",
     "check_type",
     "conform_state",
+    "gradient_dtypes",
     "is_dense",
+    "is_plain",
     "label",
     "same_layout",
     "step_count",
@@ -56,13 +59,14 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
-def _is_plain(t: Tensor) -> bool:
+def is_plain(t: Tensor) -> bool:
+    """False for subclasses that dispatch for themselves: their memory is not their own."""
     return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def check_type(t: Tensor, what: str) -> None:
     """Raises TypeError for a tensor whose memory is not its own: subclasses that dispatch, sparse layouts, fakes."""
-    if not _is_plain(t):
+    if not is_plain(t):
         raise TypeError(
             f"{what} is a {type(t).__name__}: subclasses that dispatch for themselves are not known to the table; "
             "allowed are torch.Tensor, torch.nn.Parameter and plain subclasses of them"
@@ -89,7 +93,8 @@ def check_parameter(p: Tensor, what: str) -> None:
         raise ValueError(f"{what} is a lazily conjugated or negated view: pass p.resolve_conj().resolve_neg()")
 
 
-def _has_memory(t: Tensor, what: str) -> None:
+def check_address(t: Tensor, what: str) -> None:
+    """Raises if the elements of `t` lie nowhere."""
     if t.numel() and t.data_ptr() == 0:
         raise ValueError(f"{what} of shape {tuple(t.shape)} on {t.device} has no memory (address 0)")
 
@@ -99,28 +104,28 @@ def check_memory(p: Tensor, what: str) -> None:
     check_type(p, what)
     if p.device.type == "meta":
         raise ValueError(f"{what} is on the meta device: it has no memory to step")
-    _has_memory(p, what)
+    check_address(p, what)
+
+
+def gradient_dtypes(dtype: torch.dtype) -> set[torch.dtype]:
+    """What the gradients of a parameter of `dtype` may be."""
+    if dtype == torch.float32:
+        return {dtype, torch.bfloat16, torch.float16}
+    return {dtype, torch.float32} if dtype in (torch.bfloat16, torch.float16) else {dtype}
 
 
 def check_gradient(p: Tensor, grad: Tensor, what: str) -> None:
-    """Raises if `grad` cannot be the gradient of `p`."""
-    what = f"the gradient of {what}"
-    check_type(grad, what)
+    """Raises if `grad` cannot be the gradient of `p`, by its shape, device and dtype."""
     if grad.shape != p.shape:
         raise ValueError(f"{what} has shape {tuple(grad.shape)}; allowed is that of the parameter, {tuple(p.shape)}")
     if grad.device != p.device:
         raise ValueError(f"{what} is on {grad.device}; allowed is the parameter's device, {p.device}")
-    allowed = {p.dtype}
-    if not p.is_complex() and p.dtype != torch.float64:
-        allowed.add(torch.float32)
-        if p.dtype == torch.float32:
-            allowed |= {torch.bfloat16, torch.float16}
+    allowed = gradient_dtypes(p.dtype)
     if grad.dtype not in allowed:
         raise TypeError(
             f"{what} has dtype {grad.dtype}; allowed for a parameter of {p.dtype} are "
             f"{', '.join(sorted(map(str, allowed)))}"
         )
-    _has_memory(grad, what)
 
 
 def conform_state(p: Tensor, like: Tensor, value: Any, what: str) -> Tensor:
@@ -138,7 +143,7 @@ def conform_state(p: Tensor, like: Tensor, value: Any, what: str) -> Tensor:
             f"{what} has dtype {value.dtype}, which does not fit the {dtype} that a parameter of {p.dtype} keeps its "
             "states in: cast it yourself, or load it with load_state_dict into a parameter of that precision"
         )
-    _has_memory(value, what)
+    check_address(value, what)
     if value.dtype == dtype and same_layout(value, like) and not (value.is_conj() or value.is_neg()):
         return value
     return torch.empty_like(like, dtype=dtype).copy_(value)
@@ -159,10 +164,11 @@ def step_count(value: Any, what: str) -> float:
 
 @dataclass(frozen=True)
 class Extent:
-    """The memory of a tensor that a step writes."""
+    """The memory of a tensor of a step."""
 
     tensor: Tensor
     what: str
+    written: bool = True
 
     def span(self) -> tuple[int, int]:
         t = self.tensor
@@ -192,11 +198,11 @@ def _overlaps_itself(t: Tensor) -> bool:
 
 
 def check_disjoint(extents: Iterable[Extent]) -> None:
-    """Raises ValueError if two of the tensors share an element."""
+    """Raises ValueError if two of the tensors share an element that is written."""
     by_device: dict[torch.device, list[tuple[int, int, Extent]]] = {}
     for extent in extents:
         t = extent.tensor
-        if _is_plain(t) and t.numel() and t.device.type != "meta" and t.data_ptr():
+        if is_plain(t) and t.numel() and t.device.type != "meta" and t.data_ptr():
             by_device.setdefault(t.device, []).append((*extent.span(), extent))
     for spans in by_device.values():
         spans.sort(key=lambda span: span[:2])
@@ -204,7 +210,8 @@ def check_disjoint(extents: Iterable[Extent]) -> None:
         for span in spans:
             open_spans = [o for o in open_spans if o[1] > span[0]]
             for other in open_spans:
-                _check_pair(other[2], span[2])
+                if other[2].written or span[2].written:
+                    _check_pair(other[2], span[2])
             open_spans.append(span)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import dlpack
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .checks import Extent, check_disjoint, check_gradient, check_memory, check_parameter, is_dense, label
+from .checks import Extent, check_disjoint, check_gradient, check_memory, check_parameter, check_type, is_dense, label
 
 __all__ = ["FlatBuffer", "FlatStates", "Place", "flatten_", "generation", "place_of", "unflatten_"]
 
@@ -272,7 +272,8 @@ def _check(p: Tensor, what: str) -> Place | None:
             "which would be left behind; give it memory of its own first: p.data = p.data.clone()"
         )
     if p.grad is not None:
-        check_gradient(p, p.grad, what)
+        check_type(p.grad, f"the gradient of {what}")
+        check_gradient(p, p.grad, f"the gradient of {what}")
         if p.grad.dtype != p.dtype:
             raise TypeError(
                 f"the gradient of {what} has dtype {p.grad.dtype}: flat gradients have their parameter's, {p.dtype}; "

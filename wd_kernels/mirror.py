@@ -15,8 +15,7 @@ from torch import Tensor
 from .records import Chunk, Moving, Place
 
 if TYPE_CHECKING:
-    from .slots import Bucket
-    from .table import TensorTable
+    from .slots import Bucket, Table
 
 __all__ = ["BLOCK", "Mirror", "chunk_size", "cut"]
 
@@ -83,7 +82,7 @@ class Mirror:
         """Elements of a chunk of a bucket."""
         return self._sizes[bucket.index]
 
-    def update(self, table: TensorTable, rows: Tensor, processors: int) -> None:
+    def update(self, table: Table, rows: Tensor, processors: int) -> None:
         """Brings the device up to date with this step's table, on the current stream, without waiting for it."""
         if table.buckets is not self._buckets or not torch.equal(table.capacities, self._capacities):
             self._cut(table, processors)
@@ -105,7 +104,7 @@ class Mirror:
         for stale in self.there.keys() - parts.keys():
             del self.there[stale], sent[stale]
 
-    def _cut(self, table: TensorTable, processors: int) -> None:
+    def _cut(self, table: Table, processors: int) -> None:
         """Chunks of the buckets on this device. They hold in a step that lacks gradients too."""
         chunks: dict[str | int, Tensor] = {}
         sizes: dict[int, int] = {}

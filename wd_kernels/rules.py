@@ -124,11 +124,12 @@ class Rule:
         self._key_of = itemgetter("lr", "eta", *static_keys)
         self._memo: dict[tuple[Any, ...], Static] = {}
 
-    def hypers(self, groups: Sequence[Mapping[str, Any]], first: int = 0) -> list[Hyper]:
+    def hypers(self, groups: Sequence[Mapping[str, Any]], first: int = 0, where: str = "param group {}") -> list[Hyper]:
         """The checked hyperparameters of every group. Raises before anything was written.
 
         Args:
-            first: what errors call the first of `groups`.
+            first: the number of the first of `groups`.
+            where: what errors call a group, by its number.
 
         Raises:
             KeyError, TypeError, ValueError: naming the hyperparameter, the group, what was found and what is allowed.
@@ -141,7 +142,7 @@ class Rule:
             for i, group in enumerate(groups, first):
                 for name in ("lr", "eta", *self.static_keys):
                     if name not in group:
-                        raise KeyError(f"param group {i} has no {name!r}; it has {sorted(map(str, group))}") from None
+                        raise KeyError(f"{where.format(i)} has no {name!r}; it has {sorted(map(str, group))}") from None
             raise
         for i, (lr, eta, *key) in enumerate(keys, first):
             key = tuple(key)
@@ -150,16 +151,16 @@ class Rule:
             except TypeError:  # an unhashable value: betas as a list, say
                 static = None
             if static is None:
-                static = self._checked(groups[i - first], key, i)
+                static = self._checked(groups[i - first], key, where.format(i))
             if type(lr) is not float or not 0.0 <= lr < math.inf:
-                lr = _at_least_zero("lr", lr, f"param group {i}")
+                lr = _at_least_zero("lr", lr, where.format(i))
             if type(eta) is not float or not 0.0 <= eta < math.inf:
-                eta = _at_least_zero("eta", eta, f"param group {i}")
+                eta = _at_least_zero("eta", eta, where.format(i))
             result.append((static, lr, eta))
         return result
 
-    def _checked(self, group: Mapping[str, Any], key: tuple[Any, ...], index: int) -> Static:
-        static = self.check(group, f"param group {index}")
+    def _checked(self, group: Mapping[str, Any], key: tuple[Any, ...], where: str) -> Static:
+        static = self.check(group, where)
         # A tensor may hold another number under the same key: only plain values are remembered.
         if all(type(v) in (float, bool, str) for k in key for v in (k if type(k) is tuple else (k,))):
             if len(self._memo) >= 4096:  # a schedule that moves weight_decay makes a new key a step

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .checks import (
+    check_address,
     check_gradient,
     check_memory,
     check_parameter,
+    check_type,
     conform_state,
     is_dense,
     same_layout,
@@ -20,7 +22,10 @@ from .checks import (
 from .flat import FlatStates, Place, place_of
 from .storage import Format, format_of, state_dtype
 
-__all__ = ["Bucket", "Finding", "Slot", "Spec", "inspect"]
+if TYPE_CHECKING:
+    from .rules import Rule
+
+__all__ = ["Bucket", "Finding", "Slot", "Spec", "Table", "inspect"]
 
 # States that may begin at any step count: momentum or amsgrad switched on later, torch's SGD state.
 MADE_LATER = ("momentum_buffer", "max_exp_avg_sq")
@@ -47,6 +52,24 @@ class Bucket:
     @property
     def codes(self) -> list[int]:
         return [fmt.code for fmt in self.spec.formats]
+
+
+class Table(Protocol):
+    """What a backend reads: of a TensorTable, and of the lists of a caller."""
+
+    rule: Rule
+    runs: Tensor
+    capacities: Tensor
+    control: Tensor
+    buckets: list[Bucket]
+    active: Tensor
+    mirrors: dict[torch.device, Any]
+
+    def span(self, bucket: Bucket) -> tuple[int, int]:
+        """(first, count) of the runs of a bucket in this step."""
+
+    def tensors(self, i: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...], int]:
+        """Parameter, gradient, states and row of parameter `i`, for a backend that works on tensors."""
 
 
 @dataclass
@@ -101,7 +124,9 @@ def inspect(
     check_memory(p, what)
     grad = p.grad
     assert grad is not None
-    check_gradient(p, grad, what)
+    check_type(grad, f"the gradient of {what}")
+    check_gradient(p, grad, f"the gradient of {what}")
+    check_address(grad, f"the gradient of {what}")
 
     theta, param_copy = p.detach(), None
     if not (p.is_contiguous() or is_dense(p)):

@@ -40,8 +40,8 @@ class TensorTable:
 
     Attributes:
         segments: int64 [n, 12], a record per parameter.
-        runs: int64 [n, 12], what a launch reads: the segments, where neighbours in flat buffers are one.
-        capacities: int64 [n], the most elements that each run may have until the runs change.
+        runs: int64 [m, 12], what a launch reads: the segments, where neighbours in flat buffers are one.
+        capacities: int64 [m], the most elements that each run may have until the runs change.
         steps: float32 [n], the step counts; `state[p]["step"]` is a view of one of them.
         active: float32 [n], 1 for a parameter with a gradient in this step.
         control: float64 [2], the gradient factor and the skip flag that every launch reads.
@@ -57,6 +57,7 @@ class TensorTable:
         self.lock = threading.RLock()
         self.mirrors: dict[torch.device, Mirror] = {}  # what other devices have of this table
         self.buckets: list[Bucket] = []
+        self.runs, self.capacities = torch.empty(0), torch.empty(0)
         self.any_fresh = False
         self.flat_states = flat.FlatStates()
         self.generation = flat.generation()
@@ -98,10 +99,17 @@ class TensorTable:
                     self._mend(odd)
             if odd or changed:
                 self.stepped = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
-            return walking.assign(self)
+            keys = walking.assign(self)
+            self._take_runs()
+            return keys
         except BaseException:
             self.forget()
             raise
+
+    def _take_runs(self) -> None:
+        if self.lies is not None:
+            count = int(self.run_firsts[-1])
+            self.runs, self.capacities = self.room_for_runs[:count], self.room_for_capacities[:count]
 
     def launch(self, rows: Tensor) -> None:
         """Steps every bucket and advances the step counts; a skipped step (`control`) is not counted.
@@ -206,9 +214,11 @@ class TensorTable:
         self.capacities = torch.tensor([lie[Lie.NUMEL] for lie in lies], dtype=torch.int64, device=CPU)
         if any(lie[Lie.BUFFER] for lie in lies):
             self.lies: Tensor | None = torch.tensor(lies, dtype=torch.int64, device=CPU)
-            self.runs, self.run_firsts = torch.zeros_like(self.segments), torch.zeros_like(self.firsts)
+            self.room_for_runs, self.run_firsts = torch.zeros_like(self.segments), torch.zeros_like(self.firsts)
         else:
-            self.lies, self.runs, self.run_firsts = None, self.segments, self.firsts
+            self.lies, self.runs = None, self.segments
+            self.room_for_runs, self.run_firsts = self.segments, self.firsts
+        self.room_for_capacities = self.capacities
         self.words = (ctypes.c_int64 * self.segments.numel()).from_address(self.segments.data_ptr())
 
     # Inspecting what differs ------------------------------------------------------------------------------------------

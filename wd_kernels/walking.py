@@ -188,9 +188,9 @@ def assign(table: TensorTable) -> list[tuple[int, int, bool]]:
             table.firsts.data_ptr(),
             len(table.buckets),
             0 if table.lies is None else table.lies.data_ptr(),
-            table.runs.data_ptr(),
+            table.room_for_runs.data_ptr(),
             table.run_firsts.data_ptr(),
-            table.capacities.data_ptr(),
+            table.room_for_capacities.data_ptr(),
         )
     rows: dict[tuple[int, int, bool], int] = {}
     steps, fresh = table.steps.tolist(), table.fresh.tolist()
@@ -222,17 +222,18 @@ def _merge(table: TensorTable, members: range, first: int) -> int:
     count, offset = first, 0
     before: list[int] | None = None
     assert table.lies is not None
+    runs, capacities = table.room_for_runs, table.room_for_capacities
     for segment in members:
         words, lie = table.segments[segment].tolist(), table.lies[segment].tolist()
         numel = words[Segment.NUMEL]
         attached = lie[Lie.BUFFER] != 0 and numel != 0 and words[Segment.GRAD] == lie[Lie.GRAD]
         follows = before is not None and before[Lie.BUFFER] == lie[Lie.BUFFER] and before[Lie.END] == lie[Lie.OFFSET]
-        if attached and follows and table.runs[count - 1, Segment.ROW] == words[Segment.ROW]:
-            table.capacities[count - 1] = table.runs[count - 1, Segment.NUMEL] = lie[Lie.OFFSET] - offset + numel
+        if attached and follows and runs[count - 1, Segment.ROW] == words[Segment.ROW]:
+            capacities[count - 1] = runs[count - 1, Segment.NUMEL] = lie[Lie.OFFSET] - offset + numel
         else:
-            table.runs[count] = table.segments[segment]
-            table.capacities[count] = lie[Lie.NUMEL]
+            runs[count] = table.segments[segment]
+            capacities[count] = lie[Lie.NUMEL]
             count, offset = count + 1, lie[Lie.OFFSET]
         before = lie if attached else None
-    _lay(table.runs, range(first, count))
+    _lay(runs, range(first, count))
     return count - first

@@ -11,8 +11,7 @@ from torch import Tensor
 from . import cpu, reference, triton
 
 if TYPE_CHECKING:
-    from ..slots import Bucket, Spec
-    from ..table import TensorTable
+    from ..slots import Bucket, Spec, Table
 
 __all__ = ["BACKENDS", "NAMES", "Backend", "FallbackWarning", "resolve"]
 
@@ -32,7 +31,7 @@ class Backend(Protocol):
     def refuses(self, spec: Spec) -> str | None:
         """Why it cannot step such a bucket; None where it can."""
 
-    def prepare(self, table: TensorTable, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
+    def prepare(self, table: Table, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
         """The launches that step the buckets in place: everything that allocates or may fail is done here.
 
         `rows` is float64 [r, width]; segments name theirs.

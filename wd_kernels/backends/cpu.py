@@ -11,8 +11,7 @@ from torch import Tensor
 from .. import native
 
 if TYPE_CHECKING:
-    from ..slots import Bucket, Spec
-    from ..table import TensorTable
+    from ..slots import Bucket, Spec, Table
 
 __all__ = ["CPU"]
 
@@ -31,7 +30,7 @@ class CPU:
         native.OPS.instruction_set()  # raises if WD_KERNELS_ISA names one that is not here
         return None
 
-    def prepare(self, table: TensorTable, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
+    def prepare(self, table: Table, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
         step_ = native.OPS.step_.default
         common = (table.runs, rows, table.control, table.rule.code)
         return [partial(step_, *common, bucket.codes, *table.span(bucket)) for bucket in buckets]

@@ -11,8 +11,7 @@ from torch import Tensor
 from .. import reference
 
 if TYPE_CHECKING:
-    from ..slots import Bucket, Spec
-    from ..table import TensorTable
+    from ..slots import Bucket, Spec, Table
 
 __all__ = ["Reference"]
 
@@ -28,10 +27,10 @@ class Reference:
     def refuses(self, spec: Spec) -> str | None:
         return None
 
-    def prepare(self, table: TensorTable, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
+    def prepare(self, table: Table, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
         return [partial(self._step, table, bucket, rows) for bucket in buckets]
 
-    def _step(self, table: TensorTable, bucket: Bucket, rows: Tensor) -> None:
+    def _step(self, table: Table, bucket: Bucket, rows: Tensor) -> None:
         grad_factor, skip = table.control.tolist()
         if skip:
             return

@@ -14,8 +14,7 @@ from torch import Tensor
 from ..mirror import BLOCK, Mirror
 
 if TYPE_CHECKING:
-    from ..slots import Bucket, Spec
-    from ..table import TensorTable
+    from ..slots import Bucket, Spec, Table
 
 __all__ = ["OLDEST", "Triton", "block", "interpreted", "options", "version"]
 
@@ -140,7 +139,7 @@ class Triton:
             )
         return None
 
-    def prepare(self, table: TensorTable, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
+    def prepare(self, table: Table, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
         """Uploads what changed and compiles what is new; the launches that are left are one a bucket."""
         launches: list[Callable[[], None]] = []
         for device in dict.fromkeys(bucket.spec.device for bucket in buckets):
@@ -153,7 +152,7 @@ class Triton:
                     launches.append(self._launch(table, bucket, mirror))
         return launches
 
-    def _launch(self, table: TensorTable, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
+    def _launch(self, table: Table, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
         kernels, formats, device = _kernels(), bucket.spec.formats, bucket.spec.device
         chunks, there = mirror.chunks(bucket), mirror.there
         arguments = (

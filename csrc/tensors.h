@@ -1,0 +1,45 @@
+// How native code reads a tensor without a call into Python for each property: DLPack's exchange API, a C table that
+// torch's Tensor class carries.
+#pragma once
+
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include <cstdint>
+
+namespace wd {
+
+// The parts of DLPack's ABI (version 1) that are used here, in its layout.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+constexpr uint8_t kComplexCode = 5;
+
+// Fills `out` with what lies behind a tensor, borrowed; false where torch does not lend it.
+bool read(PyObject* tensor, DLTensor* out);
+
+inline void* address(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
+inline int64_t dtype_of(const DLTensor& t) { return (int64_t(t.code) << 8) | t.bits; }
+inline int64_t device_of(const DLTensor& t) { return (int64_t(t.device_type) << 32) | t.device_id; }
+
+// Is the object's type one of torch's own, Tensor or Parameter?
+bool known(PyObject* object);
+
+// Its gradient, a new reference.
+PyObject* grad_of(PyObject* param);
+
+// Does the tensor have the negative or, if complex, the conjugate bit? 1 yes, 0 no, -1 an error is set.
+int lazy(PyObject* tensor, bool complex);
+
+// connect(capsule, Tensor, Parameter) -> bool: takes torch's DLPack exchange API and its two types of tensors; False
+// where the API is of another major version.
+PyObject* connect(PyObject* module, PyObject* args);
+
+}  // namespace wd

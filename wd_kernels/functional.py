@@ -1,0 +1,216 @@
+r"""The step for who brings their own state: lists of tensors, or flat buffers. All are one launch per device and dtype.
+
+    adamw_       sgdw_          lists of parameters, gradients and states
+    adamw_flat_  sgdw_flat_     one flat buffer each, such as a shard of a ZeRO-style partition
+
+They do what `AdamW` and `SGDW` do, to the bit, in every decay mode and through every backend, and remember nothing:
+the caller keeps the states and counts the steps. Each is an operator of torch.ops too (`operators.py`), with the
+scalars as numbers or as tensors of one element, and `torch.compile` traces these functions as that. A number of another
+value makes it compile again; a tensor of another value does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import native
+from .checks import is_plain
+from .operators import OPERATORS, Role
+from .operators import step as step_now
+
+__all__ = ["adamw_", "adamw_flat_", "sgdw_", "sgdw_flat_"]
+
+Number: TypeAlias = float | Tensor
+Tensors: TypeAlias = Sequence[Tensor]
+
+
+def adamw_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    max_exp_avg_sqs: Tensors = (),
+    *,
+    step: int | Tensor,
+    lr: Number = 1e-3,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 1e-2,
+    decay: str = "lr_scaled",
+    eta: Number = 1.0,
+    maximize: bool = False,
+    grad_factor: Number = 1.0,
+    backend: str = "auto",
+) -> None:
+    """One AdamW step on lists of tensors, in place: the equations and decay modes of :class:`wd_kernels.AdamW`.
+
+    Args:
+        params: float64, float32, bfloat16, float16 or complex tensors in any dense layout, on any devices. May be
+            mixed: every device and dtype is a launch.
+        grads: one for each, of its shape; its dtype, or float32 beside 16-bit parameters, or 16-bit beside float32.
+            They are read. One that lies otherwise than its parameter is copied.
+        exp_avgs, exp_avg_sqs: the moments, zeros before the first step: of the parameter's shape and layout, float32
+            for float32 and 16-bit parameters, else of its dtype.
+        max_exp_avg_sqs: the largest second moments, likewise, for AMSGrad; none for AdamW without it.
+        step: the number of this step, from 1; or, in a CPU tensor, a number for every parameter.
+        lr, betas, eps, weight_decay, decay, eta, maximize: as for :class:`wd_kernels.AdamW`. Numbers, or CPU tensors of
+            one element, which are read as float64: reading a device's would wait for it.
+        grad_factor: gradients are multiplied by this first, in float64 with their sign: 1/scale, a clipping factor.
+        backend: as for :class:`wd_kernels.AdamW`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument and the index; nothing was written.
+
+    Example:
+        >>> import torch
+        >>> from wd_kernels.functional import adamw_
+        >>> w, m, v = torch.ones(3), torch.zeros(3), torch.zeros(3)
+        >>> adamw_([w], [torch.ones(3)], [m], [v], step=1, lr=1e-3, weight_decay=0.1, decay="independent")
+        >>> [round(x, 4) for x in w.tolist()]
+        [0.899, 0.899, 0.899]
+
+    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
+    """
+    roles = [list(own) for own in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)]
+    numbers = (step, lr, *_pair(betas, "adamw_"), eps, weight_decay, eta, grad_factor)
+    _run("adamw_", roles, numbers, (decay, maximize, backend))
+
+
+def adamw_flat_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None = None,
+    *,
+    step: int | Tensor,
+    lr: Number = 1e-3,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 1e-2,
+    decay: str = "lr_scaled",
+    eta: Number = 1.0,
+    maximize: bool = False,
+    grad_factor: Number = 1.0,
+    backend: str = "auto",
+) -> None:
+    """One AdamW step on flat buffers, in place: one-dimensional, contiguous tensors of equal length.
+
+    Arguments and errors as for :func:`adamw_`, with one buffer in place of each list.
+    """
+    roles = [[param], [grad], [exp_avg], [exp_avg_sq], [] if max_exp_avg_sq is None else [max_exp_avg_sq]]
+    numbers = (step, lr, *_pair(betas, "adamw_flat_"), eps, weight_decay, eta, grad_factor)
+    _run("adamw_flat_", roles, numbers, (decay, maximize, backend))
+
+
+def sgdw_(
+    params: Tensors,
+    grads: Tensors,
+    momentum_buffers: Tensors = (),
+    *,
+    step: int | Tensor,
+    lr: Number = 1e-3,
+    momentum: Number = 0.0,
+    dampening: Number = 0.0,
+    weight_decay: Number = 0.0,
+    nesterov: bool = False,
+    decay: str = "lr_scaled",
+    form: str = "torch",
+    eta: Number = 1.0,
+    maximize: bool = False,
+    grad_factor: Number = 1.0,
+    backend: str = "auto",
+) -> None:
+    """One SGDW step on lists of tensors, in place: the equations and decay modes of :class:`wd_kernels.SGDW`.
+
+    Args:
+        params, grads: as for :func:`adamw_`.
+        momentum_buffers: zeros before the first step, of the parameter's shape and layout, float32 for float32 and
+            16-bit parameters; none where momentum is 0.
+        step: the number of this step, from 1; or, in a CPU tensor, a number for every parameter. In step 1 the buffer
+            takes the gradient undampened, as torch's does.
+        lr, momentum, dampening, weight_decay, nesterov, decay, form, eta, maximize: as for :class:`wd_kernels.SGDW`.
+        grad_factor, backend: as for :func:`adamw_`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument and the index; nothing was written.
+
+    Example:
+        >>> import torch
+        >>> from wd_kernels.functional import sgdw_
+        >>> w, b = torch.ones(3), torch.zeros(3)
+        >>> sgdw_([w], [torch.ones(3)], [b], step=1, lr=0.1, momentum=0.9, weight_decay=0.5)
+        >>> [round(x, 4) for x in w.tolist()]
+        [0.85, 0.85, 0.85]
+
+    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 1.
+    """
+    roles = [list(own) for own in (params, grads, momentum_buffers)]
+    numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
+    _run("sgdw_", roles, numbers, (decay, form, nesterov, maximize, backend))
+
+
+def sgdw_flat_(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None = None,
+    *,
+    step: int | Tensor,
+    lr: Number = 1e-3,
+    momentum: Number = 0.0,
+    dampening: Number = 0.0,
+    weight_decay: Number = 0.0,
+    nesterov: bool = False,
+    decay: str = "lr_scaled",
+    form: str = "torch",
+    eta: Number = 1.0,
+    maximize: bool = False,
+    grad_factor: Number = 1.0,
+    backend: str = "auto",
+) -> None:
+    """One SGDW step on flat buffers, in place: one-dimensional, contiguous tensors of equal length.
+
+    Arguments and errors as for :func:`sgdw_`, with one buffer in place of each list.
+    """
+    roles = [[param], [grad], [] if momentum_buffer is None else [momentum_buffer]]
+    numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
+    _run("sgdw_flat_", roles, numbers, (decay, form, nesterov, maximize, backend))
+
+
+def _pair(betas: Any, name: str) -> Any:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas={betas!r} in {name}: expected a pair (beta1, beta2)")
+    return betas
+
+
+def _run(name: str, roles: list[Role], numbers: Sequence[Any], options: Sequence[Any]) -> None:
+    """Steps real tensors at once; where something looks on (a compiler, a mode, fake tensors), as an operator.
+
+    A call through torch's dispatcher into Python costs some 60 us, and more with every tensor.
+    """
+    if not torch.compiler.is_compiling() and not _watched(roles):
+        step_now(OPERATORS[name], roles, numbers, options)
+        return
+    if not roles[0]:
+        return
+    packet = getattr(native.OPS, name)
+    tensors: list[Any] = [own[0] if own else None for own in roles] if OPERATORS[name].flat else list(roles)
+    with torch.no_grad():
+        if any(isinstance(number, Tensor) for number in numbers):
+            numbers = [torch.as_tensor(number, dtype=torch.float64, device="cpu") for number in numbers]
+            packet.tensor(*tensors, *numbers, *options)
+        else:
+            packet.default(*tensors, *numbers, *options)
+
+
+def _watched(roles: list[Role]) -> bool:
+    """Is there a mode, or a fake tensor, that must see an operator?"""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    first = roles[0][0] if roles[0] else None
+    return isinstance(first, Tensor) and not is_plain(first) and not is_traceable_wrapper_subclass(first)
