@@ -38,6 +38,7 @@ __all__ = ["Lists", "examine"]
 
 CPU = torch.device("cpu")
 Roles = Sequence[list[Tensor]]
+_CONTROL = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
 
 
 class Lists:
@@ -56,11 +57,12 @@ class Lists:
     def __init__(self, rule: Rule, label: Callable[[int, int], str], roles: Roles, backend: str) -> None:
         self.rule, self.roles = rule, list(roles)
         self.mirrors: dict[torch.device, Any] = {}
-        self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
+        self.control = _CONTROL
         self.order: Sequence[int] = range(len(roles[0]))  # segment k is of the tensors order[k]
         self.runs = torch.empty(len(self.order), WORDS, dtype=torch.int64, device=CPU)
         self.buckets: list[Bucket] = []
-        spec = _spec([own[0] for own in roles])
+        firsts = [own[0] for own in roles]
+        spec = _spec(firsts) if all(isinstance(t, Tensor) for t in firsts) else None
         if spec is not None and self._gather(spec):
             self.buckets.append(Bucket(spec, _resolve(backend, spec), 0, 0, list(self.order)))
         else:
@@ -72,7 +74,7 @@ class Lists:
         device = device_code(spec.device)
         if not native.WALKS or device < 0:
             return False
-        dtypes = tuple(dtype_code(own[0].dtype) for own in self.roles)
+        dtypes = tuple([dtype_code(own[0].dtype) for own in self.roles])
         return bool(native.C.gather(tuple(self.roles), dtypes, device, self.runs.data_ptr()) == -1)
 
     def _sort(self, backend: str) -> None:
@@ -115,12 +117,15 @@ class Lists:
 
 def _spec(own: Sequence[Tensor]) -> Spec | None:
     """What a bucket's segments share, of a parameter, its gradient and states; None for what no bucket has."""
-    formats, dtype = tuple(format_of(t.dtype) for t in own), own[0].dtype
-    if None in formats or own[1].dtype not in gradient_dtypes(dtype):
+    return _spec_of(own[0].device, *[t.dtype for t in own])
+
+
+@lru_cache
+def _spec_of(device: torch.device, dtype: torch.dtype, grad: torch.dtype, *states: torch.dtype) -> Spec | None:
+    formats = tuple(format_of(d) for d in (dtype, grad, *states))
+    if None in formats or grad not in gradient_dtypes(dtype) or any(d != state_dtype(dtype) for d in states):
         return None
-    if any(t.dtype != state_dtype(dtype) for t in own[2:]):
-        return None
-    return Spec(own[0].device, formats)  # type: ignore[arg-type]
+    return Spec(device, formats)  # type: ignore[arg-type]
 
 
 def _like(p: Tensor, grad: Tensor) -> Tensor:

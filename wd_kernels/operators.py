@@ -91,12 +91,11 @@ OPERATORS = {
 # The step ------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def step(operator: Operator, roles: Sequence[Role], numbers: Sequence[Any], options: Sequence[Any]) -> None:
     """One step on real tensors: every check, then the launches."""
-    given = {
-        name: _number(operator, name, value) for name, value in zip(operator.numbers[1:], numbers[1:], strict=True)
-    }
+    given: dict[str, float] = {}
+    for name, value in zip(operator.numbers[1:], numbers[1:], strict=True):
+        given[name] = value if type(value) is float else _number(operator, name, value)
     settings = dict(zip(operator.options, options, strict=True))
     counts = _counts(operator, numbers[0], len(roles[0]))
     factor = given.pop("grad_factor")
@@ -112,7 +111,8 @@ def step(operator: Operator, roles: Sequence[Role], numbers: Sequence[Any], opti
     if operator.flat:
         _check_flat(operator, roles)
     table = Lists(operator.rule, operator.label, roles, settings["backend"])
-    table.control[0] = factor
+    if factor != 1:
+        table.control = torch.tensor([factor, 0.0], dtype=torch.float64, device="cpu")
     starts = operator.rule is SGDW and present
     distinct = list(dict.fromkeys(counts))
     rows = operator.rule.rows([hyper], [(0, t, starts and t == 1) for t in distinct])
@@ -139,6 +139,8 @@ def _number(operator: Operator, name: str, value: Any) -> float:
 
 def _counts(operator: Operator, value: Any, n: int) -> list[int]:
     """The number of this step, for every parameter."""
+    if type(value) is int and value > 0:
+        return [value] * max(n, 1)
     if isinstance(value, Tensor) and value.numel() != 1:
         if value.device.type != "cpu" or value.shape != (n,):
             raise ValueError(
