@@ -151,7 +151,7 @@ def assert_up_to_date(opt: Any) -> None:
     for bucket in table.buckets:
         numels = [table.params[i].numel() for i in bucket.slots]
         assert torch.equal(found.chunks(bucket), cut(bucket.first, torch.tensor(numels), found.size(bucket)))
-    assert {name for name in found.there if isinstance(name, int)} == {bucket.first for bucket in table.buckets}
+    assert {name for name in found.there if isinstance(name, int)} == {bucket.index for bucket in table.buckets}
     assert set(found._sent) == set(found.there)
 
 
@@ -167,7 +167,7 @@ def test_what_did_not_change_is_not_sent(sent: Sent) -> None:
         assert_up_to_date(opt)
 
     new_gradients(params, kept)
-    step({0, 2, *everything})  # the buckets are at segments 0 and 2
+    step({0, 1, *everything})  # the chunks of two buckets
     step({"rows"})  # which hold the step count
     step({"rows"})
     new_gradients(params, kept)
@@ -191,7 +191,7 @@ def test_what_did_not_change_is_not_sent(sent: Sent) -> None:
     late = model([7], [f32])
     new_gradients(late, kept)
     opt.add_param_group({"params": late})
-    step({0, 3, "places", "moving", "rows"})  # all but control; the second bucket begins at segment 3 now
+    step({0, 1, "places", "moving", "rows"})  # all but control
     step({"rows"})
 
 
@@ -267,19 +267,19 @@ def test_a_new_stream_is_sent_everything(sent: Sent) -> None:
     new_gradients(params, [])
     for _ in range(2):
         opt.step()
-    assert sent.names == [{0, 2, "places", "moving", "rows", "control"}, {"rows"}]
+    assert sent.names == [{0, 1, "places", "moving", "rows", "control"}, {"rows"}]
     sent.names.clear()
     (found,) = opt._table.mirrors.values()
     found._stream = "another"
     opt.step()
-    assert sent.last() == {0, 2, "places", "moving", "rows", "control"}
+    assert sent.last() == {0, 1, "places", "moving", "rows", "control"}
     assert_up_to_date(opt)
     late = model([7], [f32])
     new_gradients(late, [])
     opt.add_param_group({"params": late})
     found._stream = "another"  # in the step in which the second bucket begins elsewhere
     opt.step()
-    assert sent.last() == {0, 3, "places", "moving", "rows", "control"}
+    assert sent.last() == {0, 1, "places", "moving", "rows", "control"}
     assert_up_to_date(opt)
 
 

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import backends, checkpoint
 from .checks import Extent, check_disjoint, check_parameter, label
+from .flat_states import FlatGradients
 from .rules import Rule
 from .slots import Spec
 from .table import TensorTable
@@ -45,6 +46,7 @@ class DecoupledOptimizer(Optimizer):
             return resolved[spec]
 
         self._table = TensorTable(self.rule, resolve)
+        self._flat_gradients = FlatGradients()
 
     # One native call already, nothing to trace; spelled as torch.optim does, since torch.compiler.disable would import
     # dynamo with this package.
@@ -71,6 +73,12 @@ class DecoupledOptimizer(Optimizer):
             if keys:
                 table.launch(self.rule.rows(hypers, keys))
         return loss
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. Flat gradients that are kept are zeroed in one go."""
+        if set_to_none or not self._flat_gradients.zero_([p for group in self.param_groups for p in group["params"]]):
+            super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. As torch's, and a bad parameter or hyperparameter is an error here, by name."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .checks import conform_state, label, step_count
-from .flat import FlatStates, place_of
+from .flat import place_of
+from .flat_states import FlatStates
 
 if TYPE_CHECKING:
     from .base import DecoupledOptimizer

@@ -20,7 +20,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .checks import Extent, check_disjoint, check_gradient, check_memory, check_parameter, check_type, is_dense, label
 
-__all__ = ["FlatBuffer", "FlatStates", "Place", "flatten_", "generation", "place_of", "unflatten_"]
+__all__ = [
+    "FlatBuffer",
+    "Place",
+    "flatten_",
+    "generation",
+    "padded",
+    "place_of",
+    "stretch",
+    "unflatten_",
+]
 
 #: Every tensor begins at a multiple of this many elements: 64 bytes or more, whatever the dtype.
 PADDING = 32
@@ -100,13 +109,18 @@ def generation() -> int:
     return _generation
 
 
+def padded(numel: int) -> int:
+    """Elements that a parameter takes in a buffer."""
+    return -(-numel // PADDING) * PADDING
+
+
 def place_of(p: Tensor) -> Place | None:
     """The place of a parameter in a flat buffer, if it still lies there."""
     place: Place | None = _places.get(p)
     return place if place is not None and place.numel == p.numel() and place.buffer.holds(p, place.offset) else None
 
 
-def _stretch(base: Tensor, offset: int, like: Tensor) -> Tensor:
+def stretch(base: Tensor, offset: int, like: Tensor) -> Tensor:
     """The stretch of a flat tensor from `offset` on, of the shape and strides of `like`, with a storage of its own."""
     view = base.as_strided(like.shape, like.stride(), offset)
     return dlpack.from_dlpack(dlpack.to_dlpack(view))  # type: ignore[attr-defined]
@@ -190,7 +204,7 @@ def _plan(buffer: FlatBuffer | None, members: Sequence[tuple[Tensor, str]]) -> _
         offsets, size = [], 0
         for p in params:
             offsets.append(size)
-            size += -(-p.numel() // PADDING) * PADDING
+            size += padded(p.numel())
         data = torch.zeros(size, dtype=params[0].dtype, device=params[0].device)
     grad = buffer.grad if buffer is not None else None
     if grad is None and any(p.requires_grad for p in params):
@@ -204,8 +218,8 @@ def _plan(buffer: FlatBuffer | None, members: Sequence[tuple[Tensor, str]]) -> _
     moves: list[tuple[Tensor, Tensor | None, Tensor | None, Place]] = []
     for p, place in zip(params, places, strict=True):
         assert place is not None
-        theta = None if data is None else _stretch(data, place.offset, p)
-        own = _stretch(grad, place.offset, p) if p.requires_grad and grad is not None else None
+        theta = None if data is None else stretch(data, place.offset, p)
+        own = stretch(grad, place.offset, p) if p.requires_grad and grad is not None else None
         if own is not None and data is None and p.grad is not None and p.grad.data_ptr() == own.data_ptr():
             own = None  # attached as it is
         moves.append((p, theta, own, place))
@@ -280,47 +294,3 @@ def _check(p: Tensor, what: str) -> Place | None:
                 "set it to None first"
             )
     return place
-
-
-class FlatStates:
-    """The states of an optimizer that lie as their parameters do: a buffer for each flat buffer and state.
-
-    Memory that was given out is never given out again: whoever holds an old state keeps what it shows.
-    """
-
-    def __init__(self) -> None:
-        self._bases: dict[tuple[int, str, torch.dtype], _Base] = {}
-
-    def zeros(self, place: Place, like: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        """A new state of zeros for the parameter `like`, which lies at `place`."""
-        key = (place.buffer.number, name, dtype)
-        base = self._bases.get(key)
-        tensor = None if base is None else base.tensor()
-        if base is None or tensor is None or place.offset in base.given:
-            tensor = torch.zeros(place.buffer.numel, dtype=dtype, device=like.device)
-            base = self._bases[key] = _Base(weakref.ref(tensor), tensor.untyped_storage()._cdata, set())
-        base.given.add(place.offset)
-        return _stretch(tensor, place.offset, like)
-
-    def address(self, place: Place, state: Tensor, name: str) -> int:
-        """The address of the buffer in which `state` lies as its parameter does; 0 if it lies elsewhere."""
-        base = self._bases.get((place.buffer.number, name, state.dtype))
-        tensor = None if base is None else base.tensor()
-        if tensor is None:
-            return 0
-        address = tensor.data_ptr()
-        return address if state.data_ptr() == address + place.offset * state.itemsize else 0
-
-    def census(self) -> list[int]:
-        """How many tensors lie in each buffer: a state whose memory was exchanged is missing from it."""
-        count = torch._C._storage_Use_Count
-        return [0 if base.tensor() is None else count(base.storage) for base in self._bases.values()]
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The memory of one state of the parameters of a buffer, and the offsets that were given out."""
-
-    tensor: weakref.ref[Tensor]
-    storage: int
-    given: set[int]

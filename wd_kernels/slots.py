@@ -19,7 +19,8 @@ from .checks import (
     same_layout,
     step_count,
 )
-from .flat import FlatStates, Place, place_of
+from .flat import Place, place_of
+from .flat_states import FlatStates
 from .storage import Format, format_of, state_dtype
 
 if TYPE_CHECKING:

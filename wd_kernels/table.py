@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import flat, walking
 from .checks import Extent, check_disjoint, label
+from .flat_states import FlatStates
 from .mirror import Mirror
 from .records import WORDS, Expected, Kind, Lie, Segment
 from .rules import Hyper, Rule
@@ -59,7 +60,7 @@ class TensorTable:
         self.buckets: list[Bucket] = []
         self.runs, self.capacities = torch.empty(0), torch.empty(0)
         self.any_fresh = False
-        self.flat_states = flat.FlatStates()
+        self.flat_states = FlatStates()
         self.generation = flat.generation()
         self.forget()
 
@@ -281,7 +282,7 @@ class TensorTable:
             return Lie.NOWHERE
         buffer, offset = f.place.buffer, f.place.offset
         number = self.bases.setdefault((buffer, f.bases, buffer.grad_address), len(self.bases) + 1)
-        end = offset + -(-f.place.numel // flat.PADDING) * flat.PADDING
+        end = offset + flat.padded(f.place.numel)
         scale = 2 if p.is_complex() else 1
         grad = buffer.grad_address and buffer.grad_address + offset * p.itemsize
         return number, scale * offset, scale * end, grad
