@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_cases import BILLION, TARGETS
-from gpu_peers import FUSED, OURS
+from peers import FUSED, OURS
 from gpu_report import REHEARSAL, Figures, all_figures, copy_rate, label
 
 __all__ = ["plot"]
