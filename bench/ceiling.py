@@ -29,7 +29,7 @@ def _library() -> tuple[Callable[..., int] | None, str | None]:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None, "no C++ compiler is there"
-    # A second OpenMP runtime would have threads of its own, which then wait beside torch's: take torch's, if it has one.
+    # A second OpenMP runtime would have threads of its own, waiting beside torch's: take torch's, if it has one.
     runtimes = sorted((Path(torch.__file__).parent / "lib").glob("lib[gi]*omp*.so*"))
     with tempfile.TemporaryDirectory() as folder:
         half, whole = Path(folder) / "stream.o", Path(folder) / "stream.so"

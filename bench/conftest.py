@@ -69,16 +69,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], Any]]:
-    """Gives a case's turns by (name, groups), and who was skipped. A case is measured once, its tensors are gone then."""
+    """Gives a case's turns by (name, groups), and who was skipped. A case is measured once, and nothing of it is kept."""
     uncaptured = request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled
     seconds = request.config.getoption("--seconds")
     cases = all_cases(request.config)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
     # Drawn between rounds only: no thread of its own takes time from the contenders.
-    progress = Progress(
-        *columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal
-    )
+    progress = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
     bar = progress.add_task("", total=len(cases))
 
     def show(done: float, text: str) -> None:

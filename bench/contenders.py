@@ -59,7 +59,8 @@ class Tensors:
 
         def tensor() -> Tensor:
             new = torch.empty(case.elements, dtype=case.dtype)
-            for part in new.split(len(block)):
+            for at in range(0, len(new), len(block)):
+                part = new[at : at + len(block)]
                 part.copy_(block[: len(part)])
             return new
 
