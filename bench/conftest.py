@@ -69,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], Any]]:
-    """Gives a case's turns by (name, groups), and who was skipped. A case is measured once, and nothing of it is kept."""
+    """Gives a case's turns by (name, groups), and who was skipped; a case is measured once, then it is gone."""
     uncaptured = request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled
     seconds = request.config.getoption("--seconds")
     cases = all_cases(request.config)

@@ -178,7 +178,7 @@ def render(report: dict[str, Any]) -> str:
     if len(whole) > 1:
         parts.append(
             "Whole steps, contenders in turns. ms: median over rounds; GB/s: by the byte model; % ceiling: of the\n"
-            "rate of a plain stream over as many bytes with the same mix of reads and writes, measured in the same rounds;\n"
+            "rate of a plain stream over as many bytes with the same mix of reads and writes, in the same rounds;\n"
             "x ours: how many times longer it takes than wd_kernels (median over rounds).\n"
             "bare loop: the launch alone, on one flat buffer of as many elements.\n\n" + aligned(whole, indent="")
         )
