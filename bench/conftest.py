@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import CASES, CEILING, FLAT, Case
 from ceiling import why_not
+from cpu_cases import CASES, CEILING, FLAT, Case
 from peers import load, on
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="a contender, such as 'torch fused'; may be repeated; the ceiling takes part always (default: all)",
     )
-    group.addoption("--seconds", type=float, default=10.0, help="how long a case is measured, about (default: 10)")
+    group.addoption("--seconds", type=float, default=8.0, help="how long a case is measured, about (default: 8)")
 
 
 def names(config: pytest.Config, case: Case) -> list[tuple[str, int]]:

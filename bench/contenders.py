@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from byte_model import float32_states, our_states, own_dtype_states
-from cases import BARE_LOOP, CEILING, FLAT, REFERENCE, TIMED, Case
 from ceiling import stream
+from cpu_cases import BARE_LOOP, CEILING, FLAT, REFERENCE, TIMED, Case
 from peers import LR, OURS, Peer, first_line
 from torch import Tensor
 

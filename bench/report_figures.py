@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cases import BARE_LOOP, CEILING, TIMED
+from cpu_cases import BARE_LOOP, CEILING, TIMED
 from peers import OURS
 
 __all__ = [
@@ -156,7 +156,7 @@ def behind(cases: Cases, own: str = OURS) -> tuple[list[Behind], int]:
 
 
 def points(cases: Cases, sweep: str) -> dict[int, dict[str, Result]]:
-    """Of a sweep: the results by what it varies (a key of cases.SWEEPS), and there by contender."""
+    """Of a sweep: the results by what it varies (a key of cpu_cases.SWEEPS), and there by contender."""
     found: dict[int, dict[str, Result]] = {}
     for them in cases.values():
         of_sweep = [r for r in them.values() if r.info["sweep"] == sweep]

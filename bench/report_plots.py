@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cases import BARE_LOOP, CEILING, DEEPSPEED, FLAT, REFERENCE, TIMED
+from cpu_cases import BARE_LOOP, CEILING, DEEPSPEED, FLAT, REFERENCE, TIMED
 from peers import FOREACH, FUSED, OURS
 from report_figures import Cases, Result, points, results, share
 from report_tables import heading, rule_name, size

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import gpu_report
-from cases import CEILING, FLAT
+from cpu_cases import CEILING, FLAT
 from peers import FUSED, OURS
 from report_figures import Cases, behind, group_costs, host_times, is_peer, line, points, results, share
 from report_tables import percent, rule_name, size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cases import CEILING, SWEEPS, TIMED
+from cpu_cases import CEILING, SWEEPS, TIMED
 from peers import OURS
 from report_figures import (
     Cases,

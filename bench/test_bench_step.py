@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case
+from cpu_cases import Case
 from pytest_benchmark.fixture import BenchmarkFixture
 from turns import Turns
 

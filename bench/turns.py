@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Case, free_memory
 from contenders import Contender, build
+from cpu_cases import Case, free_memory
 from peers import Peer, first_line
 
 __all__ = ["LEAST_ROUNDS", "ROUNDS", "Turns", "measure"]
@@ -111,7 +111,7 @@ def measure(
         for done in range(ROUNDS):
             if done >= LEAST_ROUNDS and time.perf_counter() > end:
                 break
-            for c, rounds, own in list(results):
+            for c, rounds, own in results[:: -1 if done % 2 else 1]:  # whom each comes after changes
                 if done >= rounds:
                     continue
                 try:
