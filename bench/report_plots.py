@@ -165,6 +165,8 @@ def roofline(plt: Any, cases: Cases) -> Any:
 
 def scaling(plt: Any, cases: Cases) -> Any:
     """Time of a step over tensors, elements and groups; of ours, that of host and launches apart."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     sweeps = {sweep: points(cases, sweep) for sweep in ("tensors", "elements", "groups")}
     sweeps = {sweep: at for sweep, at in sweeps.items() if len(at) > 1}
     if not sweeps:
@@ -182,14 +184,19 @@ def scaling(plt: Any, cases: Cases) -> Any:
                 _line(axis, at, TIMED[name], lambda r: r.host, "--", f"{name}, host alone", name)
                 _line(axis, at, TIMED[name], lambda r: r.kernel, ":", f"{name}, launches alone", name)
         axis.set(xscale="log", yscale="log", xlabel=sweep, ylabel="ms")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(titles[sweep])
         axis.grid(alpha=0.25)
     known: dict[str, Any] = {}
     for axis in axes[0]:
         handles, labels = axis.get_legend_handles_labels()
         known |= dict(zip(labels, handles, strict=True))
-    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=min(len(known), 5), frameon=False)
+    figure.legend(
+        known.values(), known.keys(), loc="outside lower center", ncols=5 if len(known) > 6 else 6, frameon=False
+    )
     return figure
 
 
