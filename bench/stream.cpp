@@ -27,11 +27,20 @@ bool run(int states, void* p, const void* g, void* const* s, int64_t n, unsigned
   auto* gg = static_cast<const G*>(g);
   auto *a = static_cast<S*>(s[0]), *b = static_cast<S*>(s[1]), *c = static_cast<S*>(s[2]);
   switch (states) {
-    case 0: stream<P, G, S, 0>(pp, gg, a, b, c, n, zero, threads); return true;
-    case 1: stream<P, G, S, 1>(pp, gg, a, b, c, n, zero, threads); return true;
-    case 2: stream<P, G, S, 2>(pp, gg, a, b, c, n, zero, threads); return true;
-    case 3: stream<P, G, S, 3>(pp, gg, a, b, c, n, zero, threads); return true;
-    default: return false;
+    case 0:
+      stream<P, G, S, 0>(pp, gg, a, b, c, n, zero, threads);
+      return true;
+    case 1:
+      stream<P, G, S, 1>(pp, gg, a, b, c, n, zero, threads);
+      return true;
+    case 2:
+      stream<P, G, S, 2>(pp, gg, a, b, c, n, zero, threads);
+      return true;
+    case 3:
+      stream<P, G, S, 3>(pp, gg, a, b, c, n, zero, threads);
+      return true;
+    default:
+      return false;
   }
 }
 
@@ -41,10 +50,15 @@ bool run(int states, void* p, const void* g, void* const* s, int64_t n, unsigned
 extern "C" int wd_bench_stream(int param, int grad, int state, int states, void* p, const void* g, void* const* s,
                                int64_t n, unsigned zero, int threads) {
   bool done = false;
-  if (param == 2 && grad == 2 && state == 2) done = run<uint16_t, uint16_t, uint16_t>(states, p, g, s, n, zero, threads);
-  if (param == 2 && grad == 2 && state == 4) done = run<uint16_t, uint16_t, uint32_t>(states, p, g, s, n, zero, threads);
-  if (param == 4 && grad == 2 && state == 4) done = run<uint32_t, uint16_t, uint32_t>(states, p, g, s, n, zero, threads);
-  if (param == 4 && grad == 4 && state == 4) done = run<uint32_t, uint32_t, uint32_t>(states, p, g, s, n, zero, threads);
-  if (param == 8 && grad == 8 && state == 8) done = run<uint64_t, uint64_t, uint64_t>(states, p, g, s, n, zero, threads);
+  if (param == 2 && grad == 2 && state == 2)
+    done = run<uint16_t, uint16_t, uint16_t>(states, p, g, s, n, zero, threads);
+  if (param == 2 && grad == 2 && state == 4)
+    done = run<uint16_t, uint16_t, uint32_t>(states, p, g, s, n, zero, threads);
+  if (param == 4 && grad == 2 && state == 4)
+    done = run<uint32_t, uint16_t, uint32_t>(states, p, g, s, n, zero, threads);
+  if (param == 4 && grad == 4 && state == 4)
+    done = run<uint32_t, uint32_t, uint32_t>(states, p, g, s, n, zero, threads);
+  if (param == 8 && grad == 8 && state == 8)
+    done = run<uint64_t, uint64_t, uint64_t>(states, p, g, s, n, zero, threads);
   return done ? 0 : 1;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import subprocess
@@ -240,6 +241,43 @@ def test_plain_states_are_shared_and_other_peers_have_their_own():
     half = [c for c in built(cpu_cases.Case(1, 64, BF16)) if c.name in HERE]
     kept = {c.step.__self__.state[parameters(c)[0]]["exp_avg"].dtype for c in half}
     assert kept == {F32, BF16}  # ours and torch's: each rule's own
+
+
+def end_to_end(params: list[Any]) -> None:
+    """Parameters and zero gradients in one buffer each, in the place of a `flatten_` that is not there yet."""
+    every = [p for one in params for p in (one["params"] if isinstance(one, dict) else [one])]
+    data = torch.cat([p.detach().flatten() for p in every])
+    for p, values, grad in zip(
+        every, data.split(len(every[0])), torch.zeros_like(data).split(len(every[0])), strict=True
+    ):
+        p.data, p.grad = values, grad
+
+
+@pytest.mark.parametrize("text", ["3x32-float32-kept", "4x32-float32-kept-2groups-changing", "4x32-float32-kept-sgdw"])
+def test_flat_parameters_are_stepped_alike(text, monkeypatch):
+    if not FLAT:
+        monkeypatch.setattr(wd_kernels, "flatten_", end_to_end, raising=False)
+    case = cpu_cases.Case.parse(text)
+    assert (cpu_cases.FLAT, case.groups) in case.contenders(HERE)
+    (flat,), skipped = contenders.build(case, loaded(), [(cpu_cases.FLAT, case.groups)])  # after a step
+    assert not skipped
+    params = parameters(flat)
+    places = sorted(p.data_ptr() for p in params)
+    assert [b - a for a, b in itertools.pairwise(places)] == [32 * 4] * (len(params) - 1)
+    grads = [p.grad for p in params]
+    turns.turn(flat, 1)
+    assert all(p.grad is grad for p, grad in zip(params, grads, strict=True))
+
+    ordinary = contenders.Tensors.of(case)
+    peer, cls = next((peer, cls) for peer, cls in loaded(["wd_kernels"]).items() if peer.rule == case.rule)
+    optimizer = peer.make(cls, [{"params": ordinary.params[i :: case.groups]} for i in range(case.groups)])
+    prepare = ordinary.between(case, optimizer)
+    for _ in range(2):
+        prepare()
+        optimizer.step()
+    for p, q in zip(params, ordinary.params, strict=True):
+        assert torch.equal(p.grad, q.grad)
+        assert torch.equal(p, q)
 
 
 def test_the_bare_loop_and_the_ceiling_move_every_element():
