@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_plots
 import gpu_report
+from report_figures import gpu_stem_of, stem_of
 from report_readme import rewritten
 from report_tables import render
 
-__all__ = ["kept", "main", "name_of", "newest", "save", "slim"]
+__all__ = ["kept", "main", "newest", "save", "slim"]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -67,15 +69,6 @@ def dumped(report: dict[str, Any]) -> str:
     return f'{json.dumps(rest, indent=1)[:-2]},\n "benchmarks": [\n  {lines}\n ]\n}}\n'
 
 
-def name_of(date: str, device: str) -> str:
-    """The name of a result's files: date and device."""
-    return f"{date[:10]}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}"
-
-
-def stem_of(report: dict[str, Any]) -> str:
-    return name_of(str(report["datetime"]), str(report["machine_info"].get("cpu", {}).get("brand_raw", "unknown")))
-
-
 def kept(folder: Path, gpu: bool = False) -> list[Path]:
     """The JSON files of a folder of results, the newest last."""
     return sorted(p for p in folder.glob("*.json") if p.name.endswith(GPU) == gpu)
@@ -99,11 +92,19 @@ def save(report: dict[str, Any], gpu: dict[str, Any] | None, folder: Path) -> li
     paths[0].write_text(dumped(report))
     paths[1].write_text(render(report))
     paths += plot(report, folder, stem)
-    if gpu is not None:
-        gpu_stem = name_of(gpu["date"], gpu["machine"]["device"])
-        paths += [folder / f"{gpu_stem}{GPU}", folder / f"{gpu_stem}-gpu.txt"]
-        paths[-2].write_text(json.dumps(gpu, indent=1) + "\n")
-        paths[-1].write_text(gpu_report.render(gpu))
+    return paths + (save_gpu(gpu, folder) if gpu is not None else [])
+
+
+def save_gpu(gpu: dict[str, Any], folder: Path) -> list[Path]:
+    """The same of what bench/gpu.py measured."""
+    stem = gpu_stem_of(gpu)
+    paths = [folder / f"{stem}.json", folder / f"{stem}.txt"]
+    paths[0].write_text(json.dumps(gpu, indent=1) + "\n")
+    paths[1].write_text(gpu_report.render(gpu))
+    with tempfile.TemporaryDirectory() as drawn:
+        for path in gpu_plots.plot(gpu, Path(drawn)):
+            paths.append(folder / f"{stem}-{path.name}")
+            paths[-1].write_bytes(path.read_bytes())
     return paths
 
 

@@ -7,6 +7,7 @@ the ceiling. A contender whose steps are long has the first rounds only.
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ __all__ = [
     "Cases",
     "Result",
     "behind",
+    "gpu_stem_of",
     "group_costs",
     "iqr",
     "is_peer",
@@ -29,6 +31,7 @@ __all__ = [
     "ratio",
     "results",
     "share",
+    "stem_of",
 ]
 
 
@@ -120,6 +123,20 @@ def share(own: Result, ceiling: Result | None) -> float | None:
     if ceiling is None:
         return None
     return 100 * own.bytes / ceiling.bytes * ratio(own.seconds, ceiling.seconds)
+
+
+def _name(date: str, device: str) -> str:
+    return f"{date[:10]}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}"
+
+
+def stem_of(report: dict[str, Any]) -> str:
+    """How the files of a report are named: by date and processor."""
+    return _name(str(report["datetime"]), str(report["machine_info"].get("cpu", {}).get("brand_raw", "unknown")))
+
+
+def gpu_stem_of(gpu: dict[str, Any]) -> str:
+    """And those of what bench/gpu.py measured: by date and device."""
+    return _name(str(gpu["date"]), str(gpu["machine"]["device"])) + "-gpu"
 
 
 # Verdicts -------------------------------------------------------------------------------------------------------------

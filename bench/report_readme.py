@@ -9,7 +9,7 @@ from typing import Any
 import gpu_report
 from cpu_cases import CEILING, FLAT
 from peers import FUSED, OURS
-from report_figures import Cases, behind, group_costs, host_times, is_peer, line, points, results, share
+from report_figures import Cases, behind, gpu_stem_of, group_costs, host_times, is_peer, line, points, results, share
 from report_tables import percent, rule_name, size
 
 __all__ = ["BEGIN", "END", "rewritten", "section"]
@@ -191,4 +191,4 @@ def on_a_gpu(gpu: dict[str, Any]) -> list[str]:
     machine = gpu["machine"]
     rate = "" if copy is None else f"; a copy moves {copy:.0f} GB/s"
     where = f"On a GPU: {machine['device']}, torch {machine['torch']}, {str(gpu['date'])[:10]}{rate}."
-    return [where, markdown(rows)]
+    return [where, markdown(rows), f"![Contenders on a GPU](bench/results/{gpu_stem_of(gpu)}-peers.png)"]

@@ -217,24 +217,35 @@ def test_the_section_of_a_report(report):
     assert max(len(line) for line in text.splitlines() if line[:1] not in "|!") <= 120
 
 
-def test_a_gpu_report_joins_the_section(report):
+def test_a_gpu_report_is_kept_and_joins_the_section(report, tmp_path, capsys):
     turns = {"device": [0.007] * 3, "wall": [0.008] * 3, "host": [0.001] * 3}
     shared = {"groups": 1, "gradient": "float32", "bytes_per_parameter": 28}
     other = {"contender": "torch fused", "device": [0.0105] * 3, "wall": [0.0088] * 3, "host": [0.001] * 3}
-    case = {
-        "case": "1e9 elements, float32",
-        "elements": 10**9,
-        "results": [{"contender": "wd_kernels"} | shared | turns, shared | other],
-    }
+    results = [{"contender": "wd_kernels"} | shared | turns, shared | other]
+    case = {"case": "1e9 elements, float32", "elements": 10**9, "note": "", "skipped": {}, "results": results}
     gpu = {
         "date": "2026-05-06 07:08 UTC",
+        "commit": "0123456789ab",
         "machine": {"device": "some GPU", "torch": "2.12.0"},
-        "copy": {"gb_per_s": [5000.0]},
+        "copy": {"gb_per_s": [5000.0], "bytes": 1 << 30},
         "cases": [case],
     }
-    text = report_readme.section(report, gpu, "stem")
+    for name, content in (("bench.json", report), ("gpu.json", gpu)):
+        (tmp_path / name).write_text(json.dumps(content))
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"{report_readme.BEGIN}\n{report_readme.END}\n")
+    arguments = [str(tmp_path / "bench.json"), "--gpu", str(tmp_path / "gpu.json")]
+    assert program.main([*arguments, "--save", str(folder), "--readme", str(readme)]) == 0
+    assert "1e9 elements, float32" in capsys.readouterr().out
+    text = readme.read_text()
     assert "On a GPU: some GPU, torch 2.12.0, 2026-05-06; a copy moves 5000 GB/s." in text
     assert "| 1e9 elements, float32 | 7.00 | 8.00 | 80.0% | 1.50× | 1.10× |" in text
+    stem = "2026-05-06-some-gpu-gpu"
+    assert f"](bench/results/{stem}-peers.png)" in text
+    files = {f"{stem}{end}" for end in (".json", ".txt", "-peers.png", "-roofline.png")}
+    assert {p.name for p in folder.iterdir() if p.name.startswith(stem)} == files
+    assert program.newest(folder, gpu=True) == gpu
+    assert program.newest(folder) == program.slim(report)
 
 
 def test_the_section_is_rewritten_between_its_markers_only(report):
