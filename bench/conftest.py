@@ -73,11 +73,21 @@ def measured(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], Any]]:
     uncaptured = request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled
     seconds = request.config.getoption("--seconds")
     cases = all_cases(request.config)
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
     # Drawn between rounds only: no thread of its own takes time from the contenders.
-    progress = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
-    bar = progress.add_task("", total=len(cases))
+    with uncaptured():
+        console = Console(stderr=True)
+        progress = Progress(
+            *columns,
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=not console.is_terminal,
+        )
+        bar = progress.add_task("", total=len(cases))
+        progress.start()
 
     def show(done: float, text: str) -> None:
         with uncaptured():
@@ -99,8 +109,6 @@ def measured(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], Any]]:
             left_out[str(case)] = skipped
         return {(t.contender, t.groups): t for t in turns}, skipped
 
-    with uncaptured():
-        progress.start()
     yield turns_of
     with uncaptured():
         progress.stop()
