@@ -12,7 +12,7 @@ CPP     := $(SOURCES)
 OLDEST_TRITON := triton==3.6.0
 OLDEST        := $(VENV)/triton-oldest
 
-.PHONY: demo test test-slow bench bench-gpu codegen check lint format dist clean
+.PHONY: demo test test-slow bench peers bench-gpu codegen check lint format dist clean
 
 demo: $(NATIVE)
 	$(RUN) bench/demo.py
@@ -23,9 +23,12 @@ test: $(NATIVE)
 test-slow: $(NATIVE) $(OLDEST)
 	$(RUN) -m pytest -m slow
 
-bench: $(NATIVE)
+bench: $(NATIVE)  ## against every peer that is installed; those that are missing are named
 	$(RUN) -m pytest bench --benchmark-json=bench.json
-	$(RUN) bench/table.py bench.json
+	$(RUN) bench/report.py bench.json
+
+peers: $(VENV)/ready  ## the other libraries that the benchmark compares with; torch stays as it is
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt -r requirements-peers.txt
 
 bench-gpu:  ## on a machine with a GPU, with the Python that has its torch; needs no network
 	$(PYTHON) bench/gpu.py --out gpu

@@ -67,9 +67,9 @@ def measure_steps(report: Report, device: torch.device, scale: str, seconds: flo
     """Measures the cases, one after another, as long as there is time."""
     from gpu_cases import cases
     from gpu_measure import Timer, measure
-    from gpu_peers import first_line, load
+    from peers import always_there, first_line, load, on
 
-    peers, missing = load()
+    peers, missing = load(always_there() if device.type == "cpu" else on("cuda"))
     timer = Timer(device)
     timer.free()
     free = 0 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]

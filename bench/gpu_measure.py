@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from gpu_cases import Case
-from gpu_peers import LR, OURS, Peer, first_line
+from peers import LR, OURS, Peer, first_line
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -195,7 +195,7 @@ def build(
         for peer, cls in peers.items():
             if peer.rule != case.rule or (case.contenders and peer.name not in case.contenders):
                 continue
-            if case.param not in peer.dtypes or (device.type == "cpu" and not peer.cpu):
+            if case.param not in peer.dtypes or device.type not in peer.devices:
                 skipped[peer.name] = f"does not take {name_of(case.param)} on {device.type}"
                 continue
             try:

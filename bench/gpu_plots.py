@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_cases import BILLION, TARGETS
-from gpu_peers import FUSED, OURS
 from gpu_report import REHEARSAL, Figures, all_figures, copy_rate, label
+from peers import FUSED, OURS
 
 __all__ = ["plot"]
 

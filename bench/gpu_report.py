@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_cases import TARGETS
-from gpu_peers import FUSED, OURS
-from table import iqr, ratio
+from peers import FUSED, OURS
+from report_figures import iqr, ratio
 
 from wd_kernels.__main__ import aligned
 

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from gpu_around import about, say, write
 from gpu_measure import Contender, Timer
-from gpu_peers import first_line
+from peers import first_line
 
 from wd_kernels import AdamW, mirror
 from wd_kernels.__main__ import aligned

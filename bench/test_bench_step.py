@@ -1,6 +1,6 @@
-"""Whole optimizer steps: wd_kernels.AdamW, torch's fused and foreach AdamW, and a bare loop, in turns.
+"""Whole optimizer steps: wd_kernels, every peer that is there, a bare loop and a plain stream, in turns.
 
-    python -m pytest bench --benchmark-json=bench.json && python bench/table.py bench.json
+    python -m pytest bench --benchmark-json=bench.json && python bench/report.py bench.json
 
 pytest-benchmark times one function after the other, and a machine's speed drifts meanwhile. So turns.measure times all
 contenders of a case in turns, once, and the test of each contender hands its turns to pytest-benchmark: a round is a
@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
+from cpu_cases import Case
 from pytest_benchmark.fixture import BenchmarkFixture
-from turns import Case, Turns
+from turns import Turns
 
 _now = 0.0
 
@@ -26,13 +28,16 @@ def clock_of_turns() -> float:
 @pytest.mark.benchmark(timer=clock_of_turns)
 def test_step(
     benchmark: BenchmarkFixture,
-    measured: Callable[[Case], dict[tuple[str, int], Turns]],
+    measured: Callable[[Case], tuple[dict[tuple[str, int], Turns], dict[str, str]]],
     case: str,
     contender: str,
     groups: int,
 ) -> None:
     what = Case.parse(case)
-    own = measured(what)[contender, groups]
+    turns, skipped = measured(what)
+    own = turns.get((contender, groups))
+    if own is None:
+        pytest.skip(skipped.get(contender, "it is not there"))
     durations = iter(own.seconds)
 
     def replay() -> None:
@@ -45,10 +50,14 @@ def test_step(
         "elements": what.elements,
         "dtype": what.dtype_name,
         "gradients": what.gradients,
+        "rule": what.rule,
+        "threads": what.threads or torch.get_num_threads(),
         "lr": what.lr,
+        "sweep": what.sweep,
         "contender": contender,
         "groups": groups,
         "bytes_per_parameter": own.bytes_per_parameter,
         "steps_per_round": own.steps,
+        "launches": [seconds / own.steps for seconds in own.inside],
     }
     benchmark.pedantic(replay, rounds=len(own.seconds), iterations=1)  # type: ignore[no-untyped-call]

@@ -16,11 +16,11 @@ import gpu
 import gpu_around
 import gpu_cases
 import gpu_measure
-import gpu_peers
 import gpu_report
 import gpu_tune
+import peers
 import pytest
-import table
+import report_figures
 import torch
 
 import wd_kernels
@@ -105,34 +105,34 @@ def test_the_cases_are_those_that_matter():
     ],
 )
 def test_bytes_of_the_peers(name, rule, param, grad, expected):
-    (peer,) = (p for p in gpu_peers.PEERS if (p.name, p.rule) == (name, rule))
+    (peer,) = (p for p in peers.PEERS if (p.name, p.rule) == (name, rule))
     assert peer.bytes_per_parameter(param, grad) == expected
 
 
 def test_bytes_agree_with_the_byte_model():
-    for peer in gpu_peers.PEERS:
+    for peer in peers.PEERS:
         for dtype in (F32, BF16):
             if peer.name == "wd_kernels":
-                assert peer.bytes_per_parameter(dtype, dtype) == byte_model.wd_kernels_bytes(peer.rule, dtype)
+                assert peer.bytes_per_parameter(dtype, dtype) == byte_model.step_bytes(peer.rule, dtype, dtype, F32)
             elif peer.name.startswith("torch f"):
-                assert peer.bytes_per_parameter(dtype, dtype) == byte_model.torch_bytes(peer.rule, dtype)
+                assert peer.bytes_per_parameter(dtype, dtype) == byte_model.step_bytes(peer.rule, dtype, dtype, dtype)
 
 
 def test_missing_peers_are_named_with_their_error():
-    absent = gpu_peers.Peer("someone", "adamw", "no_such_package.optim:FusedAdam", gpu_peers.float32_states)
-    changed = gpu_peers.Peer("other", "adamw", "torch.optim:NoSuchAdam", gpu_peers.float32_states)
-    there, missing = gpu_peers.load([absent, changed, gpu_peers.PEERS[0]])
-    assert there == {gpu_peers.PEERS[0]: wd_kernels.AdamW}
+    absent = peers.Peer("someone", "adamw", "no_such_package.optim:FusedAdam", byte_model.float32_states)
+    changed = peers.Peer("other", "adamw", "torch.optim:NoSuchAdam", byte_model.float32_states)
+    there, missing = peers.load([absent, changed, peers.PEERS[0]])
+    assert there == {peers.PEERS[0]: wd_kernels.AdamW}
     assert missing["someone FusedAdam"] == "ModuleNotFoundError: No module named 'no_such_package'"
     assert "NoSuchAdam" in missing["other NoSuchAdam"]
-    assert {name for name in HERE for peer in gpu_peers.load()[0] if peer.name == name} == HERE
+    assert {name for name in HERE for peer in peers.load(peers.always_there())[0] if peer.name == name} == HERE
 
 
 # Turns ----------------------------------------------------------------------------------------------------------------
 
 
 def contenders(case: gpu_cases.Case) -> list[gpu_measure.Contender]:
-    them, _ = gpu_measure.build(case, gpu_peers.load()[0], gpu_measure.Timer(CPU), CPU)
+    them, _ = gpu_measure.build(case, peers.load(peers.always_there())[0], gpu_measure.Timer(CPU), CPU)
     return them
 
 
@@ -190,11 +190,11 @@ class OutOfMemory(torch.optim.SGD):
 
 
 def test_who_fails_is_left_out_and_said_to_be():
-    peers = gpu_peers.load()[0]
+    them = peers.load(peers.always_there())[0]
     for cls in (OutOfSteps, OutOfMemory):
-        peers[gpu_peers.Peer(cls.__name__, "adamw", "", gpu_peers.float32_states, cpu=True)] = cls
-    peers[gpu_peers.Peer("on GPUs", "adamw", "", gpu_peers.float32_states)] = OutOfMemory
-    done = gpu_measure.measure(gpu_cases.Case("case", ((8,),)), peers, gpu_measure.Timer(CPU), CPU, 0.05)
+        them[peers.Peer(cls.__name__, "adamw", "", byte_model.float32_states, devices=("cpu",))] = cls
+    them[peers.Peer("on GPUs", "adamw", "", byte_model.float32_states)] = OutOfMemory
+    done = gpu_measure.measure(gpu_cases.Case("case", ((8,),)), them, gpu_measure.Timer(CPU), CPU, 0.05)
     assert {r["contender"] for r in done["results"]} == HERE
     assert done["skipped"]["OutOfSteps"] == "OutOfMemoryError: no memory"
     assert done["skipped"]["OutOfMemory"] == "OutOfMemoryError: no memory"
@@ -296,9 +296,9 @@ def report() -> dict[str, Any]:
 
 
 def test_figures_of_hand_made_numbers(report):
-    assert table.iqr([1.0, 2.0, 3.0]) == pytest.approx(1.0)
-    assert table.iqr([5.0]) == 0
-    assert table.ratio([1.0, 2.0, 4.0], [3.0, 4.0, 4.0]) == pytest.approx(2.0)  # of 3, 2 and 1
+    assert report_figures.iqr([1.0, 2.0, 3.0]) == pytest.approx(1.0)
+    assert report_figures.iqr([5.0]) == 0
+    assert report_figures.ratio([1.0, 2.0, 4.0], [3.0, 4.0, 4.0]) == pytest.approx(2.0)  # of 3, 2 and 1
     assert gpu_report.copy_rate(report) == 2000
     own, fused = gpu_report.case_figures(report["cases"][0], 2000.0)
     assert own.device == pytest.approx(0.014)

@@ -1,0 +1,132 @@
+"""The optimizers that the benchmarks compare: how each is imported and made, what it keeps, what it takes and where.
+
+What is not installed is named as missing, with its ImportError. Formats of other libraries' states are those of their
+defaults: tests compare them with the tensors that they really keep, where a library is there. Options are chosen so
+that all do the same mathematics where they can: decoupled decay scaled by lr, bias correction, torch's betas and eps.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from byte_model import (
+    States,
+    blockwise_states,
+    blockwise_states_or_float32,
+    companded_states,
+    float32_states,
+    kahan_states,
+    moved,
+    our_states,
+    own_dtype_states,
+)
+
+__all__ = ["FOREACH", "FUSED", "LR", "OURS", "PEERS", "Peer", "always_there", "first_line", "load", "on"]
+
+OURS, FUSED, FOREACH = "wd_kernels", "torch fused", "torch foreach"
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+LR, WEIGHT_DECAY = 1e-3, 0.1
+MOMENTUM = {"momentum": 0.9}
+AS_TORCH = {"betas": (0.9, 0.999), "eps": 1e-8}
+ALL, HALVES = (F32, BF16, F16, F64), (F32, BF16, F16)
+EVERYWHERE = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, eq=False)
+class Peer:
+    """One optimizer.
+
+    Attributes:
+        path: module and class, "package.module:Class".
+        states: the format of its states.
+        mixed: takes gradients of another dtype than the parameter's.
+        devices: types of the devices that it is measured on.
+    """
+
+    name: str
+    rule: str
+    path: str
+    states: States
+    options: dict[str, Any] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (F32, BF16)
+    mixed: bool = False
+    devices: tuple[str, ...] = ("cuda",)
+
+    def grad_dtype(self, param: torch.dtype, grad: torch.dtype) -> torch.dtype:
+        """Of the gradients that it is given where a case has `grad`."""
+        return grad if self.mixed else param
+
+    def bytes_per_parameter(self, param: torch.dtype, grad: torch.dtype, numel: int | None = None) -> float:
+        """What a step of a tensor of `numel` elements moves, a parameter."""
+        return moved(self.rule, param, self.grad_dtype(param, grad), self.states, numel)
+
+    def make(self, cls: Callable[..., Any], groups: Sequence[dict[str, Any]], **more: Any) -> torch.optim.Optimizer:
+        options = self.options | more
+        optimizer: torch.optim.Optimizer = cls(list(groups), lr=LR, weight_decay=WEIGHT_DECAY, **options)
+        return optimizer
+
+
+def _torch(name: str, devices: tuple[str, ...] = EVERYWHERE, **flags: bool) -> tuple[Peer, Peer]:
+    """One of torch's implementations, of both rules."""
+    adamw = Peer(name, "adamw", "torch.optim:AdamW", own_dtype_states, flags, ALL, devices=devices)
+    sgd = Peer(name, "sgdw", "torch.optim:SGD", own_dtype_states, MOMENTUM | flags, ALL, devices=devices)
+    return adamw, sgd
+
+
+PEERS = (
+    Peer(OURS, "adamw", "wd_kernels:AdamW", our_states, {}, ALL, True, EVERYWHERE),
+    Peer(OURS, "sgdw", "wd_kernels:SGDW", our_states, MOMENTUM, ALL, True, EVERYWHERE),
+    *_torch(FUSED, fused=True),
+    *_torch(FOREACH, foreach=True),
+    *_torch("torch for-loop", ("cpu",), foreach=False, fused=False),
+    Peer("DeepSpeed CPU", "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", float32_states, {}, HALVES, devices=("cpu",)),
+    Peer("apex", "adamw", "apex.optimizers:FusedAdam", float32_states),
+    Peer("apex", "sgdw", "apex.optimizers:FusedSGD", own_dtype_states, MOMENTUM),
+    Peer("TransformerEngine", "adamw", "transformer_engine.pytorch.optimizers:FusedAdam", float32_states),
+    Peer("TransformerEngine", "sgdw", "transformer_engine.pytorch.optimizers:FusedSGD", own_dtype_states, MOMENTUM),
+    Peer("torch-optimi", "adamw", "optimi:AdamW", kahan_states, AS_TORCH, devices=EVERYWHERE),
+    Peer("torch-optimi", "sgdw", "optimi:SGD", kahan_states, MOMENTUM | {"decouple_wd": True}, devices=EVERYWHERE),
+    Peer("torchao 8-bit", "adamw", "torchao.optim:AdamW8bit", blockwise_states, devices=EVERYWHERE),
+    Peer(
+        "bitsandbytes 8-bit", "adamw", "bitsandbytes.optim:AdamW8bit", blockwise_states_or_float32, devices=EVERYWHERE
+    ),
+    Peer("bitsandbytes 32-bit", "adamw", "bitsandbytes.optim:AdamW32bit", float32_states, devices=EVERYWHERE),
+    # pytorch_optimizer.AdamW is torch's own class; this is the nearest of its own, which also clips the update.
+    Peer("pytorch_optimizer", "adamw", "pytorch_optimizer:StableAdamW", kahan_states, AS_TORCH, devices=("cpu",)),
+    Peer("pytorch_optimizer", "sgdw", "pytorch_optimizer:SGDW", own_dtype_states, MOMENTUM, devices=("cpu",)),
+    Peer("flashoptim", "adamw", "flashoptim:FlashAdamW", companded_states),
+    Peer("flashoptim", "sgdw", "flashoptim:FlashSGDW", companded_states, MOMENTUM),
+)
+
+
+def on(device: str) -> list[Peer]:
+    """Those that are measured on a type of device."""
+    return [peer for peer in PEERS if device in peer.devices]
+
+
+def always_there() -> list[Peer]:
+    """Those that are installed wherever this package is."""
+    return [peer for peer in on("cuda") if peer.path.startswith(("wd_kernels", "torch."))]
+
+
+def first_line(error: BaseException) -> str:
+    """An error as one short line."""
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
+
+
+def load(peers: Sequence[Peer]) -> tuple[dict[Peer, Callable[..., Any]], dict[str, str]]:
+    """The classes of the peers that are there; and why the others are not, by name and class."""
+    there: dict[Peer, Callable[..., Any]] = {}
+    missing: dict[str, str] = {}
+    for peer in peers:
+        module, cls = peer.path.split(":")
+        try:
+            there[peer] = getattr(importlib.import_module(module), cls)
+        except Exception as error:  # a broken installation may raise anything
+            missing[f"{peer.name} {cls}"] = first_line(error)
+    return there, missing

@@ -1,0 +1,194 @@
+"""The README's section on performance, made of a report: between two markers, so that no figure is typed by hand."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import gpu_report
+from cpu_cases import CEILING, FLAT
+from peers import FUSED, OURS
+from report_figures import Cases, behind, gpu_stem_of, group_costs, host_times, is_peer, line, points, results, share
+from report_tables import percent, rule_name, size
+
+__all__ = ["BEGIN", "END", "rewritten", "section"]
+
+BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+HEADER = (
+    "tensors × elements", "rule", "dtype", "gradients", "ours, ms", "flat, ms", "torch fused, ms",
+    "best of the others, ms", "against the best", "of the ceiling",
+)  # fmt: skip
+
+
+def rewritten(text: str, report: dict[str, Any], gpu: dict[str, Any] | None, stem: str) -> str:
+    """A text with its section made anew.
+
+    Raises:
+        ValueError: the markers are not there, each once and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected {BEGIN} and {END} once each, in this order")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{section(report, gpu, stem)}\n{END}{rest.split(END)[1]}"
+
+
+def section(report: dict[str, Any], gpu: dict[str, Any] | None, stem: str) -> str:
+    """What stands between the markers."""
+    cases = results(report)
+    parts = [opening(report, cases), table(cases), legend(cases), *lost(cases), *scaling(cases)]
+    parts.append(f"![All contenders side by side](bench/results/{stem}-peers.png)")
+    if points(cases, "tensors"):
+        parts.append(f"![Scaling over tensors, elements and groups](bench/results/{stem}-scaling.png)")
+    if gpu is not None:
+        parts += on_a_gpu(gpu)
+    parts.append(
+        f"All rows, with quartile ranges and rates, are in [bench/results](bench/results/{stem}.txt); to measure again:"
+        "\n\n    make peers  # optional: the other libraries; the benchmark names those that are missing\n"
+        "    make bench\n    .venv/bin/python bench/report.py bench.json --save --readme"
+    )
+    return "\n\n".join(parts)
+
+
+def filled(*sentences: str) -> str:
+    """A paragraph, as wide as the README's others."""
+    return textwrap.fill(" ".join(sentences), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def digits(seconds: float) -> str:
+    """Milliseconds, to three digits."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def opening(report: dict[str, Any], cases: Cases) -> str:
+    machine = report["machine_info"]
+    own, cpu = machine.get("wd_kernels", {}), machine.get("cpu", {})
+    names = dict.fromkeys(name for them in cases.values() for name, _ in them if is_peer(name))
+    lines = [
+        f"Whole `opt.step()` on {own.get('threads', '?')} threads of {cpu.get('brand_raw', 'an unknown processor')} "
+        f"({own.get('instruction set', '?')}), torch {own.get('torch', '?')}, {str(report['datetime'])[:10]}.",
+        f"Contenders take turns in one run: ours, {', '.join(names)}.",
+        "Times are medians over rounds, ratios medians of the quotients within a round.",
+    ]
+    missing = report.get("missing", {})
+    if missing:
+        lines.append(f"Missing: {', '.join(missing)}.")
+    return filled(*lines)
+
+
+def legend(cases: Cases) -> str:
+    lines = ['"Against the best" is how many times longer the fastest of all peers takes than ours.']
+    if any(name == FLAT for them in cases.values() for name, _ in them):
+        lines.append('"Flat" is ours after `wd_kernels.flatten_`.')
+    if any((CEILING, 1) in them for them in cases.values()):
+        lines.append(
+            "The ceiling is the rate of a plain stream over as many bytes with the same mix of reads and writes, "
+            "measured in the same rounds."
+        )
+    return filled(*lines)
+
+
+def table(cases: Cases) -> str:
+    """A row per case of one group that is no point of a sweep; columns in which nothing stands are left out."""
+    rows = [HEADER]
+    most = max((r.info["threads"] for them in cases.values() for r in them.values()), default=1)
+    for them in cases.values():
+        ours = them.get((OURS, 1))
+        peers = [r for (name, _), r in them.items() if is_peer(name)]
+        if ours is None or not peers or ours.info["sweep"] or any(groups > 1 for _, groups in them):
+            continue
+        info = ours.info
+        threads = "" if info["threads"] == most else f", {info['threads']} thread"
+        fused, flat, ceiling = (them.get((name, 1)) for name in (FUSED, FLAT, CEILING))
+        next_best = min((r for r in peers if r is not fused), key=ours.ratio, default=None)
+        rows.append(
+            (
+                size(info).replace(" x ", " × "),
+                rule_name(info),
+                info["dtype"] + threads,
+                info["gradients"],
+                digits(ours.median),
+                digits(flat.median) if flat else "",
+                digits(fused.median) if fused else "",
+                f"{next_best.contender}: {digits(next_best.median)}" if next_best else "",
+                f"{min(ours.ratio(r) for r in peers):.2f}×",
+                f"{percent(share(ours, ceiling))}%" if ceiling else "",
+            )
+        )
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a table, without the columns that are empty."""
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    head, *rest = zip(*columns, strict=True) if columns else [rows[0]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
+
+
+def lost(cases: Cases) -> list[str]:
+    """Where we are behind, plainly."""
+    found, pairs = behind(cases)
+    if not pairs:
+        return []
+    if not found:
+        return [f"Ours is ahead in all {pairs} comparisons of a peer and a case."]
+    lines = [
+        f"Ours is ahead in {pairs - len(found)} of {pairs} comparisons of a peer and a case, and behind in these:\n"
+    ]
+    for b in found:
+        them = cases[b.case]
+        own, peer, flat = them[b.own, b.groups], them[b.peer, b.groups], them.get((FLAT, b.groups))
+        text = f"- `{b.case}`{f', {b.groups} groups' if b.groups > 1 else ''}: {b.peer}, {b.ratio:.2f}×"
+        if own.bytes != peer.bytes:
+            each = (f"{r.info['bytes_per_parameter']:g}" for r in (own, peer))
+            text += " (bytes a parameter: ours {}, theirs {})".format(*each)
+        lines.append(text + (f"; flat: {flat.ratio(peer):.2f}×" if flat else ""))
+    return ["\n".join(lines)]
+
+
+def scaling(cases: Cases) -> list[str]:
+    """What a tensor and a group cost, and how far the largest tensor gets."""
+    sentences = []
+    tensors, groups, elements = (points(cases, sweep) for sweep in ("tensors", "groups", "elements"))
+    for own, name in ((OURS, "Ours"), (FLAT, "Flat")):
+        values = host_times(tensors, own)
+        if len(values) > 1:
+            start, slope = line(values)
+            sentences.append(
+                f"{name}: a step costs the host {start * 1e6:.0f} µs and {slope * 1e6:.2f} µs a tensor, "
+                f"over {values[0][0]} to {values[-1][0]} tensors of 10⁶ elements in all."
+            )
+    steps = [(n, them[OURS].median) for n, them in groups.items() if OURS in them]
+    costs = [cost for one, _, cost, _ in group_costs(cases.values()) if one.contender == OURS]
+    if len(steps) > 1:
+        sentences.append(f"A parameter group adds {line(steps)[1] * 1e6:.2f} µs to a step, lr changing in each.")
+    elif costs:
+        sentences.append(f"A parameter group adds up to {max(costs) * 1e6:.2f} µs to a step.")
+    if elements:
+        most, them = list(elements.items())[-1]
+        if OURS in them and CEILING in them:
+            ours = them[OURS]
+            sentences.append(
+                f"One tensor of {most:.0e} elements takes {digits(ours.median)} ms, {ours.rate:.0f} GB/s, "
+                f"{percent(share(ours, them[CEILING]))}% of the ceiling."
+            )
+    return [filled(*sentences)] if sentences else []
+
+
+def on_a_gpu(gpu: dict[str, Any]) -> list[str]:
+    """What bench/gpu.py measured of ours, against torch's fused."""
+    copy = gpu_report.copy_rate(gpu)
+    rows: list[tuple[str, ...]] = [
+        ("case", "ours, device ms", "ours, wall ms", "of the copy", "fused takes, device", "fused takes, wall")
+    ]
+    for f in gpu_report.all_figures(gpu):
+        if f.contender == OURS:
+            against = ["" if r is None else f"{r:.2f}×" for r in (f.device_vs_fused, f.wall_vs_fused)]
+            share_of_copy = "" if f.percent is None else f"{f.percent:.1f}%"
+            where = gpu_report.label(f.case, f.groups)
+            rows.append((where, digits(f.device), digits(f.wall), share_of_copy, *against))
+    machine = gpu["machine"]
+    rate = "" if copy is None else f"; a copy moves {copy:.0f} GB/s"
+    where = f"On a GPU: {machine['device']}, torch {machine['torch']}, {str(gpu['date'])[:10]}{rate}."
+    return [where, markdown(rows), f"![Contenders on a GPU](bench/results/{gpu_stem_of(gpu)}-peers.png)"]

@@ -1,0 +1,284 @@
+"""The report of the CPU benchmark, of hand-made JSON: figures, verdicts, slopes, tables, plots, the README."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report as program
+import report_figures as figures
+import report_readme
+import report_tables as tables
+
+ROOT = Path(__file__).parent.parent
+TIMED, FLAT_TIMED = "wd_kernels, launches timed", "wd_kernels flat, launches timed"
+
+
+def entry(case: str, contender: str, seconds: list[float], groups: int = 1, **info: Any) -> dict[str, Any]:
+    shared = {"tensors": 1000, "elements": 1000, "dtype": "float32", "gradients": "kept", "lr": "constant"}
+    own = {"rule": "adamw", "threads": 2, "sweep": "", "launches": [], "steps_per_round": 3}
+    named = {"contender": contender, "groups": groups, "bytes_per_parameter": 28}
+    return {"group": case, "extra_info": shared | own | named | info, "stats": {"data": seconds, "ops": 1.0}}
+
+
+def point(sweep: str, at: int, contender: str, milliseconds: float, launches: float = 0.0) -> dict[str, Any]:
+    """A point of a sweep, in three equal rounds."""
+    info: dict[str, Any] = {"sweep": sweep, "launches": [launches * 1e-3] * 3 if launches else []}
+    groups = at if sweep == "groups" and contender != "ceiling" else 1
+    if sweep == "tensors":
+        info |= {"tensors": at, "elements": 10**6 // at}
+    if sweep == "elements":
+        info |= {"tensors": 1, "elements": at}
+    return entry(f"{sweep} {at}", contender, [milliseconds * 1e-3] * 3, groups, **info)
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """Rounds in which the machine slows down threefold: ratios of the same round do not see it.
+
+    A host that takes 10 us and 0.5 us a tensor; a step that takes 1 ms and 2 us a group.
+    """
+    drift = [1.0, 2.0, 3.0]
+    times = {"wd_kernels": 1e-3, "wd_kernels flat": 0.8e-3, "torch fused": 4e-3, "torch foreach": 10e-3}
+    more = {"slow one": [8e-3, 20e-3], "bare loop": [0.5e-3 * d for d in drift], "ceiling": [0.4e-3 * d for d in drift]}
+    half = {"dtype": "bfloat16", "gradients": "new"}
+    benchmarks = [
+        *(entry("some", name, [t * d for d in drift]) for name, t in times.items()),
+        *(entry("some", name, seconds) for name, seconds in more.items()),
+        entry("half", "wd_kernels", [2e-3, 2e-3, 2e-3], **half, bytes_per_parameter=22),
+        entry("half", "torch fused", [1.5e-3, 1.8e-3, 9e-3], **half, bytes_per_parameter=14),
+        entry("many", "wd_kernels", [1e-3] * 3, tensors=465, elements=256),
+        entry("many", "wd_kernels", [1e-3 + 464e-6 * us for us in (1, 2, 4)], 465, tensors=465, elements=256),
+    ]
+    for n in (1, 10, 100):
+        host = 0.010 + 0.0005 * n
+        benchmarks += [
+            point("tensors", n, "wd_kernels", 0.1 + host),
+            point("tensors", n, TIMED, 0.2 + host, 0.2),
+            point("tensors", n, "torch fused", 2.0),
+            point("tensors", n, "ceiling", 0.05),
+            point("groups", n, "wd_kernels", 1.0 + 0.002 * n),
+            point("elements", 1000 * n, "wd_kernels", 0.1 * n),
+            point("elements", 1000 * n, "torch fused", 0.1 * n),
+            point("elements", 1000 * n, "ceiling", 0.08 * n),
+        ]
+    return {
+        "datetime": "2026-03-04T05:06:07.8+00:00",
+        "machine_info": {
+            "cpu": {"brand_raw": "A (fast) CPU", "count": 2, "flags": ["avx"]},
+            "wd_kernels": {"torch": "2.13.0", "instruction set": "avx2", "threads": "2"},
+        },
+        "commit_info": {"id": "0123456789abcdef", "dirty": False, "author_time": "now"},
+        "missing": {"optimi AdamW": "ModuleNotFoundError: No module named 'optimi'"},
+        "left_out": {"1x1000000000-float32-kept-by-elements": dict.fromkeys(("a", "b"), "needs 14.9 GiB, free are 8")},
+        "benchmarks": benchmarks,
+    }
+
+
+def lines(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_hand_made_numbers(report):
+    some = figures.results(report)["some"]
+    own, ceiling = some["wd_kernels", 1], some["ceiling", 1]
+    assert own.median == pytest.approx(2e-3)
+    assert own.iqr == pytest.approx(1e-3)
+    assert own.rate == pytest.approx(1e6 * 28 / 2e-3 / 1e9)
+    assert own.ratio(some["torch fused", 1]) == pytest.approx(4)
+    assert own.ratio(some["slow one", 1]) == pytest.approx((8 + 10) / 2)  # it has two rounds of three
+    assert figures.share(own, ceiling) == pytest.approx(40)
+    assert figures.share(ceiling, ceiling) == pytest.approx(100)
+    assert figures.share(own, None) is None
+    half = figures.Result("half", own.info | {"bytes_per_parameter": 14}, own.seconds)
+    assert figures.share(half, ceiling) == pytest.approx(20)  # half of the bytes in the same time
+
+
+def test_verdicts_name_the_rows_where_we_are_behind(report):
+    found, pairs = figures.behind(figures.results(report))
+    assert [(b.case, b.groups, b.peer) for b in found] == [("half", 1, "torch fused")]
+    assert found[0].ratio == pytest.approx(0.9)  # of 0.75, 0.9 and 4.5
+    assert pairs == 3 + 1 + 3 + 3  # some, half, tensors, elements; ours and the ceiling are no peers
+    for e in report["benchmarks"]:
+        if e["group"] == "half" and e["extra_info"]["contender"] == "torch fused":
+            e["stats"]["data"] = [2.1e-3] * 3
+    assert figures.behind(figures.results(report)) == ([], 10)
+    assert figures.behind(figures.results(report), "wd_kernels flat") == ([], 3)
+
+
+def test_slopes(report):
+    cases = figures.results(report)
+    tensors = figures.points(cases, "tensors")
+    assert list(tensors) == [1, 10, 100]
+    host = figures.host_times(tensors, "wd_kernels")
+    assert [seconds for _, seconds in host] == pytest.approx([10.5e-6, 15e-6, 60e-6])
+    assert figures.line(host) == pytest.approx((10e-6, 0.5e-6))
+    assert [(a, b) for a, b, _ in figures.neighbours(host)] == [(1, 10), (10, 100)]
+    assert [slope for *_, slope in figures.neighbours(host)] == pytest.approx([0.5e-6] * 2)
+    assert figures.line([(0, 1.0), (1, 0.0), (2, 2.0)]) == pytest.approx((0.5, 0.5))  # not on a line
+    assert tensors[10][TIMED].kernel == pytest.approx(0.2e-3)
+    assert list(figures.points(cases, "groups")[100]) == ["wd_kernels"]
+    ((one, many, cost, spread),) = figures.group_costs(cases.values())
+    assert (one.groups, many.groups) == (1, 465)
+    assert (cost, spread) == pytest.approx((2e-6, 1.5e-6))
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def test_tables_of_a_report(report):
+    text = tables.render(report)
+    found = lines(text)
+    for line in (
+        "date 2026-03-04 05:06 UTC",
+        "commit 0123456789ab",
+        "processor A (fast) CPU, 2 cores",
+        "torch 2.13.0",
+        "1000 x 1000 AdamW float32 kept 2 wd_kernels 1 2.000 1.000 14.0 40 28 1.00",
+        "torch fused 1 8.000 4.000 3.5 10 28 4.00",
+        "bare loop 1 1.000 0.500 28.0 80 28 0.50",
+        "1000 x 1000 AdamW bfloat16 new 2 wd_kernels 1 2.000 0.0000 11.0 - 22 1.00",
+        "465 x 256 constant wd_kernels 1.000 1.928 465 2.00 1.50",
+        "wd_kernels: ahead in 9 of 10 comparisons with peers, in 8 cases",
+        "behind: half: torch fused takes 0.90 of the time of wd_kernels",
+        "wd_kernels flat: ahead in 3 of 3 comparisons with peers, in 1 cases",
+        "10 wd_kernels 0.115 0.0000 0.0150 0.200 243.5 43 28 1.00",
+        "wd_kernels: host time, us a tensor: 0.500 by least squares (and 10.0 us); 1 to 10: 0.500, 10 to 100: 0.500",
+        "wd_kernels: step, us a group: 2.000 by least squares (and 1000.0 us); 1 to 10: 2.000, 10 to 100: 2.000",
+        "missing: optimi AdamW: ModuleNotFoundError: No module named 'optimi'",
+        "left out: 1x1000000000-float32-kept-by-elements: a, b: needs 14.9 GiB, free are 8",
+    ):
+        assert line in found, line
+    assert sum(line.startswith("behind: ") for line in found) == 1
+    rows = text[text.index("\ntensors ") :].split("\n\n")[0].strip().splitlines()
+    names = ("wd_kernels", "wd_kernels flat", "torch fused", "torch foreach", "slow one", "bare loop", "ceiling")
+    assert len({row.index(name) for row, name in zip(rows[1:], names, strict=False)}) == 1
+
+
+def test_a_report_without_ceiling_has_no_shares(report):
+    report["benchmarks"] = [e for e in report["benchmarks"] if e["extra_info"]["contender"] != "ceiling"]
+    assert {row[10] for row in tables.steps(figures.results(report))[1:]} == {"-"}
+    assert "of the ceiling" not in report_readme.section(report, None, "stem")
+
+
+# What is kept ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_saved_by_date_and_processor(report, tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(report))
+    folder = tmp_path / "results"
+    assert program.main([str(path), "--save", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("date")
+    stem = "2026-03-04-a-fast-cpu"
+    plots = [f"{stem}-{name}.png" for name in ("peers", "roofline", "scaling")]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([f"{stem}.json", f"{stem}.txt", *plots])
+    for name in plots:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert (folder / f"{stem}.txt").read_text() == tables.render(report)
+    again = json.loads((folder / f"{stem}.json").read_text())
+    assert tables.render(again) == tables.render(report)
+    assert again == program.slim(again) == program.newest(folder)
+    assert "flags" not in again["machine_info"]["cpu"]
+    assert all(entry["stats"].keys() == {"data"} for entry in again["benchmarks"])
+
+
+def test_the_newest_report_is_found(tmp_path):
+    assert program.newest(tmp_path) is None
+    for name in ("2026-03-04-b", "2026-11-01-a", "2027-01-01-x-gpu"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"name": name}))
+    assert program.newest(tmp_path) == {"name": "2026-11-01-a"}
+    assert program.newest(tmp_path, gpu=True) == {"name": "2027-01-01-x-gpu"}
+
+
+# The README -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_section_of_a_report(report):
+    text = report_readme.section(report, None, "stem")
+    for part in (
+        "on 2 threads of A (fast) CPU (avx2), torch 2.13.0, 2026-03-04.",
+        "| 1000 × 1000 | AdamW | float32 | kept | 2.00 | 1.60 | 8.00 | slow one: 14.0 | 4.00× | 40% |",
+        "| 1000 × 1000 | AdamW | bfloat16 | new | 2.00 |  | 1.80 |  | 0.90× |  |",
+        "Ours is ahead in 9 of 10 comparisons of a peer and a case, and behind in these:",
+        "- `half`: torch fused, 0.90× (bytes a parameter: ours 22, theirs 14)",
+        "a step costs the host 10 µs and 0.50 µs a tensor",
+        "A parameter group adds 2.00 µs to a step",
+        "One tensor of 1e+05 elements takes 10.0 ms, 0 GB/s, 80% of the ceiling.",
+        "Missing: optimi AdamW.",
+        "(bench/results/stem-scaling.png)",
+    ):
+        assert part in text.replace("\n", " ") or part in text, part
+    assert max(len(line) for line in text.splitlines() if line[:1] not in "|!") <= 120
+
+
+def test_a_gpu_report_is_kept_and_joins_the_section(report, tmp_path, capsys):
+    turns = {"device": [0.007] * 3, "wall": [0.008] * 3, "host": [0.001] * 3}
+    shared = {"groups": 1, "gradient": "float32", "bytes_per_parameter": 28}
+    other = {"contender": "torch fused", "device": [0.0105] * 3, "wall": [0.0088] * 3, "host": [0.001] * 3}
+    results = [{"contender": "wd_kernels"} | shared | turns, shared | other]
+    case = {"case": "1e9 elements, float32", "elements": 10**9, "note": "", "skipped": {}, "results": results}
+    gpu = {
+        "date": "2026-05-06 07:08 UTC",
+        "commit": "0123456789ab",
+        "machine": {"device": "some GPU", "torch": "2.12.0"},
+        "copy": {"gb_per_s": [5000.0], "bytes": 1 << 30},
+        "cases": [case],
+    }
+    for name, content in (("bench.json", report), ("gpu.json", gpu)):
+        (tmp_path / name).write_text(json.dumps(content))
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"{report_readme.BEGIN}\n{report_readme.END}\n")
+    arguments = [str(tmp_path / "bench.json"), "--gpu", str(tmp_path / "gpu.json")]
+    assert program.main([*arguments, "--save", str(folder), "--readme", str(readme)]) == 0
+    assert "1e9 elements, float32" in capsys.readouterr().out
+    text = readme.read_text()
+    assert "On a GPU: some GPU, torch 2.12.0, 2026-05-06; a copy moves 5000 GB/s." in text
+    assert "| 1e9 elements, float32 | 7.00 | 8.00 | 80.0% | 1.50× | 1.10× |" in text
+    stem = "2026-05-06-some-gpu-gpu"
+    assert f"](bench/results/{stem}-peers.png)" in text
+    files = {f"{stem}{end}" for end in (".json", ".txt", "-peers.png", "-roofline.png")}
+    assert {p.name for p in folder.iterdir() if p.name.startswith(stem)} == files
+    assert program.newest(folder, gpu=True) == gpu
+    assert program.newest(folder) == program.slim(report)
+
+
+def test_the_section_is_rewritten_between_its_markers_only(report):
+    text = f"before\n{report_readme.BEGIN}\nold\n{report_readme.END}\nafter\n"
+    once = report_readme.rewritten(text, report, None, "stem")
+    assert once.startswith(f"before\n{report_readme.BEGIN}\nWhole `opt.step()`")
+    assert once.endswith(f"{report_readme.END}\nafter\n")
+    assert "old" not in once
+    assert report_readme.rewritten(once, report, None, "stem") == once
+    for broken in ("nothing", f"{report_readme.END} {report_readme.BEGIN}", text + text):
+        with pytest.raises(ValueError, match="once each"):
+            report_readme.rewritten(broken, report, None, "stem")
+
+
+def test_a_rehearsal_is_refused(report, tmp_path):
+    for name, content in (("bench.json", report), ("gpu.json", {"rehearsal": True})):
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        program.main([str(tmp_path / "bench.json"), "--gpu", str(tmp_path / "gpu.json")])
+
+
+def test_the_readme_says_what_was_measured():
+    """`python bench/report.py --readme` makes it so."""
+    text = (ROOT / "README.md").read_text()
+    report, gpu = program.newest(program.RESULTS), program.newest(program.RESULTS, gpu=True)
+    assert report is not None
+    assert report_readme.rewritten(text, report, gpu, program.stem_of(report)) == text
+    for link in {part.split(")")[0] for part in text.split("](bench/")[1:]}:
+        assert (ROOT / "bench" / link).exists(), link
+
+
+def test_what_is_kept_is_what_its_json_says():
+    for path in program.kept(program.RESULTS):
+        report = json.loads(path.read_text())
+        assert path.stem == program.stem_of(report)
+        assert path.with_suffix(".txt").read_text() == tables.render(report)
