@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peers import FUSED, OURS
+from peers import FLAT, FUSED, OURS
 
 import wd_kernels
 from wd_kernels.storage import state_dtype
 
 __all__ = ["BARE_LOOP", "CASES", "CEILING", "DEEPSPEED", "FLAT", "REFERENCE", "SWEEPS", "TIMED", "Case", "free_memory"]
 
-FLAT, REFERENCE, BARE_LOOP, CEILING = f"{OURS} flat", f"{OURS} reference", "bare loop", "ceiling"
+REFERENCE, BARE_LOOP, CEILING = f"{OURS} reference", "bare loop", "ceiling"
 #: The same optimizer, its launches timed from within.
 TIMED = {OURS: f"{OURS}, launches timed", FLAT: f"{FLAT}, launches timed"}
 DEEPSPEED = "DeepSpeed CPU"

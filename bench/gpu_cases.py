@@ -150,6 +150,12 @@ class Case:
     def elements(self) -> int:
         return elements(self.shapes)
 
+    @property
+    def may_be_flat(self) -> bool:
+        """Is a contender on flat parameters worth its copy of them? Flat gradients are kept, in one group."""
+        many = len(self.shapes) > 1 and self.gradients == "kept" and self.groups == 1
+        return many and self.param == self.grad and not self.contenders
+
 
 def cases(scale: str, free: int) -> list[Case]:
     """The cases, those that budgets need first; `free` bytes of the device's memory decide what Llama is cut to."""

@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 from gpu_cases import Case
-from peers import LR, OURS, Peer, first_line
+from peers import FLAT, LR, OURS, Peer, first_line
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+import wd_kernels
 
 __all__ = ["WAYS", "Contender", "Timer", "copy_bandwidth", "launches", "measure"]
 
@@ -179,14 +181,19 @@ def build(
     them: list[Contender] = []
     skipped: dict[str, str] = {}
 
-    def contender(peer: Peer, cls: Callable[..., Any], groups: int) -> Contender:
+    def contender(peer: Peer, cls: Callable[..., Any], groups: int, flat: bool = False) -> Contender:
         grad = peer.grad_dtype(case.param, case.grad)
-        if grad not in shared:
-            shared[grad] = Tensors.of(case, grad, device)
-        tensors = shared[grad]
+        if flat:
+            tensors = Tensors.of(case, grad, device)
+            wd_kernels.flatten_(tensors.params)
+        else:
+            if grad not in shared:
+                shared[grad] = Tensors.of(case, grad, device)
+            tensors = shared[grad]
         optimizer = peer.make(cls, [{"params": tensors.params[i::groups]} for i in range(groups)])
         moved = peer.bytes_per_parameter(case.param, case.grad)
-        one = Contender(peer.name, groups, moved, grad, _between(case, tensors, optimizer), optimizer.step)
+        name = FLAT if flat else peer.name
+        one = Contender(name, groups, moved, grad, _between(case, tensors, optimizer), optimizer.step)
         timer.host(one, 2)  # makes the states, compiles
         one.host = timer.host(one, 1)
         return one
@@ -198,11 +205,13 @@ def build(
             if case.param not in peer.dtypes or device.type not in peer.devices:
                 skipped[peer.name] = f"does not take {name_of(case.param)} on {device.type}"
                 continue
-            try:
-                them.append(contender(peer, cls, groups))
-            except Exception as error:  # out of memory, or another library's own
-                skipped[peer.name] = first_line(error)
-            timer.free()
+            ways = (False, True) if peer.name == OURS and case.may_be_flat else (False,)
+            for flat in ways:
+                try:
+                    them.append(contender(peer, cls, groups, flat))
+                except Exception as error:  # out of memory, or another library's own
+                    skipped[FLAT if flat else peer.name] = first_line(error)
+                timer.free()
     return them, skipped
 
 

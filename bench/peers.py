@@ -25,9 +25,10 @@ from byte_model import (
     own_dtype_states,
 )
 
-__all__ = ["FOREACH", "FUSED", "LR", "OURS", "PEERS", "Peer", "always_there", "first_line", "load", "on"]
+__all__ = ["FLAT", "FOREACH", "FUSED", "LR", "OURS", "PEERS", "Peer", "always_there", "first_line", "load", "on"]
 
 OURS, FUSED, FOREACH = "wd_kernels", "torch fused", "torch foreach"
+FLAT = f"{OURS} flat"  # on flat parameters
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 LR, WEIGHT_DECAY = 1e-3, 0.1
 MOMENTUM = {"momentum": 0.9}

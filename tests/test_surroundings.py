@@ -1,15 +1,21 @@
-"""What stands around an optimizer: tensor modes, lazy modules, state_dict hooks, threads."""
+"""What stands around an optimizer: tensor modes, lazy modules, state_dict hooks, threads, DDP."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 
 import wd_kernels
+from wd_kernels.flat import place_of
 
 BOTH = pytest.mark.parametrize("build", [wd_kernels.AdamW, wd_kernels.SGDW])
 
@@ -203,3 +209,45 @@ def test_a_bad_hyperparameter_of_a_later_group_names_that_group() -> None:
     with pytest.raises(ValueError, match="in param group 2: allowed"):
         wd_kernels.AdamW([{"params": [parameter(n)]} for n in (3, 4)] + [{"params": [parameter(5)], "eps": -1.0}])
     assert len(optimizer.param_groups) == 1
+
+
+# DistributedDataParallel ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("as_bucket_view", [False, True])
+@pytest.mark.parametrize("set_to_none", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+def test_data_parallel(as_bucket_view: bool, set_to_none: bool, flat: bool, one_process: None) -> None:
+    """Gradients in DDP's buckets lie anywhere; flat parameters and states beside them stay flat."""
+
+    def network() -> nn.Module:
+        torch.manual_seed(7)
+        return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+    model, twin = network(), network()
+    if flat:
+        wd_kernels.flatten_(model.parameters())
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=as_bucket_view)
+    opt = wd_kernels.AdamW(parallel.parameters(), lr=0.02, weight_decay=0.1)
+    truth = wd_kernels.AdamW(twin.parameters(), lr=0.02, weight_decay=0.1, backend="reference")
+    for step in range(4):
+        batch = torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
+        for net, optimizer in ((parallel, opt), (twin, truth)):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            net(batch).square().sum().backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(opt.state[p][name], truth.state[q][name]) for name in truth.state[q])
+    whole = flat and not as_bucket_view and not set_to_none
+    assert len(opt._table.runs) == (1 if whole else 4)
+    assert all((place_of(p) is not None) == flat for p in model.parameters())

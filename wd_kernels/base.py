@@ -51,7 +51,6 @@ class DecoupledOptimizer(Optimizer):
     # One native call already, nothing to trace; spelled as torch.optim does, since torch.compiler.disable would import
     # dynamo with this package.
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step: one launch for every (device, dtype) of the parameters.
 

@@ -7,7 +7,7 @@ the native extension's, which a build may choose (WD_KERNELS_NAMESPACE).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from . import backends, native
 from .lists import Lists, examine
 from .records import Segment
 from .rules import ADAMW, SGDW, Hyper, Rule, scalar
@@ -119,9 +119,7 @@ def step(operator: Operator, roles: Sequence[Role], numbers: Sequence[Any], opti
     if len(distinct) > 1:
         row_of = {t: row for row, t in enumerate(distinct)}
         table.runs[:, Segment.ROW] = torch.tensor([row_of[counts[i]] for i in table.order], device="cpu")
-    launches: list[Callable[[], None]] = []
-    for backend in dict.fromkeys(bucket.backend for bucket in table.buckets):
-        launches += backend.prepare(table, [b for b in table.buckets if b.backend is backend], rows)
+    launches = backends.prepare(table, rows)
     torch.autograd.graph.increment_version([t for role, own in enumerate(roles) if role != 1 for t in own])
     for go in launches:
         go()

@@ -60,11 +60,17 @@ class Table(Protocol):
 
     rule: Rule
     runs: Tensor
-    capacities: Tensor
     control: Tensor
     buckets: list[Bucket]
-    active: Tensor
     mirrors: dict[torch.device, Any]
+
+    @property
+    def capacities(self) -> Tensor:
+        """The most elements that each run may have."""
+
+    @property
+    def active(self) -> Tensor:
+        """1 for a parameter that is stepped."""
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
         """(first, count) of the runs of a bucket in this step."""

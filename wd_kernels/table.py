@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import flat, walking
+from . import backends, flat, walking
 from .checks import Extent, check_disjoint, label
 from .flat_states import FlatStates
 from .mirror import Mirror
@@ -119,10 +119,9 @@ class TensorTable:
         say), it says so before anything else was written.
         """
         try:
-            launches: list[Callable[[], None]] = []
-            for backend in dict.fromkeys(bucket.backend for bucket in self.buckets):
-                launches += backend.prepare(self, [b for b in self.buckets if b.backend is backend], rows)
-            counted = self.active if self.control[1] == 0 else torch.zeros_like(self.active)
+            launches = backends.prepare(self, rows)
+            _, skip = self.control.tolist()
+            counted = self.active if skip == 0 else torch.zeros_like(self.active)
             torch.autograd.graph.increment_version(self.stepped)
             self.steps += counted
             try:
@@ -139,7 +138,7 @@ class TensorTable:
         for i in self.gapped:
             slot = self.slots[i]
             if slot is not None and slot.param_copy is not None and self.active[i]:
-                self.params[i].copy_(slot.param_copy)
+                self.params[i].detach().copy_(slot.param_copy)
 
     def tensors(self, i: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...], int]:
         """Parameter, gradient, states and row of parameter `i`, for a backend that works on tensors."""

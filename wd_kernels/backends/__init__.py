@@ -13,7 +13,7 @@ from . import cpu, reference, triton
 if TYPE_CHECKING:
     from ..slots import Bucket, Spec, Table
 
-__all__ = ["BACKENDS", "NAMES", "Backend", "FallbackWarning", "resolve"]
+__all__ = ["BACKENDS", "NAMES", "Backend", "FallbackWarning", "prepare", "resolve"]
 
 
 class FallbackWarning(UserWarning):
@@ -77,3 +77,14 @@ def resolve(name: str, spec: Spec) -> Backend:
             stacklevel=2,
         )
     return BACKENDS["reference"]
+
+
+def prepare(table: Table, rows: Tensor) -> list[Callable[[], None]]:
+    """The launches of a step, every bucket's: whatever allocates or may fail has been done."""
+    if len(table.buckets) == 1:
+        (bucket,) = table.buckets
+        return bucket.backend.prepare(table, table.buckets, rows)  # type: ignore[no-any-return]
+    launches: list[Callable[[], None]] = []
+    for backend in dict.fromkeys(bucket.backend for bucket in table.buckets):
+        launches += backend.prepare(table, [b for b in table.buckets if b.backend is backend], rows)
+    return launches
