@@ -15,6 +15,7 @@ from report_tables import percent, rule_name, size
 __all__ = ["BEGIN", "END", "rewritten", "section"]
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+IN_CACHE = 1000  # tensors; the objects of ten times as many are larger than a core's caches
 HEADER = (
     "tensors × elements", "rule", "dtype", "gradients", "ours, ms", "flat, ms", "torch fused, ms",
     "best of the others, ms", "against the best", "of the ceiling",
@@ -153,12 +154,15 @@ def scaling(cases: Cases) -> list[str]:
     tensors, groups, elements = (points(cases, sweep) for sweep in ("tensors", "groups", "elements"))
     for own, name in ((OURS, "Ours"), (FLAT, "Flat")):
         values = host_times(tensors, own)
-        if len(values) > 1:
-            start, slope = line(values)
-            sentences.append(
-                f"{name}: a step costs the host {start * 1e6:.0f} µs and {slope * 1e6:.2f} µs a tensor, "
-                f"over {values[0][0]} to {values[-1][0]} tensors of 10⁶ elements in all."
-            )
+        few = [(n, seconds) for n, seconds in values if n <= IN_CACHE]
+        if len(few) > 1:
+            start, slope = line(few)
+            text = f"{name}: a step costs the host {start * 1e6:.0f} µs and {slope * 1e6:.2f} µs a tensor"
+            if len(values) > len(few):
+                (n, before), (most, last) = few[-1], values[-1]
+                each = (last - before) / (most - n) * 1e6
+                text += f" up to {n} tensors, {each:.2f} from there to {most}, whose objects leave the caches"
+            sentences.append(f"{text} (10⁶ elements in all).")
     steps = [(n, them[OURS].median) for n, them in groups.items() if OURS in them]
     costs = [cost for one, _, cost, _ in group_costs(cases.values()) if one.contender == OURS]
     if len(steps) > 1:
