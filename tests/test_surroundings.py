@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -251,3 +253,44 @@ def test_data_parallel(as_bucket_view: bool, set_to_none: bool, flat: bool, one_
     whole = flat and not as_bucket_view and not set_to_none
     assert len(opt._table.runs) == (1 if whole else 4)
     assert all((place_of(p) is not None) == flat for p in model.parameters())
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@BOTH
+def test_what_is_dropped_is_freed_at_once(build: Any, flat: bool) -> None:
+    """As torch's: no circle of references waits for the garbage collector with a model's memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        params = [parameter(4), parameter(3, 2)]
+        if flat:
+            wd_kernels.flatten_(params)
+        optimizer = build(params, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.step()
+        dropped = [
+            weakref.ref(optimizer),
+            *map(weakref.ref, params),
+            *map(weakref.ref, optimizer.state[params[0]].values()),
+        ]
+        del params, optimizer
+        assert [ref() for ref in dropped] == [None] * len(dropped)
+    finally:
+        gc.enable()
+
+
+def test_a_parameter_that_refers_to_its_optimizer_is_collected() -> None:
+    params = [parameter(4), parameter(3)]
+    wd_kernels.flatten_(params)
+    optimizer: Any = wd_kernels.AdamW(params, weight_decay=0.1)
+    params[0].owner = optimizer
+    for _ in range(3):
+        optimizer.step()
+    assert len(optimizer._table.runs) == 1  # it is stepped as one all the same
+    dropped = [weakref.ref(optimizer), *map(weakref.ref, params)]
+    del params, optimizer
+    gc.collect()
+    assert [ref() for ref in dropped] == [None] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from . import backends, checkpoint
 from .checks import Extent, check_disjoint, check_parameter, label
 from .flat_states import FlatGradients
 from .rules import Rule
-from .slots import Spec
 from .table import TensorTable
 
 __all__ = ["DecoupledOptimizer"]
@@ -38,14 +38,8 @@ class DecoupledOptimizer(Optimizer):
         self._new_table()
 
     def _new_table(self) -> None:
-        resolved: dict[Spec, backends.Backend] = {}
-
-        def resolve(spec: Spec) -> backends.Backend:
-            if spec not in resolved:
-                resolved[spec] = backends.resolve(self.backend, spec)
-            return resolved[spec]
-
-        self._table = TensorTable(self.rule, resolve)
+        # No reference to this optimizer: what is dropped is freed at once, not when the garbage collector comes.
+        self._table = TensorTable(self.rule, cache(partial(backends.resolve, self.backend)))
         self._flat_gradients = FlatGradients()
 
     # One native call already, nothing to trace; spelled as torch.optim does, since torch.compiler.disable would import

@@ -8,6 +8,7 @@ where the extension is missing, and says in fewer words what the native one does
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,8 +61,8 @@ def expect(p: Tensor, found: Finding, group: int, dims_at: int) -> list[int]:
         flat_grad = begin and begin + found.place.offset * p.itemsize
     if found.slot.param_copy is not None or found.slot.grad_copy is not None:
         kind = Kind.SPECIAL
-    elif flat_grad and found.grad.data_ptr() == flat_grad and native.WALKS and not p.is_complex():
-        kind = Kind.FLAT  # a complex tensor may be a conjugate at any time: it is compared in full
+    elif flat_grad and found.grad.data_ptr() == flat_grad and _may_be_held(p):
+        kind = Kind.FLAT
     return [
         kind,
         found.slot.segment,
@@ -75,9 +76,20 @@ def expect(p: Tensor, found: Finding, group: int, dims_at: int) -> list[int]:
         int(all(t.data_ptr() % 16 == 0 for t in found.written)),
         group,
         len(found.states),
-        flat_grad if native.WALKS and not p.is_complex() else 0,
+        flat_grad if _may_be_held(p) else 0,
         0,
     ]
+
+
+def _may_be_held(p: Tensor) -> bool:
+    """May walk have a handle of `p`? Else it is compared in full, which takes longer and finds the same.
+
+    A complex tensor may be a conjugate at any time. A hook or an attribute may refer to the optimizer: the garbage
+    collector cannot see that a handle closes the circle, and would keep model and optimizer for ever.
+    """
+    hooks = (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None))
+    refers = any(hooks) or any(map(gc.is_tracked, vars(p).values()))
+    return native.WALKS and not p.is_complex() and not refers
 
 
 def held(tensors: list[Tensor]) -> object:
