@@ -56,9 +56,9 @@ bool agrees(const DLTensor& t, const Expected& e, const int64_t* dims, int64_t d
 }
 
 // Do the groups hold these parameters, in this order?
-int same_params(PyObject* groups, PyObject* params, const Expected* expected) {
-  const Py_ssize_t total = PyList_Size(params), n_groups = PyList_Size(groups);
-  if (total < 0 || n_groups < 0) return -1;
+int same_params(PyObject* groups, PyObject* const* params, Py_ssize_t total, const Expected* expected) {
+  const Py_ssize_t n_groups = PyList_Size(groups);
+  if (n_groups < 0) return -1;
   Py_ssize_t i = 0;
   for (Py_ssize_t g = 0; g < n_groups; ++g) {
     PyObject* group = PyList_GetItem(groups, g);
@@ -69,20 +69,20 @@ int same_params(PyObject* groups, PyObject* params, const Expected* expected) {
     const Py_ssize_t size = list ? PyList_Size(own) : PyTuple_Size(own);
     for (Py_ssize_t k = 0; k < size; ++k, ++i) {
       if (i >= total || expected[i].group != g) return 0;
-      if ((list ? PyList_GetItem(own, k) : PyTuple_GetItem(own, k)) != PyList_GetItem(params, i)) return 0;
+      if ((list ? PyList_GetItem(own, k) : PyTuple_GetItem(own, k)) != params[i]) return 0;
     }
   }
   return i == total;
 }
 
 // Do the entries of `state` belong to these parameters, in this order? By identity, so that no tensor is hashed.
-int same_state(PyObject* state, PyObject* params, const int64_t* order, Py_ssize_t n_order, Seen* seen) {
+int same_state(PyObject* state, PyObject* const* params, const int64_t* order, Py_ssize_t n_order, Seen* seen) {
   if (PyDict_Size(state) != n_order) return 0;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   for (Py_ssize_t i = 0; PyDict_Next(state, &position, &key, &value); ++i) {
     if (order[i] < 0) continue;
-    if (key != PyList_GetItem(params, order[i])) return 0;
+    if (key != params[order[i]]) return 0;
     seen[order[i]].own = value;  // looked at in `check`, when it has been fetched
   }
   return 1;
@@ -140,18 +140,19 @@ int check(PyObject* param, PyObject* grad, PyObject* own, PyObject* view, PyObje
   return 1;
 }
 
-// walk(groups, state, params, views, names, n_order, order, expected, dims, seen, segments, steps, active, held)
+// walk(groups, state, n, params, names, n_order, order, expected, dims, seen, segments, steps, active, held)
 //   -> None where groups or state are not what the table was built from, else (odd, changed, keep): positions that
 //      table.py has to look at; whether another set of parameters has gradients than in the last step; and the
 //      gradients, to be kept alive while their addresses are used: another thread may drop them.
 PyObject* walk(PyObject*, PyObject* args) {
-  PyObject *groups, *state, *params, *views, *all_names, *capsule;
-  Py_ssize_t n_order;
-  unsigned long long at_order, at_expected, at_dims, at_seen, at_segments, at_steps, at_active;
-  if (!PyArg_ParseTuple(args, "O!O!O!O!O!nKKKKKKKO", &PyList_Type, &groups, &PyDict_Type, &state, &PyList_Type, &params,
-                        &PyList_Type, &views, &PyTuple_Type, &all_names, &n_order, &at_order, &at_expected, &at_dims,
-                        &at_seen, &at_segments, &at_steps, &at_active, &capsule))
+  PyObject *groups, *state, *all_names, *capsule;
+  Py_ssize_t n, n_order;
+  unsigned long long at_params, at_order, at_expected, at_dims, at_seen, at_segments, at_steps, at_active;
+  if (!PyArg_ParseTuple(args, "O!O!nKO!nKKKKKKKO", &PyList_Type, &groups, &PyDict_Type, &state, &n, &at_params,
+                        &PyTuple_Type, &all_names, &n_order, &at_order, &at_expected, &at_dims, &at_seen, &at_segments,
+                        &at_steps, &at_active, &capsule))
     return nullptr;
+  auto* const params = reinterpret_cast<PyObject* const*>(at_params);
   PyObject* names[1 + kMaxStates] = {};
   for (Py_ssize_t i = 0; i < PyTuple_Size(all_names) && i <= kMaxStates; ++i) names[i] = PyTuple_GetItem(all_names, i);
   const auto* order = reinterpret_cast<const int64_t*>(at_order);
@@ -165,7 +166,7 @@ PyObject* walk(PyObject*, PyObject* args) {
   const wd::Held* const all_held = wd::held_of(capsule);
   if (PyErr_Occurred()) return nullptr;
 
-  int same = same_params(groups, params, expected);
+  int same = same_params(groups, params, n, expected);
   if (same > 0) same = same_state(state, params, order, n_order, seen);
   if (same < 0) return nullptr;
   if (same == 0) Py_RETURN_NONE;
@@ -178,15 +179,14 @@ PyObject* walk(PyObject*, PyObject* args) {
   };
   if (odd == nullptr || keep == nullptr) return release();
   bool changed = false;
-  const Py_ssize_t n = PyList_Size(params);
   for (Py_ssize_t i = 0; i < n; ++i) {
     if (i + kAhead < n && expected[i + kAhead].kind == wd::kOrdinary)
-      fetch(PyList_GetItem(params, i + kAhead), seen[i + kAhead]);
+      fetch(params[i + kAhead], seen[i + kAhead]);
     else if (i + kAhead < n && expected[i + kAhead].kind == wd::kFlat)
-      wd::fetch_flat(PyList_GetItem(params, i + kAhead), seen[i + kAhead].own, expected[i + kAhead],
+      wd::fetch_flat(params[i + kAhead], seen[i + kAhead].own, expected[i + kAhead],
                      all_held + expected[i + kAhead].held);
     const Expected& e = expected[i];
-    PyObject* const param = PyList_GetItem(params, i);
+    PyObject* const param = params[i];
     PyObject* const grad = wd::grad_of(param);
     if (grad == nullptr) return release();
     const bool now = grad != Py_None;
@@ -195,16 +195,16 @@ PyObject* walk(PyObject*, PyObject* args) {
     int fine = 1;
     const bool counts = steps[i] >= 0 && steps[i] < 0x1p53f && steps[i] == std::floor(steps[i]);
     if (now && e.kind == wd::kFlat) {
-      fine = counts ? wd::check_flat(grad, seen[i].own, PyList_GetItem(views, i), names, e, dims, all_held + e.held,
-                                     segments[e.segment])
+      fine = counts ? wd::check_flat(grad, seen[i].own, reinterpret_cast<PyObject*>(e.view), names, e, dims,
+                                     all_held + e.held, segments[e.segment])
                     : 0;
     } else if (now && e.kind == wd::kOrdinary) {
       // Looking at a subclass may have run anybody's code: its state is looked up again.
       PyObject* const own = wd::known(param) ? seen[i].own : PyDict_GetItemWithError(state, param);
       Py_XINCREF(own);
-      fine = counts
-                 ? check(param, grad, own, PyList_GetItem(views, i), keep, names, e, dims, segments[e.segment], seen[i])
-                 : 0;
+      fine = counts ? check(param, grad, own, reinterpret_cast<PyObject*>(e.view), keep, names, e, dims,
+                            segments[e.segment], seen[i])
+                    : 0;
       Py_XDECREF(own);
     } else if (now)
       fine = 0;

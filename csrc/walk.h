@@ -13,8 +13,9 @@ struct Expected {
   int64_t kind, segment, numel, dims, ndim, param_dtype, grad_dtype, state_dtype, device, aligned, group, states;
   int64_t flat_grad;  // parameter and states lie in flat buffers, and the gradient might here; 0: they do not
   int64_t held;       // of a flat one: the first of its tensors in the Holding
+  int64_t view;       // the object that its state must have as step count
 };
-static_assert(sizeof(Expected) == 14 * sizeof(int64_t), "table.py writes 14 words a parameter");
+static_assert(sizeof(Expected) == 15 * sizeof(int64_t), "table.py writes 15 words a parameter");
 
 // Where a segment lies in flat buffers: `buffer` tells sets of buffers apart (0: in none), `offset` and `end` are
 // elements, padding included, `grad` is where its gradient lies while it is attached. `numel` is said of every segment.

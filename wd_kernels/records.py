@@ -37,8 +37,8 @@ class Expected:
 
     KIND, SEGMENT, NUMEL, DIMS, NDIM = 0, 1, 2, 3, 4
     PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, DEVICE, ALIGNED, GROUP, STATES = 5, 6, 7, 8, 9, 10, 11
-    FLAT_GRAD, HELD = 12, 13
-    WORDS = 14
+    FLAT_GRAD, HELD, VIEW = 12, 13, 14
+    WORDS = 15
 
 
 class Kind:

@@ -165,12 +165,13 @@ class TensorTable:
         self.params = [p for group in self.groups for p in group["params"]]
         self.places = [(g, k) for g, group in enumerate(self.groups) for k in range(len(group["params"]))]
         self.index = {id(p): i for i, p in enumerate(self.params)}
+        self.ids = torch.tensor(list(map(id, self.params)), dtype=torch.int64, device=CPU)
         n = len(self.params)
         self.slots: list[Slot | None] = [None] * n
         self.views: list[Tensor | None] = [None] * n  # the views of `steps` that the state dictionaries hold
         self.dims_of: list[tuple[int, ...]] = [()] * n
         self.expected_of = [
-            [Kind.UNSEEN, i, 0, 0, 0, 0, 0, 0, 0, 0, g, 0, 0, 0] for i, (g, _) in enumerate(self.places)
+            [Kind.UNSEEN, i, 0, 0, 0, 0, 0, 0, 0, 0, g, 0, 0, 0, 0] for i, (g, _) in enumerate(self.places)
         ]
         self.lie_of: list[tuple[int, int, int, int]] = [Lie.NOWHERE] * n
         self.bases: dict[tuple[object, ...], int] = {}  # numbers of sets of flat buffers
@@ -264,7 +265,7 @@ class TensorTable:
         before = [(self.expected_of[i], self.dims_of[i]) for i in odd]
         for i, f in found.items():
             dims_at = self.expected_of[i][Expected.DIMS]
-            self.expected_of[i] = walking.expect(self.params[i], f, self.places[i][0], dims_at)
+            self.expected_of[i] = walking.expect(self.params[i], f, self.views[i], self.places[i][0], dims_at)
             self.dims_of[i] = (*self.params[i].shape, *self.params[i].stride())
         after = [(self.expected_of[i], self.dims_of[i]) for i in odd]
         if relayout or before != after or any(self.expected_of[i][Expected.KIND] == Kind.FLAT for i in odd):

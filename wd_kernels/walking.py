@@ -53,7 +53,7 @@ def numel(p: Tensor) -> int:
     return p.numel() * (2 if p.is_complex() else 1)
 
 
-def expect(p: Tensor, found: Finding, group: int, dims_at: int) -> list[int]:
+def expect(p: Tensor, found: Finding, view: Tensor | None, group: int, dims_at: int) -> list[int]:
     """What walk must find of a parameter to leave it alone: an Expected record."""
     kind, flat_grad = Kind.ORDINARY, 0
     if found.place is not None:
@@ -78,6 +78,7 @@ def expect(p: Tensor, found: Finding, group: int, dims_at: int) -> list[int]:
         len(found.states),
         flat_grad if _may_be_held(p) else 0,
         0,
+        id(view),
     ]
 
 
@@ -107,8 +108,8 @@ def walk(table: TensorTable) -> tuple[list[int], bool, list[Tensor]] | None:
         return native.C.walk(  # type: ignore[no-any-return]
             table.groups,
             table.state,
-            table.params,
-            table.views,
+            len(table.params),
+            table.ids.data_ptr(),
             table.names,
             table.order.numel(),
             table.order.data_ptr(),
