@@ -71,23 +71,17 @@ class FlatStates:
         tensor = None if base is None else base.tensor()
         if base is None or tensor is None or place.offset in base.given:
             tensor = torch.zeros(place.buffer.numel, dtype=dtype, device=like.device)
-            base = self._bases[key] = _Base(weakref.ref(tensor), tensor.untyped_storage()._cdata, set())
+            base = self._bases[key] = _Base(weakref.ref(tensor), set())
         base.given.add(place.offset)
         return stretch(tensor, place.offset, like)
 
-    def address(self, place: Place, state: Tensor, name: str) -> int:
-        """The address of the buffer in which `state` lies as its parameter does; 0 if it lies elsewhere."""
+    def base(self, place: Place, state: Tensor, name: str) -> Tensor | None:
+        """The buffer in which `state` lies as its parameter does; None if it lies elsewhere."""
         base = self._bases.get((place.buffer.number, name, state.dtype))
         tensor = None if base is None else base.tensor()
-        if tensor is None:
-            return 0
-        address = tensor.data_ptr()
-        return address if state.data_ptr() == address + place.offset * state.itemsize else 0
-
-    def census(self) -> list[int]:
-        """How many tensors lie in each buffer: a state whose memory was exchanged is missing from it."""
-        count = torch._C._storage_Use_Count
-        return [0 if base.tensor() is None else count(base.storage) for base in self._bases.values()]
+        if tensor is None or state.data_ptr() != tensor.data_ptr() + place.offset * state.itemsize:
+            return None
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -95,5 +89,4 @@ class _Base:
     """The memory of one state of the parameters of a buffer, and the offsets that were given out."""
 
     tensor: weakref.ref[Tensor]
-    storage: int
     given: set[int]
