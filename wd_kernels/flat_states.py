@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .flat import FlatBuffer, Place, generation, padded, place_of, stretch
+from .flat import FlatBuffer, Place, generation, padded, place_of, stretch, stretches
 
 __all__ = ["FlatGradients", "FlatStates"]
 
@@ -23,20 +23,26 @@ class FlatGradients:
         self._buffers: list[FlatBuffer] = []
 
     def zero_(self, params: Sequence[Tensor]) -> bool:
-        """Zeroes the gradients of `params`; False, and nothing is done, if one of them lies elsewhere."""
+        """Zeroes the gradients of `params`; False, and nothing is done, if one of them lies elsewhere.
+
+        Or if somebody holds one that its parameter no longer has.
+        """
         known = (generation(), list(map(id, params)))
         if known != self._known:
             self._known, (self._addresses, self._buffers) = known, _whole_buffers(params)
         if self._addresses is None:
             return False
-        grads = [p.grad for p in params]
-        lie = [0 if grad is None else grad.data_ptr() for grad in grads]
-        if lie != self._addresses and any(a not in (0, b) for a, b in zip(lie, self._addresses, strict=True)):
+        memory = [base for base in (buffer.grad for buffer in self._buffers) if base is not None]
+        if len(memory) < len(self._buffers):
             return False
-        memory = [buffer.grad for buffer in self._buffers]
+        lie = [0 if p.grad is None else p.grad.data_ptr() for p in params]
+        if lie != self._addresses:
+            if any(a not in (0, b) for a, b in zip(lie, self._addresses, strict=True)):
+                return False
+            if sum(map(stretches, memory)) != sum(a != 0 for a in lie):
+                return False
         for base in memory:
-            if base is not None:
-                base.zero_()
+            base.zero_()
         return True
 
 
