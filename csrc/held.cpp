@@ -27,14 +27,18 @@ void destroy(PyObject* capsule) {
   delete own;
 }
 
-// Both read through the handle, so whatever was done to the tensor shows.
-bool lies_at(AtenTensorHandle tensor, const void* address) {
-  void* now = nullptr;
-  return aoti_torch_get_data_ptr(tensor, &now) == AOTI_TORCH_SUCCESS && now == address;
+int32_t dtype_of(AtenTensorHandle tensor) {
+  int32_t dtype = -1;
+  return aoti_torch_get_dtype(tensor, &dtype) == AOTI_TORCH_SUCCESS ? dtype : -1;
 }
 
-bool has_dims(AtenTensorHandle tensor, const Expected& e, const int64_t* dims) {
+// Read through the handle, so whatever was done to the tensor shows.
+bool is_as_held(const Held& held, const void* address, const Expected& e, const int64_t* dims) {
+  AtenTensorHandle const tensor = held.handle;
+  void* now = nullptr;
+  if (aoti_torch_get_data_ptr(tensor, &now) != AOTI_TORCH_SUCCESS || now != address) return false;
   int64_t ndim = 0, *shape = nullptr, *strides = nullptr;
+  if (dtype_of(tensor) != held.dtype) return false;
   if (aoti_torch_get_dim(tensor, &ndim) != AOTI_TORCH_SUCCESS || ndim != e.ndim) return false;
   if (aoti_torch_get_sizes(tensor, &shape) != AOTI_TORCH_SUCCESS) return false;
   if (aoti_torch_get_strides(tensor, &strides) != AOTI_TORCH_SUCCESS) return false;
@@ -68,9 +72,9 @@ int check_flat(PyObject* grad, PyObject* own, PyObject* view, PyObject* const* n
     const int found = has(own, &position, names[s], s == 0 ? view : held[kGrad + s].object);
     if (found <= 0) return found;
   }
-  if (!lies_at(held[kParam].handle, segment.address[kParam]) || !has_dims(held[kParam].handle, e, dims)) return 0;
   void* const address = reinterpret_cast<void*>(e.flat_grad);
-  if (!lies_at(held[kGrad].handle, address) || !has_dims(held[kGrad].handle, e, dims)) return 0;
+  for (int64_t role = 0; role < kState + e.states; ++role)
+    if (!is_as_held(held[role], role == kGrad ? address : segment.address[role], e, dims)) return 0;
   segment.address[kGrad] = address;
   segment.numel = e.numel;
   segment.aligned = e.aligned;
@@ -81,7 +85,7 @@ void fetch_flat(PyObject* param, PyObject* own, const Expected& e, const Held* h
   __builtin_prefetch(param);
   __builtin_prefetch(own);
   __builtin_prefetch(held[kGrad].object);
-  for (int64_t role = 0; role < kState; ++role) {
+  for (int64_t role = 0; role < kState + e.states; ++role) {
     __builtin_prefetch(held[role].handle);
     for (int at = -64; at <= 64; at += 64) __builtin_prefetch(held[role].near + at);
   }
@@ -98,8 +102,9 @@ PyObject* holding(PyObject*, PyObject* args) {
   for (size_t i = 0; i < tensors->size(); ++i) {
     int64_t* shape = nullptr;
     aoti_torch_get_sizes((*tensors)[i].get(), &shape);
+    AtenTensorHandle const handle = (*tensors)[i].get();
     own->held.push_back(
-        {PyList_GetItem(list, Py_ssize_t(i)), (*tensors)[i].get(), reinterpret_cast<const char*>(shape)});
+        {PyList_GetItem(list, Py_ssize_t(i)), handle, reinterpret_cast<const char*>(shape), dtype_of(handle)});
   }
   PyObject* const capsule = PyCapsule_New(own, kCapsule, destroy);
   if (capsule == nullptr) {

@@ -12,6 +12,7 @@ struct Held {
   PyObject* object;  // alive as long as the holding's list
   AtenTensorOpaque* handle;
   const char* near;  // an address inside torch's tensor, to be prefetched
+  int32_t dtype;     // torch's code of it
 };
 
 // The tensors of a capsule, or null where there is none.

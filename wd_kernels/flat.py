@@ -28,6 +28,7 @@ __all__ = [
     "padded",
     "place_of",
     "stretch",
+    "stretches",
     "unflatten_",
 ]
 
@@ -126,6 +127,12 @@ def stretch(base: Tensor, offset: int, like: Tensor) -> Tensor:
     return dlpack.from_dlpack(dlpack.to_dlpack(view))  # type: ignore[attr-defined]
 
 
+def stretches(base: Tensor) -> int:
+    """How many other tensors lie in a flat one."""
+    storage = base.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 2  # `base` itself, and `storage`
+
+
 def flatten_(params: Params) -> list[FlatBuffer]:
     """Moves parameters and their gradients into one buffer per device and dtype, in place.
 
@@ -207,23 +214,35 @@ def _plan(buffer: FlatBuffer | None, members: Sequence[tuple[Tensor, str]]) -> _
             size += padded(p.numel())
         data = torch.zeros(size, dtype=params[0].dtype, device=params[0].device)
     grad = buffer.grad if buffer is not None else None
+    if buffer is not None and grad is not None and not all(_attached(p) for p in params if p.requires_grad):
+        others = sum(place.buffer is buffer and _attached(p) for p, place in _places.items())
+        if stretches(grad) != others:  # a gradient that is nobody's now, or another's: it keeps what it shows
+            grad = None
     if grad is None and any(p.requires_grad for p in params):
         grad = torch.zeros(size, dtype=params[0].dtype, device=params[0].device)
     if buffer is None:
         assert data is not None
         buffer = FlatBuffer(data, grad)
         places = [Place(buffer, offset, p.numel()) for p, offset in zip(params, offsets, strict=True)]
-    elif buffer.grad is None:
+    elif grad is not buffer.grad:
         buffer.attach(grad)
     moves: list[tuple[Tensor, Tensor | None, Tensor | None, Place]] = []
     for p, place in zip(params, places, strict=True):
         assert place is not None
         theta = None if data is None else stretch(data, place.offset, p)
         own = stretch(grad, place.offset, p) if p.requires_grad and grad is not None else None
-        if own is not None and data is None and p.grad is not None and p.grad.data_ptr() == own.data_ptr():
-            own = None  # attached as it is
+        if own is not None and data is None and _attached(p):
+            own = None
         moves.append((p, theta, own, place))
     return _Plan(buffer, moves)
+
+
+def _attached(p: Tensor) -> bool:
+    """Does the gradient of `p` lie in its buffer as `p` does?"""
+    place = place_of(p)
+    if place is None or p.grad is None or not place.buffer.grad_address:
+        return False
+    return p.grad.data_ptr() == place.buffer.grad_address + place.offset * p.itemsize
 
 
 def unflatten_(params: Params) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .flat import FlatBuffer, Place, generation, padded, place_of, stretch
+from .flat import FlatBuffer, Place, generation, padded, place_of, stretch, stretches
 
 __all__ = ["FlatGradients", "FlatStates"]
 
@@ -23,20 +23,26 @@ class FlatGradients:
         self._buffers: list[FlatBuffer] = []
 
     def zero_(self, params: Sequence[Tensor]) -> bool:
-        """Zeroes the gradients of `params`; False, and nothing is done, if one of them lies elsewhere."""
+        """Zeroes the gradients of `params`; False, and nothing is done, if one of them lies elsewhere.
+
+        Or if somebody holds one that its parameter no longer has.
+        """
         known = (generation(), list(map(id, params)))
         if known != self._known:
             self._known, (self._addresses, self._buffers) = known, _whole_buffers(params)
         if self._addresses is None:
             return False
-        grads = [p.grad for p in params]
-        lie = [0 if grad is None else grad.data_ptr() for grad in grads]
-        if lie != self._addresses and any(a not in (0, b) for a, b in zip(lie, self._addresses, strict=True)):
+        memory = [base for base in (buffer.grad for buffer in self._buffers) if base is not None]
+        if len(memory) < len(self._buffers):
             return False
-        memory = [buffer.grad for buffer in self._buffers]
+        lie = [0 if p.grad is None else p.grad.data_ptr() for p in params]
+        if lie != self._addresses:
+            if any(a not in (0, b) for a, b in zip(lie, self._addresses, strict=True)):
+                return False
+            if sum(map(stretches, memory)) != sum(a != 0 for a in lie):
+                return False
         for base in memory:
-            if base is not None:
-                base.zero_()
+            base.zero_()
         return True
 
 
@@ -71,23 +77,17 @@ class FlatStates:
         tensor = None if base is None else base.tensor()
         if base is None or tensor is None or place.offset in base.given:
             tensor = torch.zeros(place.buffer.numel, dtype=dtype, device=like.device)
-            base = self._bases[key] = _Base(weakref.ref(tensor), tensor.untyped_storage()._cdata, set())
+            base = self._bases[key] = _Base(weakref.ref(tensor), set())
         base.given.add(place.offset)
         return stretch(tensor, place.offset, like)
 
-    def address(self, place: Place, state: Tensor, name: str) -> int:
-        """The address of the buffer in which `state` lies as its parameter does; 0 if it lies elsewhere."""
+    def base(self, place: Place, state: Tensor, name: str) -> Tensor | None:
+        """The buffer in which `state` lies as its parameter does; None if it lies elsewhere."""
         base = self._bases.get((place.buffer.number, name, state.dtype))
         tensor = None if base is None else base.tensor()
-        if tensor is None:
-            return 0
-        address = tensor.data_ptr()
-        return address if state.data_ptr() == address + place.offset * state.itemsize else 0
-
-    def census(self) -> list[int]:
-        """How many tensors lie in each buffer: a state whose memory was exchanged is missing from it."""
-        count = torch._C._storage_Use_Count
-        return [0 if base.tensor() is None else count(base.storage) for base in self._bases.values()]
+        if tensor is None or state.data_ptr() != tensor.data_ptr() + place.offset * state.itemsize:
+            return None
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -95,5 +95,4 @@ class _Base:
     """The memory of one state of the parameters of a buffer, and the offsets that were given out."""
 
     tensor: weakref.ref[Tensor]
-    storage: int
     given: set[int]

@@ -103,7 +103,7 @@ class Finding:
     count: float
     fresh: bool  # this step makes the momentum buffer
     place: Place | None  # in a flat buffer, if parameter and states lie in one
-    bases: tuple[int, ...]  # and the addresses of the states' buffers
+    bases: tuple[Tensor, ...]  # and the states' buffers
 
     @property
     def written(self) -> tuple[Tensor, ...]:
@@ -173,10 +173,11 @@ def inspect(
     formats = tuple(format_of(t.dtype) for t in (p, grad, *states))
     slot = Slot(Spec(p.device, formats), (p.data_ptr(), p.shape, p.stride()), param_copy, grad_copy)  # type: ignore[arg-type]
     fresh = "momentum_buffer" in names and "momentum_buffer" not in present
-    bases: tuple[int, ...] = ()
+    bases: tuple[Tensor, ...] = ()
     if place is not None:
-        bases = tuple(flat.address(place, t, name) for name, t in zip(names, states, strict=True))
-        if not all(bases) or not all(same_layout(t, theta) for t in states):
+        found = (flat.base(place, t, name) for name, t in zip(names, states, strict=True))
+        bases = tuple(base for base in found if base is not None)
+        if len(bases) < len(states) or not all(same_layout(t, theta) for t in states) or grad.dtype != p.dtype:
             place = None
     return Finding(slot, theta, grad, states, own, put, count, fresh, place, bases)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,6 +69,7 @@ class TensorTable:
         """Drops what is known of the tensors; the next refresh inspects all of them."""
         self.needs: list[tuple[str, ...]] | None = None
         self.held: object = None  # flat parameters, gradients and states, for walk
+        self.buffers: list[weakref.ref[Tensor]] = []  # where segments lie: other tensors may lie there once they die
         self.keep: list[Tensor] = []  # gradients of this step: another thread may drop them meanwhile
 
     # The way of a step ------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ class TensorTable:
         if not isinstance(state, dict):
             raise TypeError(f"the optimizer's state is a {type(state).__name__}: expected a dict")
         self.groups, self.state = groups, state
-        if self.generation != flat.generation() or (self.held is not None and self.census != self.flat_states.census()):
+        if self.generation != flat.generation() or any(ref() is None for ref in self.buffers):
             self.generation = flat.generation()
             self.forget()
         try:
@@ -174,7 +176,8 @@ class TensorTable:
             [Kind.UNSEEN, i, 0, 0, 0, 0, 0, 0, 0, 0, g, 0, 0, 0, 0] for i, (g, _) in enumerate(self.places)
         ]
         self.lie_of: list[tuple[int, int, int, int]] = [Lie.NOWHERE] * n
-        self.bases: dict[tuple[object, ...], int] = {}  # numbers of sets of flat buffers
+        self.numbers: dict[tuple[object, ...], int] = {}  # of sets of flat buffers
+        self.buffers_of: dict[int, list[weakref.ref[Tensor]]] = {}  # by these numbers
         self.segments = torch.zeros(n, WORDS, dtype=torch.int64, device=CPU)
         self.steps = torch.zeros(n, dtype=torch.float32, device=CPU)
         self.active = torch.zeros(n, dtype=torch.float32, device=CPU)
@@ -213,7 +216,8 @@ class TensorTable:
         for expected, lie in zip(self.expected_of, self.lie_of, strict=True):
             lies[expected[Expected.SEGMENT]] = (*lie, expected[Expected.NUMEL])
         self.capacities = torch.tensor([lie[Lie.NUMEL] for lie in lies], dtype=torch.int64, device=CPU)
-        if any(lie[Lie.BUFFER] for lie in lies):
+        self.buffers = [ref for number in {lie[Lie.BUFFER] for lie in lies} - {0} for ref in self.buffers_of[number]]
+        if self.buffers:
             self.lies: Tensor | None = torch.tensor(lies, dtype=torch.int64, device=CPU)
             self.room_for_runs, self.run_firsts = torch.zeros_like(self.segments), torch.zeros_like(self.firsts)
         else:
@@ -281,17 +285,17 @@ class TensorTable:
         if f.place is None:
             return Lie.NOWHERE
         buffer, offset = f.place.buffer, f.place.offset
-        number = self.bases.setdefault((buffer, f.bases, buffer.grad_address), len(self.bases) + 1)
+        bases = [base for base in (buffer.data, buffer.grad, *f.bases) if base is not None]
+        key = (buffer, buffer.grad_address, *(base.data_ptr() for base in f.bases))
+        number = self.numbers.setdefault(key, len(self.numbers) + 1)
+        self.buffers_of[number] = [weakref.ref(base) for base in bases]
         end = offset + flat.padded(f.place.numel)
         scale = 2 if p.is_complex() else 1
         grad = buffer.grad_address and buffer.grad_address + offset * p.itemsize
         return number, scale * offset, scale * end, grad
 
     def _hold(self) -> None:
-        """Holds the tensors of flat parameters, which walk compares through handles.
-
-        Of states it compares the identity. That their memory is still theirs, the census says for all of them at once.
-        """
+        """Holds the tensors of flat parameters, which walk compares through handles."""
         assert self.needs is not None
         tensors: list[Tensor] = []
         for i, expected in enumerate(self.expected_of):
@@ -304,7 +308,6 @@ class TensorTable:
             expected[Expected.HELD] = len(tensors)
             tensors += (p, p.grad, *(self.state[p][name] for name in self.needs[self.places[i][0]]))
         self.held = walking.held(tensors)
-        self.census = self.flat_states.census()
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
         """(first, count) of the runs of a bucket in this step."""
