@@ -209,8 +209,8 @@ def _run(name: str, roles: list[Role], numbers: Sequence[Any], options: Sequence
 
 
 def _watched(roles: list[Role]) -> bool:
-    """Is there a mode, or a fake tensor, that must see an operator?"""
-    if torch._C._len_torch_dispatch_stack() > 0:
+    """Is there a mode, a transform of torch.func, or a fake tensor, that must see an operator?"""
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     first = roles[0][0] if roles[0] else None
     return isinstance(first, Tensor) and not is_plain(first) and not is_traceable_wrapper_subclass(first)
