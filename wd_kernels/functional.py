@@ -11,7 +11,7 @@ value makes it compile again; a tensor of another value does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -76,7 +76,7 @@ def adamw_(
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
     """
-    roles = [list(own) for own in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)]
+    roles = _lists("adamw_", params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     numbers = (step, lr, *_pair(betas, "adamw_"), eps, weight_decay, eta, grad_factor)
     _run("adamw_", roles, numbers, (decay, maximize, backend))
 
@@ -150,7 +150,7 @@ def sgdw_(
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 1.
     """
-    roles = [list(own) for own in (params, grads, momentum_buffers)]
+    roles = _lists("sgdw_", params, grads, momentum_buffers)
     numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
     _run("sgdw_", roles, numbers, (decay, form, nesterov, maximize, backend))
 
@@ -180,6 +180,13 @@ def sgdw_flat_(
     roles = [[param], [grad], [] if momentum_buffer is None else [momentum_buffer]]
     numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
     _run("sgdw_flat_", roles, numbers, (decay, form, nesterov, maximize, backend))
+
+
+def _lists(name: str, *roles: Any) -> list[Role]:
+    for role, own in zip(OPERATORS[name].roles, roles, strict=True):
+        if type(own) not in (list, tuple) and (not isinstance(own, Iterable) or isinstance(own, (str, Tensor))):
+            raise TypeError(f"{role} in {name} is a {type(own).__name__}: expected a list of tensors")
+    return [list(own) for own in roles]
 
 
 def _pair(betas: Any, name: str) -> Any:
