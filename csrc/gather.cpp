@@ -73,7 +73,9 @@ int gather_one(PyObject* const* roles, int n_roles, Py_ssize_t i, const int64_t*
     } else if (!same_layout(t, shape, strides)) {
       return 0;
     }
-    if (t.code == kComplexCode || segment.numel == 1) {  // what else is dense has no lazy bits
+    // A real tensor with the negative bit is the imaginary part of a conjugate: it is not dense, but for one element or
+    // where as_strided made it so. Asking costs 50 ns; of gradients, which come from anywhere, it is asked always.
+    if (role == kGrad || t.code == kComplexCode || segment.numel == 1) {
       const int found = lazy(tensor, t.code == kComplexCode);
       if (found != 0) return found < 0 ? -1 : 0;
     }

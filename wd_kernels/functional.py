@@ -11,7 +11,7 @@ value makes it compile again; a tensor of another value does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -76,7 +76,7 @@ def adamw_(
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
     """
-    roles = [list(own) for own in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)]
+    roles = _lists("adamw_", params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     numbers = (step, lr, *_pair(betas, "adamw_"), eps, weight_decay, eta, grad_factor)
     _run("adamw_", roles, numbers, (decay, maximize, backend))
 
@@ -150,7 +150,7 @@ def sgdw_(
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 1.
     """
-    roles = [list(own) for own in (params, grads, momentum_buffers)]
+    roles = _lists("sgdw_", params, grads, momentum_buffers)
     numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
     _run("sgdw_", roles, numbers, (decay, form, nesterov, maximize, backend))
 
@@ -182,6 +182,13 @@ def sgdw_flat_(
     _run("sgdw_flat_", roles, numbers, (decay, form, nesterov, maximize, backend))
 
 
+def _lists(name: str, *roles: Any) -> list[Role]:
+    for role, own in zip(OPERATORS[name].roles, roles, strict=True):
+        if type(own) not in (list, tuple) and (not isinstance(own, Iterable) or isinstance(own, (str, Tensor))):
+            raise TypeError(f"{role} in {name} is a {type(own).__name__}: expected a list of tensors")
+    return [list(own) for own in roles]
+
+
 def _pair(betas: Any, name: str) -> Any:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas={betas!r} in {name}: expected a pair (beta1, beta2)")
@@ -209,8 +216,8 @@ def _run(name: str, roles: list[Role], numbers: Sequence[Any], options: Sequence
 
 
 def _watched(roles: list[Role]) -> bool:
-    """Is there a mode, or a fake tensor, that must see an operator?"""
-    if torch._C._len_torch_dispatch_stack() > 0:
+    """Is there a mode, a transform of torch.func, or a fake tensor, that must see an operator?"""
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     first = roles[0][0] if roles[0] else None
     return isinstance(first, Tensor) and not is_plain(first) and not is_traceable_wrapper_subclass(first)

@@ -103,7 +103,7 @@ def step(operator: Operator, roles: Sequence[Role], numbers: Sequence[Any], opti
         raise ValueError(f"grad_factor={factor} in {operator.name}: allowed are finite numbers")
     present = bool(roles[-1])
     hyper = _hyper(operator, given, settings, present)
-    _check_lengths(operator, roles, hyper)
+    _check_lengths(operator, roles, len(hyper[0][-1]))
     if not roles[0]:
         return
     if not present:
@@ -137,13 +137,13 @@ def _number(operator: Operator, name: str, value: Any) -> float:
 
 def _counts(operator: Operator, value: Any, n: int) -> list[int]:
     """The number of this step, for every parameter."""
-    if type(value) is int and value > 0:
+    if type(value) is int and 0 < value < 2**53:
         return [value] * max(n, 1)
     if isinstance(value, Tensor) and value.numel() != 1:
-        if value.device.type != "cpu" or value.shape != (n,):
+        if value.device.type != "cpu" or value.shape != (n,) or value.is_complex():
             raise ValueError(
-                f"step in {operator.name} is a tensor of shape {tuple(value.shape)} on {value.device}: allowed are a "
-                f"whole number, or a CPU tensor of one or of {n}"
+                f"step in {operator.name} is a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}: "
+                f"allowed are a whole number, or a CPU tensor of one or of {n}"
             )
         counts = value.tolist()
     else:
@@ -151,7 +151,7 @@ def _counts(operator: Operator, value: Any, n: int) -> list[int]:
     for i, count in enumerate(counts):
         if not (1 <= count < 2**53 and float(count).is_integer()):
             where = f"step[{i}]" if isinstance(value, Tensor) and value.numel() != 1 else "step"
-            raise ValueError(f"{where}={count} in {operator.name}: allowed are whole numbers from 1 on")
+            raise ValueError(f"{where}={count} in {operator.name}: allowed are whole numbers from 1 on, < 2**53")
     return [int(count) for count in counts]
 
 
@@ -163,8 +163,8 @@ def _hyper(operator: Operator, given: dict[str, float], settings: dict[str, Any]
     return hyper
 
 
-def _check_lengths(operator: Operator, roles: Sequence[Role], hyper: Hyper) -> None:
-    n, states = len(roles[0]), len(hyper[0][-1])
+def _check_lengths(operator: Operator, roles: Sequence[Role], states: int) -> None:
+    n = len(roles[0])
     for k, own in enumerate(roles):
         wanted = n if k < 2 + states else 0
         if len(own) == wanted:
@@ -205,8 +205,22 @@ def _real(operator: Operator, *arguments: Any) -> None:
 
 
 def _fake(operator: Operator, *arguments: Any) -> None:
-    roles, _, _ = _split(operator, arguments)
-    examine(operator.label, [own for own in roles if own], memory=False)
+    """The checks that need no values. Scalars are CPU tensors even here: on a meta tensor, no other would be stepped."""
+    roles, numbers, _ = _split(operator, arguments)
+    for name, value in zip(operator.numbers, numbers, strict=True):
+        if isinstance(value, Tensor) and (value.device.type != "cpu" or (name != "step" and value.numel() != 1)):
+            raise ValueError(
+                f"{name} in {operator.name} is a tensor of shape {tuple(value.shape)} on {value.device}: allowed are "
+                "CPU tensors of one element"
+            )
+    _check_lengths(operator, roles, len(roles) - 2 - (not roles[-1]))
+    devices = dict.fromkeys(t.device for t in roles[0])
+    if len(devices) > 1 and torch.device("meta") in devices:
+        raise ValueError(f"{operator.roles[0]} in {operator.name} are on {[*map(str, devices)]}: on meta are all or none")
+    roles = [own for own in roles if own]
+    if operator.flat:
+        _check_flat(operator, roles)
+    examine(operator.label, roles, memory=False)
 
 
 _library: Any = torch.library.Library(native.NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
