@@ -87,6 +87,10 @@ class FlatBuffer:
             and self.data is not None
         )
 
+    def has_gradient(self, grad: Tensor) -> bool:
+        """Does `grad` lie in this buffer, at any place?"""
+        return self.grad is not None and 0 <= grad.data_ptr() - self._grad_address < self.numel * self.dtype.itemsize
+
     def __repr__(self) -> str:
         attached = "attached" if self.grad is not None else "elsewhere"
         return f"FlatBuffer({self.numel} elements of {self.dtype} on {self.device}, gradients {attached})"
@@ -248,7 +252,7 @@ def _attached(p: Tensor) -> bool:
 def unflatten_(params: Params) -> None:
     """Gives flat parameters and gradients memory of their own again, in place; others are left as they are.
 
-    States stay where they are: they are ordinary tensors too.
+    States stay where they are: they are ordinary tensors too. So do gradients that lie elsewhere, in a bucket of DDP's.
 
     Args:
         params: as for :func:`flatten_`.
@@ -256,11 +260,11 @@ def unflatten_(params: Params) -> None:
     global _generation
     with torch.no_grad(), torch.inference_mode(False):
         for p, _ in _named(params):
-            if place_of(p) is not None:
+            lies, place = place_of(p), _places.pop(p, None)
+            if lies is not None:
                 p.data = p.data.clone(memory_format=torch.preserve_format)
-                if p.grad is not None:
-                    p.grad = p.grad.clone(memory_format=torch.preserve_format)
-            _places.pop(p, None)
+            if place is not None and p.grad is not None and place.buffer.has_gradient(p.grad):
+                p.grad = p.grad.clone(memory_format=torch.preserve_format)
     _generation += 1
 
 
