@@ -81,13 +81,13 @@ int check_flat(PyObject* grad, PyObject* own, PyObject* view, PyObject* const* n
   return 1;
 }
 
-void fetch_flat(PyObject* param, PyObject* own, const Expected& e, const Held* held) {
+void fetch_flat(PyObject* param, const Seen& seen, const Expected& e, const Held* held) {
   __builtin_prefetch(param);
-  __builtin_prefetch(own);
+  __builtin_prefetch(seen.own);
   __builtin_prefetch(held[kGrad].object);
   for (int64_t role = 0; role < kState + e.states; ++role) {
     __builtin_prefetch(held[role].handle);
-    for (int at = -64; at <= 64; at += 64) __builtin_prefetch(held[role].near + at);
+    fetch(held[role].near, seen.storages[role]);
   }
 }
 

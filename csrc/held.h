@@ -25,7 +25,7 @@ int check_flat(PyObject* grad, PyObject* own, PyObject* view, PyObject* const* n
                const int64_t* dims, const Held* held, Segment& segment);
 
 // What the next parameters need, ahead of time.
-void fetch_flat(PyObject* param, PyObject* own, const Expected& e, const Held* held);
+void fetch_flat(PyObject* param, const Seen& seen, const Expected& e, const Held* held);
 
 // holding(tensors, address) -> capsule: owns what the operator `hold` returned for that list.
 PyObject* holding(PyObject* module, PyObject* args);

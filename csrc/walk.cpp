@@ -1,12 +1,10 @@
 // The check of every step, and the Python module that holds it. `walk` compares what the table was built from with
 // what is there now, object by object and address by address, and writes the addresses of this step's gradients into
 // the table. It decides nothing: whatever is not exactly as expected goes back to table.py as a list of positions.
-// Python's limited API and DLPack's exchange API (a C table that torch's Tensor class carries) are all it uses.
+// It reads ordinary tensors as DLPack lends them (tensors.h) and flat ones through handles (held.h).
 #include "walk.h"
 
 #include "held.h"
-
-#include <cmath>
 
 namespace {
 
@@ -15,33 +13,15 @@ using wd::Expected;
 
 PyObject* kw_params = nullptr;
 
-constexpr int kMaxStates = 3;
-
-// Notes of the last walk about one parameter, in memory of the table. `near` are addresses inside torch's tensor
-// objects (DLPack lends the shape from there). They are prefetched and never read: between two steps the model's own
-// work has pushed these objects out of the caches, and fetching them one by one costs more than the rest of the walk.
-struct Seen {
-  PyObject* grad;
-  void* grad_address;
-  PyObject* own;  // the parameter's state dictionary, borrowed within one walk
-  const void* near[2 + kMaxStates];
-  const void* states[kMaxStates];
-  void* spare;
-};
-static_assert(sizeof(Seen) == 12 * sizeof(int64_t), "table.py gives 12 words a parameter");
 constexpr Py_ssize_t kAhead = 8;
 
-// Inlined by force: to the compiler a function that only prefetches has no effect, and it drops the calls.
-__attribute__((always_inline)) inline void fetch(PyObject* param, const Seen& seen) {
+__attribute__((always_inline)) inline void fetch(PyObject* param, const wd::Seen& seen) {
   __builtin_prefetch(param);
   __builtin_prefetch(seen.grad);
   __builtin_prefetch(seen.own);
-  for (const void* state : seen.states)
-    if (state != nullptr) __builtin_prefetch(state);
-  for (const void* near : seen.near) {
-    if (near == nullptr) continue;
-    for (int at = -192; at <= 128; at += 64) __builtin_prefetch(static_cast<const char*>(near) + at);
-  }
+  for (const void* state : seen.states) __builtin_prefetch(state);
+  for (int role = 0; role < wd::kNoted; ++role)
+    if (seen.near[role] != nullptr) wd::fetch(seen.near[role], seen.storages[role]);
 }
 
 // Dtype, device, shape, and strides wherever they matter.
@@ -76,7 +56,7 @@ int same_params(PyObject* groups, PyObject* const* params, Py_ssize_t total, con
 }
 
 // Do the entries of `state` belong to these parameters, in this order? By identity, so that no tensor is hashed.
-int same_state(PyObject* state, PyObject* const* params, const int64_t* order, Py_ssize_t n_order, Seen* seen) {
+int same_state(PyObject* state, PyObject* const* params, const int64_t* order, Py_ssize_t n_order, wd::Seen* seen) {
   if (PyDict_Size(state) != n_order) return 0;
   PyObject *key, *value;
   Py_ssize_t position = 0;
@@ -90,7 +70,7 @@ int same_state(PyObject* state, PyObject* const* params, const int64_t* order, P
 
 // One parameter with a gradient: 1 as expected (its segment is written), 0 not, -1 an error is set.
 int check(PyObject* param, PyObject* grad, PyObject* own, PyObject* view, PyObject* keep, PyObject* const* names,
-          const Expected& e, const int64_t* dims, wd::Segment& segment, Seen& seen) {
+          const Expected& e, const int64_t* dims, wd::Segment& segment, wd::Seen& seen) {
   if (!wd::known(grad)) return 0;
   if (own == nullptr || !PyDict_Check(own)) return 0;
 
@@ -153,12 +133,13 @@ PyObject* walk(PyObject*, PyObject* args) {
                         &at_steps, &at_active, &capsule))
     return nullptr;
   auto* const params = reinterpret_cast<PyObject* const*>(at_params);
-  PyObject* names[1 + kMaxStates] = {};
-  for (Py_ssize_t i = 0; i < PyTuple_Size(all_names) && i <= kMaxStates; ++i) names[i] = PyTuple_GetItem(all_names, i);
+  PyObject* names[1 + wd::kMaxStates] = {};
+  for (Py_ssize_t i = 0; i < PyTuple_Size(all_names) && i <= wd::kMaxStates; ++i)
+    names[i] = PyTuple_GetItem(all_names, i);
   const auto* order = reinterpret_cast<const int64_t*>(at_order);
   const auto* expected = reinterpret_cast<const Expected*>(at_expected);
   const auto* dims = reinterpret_cast<const int64_t*>(at_dims);
-  auto* seen = reinterpret_cast<Seen*>(at_seen);
+  auto* seen = reinterpret_cast<wd::Seen*>(at_seen);
   auto* segments = reinterpret_cast<wd::Segment*>(at_segments);
   const auto* steps = reinterpret_cast<const float*>(at_steps);
   auto* active = reinterpret_cast<float*>(at_active);
@@ -183,8 +164,7 @@ PyObject* walk(PyObject*, PyObject* args) {
     if (i + kAhead < n && expected[i + kAhead].kind == wd::kOrdinary)
       fetch(params[i + kAhead], seen[i + kAhead]);
     else if (i + kAhead < n && expected[i + kAhead].kind == wd::kFlat)
-      wd::fetch_flat(params[i + kAhead], seen[i + kAhead].own, expected[i + kAhead],
-                     all_held + expected[i + kAhead].held);
+      wd::fetch_flat(params[i + kAhead], seen[i + kAhead], expected[i + kAhead], all_held + expected[i + kAhead].held);
     const Expected& e = expected[i];
     PyObject* const param = params[i];
     PyObject* const grad = wd::grad_of(param);
@@ -193,7 +173,7 @@ PyObject* walk(PyObject*, PyObject* args) {
     changed |= now != (active[i] != 0);
     active[i] = now ? 1 : 0;
     int fine = 1;
-    const bool counts = steps[i] >= 0 && steps[i] < 0x1p53f && steps[i] == std::floor(steps[i]);
+    const bool counts = steps[i] >= 0 && steps[i] < 0x1p53f && steps[i] == float(int64_t(steps[i]));
     if (now && e.kind == wd::kFlat) {
       fine = counts ? wd::check_flat(grad, seen[i].own, reinterpret_cast<PyObject*>(e.view), names, e, dims,
                                      all_held + e.held, segments[e.segment])

@@ -24,6 +24,31 @@ struct Lie {
 };
 static_assert(sizeof(Lie) == 5 * sizeof(int64_t), "table.py writes 5 words a segment");
 
+constexpr int kMaxStates = 3;
+constexpr int kNoted = kState + kMaxStates;  // parameter, gradient, states
+
+// Notes about one parameter, in memory of the table. `near` are addresses inside torch's tensor objects (DLPack lends
+// the shape from there), `storages` those of its storage objects, which table.py writes. Both are prefetched and never
+// read, so an old one is none the worse: between two steps the model's own work has pushed these objects out of the
+// caches, and fetching them one by one costs more than the rest of the walk.
+struct Seen {
+  PyObject* grad;
+  void* grad_address;
+  PyObject* own;  // the parameter's state dictionary, borrowed within one walk
+  const void* near[kNoted];
+  const void* states[kMaxStates];
+  const void* storages[kNoted];
+};
+static_assert(sizeof(Seen) == 16 * sizeof(int64_t), "table.py gives 16 words a parameter");
+
+// The objects of torch's behind one tensor, wherever they begin in a line of the cache. Inlined by force: to the
+// compiler a function that only prefetches has no effect, and it drops the calls.
+__attribute__((always_inline)) inline void fetch(const void* near, const void* storage) {
+  constexpr int of_tensor[] = {-64, 0, 64, 104}, of_storage[] = {0, 48};
+  for (const int at : of_tensor) __builtin_prefetch(static_cast<const char*>(near) + at);
+  for (const int at : of_storage) __builtin_prefetch(static_cast<const char*>(storage) + at);
+}
+
 // assign.cpp
 PyObject* assign(PyObject* module, PyObject* args);
 

@@ -13,7 +13,6 @@ import torch
 from cases import (
     BODIES,
     DTYPES,
-    INTEGERS,
     PIECES,
     SMALL,
     Case,
@@ -443,7 +442,10 @@ def test_fake_tensors() -> None:
     for wrong, match in (
         (lambda: fake[2].__setitem__(1, mode.from_tensor(torch.zeros(3, 8))), r"exp_avgs\[1\] has shape \(3, 8\)"),
         (lambda: fake[2].__setitem__(1, mode.from_tensor(torch.zeros(3, 8).mT)), r"exp_avgs\[1\] has strides"),
-        (lambda: fake[1].__setitem__(2, mode.from_tensor(torch.zeros(9, 3, dtype=f16).long())), r"grads\[2\] has dtype"),
+        (
+            lambda: fake[1].__setitem__(2, mode.from_tensor(torch.zeros(9, 3, dtype=f16).long())),
+            r"grads\[2\] has dtype",
+        ),
         (lambda: fake[4].pop(), "max_exp_avg_sqs in adamw_ has 2 tensors: params has 3"),
         (lambda: fake[1].pop(), "grads in adamw_ has 2 tensors: params has 3"),
     ):
@@ -744,7 +746,10 @@ def test_lazy_bits_are_refused_where_they_are_written(walk: str) -> None:
         (f32, lambda t: torch.complex(t, t).conj().imag, ()),
         (f32, lambda t: torch.complex(t, t).conj().imag, (4,)),
     ):
-        for role, match in ((0, r"params\[1\] (is a lazily|of shape)"), (2, r"exp_avgs\[1\] (is a lazily|has strides)")):
+        for role, match in (
+            (0, r"params\[1\] (is a lazily|of shape)"),
+            (2, r"exp_avgs\[1\] (is a lazily|has strides)"),
+        ):
             roles = [[torch.rand(shape, dtype=dtype) for _ in range(3)] for _ in range(4)]
             roles[role][1] = made(roles[role][1])
             tensors = [t for own in roles for t in own]
@@ -755,9 +760,13 @@ def test_lazy_bits_are_refused_where_they_are_written(walk: str) -> None:
 def test_states_of_16_bit_parameters_have_32(dtype: torch.dtype, walk: str) -> None:
     roles = [[torch.rand(9).to(dtype) for _ in range(2)] for _ in range(4)]
     tensors = [t for own in roles for t in own]
-    refused(lambda: functional.adamw_(*roles, step=1), TypeError, r"exp_avgs\[0\] has dtype .* needs torch.float32", tensors)
+    refused(
+        lambda: functional.adamw_(*roles, step=1), TypeError, r"exp_avgs\[0\] has dtype .* needs torch.float32", tensors
+    )
     roles[2] = [t.float() for t in roles[2]]
-    refused(lambda: functional.adamw_(*roles, step=1), TypeError, r"exp_avg_sqs\[0\] has dtype .*params\[0\] needs", tensors)
+    refused(
+        lambda: functional.adamw_(*roles, step=1), TypeError, r"exp_avg_sqs\[0\] has dtype .*params\[0\] needs", tensors
+    )
 
 
 NUMBERS: list[tuple[str, str, Any, Any, str]] = [
@@ -855,7 +864,11 @@ def test_states_that_are_missing_or_too_many() -> None:
     own = good("sgdw")
     tensors = [t for role in own.values() for t in role]
     for changed, momentum, match in (
-        ({"momentum_buffers": []}, 0.9, r"momentum_buffers in sgdw_ has 0 tensors, and momentum is not 0: .* 5 tensors"),
+        (
+            {"momentum_buffers": []},
+            0.9,
+            r"momentum_buffers in sgdw_ has 0 tensors, and momentum is not 0: .* 5 tensors",
+        ),
         ({}, 0.0, r"momentum_buffers in sgdw_ has 5 tensors, and momentum is 0.*: allowed are an empty list"),
         ({"momentum_buffers": None}, 0.9, "momentum_buffers in sgdw_ is a NoneType: expected a list"),
         ({"params": own["params"][0]}, 0.9, "params in sgdw_ is a Tensor: expected a list"),
@@ -894,7 +907,9 @@ def test_flat_errors() -> None:
                 refused(lambda: FLAT[rule](*own, **settings), error, match, tensors)  # noqa: B023
         own = [*buffers.values()]
         own[2] = own[0]
-        refused(lambda: FLAT[rule](*own, **settings), ValueError, rf"param and {names[2]} overlap|{names[2]} and param", own)  # noqa: B023
+        refused(
+            lambda: FLAT[rule](*own, **settings), ValueError, rf"param and {names[2]} overlap|{names[2]} and param", own
+        )  # noqa: B023
         own = [*buffers.values()]
         with pytest.raises(ValueError, match=r"step in .*_flat_ is .* of shape \(2,\)"):
             FLAT[rule](*own, **{**settings, "step": torch.tensor([1, 2])})

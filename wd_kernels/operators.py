@@ -216,7 +216,9 @@ def _fake(operator: Operator, *arguments: Any) -> None:
     _check_lengths(operator, roles, len(roles) - 2 - (not roles[-1]))
     devices = dict.fromkeys(t.device for t in roles[0])
     if len(devices) > 1 and torch.device("meta") in devices:
-        raise ValueError(f"{operator.roles[0]} in {operator.name} are on {[*map(str, devices)]}: on meta are all or none")
+        raise ValueError(
+            f"{operator.roles[0]} in {operator.name} are on {[*map(str, devices)]}: on meta are all or none"
+        )
     roles = [own for own in roles if own]
     if operator.flat:
         _check_flat(operator, roles)

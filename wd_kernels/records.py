@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["WORDS", "Chunk", "Expected", "Kind", "Lie", "Moving", "Place", "Segment"]
+__all__ = ["WORDS", "Chunk", "Expected", "Kind", "Lie", "Moving", "Place", "Seen", "Segment"]
 
 WORDS = 12  # of a Segment
 
@@ -39,6 +39,12 @@ class Expected:
     PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, DEVICE, ALIGNED, GROUP, STATES = 5, 6, 7, 8, 9, 10, 11
     FLAT_GRAD, HELD, VIEW = 12, 13, 14
     WORDS = 15
+
+
+class Seen:
+    """Walk's notes about one parameter: its own, then where torch's storage objects lie, to be fetched ahead."""
+
+    STORAGES, WORDS = 11, 16
 
 
 class Kind:

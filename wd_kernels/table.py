@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, flat, walking
-from .checks import Extent, check_disjoint, label
+from . import backends, flat, mending, walking
 from .flat_states import FlatStates
 from .mirror import Mirror
-from .records import WORDS, Expected, Kind, Lie, Segment
+from .records import WORDS, Expected, Kind, Lie, Seen, Segment
 from .rules import Hyper, Rule
-from .slots import Bucket, Finding, Slot, Spec, inspect
+from .slots import Bucket, Slot, Spec
 
 __all__ = ["TensorTable"]
 
@@ -99,7 +98,7 @@ class TensorTable:
             odd, changed, self.keep = found
             if odd:
                 with torch.inference_mode(False), torch.no_grad():
-                    self._mend(odd)
+                    mending.mend(self, odd)
             if odd or changed:
                 self.stepped = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
             keys = walking.assign(self)
@@ -153,6 +152,13 @@ class TensorTable:
         assert grad is not None
         return theta, grad, tuple(own[name] for name in names), int(self.words[slot.segment * WORDS + Segment.ROW])
 
+    def span(self, bucket: Bucket) -> tuple[int, int]:
+        """(first, count) of the runs of a bucket in this step."""
+        if self.lies is None:
+            return bucket.first, len(bucket.slots)
+        first, end = self.run_firsts[bucket.index : bucket.index + 2].tolist()
+        return first, end - first
+
     # Building ---------------------------------------------------------------------------------------------------------
 
     def _start(self, needs: list[tuple[str, ...]]) -> None:
@@ -182,7 +188,8 @@ class TensorTable:
         self.steps = torch.zeros(n, dtype=torch.float32, device=CPU)
         self.active = torch.zeros(n, dtype=torch.float32, device=CPU)
         self.fresh = torch.zeros(n, dtype=torch.uint8, device=CPU)
-        self.seen = torch.zeros(n, WORDS, dtype=torch.int64, device=CPU)  # walk's own notes
+        self.seen = torch.zeros(n, Seen.WORDS, dtype=torch.int64, device=CPU)  # walk's own notes
+        self.notes = (ctypes.c_int64 * self.seen.numel()).from_address(self.seen.data_ptr())
         if any(type(t) is not Tensor for t in (self.control, self.segments)):
             raise RuntimeError(
                 f"the table's tensors would be {type(self.segments).__name__}s: a step reads memory and cannot run "
@@ -192,15 +199,15 @@ class TensorTable:
         self.gapped: list[int] = []
         self.buckets = []
         self.names = ("step", *max(needs, key=len, default=()))
-        self._note_order()
-        self._publish()
+        self.note_order()
+        self.publish()
 
-    def _note_order(self) -> None:
+    def note_order(self) -> None:
         """Which parameter each entry of the state belongs to, in order: walk then needs no hash of a tensor."""
         self.order_of = [self.index.get(id(key), -1) for key in self.state]
         self.order = torch.tensor(self.order_of, dtype=torch.int64, device=CPU)
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Hands the expectations to walk, as memory."""
         at = 0
         flat: list[int] = []
@@ -225,156 +232,3 @@ class TensorTable:
             self.room_for_runs, self.run_firsts = self.segments, self.firsts
         self.room_for_capacities = self.capacities
         self.words = (ctypes.c_int64 * self.segments.numel()).from_address(self.segments.data_ptr())
-
-    # Inspecting what differs ------------------------------------------------------------------------------------------
-
-    def _mend(self, odd: Sequence[int]) -> None:
-        """Inspects the given parameters anew: all checks and allocations first, then the writes."""
-        found = {i: self._inspect(i) for i in odd}
-        if any(self._moved(i, f) for i, f in found.items()):
-            self._check_overlaps(found)
-        for spec in {f.slot.spec for f in found.values()}:
-            self.resolve(spec)
-        views = {  # step counts that are not yet the table's own
-            i: self.steps[i]
-            for i, f in found.items()
-            if self.views[i] is None or f.own.get("step") is not self.views[i]
-        }
-
-        relayout = False
-        for i, f in found.items():
-            old = self.slots[i]
-            numel = walking.numel(self.params[i])
-            relayout |= old is None or old.spec != f.slot.spec or self.expected_of[i][Expected.NUMEL] != numel
-            lie = self._lie(self.params[i], f)
-            relayout |= lie != self.lie_of[i]
-            self.lie_of[i] = lie
-            f.slot.segment = -1 if old is None else old.segment
-            self.slots[i] = f.slot
-            if i in views:
-                superseded = self.views[i]
-                if superseded is not None:  # whoever holds it keeps the count that it shows
-                    superseded.data = superseded.clone()
-                self.views[i], self.steps[i] = views[i], f.count
-                f.put = {"step": views[i], **f.put}
-            f.own.update(f.put)
-            if self.state.get(self.params[i]) is not f.own:
-                self.state[self.params[i]] = f.own
-            if f.fresh:
-                self.fresh[i] = 1
-                self.any_fresh = True
-        self._note_order()
-        if relayout:
-            self._lay_out()
-        before = [(self.expected_of[i], self.dims_of[i]) for i in odd]
-        for i, f in found.items():
-            dims_at = self.expected_of[i][Expected.DIMS]
-            self.expected_of[i] = walking.expect(self.params[i], f, self.views[i], self.places[i][0], dims_at)
-            self.dims_of[i] = (*self.params[i].shape, *self.params[i].stride())
-        after = [(self.expected_of[i], self.dims_of[i]) for i in odd]
-        if relayout or before != after or any(self.expected_of[i][Expected.KIND] == Kind.FLAT for i in odd):
-            self._hold()
-            self._publish()
-        for i, f in found.items():
-            self._write_segment(i, f)
-            self.keep.append(f.grad)
-        self.gapped = [i for i, slot in enumerate(self.slots) if slot and slot.param_copy is not None]
-
-    def _lie(self, p: Tensor, f: Finding) -> tuple[int, int, int, int]:
-        """Where a parameter lies in flat buffers: Lie's first words. A complex element counts as two."""
-        if f.place is None:
-            return Lie.NOWHERE
-        buffer, offset = f.place.buffer, f.place.offset
-        bases = [base for base in (buffer.data, buffer.grad, *f.bases) if base is not None]
-        key = (buffer, buffer.grad_address, *(base.data_ptr() for base in f.bases))
-        number = self.numbers.setdefault(key, len(self.numbers) + 1)
-        self.buffers_of[number] = [weakref.ref(base) for base in bases]
-        end = offset + flat.padded(f.place.numel)
-        scale = 2 if p.is_complex() else 1
-        grad = buffer.grad_address and buffer.grad_address + offset * p.itemsize
-        return number, scale * offset, scale * end, grad
-
-    def _hold(self) -> None:
-        """Holds the tensors of flat parameters, which walk compares through handles."""
-        assert self.needs is not None
-        tensors: list[Tensor] = []
-        for i, expected in enumerate(self.expected_of):
-            p = self.params[i]
-            if expected[Expected.KIND] != Kind.FLAT:
-                continue
-            if p.grad is None:  # not in this step; walk says when it is back
-                expected[Expected.KIND] = Kind.ORDINARY
-                continue
-            expected[Expected.HELD] = len(tensors)
-            tensors += (p, p.grad, *(self.state[p][name] for name in self.needs[self.places[i][0]]))
-        self.held = walking.held(tensors)
-
-    def span(self, bucket: Bucket) -> tuple[int, int]:
-        """(first, count) of the runs of a bucket in this step."""
-        if self.lies is None:
-            return bucket.first, len(bucket.slots)
-        first, end = self.run_firsts[bucket.index : bucket.index + 2].tolist()
-        return first, end - first
-
-    def _inspect(self, i: int) -> Finding:
-        p, (g, k) = self.params[i], self.places[i]
-        assert self.needs is not None
-        what = label(self.groups[g], g, k)
-        countless = self.rule.name == "sgdw"
-        return inspect(p, self.state.get(p), self.needs[g], what, self.slots[i], countless, self.flat_states)
-
-    def _moved(self, i: int, f: Finding) -> bool:
-        """Does a tensor that is written lie elsewhere than before?"""
-        slot = self.slots[i]
-        if slot is None or slot.spec != f.slot.spec or slot.place != f.slot.place:
-            return True
-        at = slot.segment * WORDS + Segment.STATE
-        return self.words[at : at + len(f.states)] != [t.data_ptr() for t in f.states]
-
-    def _check_overlaps(self, found: dict[int, Finding]) -> None:
-        extents = []
-        assert self.needs is not None
-        for i, (p, (g, k)) in enumerate(zip(self.params, self.places, strict=True)):
-            if i not in found and self.slots[i] is None:
-                continue
-            what = label(self.groups[g], g, k)
-            own = self.state.get(p, {})
-            states = found[i].states if i in found else [own.get(name) for name in self.needs[g]]
-            extents.append(Extent(p.detach(), what))
-            extents += [Extent(s, f"a state of {what}") for s in states if isinstance(s, Tensor)]
-        check_disjoint(extents)
-
-    # Layout -----------------------------------------------------------------------------------------------------------
-
-    def _lay_out(self) -> None:
-        """Sorts the segments by bucket, keeping the records of those that were there."""
-        by_spec: dict[Spec, list[int]] = {}
-        for i, slot in enumerate(self.slots):
-            if slot is not None:
-                by_spec.setdefault(slot.spec, []).append(i)
-        self.buckets = []
-        order: list[int] = []
-        for spec, members in by_spec.items():
-            members.sort(key=lambda i: self.lie_of[i][:2])  # neighbours in a flat buffer are neighbours here
-            self.buckets.append(Bucket(spec, self.resolve(spec), len(self.buckets), len(order), members))
-            order += members
-        self.mirrors = {device: m for device, m in self.mirrors.items() if any(s.device == device for s in by_spec)}
-        order += [i for i, slot in enumerate(self.slots) if slot is None]
-        old = self.segments
-        self.segments = torch.zeros_like(old)
-        for segment, i in enumerate(order):
-            slot = self.slots[i]
-            if slot is not None:
-                if slot.segment >= 0:
-                    self.segments[segment] = old[slot.segment]
-                slot.segment = segment
-            kind, _, *rest = self.expected_of[i]
-            self.expected_of[i] = [kind, segment, *rest]
-
-    def _write_segment(self, i: int, f: Finding) -> None:
-        at = f.slot.segment * WORDS
-        addresses = [t.data_ptr() for t in (f.theta, f.grad, *f.states)]
-        for role, address in enumerate(addresses):
-            self.words[at + role] = address
-        self.words[at + Segment.NUMEL] = self.expected_of[i][Expected.NUMEL]
-        self.words[at + Segment.ALIGNED] = int(all(address % 16 == 0 for address in addresses))
