@@ -33,10 +33,13 @@ int32_t dtype_of(AtenTensorHandle tensor) {
 }
 
 // Read through the handle, so whatever was done to the tensor shows.
-bool is_as_held(const Held& held, const void* address, const Expected& e, const int64_t* dims) {
-  AtenTensorHandle const tensor = held.handle;
+bool lies_at(const Held& held, const void* address) {
   void* now = nullptr;
-  if (aoti_torch_get_data_ptr(tensor, &now) != AOTI_TORCH_SUCCESS || now != address) return false;
+  return aoti_torch_get_data_ptr(held.handle, &now) == AOTI_TORCH_SUCCESS && now == address;
+}
+
+bool is_as_held(const Held& held, const Expected& e, const int64_t* dims) {
+  AtenTensorHandle const tensor = held.handle;
   int64_t ndim = 0, *shape = nullptr, *strides = nullptr;
   if (dtype_of(tensor) != held.dtype) return false;
   if (aoti_torch_get_dim(tensor, &ndim) != AOTI_TORCH_SUCCESS || ndim != e.ndim) return false;
@@ -74,7 +77,9 @@ int check_flat(PyObject* grad, PyObject* own, PyObject* view, PyObject* const* n
   }
   void* const address = reinterpret_cast<void*>(e.flat_grad);
   for (int64_t role = 0; role < kState + e.states; ++role)
-    if (!is_as_held(held[role], role == kGrad ? address : segment.address[role], e, dims)) return 0;
+    if (!lies_at(held[role], role == kGrad ? address : segment.address[role])) return 0;
+  // A state is the table's own in all but name: the same object at the same address holds what it held.
+  if (!is_as_held(held[kParam], e, dims) || !is_as_held(held[kGrad], e, dims)) return 0;
   segment.address[kGrad] = address;
   segment.numel = e.numel;
   segment.aligned = e.aligned;
