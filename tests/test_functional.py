@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -439,22 +440,22 @@ def test_fake_tensors() -> None:
         FLAT["adamw"](*[role[0].view(-1) for role in fake], step=1)
         LISTS["adamw"](*fake, step=torch.tensor([1, 2, 3]), weight_decay=0.1)
     LISTS["adamw"](*fake, step=1, weight_decay=0.1)  # outside of their mode too
+
+    def put(role: int, index: int, value: Tensor) -> Callable[[list[list[Any]]], Any]:
+        return lambda roles: roles[role].__setitem__(index, mode.from_tensor(value))
+
     for wrong, match in (
-        (lambda: fake[2].__setitem__(1, mode.from_tensor(torch.zeros(3, 8))), r"exp_avgs\[1\] has shape \(3, 8\)"),
-        (lambda: fake[2].__setitem__(1, mode.from_tensor(torch.zeros(3, 8).mT)), r"exp_avgs\[1\] has strides"),
-        (
-            lambda: fake[1].__setitem__(2, mode.from_tensor(torch.zeros(9, 3, dtype=f16).long())),
-            r"grads\[2\] has dtype",
-        ),
-        (lambda: fake[4].pop(), "max_exp_avg_sqs in adamw_ has 2 tensors: params has 3"),
-        (lambda: fake[1].pop(), "grads in adamw_ has 2 tensors: params has 3"),
+        (put(2, 1, torch.zeros(3, 8)), r"exp_avgs\[1\] has shape \(3, 8\)"),
+        (put(2, 1, torch.zeros(3, 8).mT), r"exp_avgs\[1\] has strides"),
+        (put(1, 2, torch.zeros(9, 3).long()), r"grads\[2\] has dtype"),
+        (lambda roles: roles[4].pop(), "max_exp_avg_sqs in adamw_ has 2 tensors: params has 3"),
+        (lambda roles: roles[1].pop(), "grads in adamw_ has 2 tensors: params has 3"),
     ):
-        kept = [list(role) for role in fake]
-        wrong()
+        roles = [list(role) for role in fake]
+        wrong(roles)
         for inside in (True, False):
             with pytest.raises((ValueError, TypeError, RuntimeError), match=match), mode if inside else torch.no_grad():
-                LISTS["adamw"](*fake, step=1)
-        fake = kept
+                LISTS["adamw"](*roles, step=1)
     with mode, pytest.raises(ValueError, match="exp_avg in adamw_flat_ has shape"):
         FLAT["adamw"](fake[0][0].view(-1), fake[1][0].view(-1), fake[2][0], fake[3][0].view(-1), step=1)
     real = small(case)
@@ -683,34 +684,34 @@ BELONGING: dict[str, tuple[Callable[[list[list[Any]]], None], Any, str]] = {
     "sparse state": (put(2, lambda t: t.to_sparse()), RuntimeError, r"{2}\[3\] has layout torch.sparse_coo"),
     "integers": (put(0, lambda t: t.long()), TypeError, r"params\[3\] has dtype torch.int64: allowed are float64"),
     "first integers": (put(0, lambda t: t.int(), 0), TypeError, r"params\[0\] has dtype torch.int32"),
-    "state's shape": (put(2, lambda t: t.flatten()), ValueError, r"{2}\[3\] has shape \(30,\): params\[3\] needs \(6, 5\)"),
+    "state's shape": (put(2, lambda t: t.flatten()), ValueError, r"{2}\[3\] has shape \(30,\): params\[3\] needs"),
     "state's size": (put(-1, lambda t: t[:2]), ValueError, r"{-1}\[3\] has shape \(2, 5\): params\[3\] needs \(6, 5\)"),
     "no elements": (put(-1, lambda t: t[:0]), ValueError, r"{-1}\[3\] has shape \(0, 5\)"),
-    "state's dtype": (put(-1, lambda t: t.bfloat16()), TypeError, r"{-1}\[3\] has dtype torch.bfloat16: params\[3\] needs"),
-    "states' dtype": (put(2, lambda t: t.double(), 0), TypeError, r"{2}\[0\] has dtype torch.float64: params\[0\] needs"),
+    "state's dtype": (put(-1, lambda t: t.bfloat16()), TypeError, r"{-1}\[3\] has dtype torch.bfloat16: params\[3\]"),
+    "states' dtype": (put(2, lambda t: t.double(), 0), TypeError, r"{2}\[0\] has dtype torch.float64: params\[0\]"),
     "16-bit parameter": (put(0, lambda t: t.double()), TypeError, r"grads\[3\] has dtype torch.float32"),
     "state's strides": (put(2, lambda t: t.mT.contiguous().mT), ValueError, r"{2}\[3\] has strides \(1, 6\).*\(5, 1\)"),
-    "state with gaps": (put(-1, gaps), ValueError, r"{-1}\[3\] has strides \(10, 2\); allowed are those of params\[3\]"),
+    "state with gaps": (put(-1, gaps), ValueError, r"{-1}\[3\] has strides \(10, 2\); .* those of params\[3\]"),
     "expanded state": (put(-1, expanded), ValueError, r"{-1}\[3\] has strides \(0, 1\)"),
     "expanded": (put(0, expanded), ValueError, r"params\[3\] of shape \(6, 5\) and strides \(0, 1\) overlaps itself"),
     "gaps": (put(0, gaps), ValueError, r"params\[3\] of shape .* strides \(10, 2\): allowed are layouts without gaps"),
     "parameter on meta": (put(0, lambda t: t.to("meta")), ValueError, r"params\[3\] is on the meta device"),
     "gradient on meta": (put(1, lambda t: t.to("meta")), ValueError, r"grads\[3\] is on meta; allowed is .* cpu"),
     "state on meta": (put(-1, lambda t: t.to("meta")), ValueError, r"{-1}\[3\] has device meta: params\[3\] needs cpu"),
-    "subclass": (put(0, lambda t: t.as_subclass(Subclass)), TypeError, r"params\[3\] is a Subclass: subclasses that disp"),
+    "subclass": (put(0, lambda t: t.as_subclass(Subclass)), TypeError, r"params\[3\] is a Subclass: subclasses"),
     "subclass of a gradient": (put(1, lambda t: t.as_subclass(Subclass)), TypeError, r"grads\[3\] is a Subclass"),
     "subclass of a state": (put(2, lambda t: t.as_subclass(Subclass), 0), TypeError, r"{2}\[0\] is a Subclass"),
     "one parameter twice": (share(0, 3, 0, 1), ValueError, r"params\[[13]\] and params\[[13]\] overlap in memory"),
     "one state twice": (share(-1, 3, -1, 4), ValueError, r"{-1}\[[34]\] and {-1}\[[34]\] overlap in memory"),
-    "a state is the parameter": (share(2, 3, 0, 3), ValueError, r"params\[3\] and {2}\[3\] overlap|{2}\[3\] and params\[3\]"),
+    "a state is the parameter": (share(2, 3, 0, 3), ValueError, r"(params|{2})\[3\] and (params|{2})\[3\] overlap"),
     "a state of another role": (share(-1, 3, 2, 1), ValueError, r"overlap in memory"),
-    "the gradient is the parameter": (share(1, 2, 0, 2), ValueError, r"(params|grads)\[2\] and (params|grads)\[2\] overl"),
-    "the gradient is a state": (share(1, 2, -1, 0), ValueError, r"(grads\[2\] and {-1}\[0\]|{-1}\[0\] and grads\[2\]) overl"),
-    "an expanded gradient": (share(1, 2, 0, 0, expanded), ValueError, r"(params\[0\] and grads\[2\]|grads\[2\] and par)"),
+    "the gradient is the parameter": (share(1, 2, 0, 2), ValueError, r"(params|grads)\[2\] and (params|grads)\[2\] ov"),
+    "the gradient is a state": (share(1, 2, -1, 0), ValueError, r"(grads\[2\] and {-1}\[0\]|{-1}\[0\] and grads\[2\])"),
+    "an expanded gradient": (share(1, 2, 0, 0, expanded), ValueError, r"params\[0\] and grads\[2\]|grads\[2\] and par"),
     "last and first element": (neighbours(0, 0), ValueError, r"params\[3\] and params\[1\] overlap in memory"),
     "last and first of roles": (neighbours(-1, 0), ValueError, r"{-1}\[3\] and params\[1\] overlap in memory"),
     "gradient over a state": (neighbours(1, -1), ValueError, r"grads\[3\] and {-1}\[1\] overlap in memory"),
-    "lengths": (lambda roles: roles[1].pop(), ValueError, r"grads in {f} has 4 tensors: params has 5, and each needs one"),
+    "lengths": (lambda roles: roles[1].pop(), ValueError, r"grads in {f} has 4 tensors: params has 5, and each"),
     "more states": (lambda roles: roles[2].append(torch.zeros(2)), ValueError, r"{2} in {f} has 6 tensors"),
     "no parameters": (lambda roles: roles[0].clear(), ValueError, r"grads in {f} has 5 tensors: params has 0"),
 }  # fmt: skip
@@ -904,12 +905,11 @@ def test_flat_errors() -> None:
                 own = list(buffers.values())
                 own[k] = change(own[k])
                 tensors = [*buffers.values(), *own]
-                refused(lambda: FLAT[rule](*own, **settings), error, match, tensors)  # noqa: B023
+                refused(partial(FLAT[rule], *own, **settings), error, match, tensors)
         own = [*buffers.values()]
         own[2] = own[0]
-        refused(
-            lambda: FLAT[rule](*own, **settings), ValueError, rf"param and {names[2]} overlap|{names[2]} and param", own
-        )  # noqa: B023
+        match = rf"param and {names[2]} overlap|{names[2]} and param"
+        refused(partial(FLAT[rule], *own, **settings), ValueError, match, own)
         own = [*buffers.values()]
         with pytest.raises(ValueError, match=r"step in .*_flat_ is .* of shape \(2,\)"):
             FLAT[rule](*own, **{**settings, "step": torch.tensor([1, 2])})

@@ -205,7 +205,7 @@ def _real(operator: Operator, *arguments: Any) -> None:
 
 
 def _fake(operator: Operator, *arguments: Any) -> None:
-    """The checks that need no values. Scalars are CPU tensors even here: on a meta tensor, no other would be stepped."""
+    """The checks that need no values. Scalars are CPU tensors even here: one on meta would step nothing later."""
     roles, numbers, _ = _split(operator, arguments)
     for name, value in zip(operator.numbers, numbers, strict=True):
         if isinstance(value, Tensor) and (value.device.type != "cpu" or (name != "step" and value.numel() != 1)):
