@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 # A stamp, not the extension itself: without a compiler the package is there without it.
 NATIVE  := $(VENV)/built
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
-CPP     := $(SOURCES)
+CPP     := $(SOURCES) bench/stream.cpp
 
 # The oldest Triton that is supported, beside the newest one of requirements-dev.txt: code generation is tested with both.
 OLDEST_TRITON := triton==3.6.0

@@ -13,7 +13,19 @@ from peers import FLAT, FUSED, OURS
 import wd_kernels
 from wd_kernels.storage import state_dtype
 
-__all__ = ["BARE_LOOP", "CASES", "CEILING", "DEEPSPEED", "FLAT", "REFERENCE", "SWEEPS", "TIMED", "Case", "free_memory"]
+__all__ = [
+    "BARE_LOOP",
+    "CASES",
+    "CEILING",
+    "DEEPSPEED",
+    "FLAT",
+    "LEAD",
+    "REFERENCE",
+    "SWEEPS",
+    "TIMED",
+    "Case",
+    "free_memory",
+]
 
 REFERENCE, BARE_LOOP, CEILING = f"{OURS} reference", "bare loop", "ceiling"
 #: The same optimizer, its launches timed from within.
@@ -25,6 +37,8 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     "elements": (OURS, TIMED[OURS], FUSED, DEEPSPEED, BARE_LOOP),
     "groups": (OURS, TIMED[OURS], FLAT, TIMED[FLAT], FUSED, DEEPSPEED),
 }
+#: The cases that the README begins with: large tensors, middling, small.
+LEAD = ("300x100000-float32-kept", "2000x4096-float32-kept", "1000x1000-float32-kept")
 SLOWLY = 100_000  # elements of the largest case that the reference steps
 _KIBI = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20}
 _PATTERN = re.compile(

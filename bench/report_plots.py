@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpu_cases import BARE_LOOP, CEILING, DEEPSPEED, FLAT, REFERENCE, TIMED
+from cpu_cases import BARE_LOOP, CEILING, DEEPSPEED, FLAT, LEAD, REFERENCE, TIMED
 from peers import FOREACH, FUSED, OURS
-from report_figures import Cases, Result, points, results, share
+from report_figures import Cases, Result, is_peer, points, results, share
 from report_tables import heading, rule_name, size
 
 __all__ = ["plot"]
@@ -46,7 +46,7 @@ def plot(report: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     paths = []
     with plt.rc_context({"font.size": 9, "axes.titlelocation": "left", "axes.titlesize": 10}):
         plt.rc("axes.spines", top=False, right=False)
-        for name, draw in (("peers", peers), ("roofline", roofline), ("scaling", scaling)):
+        for name, draw in (("lead", lead), ("peers", peers), ("roofline", roofline), ("scaling", scaling)):
             figure = draw(plt, cases)
             if figure is None:
                 continue
@@ -55,6 +55,36 @@ def plot(report: dict[str, Any], folder: Path, stem: str) -> list[Path]:
             figure.savefig(paths[-1], dpi=110, metadata={"Software": None})
             plt.close(figure)
     return paths
+
+
+def lead(plt: Any, cases: Cases) -> Any:
+    """What stands first in the README: a bar for every optimizer, with the time of its step, in a few cases."""
+    chosen = {name: them for name in LEAD if OURS in (them := _only(cases.get(name, {})))}
+    if not chosen:
+        return None
+    most = max(map(len, chosen.values()))
+    figure, axes = plt.subplots(
+        1, len(chosen), figsize=(4.6 * len(chosen), 1.2 + 0.27 * most), layout="constrained", squeeze=False
+    )
+    for axis, them in zip(axes[0], chosen.values(), strict=True):
+        order = sorted(them.values(), key=lambda r: r.median)
+        values = [r.median * 1e3 for r in order]
+        bars = axis.barh([r.contender for r in order], values, color=[_color(r.contender) for r in order], height=0.72)
+        axis.bar_label(bars, [f"{v:.3g}" for v in values], padding=3)
+        for label, r in zip(axis.get_yticklabels(), order, strict=True):
+            label.set_fontweight("bold" if r.contender in (OURS, FLAT) else "normal")
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.12 * max(values))
+        axis.set_title(f"{size(order[0].info)}, {order[0].info['dtype']}".replace(" x ", " × "))
+        axis.tick_params(axis="y", length=0)
+        axis.spines["left"].set_visible(False)
+    figure.supxlabel("ms, one step of AdamW: shorter is better", size=9)
+    return figure
+
+
+def _only(them: dict[tuple[str, int], Result]) -> dict[str, Result]:
+    """Ours and the peers of a case of one group."""
+    return {name: r for (name, groups), r in them.items() if groups == 1 and (is_peer(name) or name in (OURS, FLAT))}
 
 
 def rows(cases: Cases) -> dict[str, dict[str, Result]]:

@@ -1,4 +1,4 @@
-"""The README's section on performance, made of a report: between two markers, so that no figure is typed by hand."""
+"""The README's first plot and its section on performance, made of a report: no figure is typed by hand."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import gpu_report
-from cpu_cases import CEILING, FLAT
+from cpu_cases import CEILING, FLAT, LEAD
 from peers import FUSED, OURS
 from report_figures import Cases, behind, gpu_stem_of, group_costs, host_times, is_peer, line, points, results, share
 from report_tables import percent, rule_name, size
 
-__all__ = ["BEGIN", "END", "rewritten", "section"]
+__all__ = ["MARKERS", "rewritten", "section"]
 
-BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+#: Where each part begins and ends.
+MARKERS = {part: (f"<!-- {part}:begin -->", f"<!-- {part}:end -->") for part in ("plot", "performance")}
 IN_CACHE = 1000  # tensors; the objects of ten times as many are larger than a core's caches
 HEADER = (
     "tensors × elements", "rule", "dtype", "gradients", "ours, ms", "flat, ms", "torch fused, ms",
@@ -23,15 +24,20 @@ HEADER = (
 
 
 def rewritten(text: str, report: dict[str, Any], gpu: dict[str, Any] | None, stem: str) -> str:
-    """A text with its section made anew.
+    """A text with its plot and its section made anew.
 
     Raises:
         ValueError: the markers are not there, each once and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected {BEGIN} and {END} once each, in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{section(report, gpu, stem)}\n{END}{rest.split(END)[1]}"
+    drawn = set(LEAD) & set(results(report))
+    plot = f"![Time of a step, ours and others'](bench/results/{stem}-lead.png)" if drawn else ""
+    for part, content in (("plot", plot), ("performance", section(report, gpu, stem))):
+        begin, end = MARKERS[part]
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(f"expected {begin} and {end} once each, in this order")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def section(report: dict[str, Any], gpu: dict[str, Any] | None, stem: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import report as program
 import report_figures as figures
 import report_readme
 import report_tables as tables
+from cpu_cases import LEAD
 
 ROOT = Path(__file__).parent.parent
 TIMED, FLAT_TIMED = "wd_kernels, launches timed", "wd_kernels flat, launches timed"
@@ -233,7 +235,7 @@ def test_a_gpu_report_is_kept_and_joins_the_section(report, tmp_path, capsys):
     for name, content in (("bench.json", report), ("gpu.json", gpu)):
         (tmp_path / name).write_text(json.dumps(content))
     readme, folder = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"{report_readme.BEGIN}\n{report_readme.END}\n")
+    readme.write_text("\n".join(itertools.chain(*report_readme.MARKERS.values())))
     arguments = [str(tmp_path / "bench.json"), "--gpu", str(tmp_path / "gpu.json")]
     assert program.main([*arguments, "--save", str(folder), "--readme", str(readme)]) == 0
     assert "1e9 elements, float32" in capsys.readouterr().out
@@ -249,13 +251,16 @@ def test_a_gpu_report_is_kept_and_joins_the_section(report, tmp_path, capsys):
 
 
 def test_the_section_is_rewritten_between_its_markers_only(report):
-    text = f"before\n{report_readme.BEGIN}\nold\n{report_readme.END}\nafter\n"
+    (plot, plotted), (begin, end) = report_readme.MARKERS.values()
+    text = f"before\n{plot}\n{plotted}\nbetween\n{begin}\nold\n{end}\nafter\n"
     once = report_readme.rewritten(text, report, None, "stem")
-    assert once.startswith(f"before\n{report_readme.BEGIN}\nWhole `opt.step()`")
-    assert once.endswith(f"{report_readme.END}\nafter\n")
+    assert once.startswith(f"before\n{plot}\n\n{plotted}\nbetween\n{begin}\nWhole `opt.step()`")
+    assert once.endswith(f"{end}\nafter\n")
     assert "old" not in once
     assert report_readme.rewritten(once, report, None, "stem") == once
-    for broken in ("nothing", f"{report_readme.END} {report_readme.BEGIN}", text + text):
+    drawn = json.loads(json.dumps(report).replace('"some"', f'"{LEAD[0]}"'))
+    assert "](bench/results/stem-lead.png)\n" in report_readme.rewritten(once, drawn, None, "stem")
+    for broken in ("nothing", f"{plot} {plotted} {end} {begin}", f"{plotted} {plot} {begin} {end}", text + text):
         with pytest.raises(ValueError, match="once each"):
             report_readme.rewritten(broken, report, None, "stem")
 
