@@ -666,10 +666,10 @@ class FlatLife(test_properties.Life):
         """Parameters, gradients or states of two that are alike trade their memory."""
         i, j = self.pick(), self.pick()
         what = self.data.draw(st.sampled_from(("data", "grad", "grad data", "states")))
-        for k, opt in enumerate(self.opts):
-            a, b = self.each(i)[k], self.each(j)[k]
-            if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
-                return
+        pairs = list(zip(self.each(i), self.each(j), strict=True))
+        if any((a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()) for a, b in pairs):
+            return
+        for opt, (a, b) in zip(self.opts, pairs, strict=True):
             if what == "data":
                 a.data, b.data = b.data, a.data
             elif what == "grad":
