@@ -189,12 +189,12 @@ class TensorTable:
         self.active = torch.zeros(n, dtype=torch.float32, device=CPU)
         self.fresh = torch.zeros(n, dtype=torch.uint8, device=CPU)
         self.seen = torch.zeros(n, Seen.WORDS, dtype=torch.int64, device=CPU)  # walk's own notes
-        self.notes = (ctypes.c_int64 * self.seen.numel()).from_address(self.seen.data_ptr())
         if any(type(t) is not Tensor for t in (self.control, self.segments)):
             raise RuntimeError(
                 f"the table's tensors would be {type(self.segments).__name__}s: a step reads memory and cannot run "
                 "under FakeTensorMode or another tensor mode, nor with an optimizer made under one"
             )
+        self.notes = (ctypes.c_int64 * self.seen.numel()).from_address(self.seen.data_ptr())
         self.any_fresh = False
         self.gapped: list[int] = []
         self.buckets = []
