@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +378,16 @@ def test_long_steps_have_fewer_rounds():
     assert turns.plan(0.01, 1.0) == (15, 7)
     assert turns.plan(0.2, 1.0) == (5, 1)
     assert turns.plan(9.0, 1.0) == (turns.LEAST_ROUNDS, 1)
+
+
+def test_a_first_step_that_is_slow_does_not_make_turns_short(monkeypatch):
+    """Making the others may have put a contender's table out of date: one slow step, and no more."""
+    durations = itertools.chain([0.05], itertools.repeat(1e-5))
+    one = contenders.Contender("one", 1, 28, lambda: None, lambda: time.sleep(next(durations)))
+    monkeypatch.setattr(turns, "build", lambda *args: ([one], {}))
+    (measured,), _ = turns.measure(cpu_cases.Case(1, 8), {}, [("one", 1)], 0.02)
+    assert len(measured.seconds) == turns.ROUNDS
+    assert measured.steps > 1
 
 
 def test_a_case_that_memory_does_not_hold_is_left_out(monkeypatch):
