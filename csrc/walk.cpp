@@ -13,7 +13,7 @@ using wd::Expected;
 
 PyObject* kw_params = nullptr;
 
-constexpr Py_ssize_t kAhead = 8;
+constexpr Py_ssize_t kAhead = 12;
 
 __attribute__((always_inline)) inline void fetch(PyObject* param, const wd::Seen& seen) {
   __builtin_prefetch(param);
