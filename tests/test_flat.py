@@ -102,7 +102,7 @@ def count_runs(opt: Any) -> int:
 
 def attached(p: Tensor) -> bool:
     place = place_of(p)
-    return place is not None and p.grad is not None and flat._attached(p)
+    return place is not None and p.grad is not None and flat.attached(p)
 
 
 # The bits -------------------------------------------------------------------------------------------------------------
@@ -539,9 +539,9 @@ def test_memory_that_is_no_longer_the_buffers(walk: str, monkeypatch: pytest.Mon
         checked_step(opt)
         assert count_runs(opt) == 1
     assert len(taken) == 5
-    buffer = place_of(params[0]).buffer  # type: ignore[union-attr]
+    buffer = place_of(params[0]).buffer
     for p in params:  # all moves away, the buffers go
-        p.data, p.grad.data = p.data.clone(), p.grad.data.clone()  # type: ignore[union-attr]
+        p.data, p.grad.data = p.data.clone(), p.grad.data.clone()
     assert buffer.data is None
     memory.view(torch.float32)[:320].view(10, 32)[:, 20:] = torch.nan
     canaries = memory.clone()

@@ -8,7 +8,8 @@
 
 from . import functional
 from .backends import FallbackWarning
-from .flat import FlatBuffer, flatten_, unflatten_
+from .flat import FlatBuffer
+from .flatten import flatten_, unflatten_
 from .optim import SGDW, AdamW
 from .version import __version__
 

@@ -5,7 +5,7 @@ it uses (csrc/table.h has the record). A bucket is the segments that one launch 
 for every role. Tensors lie where torch put them; only the table knows that they are flat.
 
 Nothing is cached unchecked. Each step compares the live groups, parameters, gradients and states with what the table
-was built from (`walking`); only what differs is inspected again (`slots`), and nothing of the optimizer is written
+was built from (`walking`); only what differs is inspected again (`mending`), and nothing of the optimizer is written
 before all of it has passed.
 """
 
