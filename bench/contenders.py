@@ -17,7 +17,7 @@ import torch
 from byte_model import float32_states, our_states, own_dtype_states
 from ceiling import stream
 from cpu_cases import BARE_LOOP, CEILING, FLAT, REFERENCE, TIMED, Case
-from peers import LR, OURS, Peer, first_line
+from peers import OURS, Peer, change_lr, first_line
 from torch import Tensor
 
 import wd_kernels
@@ -101,12 +101,7 @@ class Tensors:
                 for p, grad in zip(self.params, [slope.clone() for slope in self.slopes], strict=True):
                     p.grad = grad
             if case.lr == "changing":
-                for g, group in enumerate(optimizer.param_groups):
-                    lr = LR * (1 + g / 1000) / (1 + steps / 1000)
-                    if isinstance(group["lr"], Tensor):
-                        group["lr"].fill_(lr)
-                    else:
-                        group["lr"] = lr
+                change_lr(optimizer, steps)
 
         return prepare
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from gpu_cases import Case
-from peers import FLAT, LR, OURS, Peer, first_line
+from peers import FLAT, LR, OURS, Peer, change_lr, first_line
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -162,12 +162,7 @@ def _between(case: Case, tensors: Tensors, optimizer: torch.optim.Optimizer) -> 
         if case.gradients == "new":
             tensors.renew()
         if case.groups > 1:
-            for g, group in enumerate(optimizer.param_groups):
-                lr = LR * (1 + g / 1000) / (1 + steps / 1000)
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(lr)
-                else:
-                    group["lr"] = lr
+            change_lr(optimizer, steps)
 
     return prepare
 

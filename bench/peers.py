@@ -25,7 +25,20 @@ from byte_model import (
     own_dtype_states,
 )
 
-__all__ = ["FLAT", "FOREACH", "FUSED", "LR", "OURS", "PEERS", "Peer", "always_there", "first_line", "load", "on"]
+__all__ = [
+    "FLAT",
+    "FOREACH",
+    "FUSED",
+    "LR",
+    "OURS",
+    "PEERS",
+    "Peer",
+    "always_there",
+    "change_lr",
+    "first_line",
+    "load",
+    "on",
+]
 
 OURS, FUSED, FOREACH = "wd_kernels", "torch fused", "torch foreach"
 FLAT = f"{OURS} flat"  # on flat parameters
@@ -112,6 +125,16 @@ def on(device: str) -> list[Peer]:
 def always_there() -> list[Peer]:
     """Those that are installed wherever this package is."""
     return [peer for peer in on("cuda") if peer.path.startswith(("wd_kernels", "torch."))]
+
+
+def change_lr(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Gives every group another lr than before and than the others have."""
+    for g, group in enumerate(optimizer.param_groups):
+        lr = LR * (1 + g / 1000) / (1 + step / 1000)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def first_line(error: BaseException) -> str:

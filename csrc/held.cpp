@@ -78,7 +78,7 @@ int check_flat(PyObject* grad, PyObject* own, PyObject* view, PyObject* const* n
   void* const address = reinterpret_cast<void*>(e.flat_grad);
   for (int64_t role = 0; role < kState + e.states; ++role)
     if (!lies_at(held[role], role == kGrad ? address : segment.address[role])) return 0;
-  // A state is the table's own in all but name: the same object at the same address holds what it held.
+  // A state is written where it lies, whatever is done to its shape: identity and address are enough.
   if (!is_as_held(held[kParam], e, dims) || !is_as_held(held[kGrad], e, dims)) return 0;
   segment.address[kGrad] = address;
   segment.numel = e.numel;

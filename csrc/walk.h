@@ -28,9 +28,9 @@ constexpr int kMaxStates = 3;
 constexpr int kNoted = kState + kMaxStates;  // parameter, gradient, states
 
 // Notes about one parameter, in memory of the table. `near` are addresses inside torch's tensor objects (DLPack lends
-// the shape from there), `storages` those of its storage objects, which table.py writes. Both are prefetched and never
-// read, so an old one is none the worse: between two steps the model's own work has pushed these objects out of the
-// caches, and fetching them one by one costs more than the rest of the walk.
+// the shape from there), `storages` those of its storage objects, which mending.py writes. Both are prefetched and
+// never read, so an old one is none the worse: between two steps the model's own work has pushed these objects out of
+// the caches, and fetching them one by one costs more than the rest of the walk.
 struct Seen {
   PyObject* grad;
   void* grad_address;
