@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import math
 from collections.abc import Sequence
@@ -23,10 +22,6 @@ from wd_kernels.records import Chunk, Segment
 pytest.importorskip("triton", reason="the backend that fills mirrors needs triton")
 
 # Chunks ---------------------------------------------------------------------------------------------------------------
-
-
-def test_the_examples_of_the_docstrings() -> None:
-    assert doctest.testmod(mirror) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,31 @@
+"""The examples of the docstrings do what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import wd_kernels
+
+OWN = [f"wd_kernels.{name}" for name in ("flatten", "functional", "mirror", "optim", "rules")]
+BENCH = ["byte_model", "report_figures", "turns"]
+# A program, the extension, and what only a machine with Triton can import.
+NOT_IMPORTED = ("wd_kernels.__main__", "wd_kernels._C", "wd_kernels.backends.triton_kernels")
+
+
+@pytest.mark.parametrize("name", OWN + BENCH)
+def test_examples(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+def test_every_module_with_examples_is_here() -> None:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    names = [m.name for m in pkgutil.walk_packages(wd_kernels.__path__, "wd_kernels.")]
+    for name in names:
+        if name not in OWN and name not in NOT_IMPORTED:
+            assert not any(test.examples for test in finder.find(importlib.import_module(name))), name
