@@ -27,6 +27,19 @@ struct Segment {
 };
 static_assert(sizeof(Segment) == 12 * sizeof(int64_t), "table.py writes 12 words a segment");
 
+// What a device has of a segment: for many steps, and what a step may change. `records.py` picks the same words.
+struct Place {
+  void* param;
+  void* state[3];
+};
+struct Moving {
+  void* grad;
+  int64_t numel;
+  int64_t row;
+  int64_t aligned;
+};
+static_assert(sizeof(Place) == 4 * sizeof(int64_t) && sizeof(Moving) == 4 * sizeof(int64_t), "mirror.py sends 4 words");
+
 // What every launch reads from memory besides its table and rows.
 struct Control {
   double grad_factor;

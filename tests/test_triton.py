@@ -26,7 +26,7 @@ from cases import (
 import wd_kernels
 import wd_kernels.__main__ as program
 from wd_kernels import mirror
-from wd_kernels.backends import triton
+from wd_kernels.backends import device, triton
 
 
 def late_and_double(backend: str, before: Any = None) -> dict[str, torch.Tensor]:
@@ -68,11 +68,11 @@ def test_the_root_of_amd(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_in_a_graph_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "_on", lambda device: nullcontext())
+    monkeypatch.setattr(device, "current", lambda device: nullcontext())
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         with pytest.raises(RuntimeError, match="cannot be captured") if capturing else nullcontext():
-            triton._refuse_capture(torch.device("cuda", 0))
+            device._refuse_capture(torch.device("cuda", 0))
 
 
 def test_a_gpu_that_triton_cannot_use_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,9 +85,8 @@ class Outcome:
 def device_of(backend: str) -> torch.device:
     """Where a backend is checked."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if backend != "triton" or accelerator is None or triton.interpreted():
-        return torch.device("cpu")
-    return accelerator
+    on_gpu = backend == "cuda" or (backend == "triton" and not triton.interpreted())
+    return accelerator if on_gpu and accelerator is not None else torch.device("cpu")
 
 
 def all_cases() -> list[Case]:

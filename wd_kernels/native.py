@@ -1,18 +1,21 @@
-"""Loads the native extension, once; the only module that does.
+"""Loads the native libraries, once; the only module that does.
 
 `C` is the extension module or None, `WHY_NOT` says why it is None. `WALKS` is True where `C.walk` may be used: torch
 then offers DLPack's exchange API, and tensors are read without a Python call each. `NAMESPACE` is that of the operators
-in torch.ops, which a build may choose (WD_KERNELS_NAMESPACE), and `OPS` are they.
+in torch.ops, which a build may choose (WD_KERNELS_NAMESPACE), and `OPS` are they. `load_cuda` adds the CUDA
+library's, where they are asked for.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["NAMESPACE", "OPS", "WALKS", "WHY_NOT", "C"]
+__all__ = ["NAMESPACE", "OPS", "WALKS", "WHY_NOT", "C", "load_cuda"]
 
 C: Any = None
 WHY_NOT: str | None = None
@@ -34,3 +37,23 @@ else:
 
 NAMESPACE: str = C.NAMESPACE if C is not None else (__package__ or "wd_kernels").replace(".", "_")
 OPS = getattr(torch.ops, NAMESPACE)
+
+
+@cache
+def load_cuda() -> str | None:
+    """Loads the CUDA library; why it cannot be, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    library = Path(__file__).with_name("_cuda.abi3.so")
+    if not library.exists():
+        reason = library.with_suffix("").with_suffix(".txt")  # written by the build
+        why = reason.read_text().strip() if reason.exists() else "the package was built without it"
+        return (
+            f"the CUDA library is not there ({why}); where there is a CUDA toolkit, build the package again: "
+            "WD_KERNELS_CUDA=1 pip install --force-reinstall --no-deps --no-binary wd_kernels wd_kernels"
+        )
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"the CUDA library does not load ({error.__cause__ or error})"
+    return None

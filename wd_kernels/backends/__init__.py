@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 
 if TYPE_CHECKING:
     from ..slots import Bucket, Spec, Table
@@ -38,10 +38,12 @@ class Backend(Protocol):
         """
 
 
-BACKENDS: dict[str, Backend] = {"cpu": cpu.CPU(), "triton": triton.Triton(), "reference": reference.Reference()}
+BACKENDS: dict[str, Backend] = {
+    "cpu": cpu.CPU(), "triton": triton.Triton(), "cuda": cuda.CUDA(), "reference": reference.Reference(),
+}  # fmt: skip
 NAMES = ("auto", *BACKENDS)
-#: What "auto" takes for tensors of a device type ("cuda" is ROCm's too), where it can.
-FASTEST = {"cpu": "cpu", "cuda": "triton"}
+#: What "auto" takes for tensors of a device type ("cuda" is ROCm's too): the first that can.
+FASTEST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 _warned = False
 
 
@@ -61,13 +63,14 @@ def resolve(name: str, spec: Spec) -> Backend:
         if why_not:
             raise RuntimeError(f"backend={name!r} cannot be used: {why_not}")
         return backend
-    if spec.device.type in FASTEST:
-        fastest = BACKENDS[FASTEST[spec.device.type]]
-        why_not = fastest.why_not() or fastest.refuses(spec)
+    missing = []
+    for candidate in FASTEST.get(spec.device.type, ()):
+        backend = BACKENDS[candidate]
+        why_not = backend.why_not() or backend.refuses(spec)
         if why_not is None:
-            return fastest
-    else:
-        why_not = "no fast backend is chosen for such a device unless it is named"
+            return backend
+        missing.append(f"{candidate!r} cannot be used: {why_not}")
+    why_not = "; ".join(missing) or "no fast backend is chosen for such a device unless it is named"
     if not _warned:
         _warned = True
         warnings.warn(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..mirror import BLOCK, Mirror
+from .device import OnDevice, current, machine
 
 if TYPE_CHECKING:
     from ..slots import Bucket, Spec, Table
@@ -82,33 +81,12 @@ def _no_driver() -> str | None:
     return None
 
 
-@cache
-def _machine(device: torch.device) -> tuple[int, int]:
-    """(processors, threads of a warp) of a device."""
-    if device.type == "cpu":  # interpreted, one program after another: the fewer the better
-        return 1, 32
-    properties = torch.get_device_module(device).get_device_properties(device)
-    return int(getattr(properties, "multi_processor_count", 64)), int(getattr(properties, "warp_size", 32))
-
-
 def _load(compiled: Any) -> None:
     """Brings a compiled kernel to the current device: Triton does it where `run` is read."""
     _ = compiled.run
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a device the current one meanwhile: Triton launches on the current device and stream."""
-    return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]
-
-
-def _refuse_capture(device: torch.device) -> None:
-    """A graph would repeat this step's scalars, and read the memory that they travelled in when it is another's."""
-    with _on(device):
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a step cannot be captured in a CUDA graph: its scalars and step counts are the host's")
-
-
-class Triton:
+class Triton(OnDevice):
     """Kernels of `triton_kernels.py`, for CUDA and ROCm tensors; under TRITON_INTERPRET=1 for CPU tensors."""
 
     name = "triton"
@@ -139,20 +117,7 @@ class Triton:
             )
         return None
 
-    def prepare(self, table: Table, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
-        """Uploads what changed and compiles what is new; the launches that are left are one a bucket."""
-        launches: list[Callable[[], None]] = []
-        for device in dict.fromkeys(bucket.spec.device for bucket in buckets):
-            if device.type == "cuda":
-                _refuse_capture(device)
-            mirror = table.mirrors.setdefault(device, Mirror(device))
-            mirror.update(table, rows, _machine(device)[0])
-            for bucket in buckets:
-                if bucket.spec.device == device and mirror.chunks(bucket).numel():
-                    launches.append(self._launch(table, bucket, mirror))
-        return launches
-
-    def _launch(self, table: Table, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
+    def launch(self, table: Table, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
         kernels, formats, device = _kernels(), bucket.spec.formats, bucket.spec.device
         chunks, there = mirror.chunks(bucket), mirror.there
         arguments = (
@@ -160,17 +125,17 @@ class Triton:
             getattr(kernels, table.rule.name), kernels.scaled_root if torch.version.hip else kernels.root,
             table.rule.width, tuple(bucket.codes), block(formats),
         )  # fmt: skip
-        how = options(formats, _machine(device)[1], nvidia=device.type == "cuda" and not torch.version.hip)
+        how = options(formats, machine(device)[1], nvidia=device.type == "cuda" and not torch.version.hip)
         if interpreted():
             return partial(kernels.step_kernel[chunks.numel(),], *arguments, **how)
         key = (device, table.rule.name, formats)
         if key not in self._compiled:  # compiled and loaded here, where a failure leaves every tensor as it was
-            with _on(device):
+            with current(device):
                 _load(kernels.step_kernel.warmup(*arguments, grid=(1,), **how))
             self._compiled.add(key)
 
-        def launch() -> None:
-            with _on(device):
+        def go() -> None:
+            with current(device):
                 kernels.step_kernel[chunks.numel(),](*arguments, **how)
 
-        return launch
+        return go

@@ -1,0 +1,124 @@
+// The CUDA mover: what one thread does for one chunk. A block of threads takes a chunk of one segment: chunk -> segment
+// -> row, by the records of ../table.h. Full rounds of an aligned segment take 16-byte accesses; the rest of it, and all
+// of any other segment, goes element by element, which promises nothing of addresses.
+//
+// Threads share nothing, so plain loops over blocks and threads give the same bits: on_cpu.cpp compiles this file too.
+#pragma once
+
+#include <cstdint>
+
+#include "../table.h"
+#include "device.h"
+
+#ifdef __CUDACC__
+#define WD_HOST_DEVICE __host__ __device__
+#define WD_UNROLL _Pragma("unroll")
+#else
+#define WD_UNROLL
+#endif
+
+namespace wd {
+namespace cuda {
+
+#include "../rules.h"
+#include "../storage.h"
+#include "../kernels.h"
+
+constexpr int kThreads = 128;  // of a block
+// Accesses of a thread to each role that are on their way at once: of 16 bytes of the widest role, or of one element.
+constexpr int kVectors = 2, kSingles = 4;
+
+// `width` neighbouring elements of a role, read or written at once.
+template <class Format, int width>
+struct alignas(sizeof(typename Format::Memory) * width) Vector {
+  typename Format::Memory element[width];
+};
+
+// The roles of a segment, from the chunk's first element on.
+template <class Rule, class P, class G, class S>
+struct Roles {
+  using T = typename Rule::Arithmetic;
+  static constexpr int kStates = Rule::kStates;
+  static constexpr int kWidest = sizeof(typename P::Memory) > sizeof(typename G::Memory) ? sizeof(typename P::Memory)
+                                                                                        : sizeof(typename G::Memory);
+  // Elements of a vector access: 16 bytes of the widest role.
+  static constexpr int kWidth =
+      16 / (kStates > 0 && int(sizeof(typename S::Memory)) > kWidest ? int(sizeof(typename S::Memory)) : kWidest);
+
+  typename P::Memory* theta;
+  const typename G::Memory* grad;
+  typename S::Memory* state[3];
+
+  // Steps what a thread has of the round that begins at `from`; if `masked`, of that only what lies below `end`.
+  template <int width, int accesses, bool masked>
+  WD_HOST_DEVICE inline void round(const Rule& rule, bool frozen, int from, int end, int thread) const {
+    Vector<P, width> p[accesses];
+    Vector<G, width> g[accesses];
+    Vector<S, width> s[accesses][3];
+    WD_UNROLL
+    for (int k = 0; k < accesses; ++k) {
+      const int at = from + (k * kThreads + thread) * width;
+      if (masked && at >= end) continue;
+      p[k] = *reinterpret_cast<const Vector<P, width>*>(theta + at);
+      g[k] = *reinterpret_cast<const Vector<G, width>*>(grad + at);
+      WD_UNROLL
+      for (int i = 0; i < kStates; ++i) s[k][i] = *reinterpret_cast<const Vector<S, width>*>(state[i] + at);
+    }
+    WD_UNROLL
+    for (int k = 0; k < accesses; ++k) {
+      const int at = from + (k * kThreads + thread) * width;
+      if (masked && at >= end) continue;
+      WD_UNROLL
+      for (int e = 0; e < width; ++e) {
+        T x = P::load(p[k].element + e), values[3];
+        WD_UNROLL
+        for (int i = 0; i < kStates; ++i) values[i] = S::load(s[k][i].element + e);
+        rule(x, G::load(g[k].element + e), values);
+        P::store(p[k].element + e, x);
+        WD_UNROLL
+        for (int i = 0; i < kStates; ++i) S::store(s[k][i].element + e, values[i]);
+      }
+      if (!frozen) *reinterpret_cast<Vector<P, width>*>(theta + at) = p[k];
+      WD_UNROLL
+      for (int i = 0; i < kStates; ++i) *reinterpret_cast<Vector<S, width>*>(state[i] + at) = s[k][i];
+    }
+  }
+};
+
+template <class Format>
+WD_HOST_DEVICE inline typename Format::Memory* memory(void* address, int64_t offset) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(address));  // so that its accesses are those of global memory
+#endif
+  return static_cast<typename Format::Memory*>(address) + offset;
+}
+
+template <class Rule, class P, class G, class S>
+WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block, int thread) {
+  const int64_t chunk = launch.chunks[block];
+  const Place& place = launch.places[chunk & 0xffffffff];
+  const Moving& moving = launch.moving[chunk & 0xffffffff];
+  const int64_t begin = (chunk >> 32) * launch.chunk_size;
+  const int64_t rest = moving.numel - begin;  // numel is 0 without a gradient
+  if (rest <= 0 || launch.control->skip != 0) return;
+  const int count = rest < launch.chunk_size ? int(rest) : launch.chunk_size;
+
+  const double* row = launch.rows + moving.row * launch.row_width;
+  const Rule rule(row, launch.control->grad_factor);
+  const bool frozen = row[kFrozen] != 0;
+  using Own = Roles<Rule, P, G, S>;
+  Own roles = {memory<P>(place.param, begin), memory<G>(moving.grad, begin), {}};
+  WD_UNROLL
+  for (int i = 0; i < Own::kStates; ++i) roles.state[i] = memory<S>(place.state[i], begin);
+
+  constexpr int vectors = Own::kWidth == 8 ? kVectors / 2 : kVectors;  // 8 elements a thread are enough
+  constexpr int of_round = kThreads * vectors * Own::kWidth;
+  const int done = moving.aligned ? count - count % of_round : 0;
+  for (int from = 0; from < done; from += of_round)
+    roles.template round<Own::kWidth, vectors, false>(rule, frozen, from, done, thread);
+  for (int from = done; from < count; from += kThreads * kSingles)
+    roles.template round<1, kSingles, true>(rule, frozen, from, count, thread);
+}
+
+}  // namespace cuda
+}  // namespace wd

@@ -1,0 +1,43 @@
+// The kernels for GPUs. Each is as long as its chunk.h; what is here is how they are launched.
+
+#include <cuda_runtime_api.h>
+
+#include "chunk.h"
+
+namespace wd {
+namespace cuda {
+namespace {
+
+// Blocks that a multiprocessor holds at once, which bounds a thread's registers: the most that spills none.
+template <class Rule, class P>
+constexpr int kResident = Rule::kStates < 2 ? 8 : sizeof(typename P::Memory) == 8 ? 4 : 8 - Rule::kStates;
+
+template <class Rule, class P, class G, class S>
+__global__ void __launch_bounds__(kThreads, (kResident<Rule, P>)) step_kernel(const __grid_constant__ Launch launch) {
+  step_chunk<Rule, P, G, S>(launch, blockIdx.x, int(threadIdx.x));
+}
+
+template <class Rule, class P, class G, class S>
+struct Step {
+  static const Kernel* kernel() { return reinterpret_cast<const Kernel*>(&step_kernel<Rule, P, G, S>); }
+};
+
+const char* wrong(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+}  // namespace
+
+const Kernel* find(int64_t rule, const int64_t* formats, int roles) { return kernel_of<Step>(rule, formats, roles); }
+
+const char* load(const Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  return wrong(cudaFuncGetAttributes(&attributes, kernel));
+}
+
+const char* launch(const Kernel* kernel, int64_t blocks, const Launch& what, void* stream) {
+  void* arguments[] = {const_cast<Launch*>(&what)};
+  const dim3 grid{static_cast<unsigned>(blocks)}, block{kThreads};
+  return wrong(cudaLaunchKernel(kernel, grid, block, arguments, 0, static_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace cuda
+}  // namespace wd

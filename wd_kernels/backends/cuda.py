@@ -1,0 +1,75 @@
+"""The CUDA C++ backend: one launch of csrc/cuda/ a bucket, on the tensors' device and current stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import native
+from ..mirror import Mirror
+from .device import OnDevice
+
+if TYPE_CHECKING:
+    from ..slots import Bucket, Spec, Table
+
+__all__ = ["CUDA"]
+
+
+class CUDA(OnDevice):
+    """Kernels compiled ahead of time, for CUDA tensors."""
+
+    name = "cuda"
+    device_type = "cuda"
+
+    def __init__(self) -> None:
+        self._loaded: set[tuple[Any, ...]] = set()
+
+    @property
+    def ops(self) -> Any:
+        """The operators of csrc/cuda/ops.cpp."""
+        return native.OPS
+
+    def why_not(self) -> str | None:
+        missing = native.load_cuda()
+        if missing is not None:
+            return missing
+        if not torch.cuda.is_available():
+            return "no GPU is there that torch can use"
+        return _unloadable(torch.device("cuda", torch.cuda.current_device()))
+
+    def refuses(self, spec: Spec) -> str | None:
+        device = spec.device
+        if device.type != self.device_type:
+            return f"the tensors are on {device}, and this backend steps CUDA tensors"
+        return _unloadable(device) if device.type == "cuda" else None
+
+    def launch(self, table: Table, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
+        chunks, there, device = mirror.chunks(bucket), mirror.there, bucket.spec.device
+        key = (device, table.rule.code, *bucket.codes)
+        if key not in self._loaded:  # here, where a failure leaves every tensor as it was
+            wrong = self.ops.cuda_load(device.index or 0, table.rule.code, bucket.codes)
+            if wrong:
+                raise RuntimeError(f"a CUDA kernel cannot be loaded on {device}: {wrong}")
+            self._loaded.add(key)
+        return partial(
+            self.ops.cuda_step_.default, chunks, there["places"], there["moving"], there["rows"], there["control"],
+            mirror.size(bucket), table.rule.code, bucket.codes,
+        )  # fmt: skip
+
+
+@cache
+def _unloadable(device: torch.device) -> str | None:
+    """Why the library's kernels do not run on a GPU, None where they do."""
+    adamw, float32 = 0, 2  # any kernel tells it
+    wrong = native.OPS.cuda_load(device.index, adamw, [float32] * 4)
+    if not wrong:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"its kernels do not run on {device}, {torch.cuda.get_device_name(device)} of compute capability "
+        f"{major}.{minor}: {wrong}; they were built with {native.OPS.cuda_built()}. Build them with "
+        f"TORCH_CUDA_ARCH_LIST={major}.{minor} and a CUDA toolkit no newer than the driver"
+    )
