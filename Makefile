@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 
 # A stamp, not the extension itself: without a compiler the package is there without it.
 NATIVE  := $(VENV)/built
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 CPP     := $(SOURCES) bench/stream.cpp
 
 # The oldest Triton that is supported, beside the newest one of requirements-dev.txt: code generation is tested with both.
@@ -33,9 +33,10 @@ peers: $(VENV)/ready  ## the other libraries that the benchmark compares with; t
 bench-gpu:  ## on a machine with a GPU, with the Python that has its torch; needs no network
 	$(PYTHON) bench/gpu.py --out gpu
 
-codegen: $(NATIVE) $(OLDEST)  ## what the Triton kernels compile to, kept in bench/results
+codegen: $(NATIVE) $(OLDEST)  ## what the GPU kernels compile to, kept in bench/results
 	$(RUN) bench/codegen.py --save
 	PYTHONPATH=$(OLDEST) $(RUN) bench/codegen.py --save
+	$(RUN) bench/codegen.py --cuda --save
 
 check: $(NATIVE)  ## what is installed, and does it compute right
 	$(RUN) -m wd_kernels
@@ -68,4 +69,4 @@ $(NATIVE): $(VENV)/ready setup.py pyproject.toml $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info wd_kernels/_C.abi3.so $(NATIVE) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info wd_kernels/_C.abi3.so wd_kernels/_cuda.* $(NATIVE) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

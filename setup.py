@@ -144,7 +144,7 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
         "  description = compile $in",
         "rule nvlink",
         # libtorch.so, needed or not, brings libtorch_cuda.so where torch has it: the current stream is asked of that.
-        f"  command = $nvcc -shared -cudart static $in -o $out -L{_word(home / 'lib')} "
+        f"  command = $nvcc -shared -nodlink -cudart static $in -o $out -L{_word(home / 'lib')} "
         "-Xlinker --push-state,--no-as-needed,-ltorch,--pop-state -ltorch_cpu -lc10",
         "  description = link $out",
         f"build {_path(kernels)}: nvcc {_path(ROOT / 'csrc' / 'cuda' / 'kernels.cu')}",

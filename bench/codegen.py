@@ -1,16 +1,17 @@
-"""What the Triton kernels compile to, read back without a GPU: registers, stack, widths, bytes and instructions.
+"""What the kernels compile to, read back without a GPU: registers, stack, widths, bytes and instructions.
 
     python bench/codegen.py [--json FILE] [--save] [--targets sm_90,gfx942]
+    python bench/codegen.py --cuda [--json FILE] [--save]
 
 Every specialisation that users reach is compiled for NVIDIA's sm_80, sm_90 and sm_100 and AMD's gfx942 and gfx1100 by
-the Triton that is imported, and disassembled. tests/test_codegen.py holds the numbers against the budgets;
-bench/results/codegen-triton-<version>.txt keeps them, so that a change shows as a difference. Triton must not be
-interpreting, so this is a process of its own.
+the Triton that is imported, and disassembled; `--cuda` takes the kernels of the built CUDA library instead.
+tests/test_codegen.py holds the numbers against the budgets; bench/results/codegen-<compiler>-<version>.txt keeps them,
+so that a change shows as a difference. Triton must not be interpreting, so this is a process of its own.
 
 In the table: `regs` are registers of a thread (VGPRs on AMD); `stack` bytes of a thread; `access` the widths in bytes
 of the loads of parameter, gradient and states in the loop over full blocks; `B/el` the bytes that this loop moves per
-element; `instr/el` its instructions per element, with the rare paths of root and division that lie in it; `of`
-the budget, half of what an H200 could issue while its memory moves those bytes; `KiB` the bytes that one processor
+element; `instr/el` its instructions per element (NVIDIA: on the longest way that calls nothing, as root and division do
+for rare numbers; AMD: all, but the scalar unit's); `of` the budget, half of what an H200 could issue while its memory moves those bytes; `KiB` the bytes that one processor
 has on their way when every resident program is at its loads.
 """
 
@@ -192,9 +193,9 @@ def costs(targets: Sequence[str], workers: int = 2) -> list[Cost]:
         return list(track(results, "compiling", total=len(pairs), disable=not sys.stderr.isatty()))
 
 
-def render(found: Sequence[Cost], version: str) -> str:
+def render(found: Sequence[Cost], compiler: str) -> str:
     """The table as text."""
-    parts = [f"Triton {version}. What each kernel costs (bench/codegen.py says what the columns are).\n"]
+    parts = [f"{compiler}. What each kernel costs (bench/codegen.py says what the columns are).\n"]
     for target in dict.fromkeys(c.target for c in found):
         rows: list[tuple[object, ...]] = [
             (target, "regs", "stack", "access", "B/el", "instr/el", "of", "KiB"),
@@ -209,9 +210,9 @@ def render(found: Sequence[Cost], version: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def kept(version: str) -> Path:
-    """Where the table of a Triton version is kept."""
-    return RESULTS / f"codegen-triton-{version}.txt"
+def kept(compiler: str) -> Path:
+    """Where the table of a compiler is kept: "Triton 3.9.0"."""
+    return RESULTS / f"codegen-{compiler.lower().replace(' ', '-')}.txt"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,18 +221,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--save", action="store_true", help="keep the table in bench/results")
+    parser.add_argument("--cuda", action="store_true", help="the kernels of the CUDA library, as it was built")
     arguments = parser.parse_args(argv)
     import triton
 
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
-    found = costs(arguments.targets.split(","))
-    text = render(found, triton.__version__)
+    if arguments.cuda:
+        import codegen_cuda
+
+        compiler, found = codegen_cuda.compiler(), codegen_cuda.costs()
+    else:
+        compiler, found = f"Triton {triton.__version__}", costs(arguments.targets.split(","))
+    text = render(found, compiler)
     print(text, end="")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"triton": triton.__version__, "costs": [asdict(c) for c in found]}))
+        arguments.json.write_text(json.dumps({"compiler": compiler, "costs": [asdict(c) for c in found]}))
     if arguments.save:
-        kept(triton.__version__).write_text(text)
+        kept(compiler).write_text(text)
     return 0
 
 

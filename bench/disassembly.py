@@ -1,4 +1,4 @@
-"""Reads back what Triton compiled: SASS and PTX of NVIDIA's targets, AMDGCN and LLVM IR of AMD's."""
+"""Reads back what was compiled: SASS and PTX of NVIDIA's targets, AMDGCN and LLVM IR of AMD's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Any
 
 from wd_kernels.backends.triton import REGISTERS
 
-__all__ = ["Reading", "amd", "full_blocks", "loops", "nvidia"]
+__all__ = [
+    "Reading", "amd", "full_blocks", "longest_way", "loops", "nvidia", "path", "ptx_inexact", "sass_reading", "tool",
+    "usage",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Reading:
 
 
 def loops(code: Sequence[str], label: str, branch: str) -> list[list[str]]:
-    """The bodies of all loops: from a label to the last branch back to it; what overlaps is one loop."""
+    """The bodies of all loops, labels too: from a label to the last branch back to it; what overlaps is one loop."""
     at: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
     for i, line in enumerate(code):
@@ -43,18 +46,82 @@ def loops(code: Sequence[str], label: str, branch: str) -> list[list[str]]:
             while spans and spans[-1][1] > begin:
                 begin = min(begin, spans.pop()[0])
             spans.append((begin, i + 1))
-    return [[line for line in code[begin:end] if not re.match(label, line)] for begin, end in spans]
+    return [list(code[begin:end]) for begin, end in spans]
 
 
 def full_blocks(bodies: Sequence[list[str]], width: Callable[[str], int]) -> list[str]:
-    """The loop over full blocks: of the two loops that load, the one with the wider loads, or else the first."""
+    """The loop over full blocks: that of the widest loads, beside one at least for the rest; the longest of several.
+
+    Where weights are frozen, a compiler may have made a loop of its own, which stores less.
+    """
     widest = [max(map(width, body), default=0) for body in bodies]
-    if sum(map(bool, widest)) != 2:
-        raise ValueError(f"loops whose widest loads have {widest} bytes: expected two that load")
-    return bodies[widest.index(max(widest))]
+    if sum(map(bool, widest)) < 2:
+        raise ValueError(f"loops whose widest loads have {widest} bytes: expected two or more that load")
+    return max((body for body, w in zip(bodies, widest, strict=True) if w == max(widest)), key=len)
 
 
 # NVIDIA ---------------------------------------------------------------------------------------------------------------
+
+_LABEL = r"(\.L_\w+):"
+_BRANCH = r"BRA.*?\(?`\((\.L_\w+)\)"
+
+
+def longest_way(body: Sequence[str]) -> list[str]:
+    """The longest way through a loop's SASS that calls nothing: root and division call for rare numbers alone."""
+    blocks: list[list[str]] = [[]]
+    begins: dict[str, int] = {}
+    for line in body:
+        label = re.match(_LABEL, line)
+        if label or (blocks[-1] and re.search(r"\b(?:BRA|EXIT|RET)\b", blocks[-1][-1])):
+            blocks.append([])
+        if label:
+            begins[label[1]] = len(blocks) - 1
+        else:
+            blocks[-1].append(line)
+    best: list[list[str] | None] = [None] * (len(blocks) + 1)  # from each block to the loop's next round
+    for i in range(len(blocks) - 1, -1, -1):
+        last = blocks[i][-1] if blocks[i] else ""
+        jump = re.search(_BRANCH, last)
+        conditional = re.search(r"@|BRA\S*\s+!?U?P\d", last)
+        ends = re.search(r"\b(?:EXIT|RET)\b", last)
+        ways = [best[i + 1]] if conditional or not (jump or ends) else []
+        if jump and jump[1] in begins:
+            ways.append([] if begins[jump[1]] <= i else best[begins[jump[1]]])
+        calls = any("CALL" in line and "@" not in line for line in blocks[i])
+        if not calls and any(way is not None for way in ways):
+            best[i] = blocks[i] + max((way for way in ways if way is not None), key=len)
+    if best[0] is None:
+        raise ValueError("no way through the loop is without a call")
+    return best[0]
+
+
+def sass_reading(code: Sequence[str], registers: int, stack: int, shared: int, inexact: int, threads: int) -> Reading:
+    """Of a kernel's SASS and what is known of it; programs have `threads` threads."""
+    code = [line for line in code if re.match(r"\.L_|\s+/\*[0-9a-f]{4,}\*/\s+[^/\s]", line)]
+    way = longest_way(full_blocks(loops(code, _LABEL, _BRANCH), _sass_load))
+    spilled = sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in code)
+    programs = min(REGISTERS // (-(-registers // 8) * 8 * threads), 2048 // threads)  # 2048 at most
+    return Reading(
+        registers,
+        max(stack, 4 * spilled),
+        shared,
+        inexact,
+        tuple(filter(None, map(_sass_load, way))),
+        tuple(_sass_width(line) for line in way if "STG" in line),
+        len(way),
+        programs * threads,
+    )
+
+
+def ptx_inexact(ptx: str) -> int:
+    """Operations that are fused, approximate or flush subnormals."""
+    return len(re.findall(r"\bfma\.|\bmad\.(?:rn\.)?f|\.ftz|\.approx|\bdiv\.full", ptx))
+
+
+def usage(text: str) -> list[tuple[int, int, int]]:
+    """(registers, bytes of stack, bytes of shared memory) of each kernel that `cuobjdump -res-usage` tells of."""
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    return [(int(reg), int(stack) + int(local), int(shared)) for reg, stack, shared, local in found]
 
 
 def nvidia(asm: Mapping[str, Any], threads: int) -> Reading:
@@ -62,33 +129,21 @@ def nvidia(asm: Mapping[str, Any], threads: int) -> Reading:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
         cubin.flush()
-        usage = _tool("cuobjdump", "-res-usage", cubin.name)
-        sass = _tool("nvdisasm", "-c", cubin.name).splitlines()
-    registers, stack, shared, local = (
-        int(n) for n in re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)[0]
-    )
-    code = [line for line in sass if re.match(r"\.L_|\s+/\*[0-9a-f]{4,}\*/\s+[^/\s]", line)]
-    body = full_blocks(loops(code, r"(\.L_\w+):", r"BRA.*?\(?`\((\.L_\w+)\)"), _sass_load)
-    spilled = sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in code)
-    programs = min(REGISTERS // (-(-registers // 8) * 8 * threads), 2048 // threads)  # 2048 at most
-    return Reading(
-        registers,
-        max(stack + local, 4 * spilled),
-        shared,
-        len(re.findall(r"\bfma\.|\.ftz|\.approx|\bdiv\.full", asm["ptx"])),
-        tuple(filter(None, map(_sass_load, body))),
-        tuple(_sass_width(line) for line in body if "STG" in line),
-        len(body),
-        programs * threads,
-    )
+        (known,) = usage(tool("cuobjdump", "-res-usage", cubin.name))
+        sass = tool("nvdisasm", "-c", cubin.name).splitlines()
+    return sass_reading(sass, *known, ptx_inexact(asm["ptx"]), threads)
 
 
-def _tool(name: str, *arguments: str) -> str:
-    """What a tool of Triton's wheel prints."""
+def path(name: str) -> Path:
+    """Where a tool of Triton's wheel lies."""
     import triton
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def tool(name: str, *arguments: str) -> str:
+    """What a tool of Triton's wheel prints."""
+    return subprocess.run([path(name), *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def _sass_width(line: str) -> int:
@@ -110,7 +165,9 @@ def amd(asm: Mapping[str, Any], target: str, warp: int, divides: bool) -> Readin
         name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)
     }
     code = [line.split(";")[0] for line in text.splitlines() if re.match(r"\.LBB\w+:|\t[a-z]\w+", line)]
-    body = full_blocks(loops(code, r"(\.LBB\w+):", r"s_c?branch\w*\s+(\.LBB\w+)"), _amd_load)
+    label = r"(\.LBB\w+):"
+    body = full_blocks(loops(code, label, r"s_c?branch\w*\s+(\.LBB\w+)"), _amd_load)
+    body = [line for line in body if not re.match(label, line)]
     registers = known["vgpr_count"]
     # Vector registers of a lane and their granule, waves at most, and how many such units there are.
     lanes, granule, most, units = (512, 8, 8, 4) if target == "gfx942" else (1536, 24, 16, 2)

@@ -13,8 +13,10 @@
 #ifdef __CUDACC__
 #define WD_HOST_DEVICE __host__ __device__
 #define WD_UNROLL _Pragma("unroll")
+#define WD_ROLLED _Pragma("unroll 1")
 #else
 #define WD_UNROLL
+#define WD_ROLLED
 #endif
 
 namespace wd {
@@ -33,6 +35,43 @@ template <class Format, int width>
 struct alignas(sizeof(typename Format::Memory) * width) Vector {
   typename Format::Memory element[width];
 };
+
+// Accesses of 8 and 16 bytes are spelled out: nvcc does not make vectors of all by itself (for sm_100, of hardly any).
+template <class V>
+WD_HOST_DEVICE inline V read(const void* at) {
+#ifdef __CUDA_ARCH__
+  V value;
+  uint64_t words[2];
+  if constexpr (sizeof(V) == 16)
+    asm volatile("ld.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(words[0]), "=l"(words[1])
+                 : "l"(__cvta_generic_to_global(at)));
+  else if constexpr (sizeof(V) == 8)
+    asm volatile("ld.global.u64 %0, [%1];" : "=l"(words[0]) : "l"(__cvta_generic_to_global(at)));
+  else
+    return *static_cast<const V*>(at);
+  __builtin_memcpy(&value, words, sizeof(V));
+  return value;
+#else
+  return *static_cast<const V*>(at);
+#endif
+}
+
+template <class V>
+WD_HOST_DEVICE inline void write(void* at, const V& value) {
+#ifdef __CUDA_ARCH__
+  uint64_t words[2];
+  if constexpr (sizeof(V) >= 8) __builtin_memcpy(words, &value, sizeof(V));
+  if constexpr (sizeof(V) == 16)
+    asm volatile("st.global.v2.u64 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(at)), "l"(words[0]), "l"(words[1]));
+  else if constexpr (sizeof(V) == 8)
+    asm volatile("st.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(at)), "l"(words[0]));
+  else
+    *static_cast<V*>(at) = value;
+#else
+  *static_cast<V*>(at) = value;
+#endif
+}
 
 // The roles of a segment, from the chunk's first element on.
 template <class Rule, class P, class G, class S>
@@ -59,10 +98,10 @@ struct Roles {
     for (int k = 0; k < accesses; ++k) {
       const int at = from + (k * kThreads + thread) * width;
       if (masked && at >= end) continue;
-      p[k] = *reinterpret_cast<const Vector<P, width>*>(theta + at);
-      g[k] = *reinterpret_cast<const Vector<G, width>*>(grad + at);
+      p[k] = read<Vector<P, width>>(theta + at);
+      g[k] = read<Vector<G, width>>(grad + at);
       WD_UNROLL
-      for (int i = 0; i < kStates; ++i) s[k][i] = *reinterpret_cast<const Vector<S, width>*>(state[i] + at);
+      for (int i = 0; i < kStates; ++i) s[k][i] = read<Vector<S, width>>(state[i] + at);
     }
     WD_UNROLL
     for (int k = 0; k < accesses; ++k) {
@@ -78,9 +117,9 @@ struct Roles {
         WD_UNROLL
         for (int i = 0; i < kStates; ++i) S::store(s[k][i].element + e, values[i]);
       }
-      if (!frozen) *reinterpret_cast<Vector<P, width>*>(theta + at) = p[k];
+      if (!frozen) write(theta + at, p[k]);
       WD_UNROLL
-      for (int i = 0; i < kStates; ++i) *reinterpret_cast<Vector<S, width>*>(state[i] + at) = s[k][i];
+      for (int i = 0; i < kStates; ++i) write(state[i] + at, s[k][i]);
     }
   }
 };
@@ -114,8 +153,10 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block, int t
   constexpr int vectors = Own::kWidth == 8 ? kVectors / 2 : kVectors;  // 8 elements a thread are enough
   constexpr int of_round = kThreads * vectors * Own::kWidth;
   const int done = moving.aligned ? count - count % of_round : 0;
+  WD_ROLLED
   for (int from = 0; from < done; from += of_round)
     roles.template round<Own::kWidth, vectors, false>(rule, frozen, from, done, thread);
+  WD_ROLLED
   for (int from = done; from < count; from += kThreads * kSingles)
     roles.template round<1, kSingles, true>(rule, frozen, from, count, thread);
 }

@@ -8,12 +8,21 @@ namespace wd {
 namespace cuda {
 namespace {
 
-// Blocks that a multiprocessor holds at once, which bounds a thread's registers: the most that spills none.
-template <class Rule, class P>
-constexpr int kResident = Rule::kStates < 2 ? 8 : sizeof(typename P::Memory) == 8 ? 4 : 8 - Rule::kStates;
+// Blocks that a multiprocessor is to hold at once, which bounds a thread's registers: so many that enough bytes are on
+// their way, so few that none is spilled (`make codegen`).
+template <class Rule, class P, class G>
+constexpr int resident() {
+  constexpr int size = sizeof(typename P::Memory);
+  if (Rule::kStates > 1) return size == 8 ? 4 : 8 - Rule::kStates;
+  if (Rule::kStates == 1) return size == 8 ? 6 : 8;
+#if __CUDA_ARCH__ >= 1000  // more bytes, and a compiler that needs fewer registers
+  if (sizeof(typename P::Memory) + sizeof(typename G::Memory) == 4) return 16;
+#endif
+  return size == 8 ? 8 : 12;
+}
 
 template <class Rule, class P, class G, class S>
-__global__ void __launch_bounds__(kThreads, (kResident<Rule, P>)) step_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, (resident<Rule, P, G>())) step_kernel(const __grid_constant__ Launch launch) {
   step_chunk<Rule, P, G, S>(launch, blockIdx.x, int(threadIdx.x));
 }
 

@@ -1,0 +1,103 @@
+"""What the CUDA library's kernels cost: its own SASS, as it was built, and PTX by the same compiler and flags."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import disassembly
+import torch
+from byte_model import step_bytes
+from codegen import Cost, Kernel, kernels
+
+from wd_kernels.storage import state_dtype
+
+__all__ = ["LIBRARY", "compiler", "costs", "cubins", "ptx"]
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "wd_kernels" / "_cuda.abi3.so"
+THREADS = 128  # kThreads of csrc/cuda/chunk.h
+_FORMATS = {torch.float64: "Float64", torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+
+
+@cache
+def _setup() -> dict[str, Any]:
+    """The names of setup.py."""
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def compiler() -> str:
+    """The CUDA compiler and its version: "nvcc 13.0.88"."""
+    said = _setup()["asked"](_setup()["nvcc"](), "--version")
+    return "nvcc " + re.findall(r"V([\d.]+)", said)[0]
+
+
+def cubins(library: Path = LIBRARY) -> dict[str, Path]:
+    """The library's code for each architecture ("sm_90"), in files."""
+    folder = Path(tempfile.mkdtemp(prefix="cubins-"))
+    subprocess.run([disassembly.path("cuobjdump"), "-xelf", "all", library.resolve()], cwd=folder, check=True,
+                   capture_output=True)  # fmt: skip
+    return {re.findall(r"sm_\d+", path.name)[-1]: path for path in sorted(folder.glob("*.cubin"))}
+
+
+def ptx(target: str) -> str:
+    """The kernels in PTX for a target, by the compiler and the flags of the build."""
+    setup = _setup()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "kernels.ptx"
+        command = [setup["nvcc"](), *setup["NVCC_FLAGS"].split(), f"-arch={target.replace('sm', 'compute')}", "-ptx"]
+        subprocess.run([*command, str(ROOT / "csrc" / "cuda" / "kernels.cu"), "-o", str(out)], check=True)
+        return out.read_text()
+
+
+def name(kernel: Kernel) -> str:
+    """How the C++ compiler calls the kernel's template arguments."""
+    number = "double" if kernel.param == torch.float64 else "float"
+    optional = "true" if kernel.rule in ("adamw amsgrad", "sgdw") else "false"
+    rule = f"{'AdamW' if kernel.rule.startswith('adamw') else 'SGDW'}<{number}, {optional}>"
+    own = (kernel.param, kernel.grad, state_dtype(kernel.param))
+    return ", ".join([f"wd::cuda::{rule}", *(f"wd::cuda::{_FORMATS[dtype]}" for dtype in own)])
+
+
+def _parts(text: str, begin: str) -> dict[str, str]:
+    """The parts of a listing that begin with a kernel's mangled name after `begin`, by its template arguments."""
+    found = {}
+    for part in re.split(begin, text)[1:]:
+        mangled = re.match(r"\w+", part)
+        if mangled and "step_kernel" in mangled[0]:
+            readable = subprocess.run(["c++filt", mangled[0]], check=True, capture_output=True, text=True).stdout
+            arguments = re.search(r"step_kernel<(.*)>\(", readable)
+            assert arguments, readable
+            found[arguments[1]] = part
+    return found
+
+
+def costs(library: Path = LIBRARY) -> list[Cost]:
+    """Of every kernel of the library, on every architecture that it was built for."""
+    found = []
+    for target, cubin in cubins(library).items():
+        sass = _parts(disassembly.tool("nvdisasm", "-c", str(cubin)), r"\n\t\.section\t\.text\.")
+        usage = _parts(disassembly.tool("cuobjdump", "-res-usage", str(cubin)), r"\bFunction ")
+        code = _parts(ptx(target), r"\.entry ")
+        for kernel in kernels():
+            key = name(kernel)
+            ((registers, stack, shared),) = disassembly.usage(usage[key])
+            inexact = disassembly.ptx_inexact(code[key])
+            reading = disassembly.sass_reading(sass[key].splitlines(), registers, stack, shared, inexact, THREADS)
+            model = int(step_bytes(kernel.rule, kernel.param, kernel.grad, state_dtype(kernel.param)))
+            elements = (sum(reading.loads) + sum(reading.stores)) // model
+            of_round = 4 if kernel.param == torch.float64 else 8  # the compiler may have unrolled the loop
+            found.append(
+                Cost(
+                    kernel=str(kernel), target=target, registers=registers, stack=reading.stack, shared=shared,
+                    layouts=0, inexact=inexact, loads=reading.loads, stores=reading.stores, elements=elements,
+                    model=model, instructions=reading.instructions / elements,
+                    in_flight=reading.threads * of_round * sum(f.dtype.itemsize for f in kernel.formats) / 1024,
+                )
+            )  # fmt: skip
+    return found

@@ -1,0 +1,27 @@
+"""What a kernel may cost, whatever compiled it (bench/codegen.py reads it back)."""
+
+from __future__ import annotations
+
+import codegen
+from byte_model import step_bytes
+
+from wd_kernels.storage import state_dtype
+
+
+def assert_in_budget(kernel: codegen.Kernel, cost: codegen.Cost) -> None:
+    """Nothing on the stack, nothing inexact, the widest accesses, no byte too many, and time to spare."""
+    assert cost.stack == 0, f"{cost.kernel}: {cost.stack} bytes of stack"
+    assert cost.shared == 0, f"{cost.kernel}: {cost.shared} bytes of shared memory"
+    assert cost.layouts == 0, f"{cost.kernel}: values change their layout {cost.layouts} times"
+    assert cost.inexact == 0, f"{cost.kernel}: {cost.inexact} operations are not rounded on their own"
+    # The widest format is moved 16 bytes at a time, and a 2-byte one beside a 4-byte one 8.
+    sizes = [fmt.dtype.itemsize for fmt in kernel.formats]
+    widths = {16 * size // max(sizes) for size in sizes}
+    assert set(cost.loads) == widths, f"{cost.kernel}: loads of {sorted(set(cost.loads))} bytes"
+    written = {16 * size // max(sizes) for size in (sizes[0], *sizes[2:])}
+    assert set(cost.stores) == written, f"{cost.kernel}: stores of {sorted(set(cost.stores))} bytes"
+    model = step_bytes(kernel.rule, kernel.param, kernel.grad, state_dtype(kernel.param))
+    assert cost.bytes_per_element == cost.model == model, f"{cost.kernel}: {cost.bytes_per_element} B an element"
+    assert cost.instructions <= cost.budget, f"{cost.kernel}: {cost.instructions} instructions an element"
+    least = codegen.IN_FLIGHT.get(cost.target, 0)
+    assert cost.in_flight >= least, f"{cost.kernel}: {cost.in_flight} KiB in flight"

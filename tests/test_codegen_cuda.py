@@ -1,0 +1,147 @@
+"""What the CUDA library's kernels cost, against the budgets of Triton's; and that the library links. No GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import codegen
+import codegen_cuda
+import pytest
+import torch
+from budgets import assert_in_budget
+
+ROOT = Path(__file__).parent.parent
+TARGETS = ("sm_80", "sm_90", "sm_100")
+OTHERS = {"TRITON_INTERPRET", "WD_KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OTHERS}
+
+
+def no_toolkit() -> str | None:
+    """Why there is no CUDA compiler, None where there is one."""
+    setup = codegen_cuda._setup()
+    try:
+        setup["nvcc"]()
+    except setup["NoCuda"] as why:
+        return str(why)
+    return None
+
+
+pytestmark = pytest.mark.skipif(no_toolkit() is not None, reason=str(no_toolkit()))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All costs, and the table as it is printed."""
+    path = tmp_path_factory.mktemp("codegen") / "cuda.json"
+    command = [sys.executable, str(ROOT / "bench" / "codegen.py"), "--cuda", "--json", str(path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(path.read_text()), "text": done.stdout}
+
+
+def test_what_it_is_built_for(report: dict[str, Any]) -> None:
+    """The architectures of the default, and PTX of the last for those to come."""
+    assert list(dict.fromkeys(c["target"] for c in report["costs"])) == list(TARGETS)
+    listed = codegen_cuda.disassembly.tool("cuobjdump", "-lptx", str(codegen_cuda.LIBRARY))
+    assert re.findall(r"sm_\d+", listed) == ["sm_100"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_budgets(report: dict[str, Any], target: str) -> None:
+    own = {c["kernel"]: codegen.Cost(**c) for c in report["costs"] if c["target"] == target}
+    assert list(own) == [str(kernel) for kernel in codegen.kernels()]
+    for kernel in codegen.kernels():
+        assert_in_budget(kernel, own[str(kernel)])
+
+
+def test_the_kept_table_is_this_one(report: dict[str, Any]) -> None:
+    """`make codegen` writes it: what changed is then to be seen in the diff."""
+    kept = codegen.kept(report["compiler"])
+    if not kept.exists():
+        pytest.skip(f"another compiler's table is kept, not one of {report['compiler']}")
+    assert kept.read_text() == report["text"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_roots_and_divisions_are_exact(target: str) -> None:
+    """Each AdamW kernel has some, all of them rounded, and the SGDW kernels have none."""
+    for name, code in codegen_cuda._parts(codegen_cuda.ptx(target), r"\.entry ").items():
+        found = set(re.findall(r"\b(?:sqrt|rsqrt|div|rcp)\.[\w.]+", code))
+        number = "f64" if "double" in name else "f32"
+        assert found == ({f"sqrt.rn.{number}", f"div.rn.{number}"} if "AdamW" in name else set()), name
+
+
+@pytest.mark.parametrize(("flags", "seen"), [("-fmad=true", "fma"), ("-prec-div=false", "div.full"), ("-ftz=true", ".ftz")])
+def test_what_is_inexact_is_seen(flags: str, seen: str, tmp_path: Path) -> None:
+    """The counts of `test_budgets` are zero because the code is right, not because the reading misses them."""
+    setup = codegen_cuda._setup()
+    exact = [flag for flag in setup["NVCC_FLAGS"].split() if not flag.startswith(flags.partition("=")[0])]
+    command = [setup["nvcc"](), *exact, flags, "-arch=compute_90", "-ptx", str(ROOT / "csrc" / "cuda" / "kernels.cu")]
+    subprocess.run([*command, "-o", str(tmp_path / "kernels.ptx")], check=True)
+    parts = codegen_cuda._parts((tmp_path / "kernels.ptx").read_text(), r"\.entry ")
+    code = parts[codegen_cuda.name(codegen.Kernel("adamw", torch.float32, torch.float32))]
+    assert codegen_cuda.disassembly.ptx_inexact(code) > 0
+    assert seen in code
+
+
+# The library itself ---------------------------------------------------------------------------------------------------
+
+LOAD = """
+import ctypes, sys, torch
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)  # stands in for what torch's libtorch_cuda.so has
+torch.ops.load_library(sys.argv[2])
+ops = torch.ops.wd_kernels
+print(ops.cuda_built())
+print(ops.cuda_step_.default._schema)
+for call in (
+    lambda: ops.cuda_load(0, 0, [2, 4, 3, 2]),
+    lambda: ops.cuda_load(0, 0, [2]),
+    lambda: ops.cuda_step_(*[torch.zeros(2)] * 5, 1024, 0, [2, 2, 2, 2]),
+):
+    try:
+        print(call())
+    except (RuntimeError, NotImplementedError) as error:
+        print(str(error).splitlines()[0])
+"""
+
+
+def test_the_library_loads_and_says_what_it_is(tmp_path: Path) -> None:
+    """With a stand-in for the one symbol that a torch without CUDA lacks: every other is there."""
+    stand_in = tmp_path / "stand_in.so"
+    source = tmp_path / "stand_in.c"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int index, void** stream) { *stream = 0; return index; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(stand_in)], check=True)
+    command = [sys.executable, "-c", LOAD, str(stand_in), str(codegen_cuda.LIBRARY)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    built, schema, formats, roles, device = done.stdout.splitlines()
+    assert re.fullmatch(r"CUDA \d+\.\d+ for 8\.0, 9\.0, 10\.0 and its PTX", built)
+    assert schema.startswith("wd_kernels::cuda_step_(Tensor chunks, Tensor places, Tensor moving, ")
+    assert "there is no CUDA kernel for this rule and these storage formats" in formats
+    assert "formats must name 2 to 5 roles" in roles
+    assert "Could not run 'wd_kernels::cuda_step_' with arguments from the 'CPU' backend" in device
+
+
+def test_the_library_needs_no_torch_with_cuda_to_link_and_no_cuda_runtime_beside_it() -> None:
+    """libtorch.so brings libtorch_cuda.so where torch has it; the CUDA runtime is inside."""
+    listed = subprocess.run(["readelf", "-d", str(codegen_cuda.LIBRARY)], capture_output=True, text=True, check=True)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", listed.stdout)
+    assert {name.split(".so")[0] for name in needed if "torch" in name or "cuda" in name} == {"libtorch", "libtorch_cpu"}
+
+
+def test_sizes() -> None:
+    assert codegen_cuda.LIBRARY.stat().st_size < 5 * 2**20
+
+
+def test_the_extension_is_not_a_python_module() -> None:
+    """It is loaded as operators, so that one file serves every Python."""
+    assert importlib.util.find_spec("wd_kernels._cuda") is not None  # the name that the build gives it
+    symbols = subprocess.run(["nm", "-D", str(codegen_cuda.LIBRARY)], capture_output=True, text=True, check=True)
+    assert not re.search(r"\bPy\w+", symbols.stdout)
