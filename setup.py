@@ -41,6 +41,8 @@ INSTRUCTION_SETS = {
     "avx2": "-mavx2",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
+#: Of the test build: what would be a fault on a GPU, or wrong, ends the process.
+TRAPS = "-fsanitize=alignment,bounds,null,shift,signed-integer-overflow -fsanitize-undefined-trap-on-error"
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
 ARCHITECTURES = ("8.0", "9.0", "10.0")  # and PTX of the last, for what comes after
 #: Names that torch has for lists of architectures.
@@ -193,7 +195,7 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
     on_cpu = [BUILD / "on_cpu" / f"{name}.o" for name in ("ops", "on_cpu")]
     for target in on_cpu:
         lines += [f"build {_path(target)}: compile {_path(ROOT / 'csrc' / 'cuda' / f'{target.stem}.cpp')}"]
-        lines += ["  set = -DWD_ON_CPU", "  namespace = wd_kernels_on_cpu"]
+        lines += [f"  set = -DWD_ON_CPU {TRAPS}", "  namespace = wd_kernels_on_cpu"]
     return [*lines, f"build {_path(BUILD / 'on_cpu.so')}: link {' '.join(map(_path, on_cpu))}"]
 
 

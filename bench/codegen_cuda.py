@@ -33,8 +33,8 @@ def _setup() -> dict[str, Any]:
 
 def compiler() -> str:
     """The CUDA compiler and its version: "nvcc 13.0.88"."""
-    said = _setup()["asked"](_setup()["nvcc"](), "--version")
-    return "nvcc " + re.findall(r"V([\d.]+)", said)[0]
+    said: str = _setup()["asked"](_setup()["nvcc"](), "--version")
+    return f"nvcc {re.findall(r'V([0-9.]+)', said)[0]}"
 
 
 def cubins(library: Path = LIBRARY) -> dict[str, Path]:

@@ -1,7 +1,8 @@
-// Which kernels there are: every rule, with and without its optional state, for every pair of parameter's and gradient's
-// formats that users reach. States are float32; float64 beside float64.
+// Which kernels there are: every rule, with and without its optional state, for every pair of parameter's and
+// gradient's formats that users reach. States are float32; float64 beside float64.
 //
-// Include inside the namespace of one instruction set (see cpu/mover.inc), after rules.h and storage.h; it needs table.h.
+// Include inside the namespace of one instruction set (see cpu/mover.inc), after rules.h and storage.h; it needs
+// table.h.
 
 // `Of<Rule, P, G, S>::kernel` for a rule and its number of states, or null where there is none.
 template <template <class, class, class, class> class Of, class P, class G, class S, class T = typename S::Memory>

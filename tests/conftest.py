@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import wd_kernels.backends
+from wd_kernels.backends.cuda import CUDA
+from wd_kernels.backends.triton import Triton
 
 #: Where the tests marked gpu run. "cpu" rehearses them in the interpreter, on a machine without a GPU.
 TEST_DEVICE = os.environ.get("WD_KERNELS_TEST_DEVICE", "cuda")
@@ -52,21 +54,48 @@ def interpret() -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of programs of each kernel of Triton that the test launches."""
+    """The number of programs of each kernel for GPUs that the test launches, in order."""
     found: list[int] = []
-    kind: Any = type(importlib.import_module("wd_kernels.backends.triton_kernels").step_kernel)
-    choose = kind.__getitem__
 
-    def counted(kernel: Any, grid: tuple[int]) -> Any:
-        launch = choose(kernel, grid)
+    def counted(launch: Any) -> Any:
+        def prepared(self: Any, table: Any, bucket: Any, mirror: Any) -> Any:
+            go, programs = launch(self, table, bucket, mirror), mirror.chunks(bucket).numel()
 
-        def go(*args: Any, **kwargs: Any) -> None:
-            found.append(grid[0])
-            launch(*args, **kwargs)
+            def counting() -> None:
+                found.append(programs)
+                go()
 
-        return go
+            return counting
 
-    monkeypatch.setattr(kind, "__getitem__", counted)
+        return prepared
+
+    for kind in (Triton, CUDA):
+        monkeypatch.setattr(kind, "launch", counted(kind.launch))
+    return found
+
+
+@pytest.fixture
+def promises(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Checks every hint of alignment that an interpreted kernel gives; returns them."""
+    found: list[int] = []
+    if importlib.util.find_spec("triton") is None:
+        return found
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_core
+
+    def watched(lang: Any, scope: Any) -> None:
+        patch(lang, scope)
+        give = lang.multiple_of
+
+        def multiple_of(value: Any, divisor: Any, **more: Any) -> Any:
+            first = int(value.handle.data.flat[0])
+            assert first % int(divisor) == 0, f"{first} was promised to be a multiple of {divisor}"
+            found.append(int(divisor))
+            return give(value, divisor, **more)
+
+        scope.set_attr(lang, "multiple_of", multiple_of)
+
+    monkeypatch.setattr(interpreter, "_patch_lang_core", watched)
     return found
 
 

@@ -1,4 +1,4 @@
-"""backend="cuda" on CPU tensors: the kernels' source in a test build whose grid is plain loops (csrc/cuda/on_cpu.cpp)."""
+"""backend="cuda" on CPU tensors: the kernels' source in a test build, whose grid is loops (csrc/cuda/on_cpu.cpp)."""
 
 from __future__ import annotations
 

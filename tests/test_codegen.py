@@ -212,7 +212,9 @@ def test_the_interpreter_compiles_nothing() -> None:
 
 def kept_rows(compiler: str) -> dict[str, list[str]]:
     """Bytes, budget, instructions, registers and KiB in flight of each kernel on sm_90, as they are kept."""
-    section = next(part for part in codegen.kept(compiler).read_text().split("\n\n") if part.strip().startswith("sm_90 "))
+    section = next(
+        part for part in codegen.kept(compiler).read_text().split("\n\n") if part.strip().startswith("sm_90 ")
+    )
     found = {}
     for line in section.strip().splitlines()[1:]:
         kernel, registers, _, _, size, instructions, budget, in_flight = re.split(r"\s{2,}", line.strip())

@@ -1,4 +1,4 @@
-"""What the CUDA library's kernels cost, against the budgets of Triton's; and that the library links. No GPU is needed."""
+"""What the CUDA library's kernels cost, against the budgets; and that the library links. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def test_roots_and_divisions_are_exact(target: str) -> None:
         assert found == ({f"sqrt.rn.{number}", f"div.rn.{number}"} if "AdamW" in name else set()), name
 
 
-@pytest.mark.parametrize(("flags", "seen"), [("-fmad=true", "fma"), ("-prec-div=false", "div.full"), ("-ftz=true", ".ftz")])
+@pytest.mark.parametrize(
+    ("flags", "seen"), [("-fmad=true", "fma"), ("-prec-div=false", "div.full"), ("-ftz=true", ".ftz")]
+)
 def test_what_is_inexact_is_seen(flags: str, seen: str, tmp_path: Path) -> None:
     """The counts of `test_budgets` are zero because the code is right, not because the reading misses them."""
     setup = codegen_cuda._setup()
@@ -116,7 +118,9 @@ def test_the_library_loads_and_says_what_it_is(tmp_path: Path) -> None:
     """With a stand-in for the one symbol that a torch without CUDA lacks: every other is there."""
     stand_in = tmp_path / "stand_in.so"
     source = tmp_path / "stand_in.c"
-    source.write_text("int aoti_torch_get_current_cuda_stream(int index, void** stream) { *stream = 0; return index; }\n")
+    source.write_text(
+        "int aoti_torch_get_current_cuda_stream(int index, void** stream) { *stream = 0; return index; }\n"
+    )
     subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(stand_in)], check=True)
     command = [sys.executable, "-c", LOAD, str(stand_in), str(codegen_cuda.LIBRARY)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
@@ -133,7 +137,10 @@ def test_the_library_needs_no_torch_with_cuda_to_link_and_no_cuda_runtime_beside
     """libtorch.so brings libtorch_cuda.so where torch has it; the CUDA runtime is inside."""
     listed = subprocess.run(["readelf", "-d", str(codegen_cuda.LIBRARY)], capture_output=True, text=True, check=True)
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", listed.stdout)
-    assert {name.split(".so")[0] for name in needed if "torch" in name or "cuda" in name} == {"libtorch", "libtorch_cpu"}
+    assert {name.split(".so")[0] for name in needed if "torch" in name or "cuda" in name} == {
+        "libtorch",
+        "libtorch_cpu",
+    }
 
 
 def test_sizes() -> None:

@@ -53,7 +53,7 @@ def load_cuda() -> str | None:
             "WD_KERNELS_CUDA=1 pip install --force-reinstall --no-deps --no-binary wd_kernels wd_kernels"
         )
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the CUDA library does not load ({error.__cause__ or error})"
     return None

@@ -1,6 +1,6 @@
 // The CUDA mover: what one thread does for one chunk. A block of threads takes a chunk of one segment: chunk -> segment
-// -> row, by the records of ../table.h. Full rounds of an aligned segment take 16-byte accesses; the rest of it, and all
-// of any other segment, goes element by element, which promises nothing of addresses.
+// -> row, by the records of ../table.h. Full rounds of an aligned segment take 16-byte accesses; the rest of it, and
+// all of any other segment, goes element by element, which promises nothing of addresses.
 //
 // Threads share nothing, so plain loops over blocks and threads give the same bits: on_cpu.cpp compiles this file too.
 #pragma once
@@ -24,6 +24,7 @@ namespace cuda {
 
 #include "../rules.h"
 #include "../storage.h"
+
 #include "../kernels.h"
 
 constexpr int kThreads = 128;  // of a block
@@ -79,7 +80,7 @@ struct Roles {
   using T = typename Rule::Arithmetic;
   static constexpr int kStates = Rule::kStates;
   static constexpr int kWidest = sizeof(typename P::Memory) > sizeof(typename G::Memory) ? sizeof(typename P::Memory)
-                                                                                        : sizeof(typename G::Memory);
+                                                                                         : sizeof(typename G::Memory);
   // Elements of a vector access: 16 bytes of the widest role.
   static constexpr int kWidth =
       16 / (kStates > 0 && int(sizeof(typename S::Memory)) > kWidest ? int(sizeof(typename S::Memory)) : kWidest);

@@ -1,5 +1,5 @@
-// The CUDA backend's operators: schema, checks, launch. LibTorch stable ABI only. on_cpu.cpp's build has them too, for CPU
-// tensors (WD_ON_CPU).
+// The CUDA backend's operators: schema, checks, launch. LibTorch stable ABI only. on_cpu.cpp's build has them too, for
+// CPU tensors (WD_ON_CPU).
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -50,11 +50,13 @@ class Device {
 #endif
 
 void check(const Tensor& tensor, const char* name, ScalarType dtype, int64_t columns, int32_t device) {
-  STD_TORCH_CHECK(is_here(tensor) && tensor.get_device_index() == device && tensor.is_contiguous() &&
-                      tensor.scalar_type() == dtype,
-                  "cuda_step_: ", name, " must be a contiguous tensor on the device of chunks, int64 or, for rows and control, float64");
-  STD_TORCH_CHECK(columns == 0 ? tensor.dim() == 1 : tensor.dim() == 2 && tensor.size(1) == columns, "cuda_step_: ",
-                  name, " must have ", columns == 0 ? std::string("one dimension") : std::to_string(columns) + " columns");
+  STD_TORCH_CHECK(
+      is_here(tensor) && tensor.get_device_index() == device && tensor.is_contiguous() && tensor.scalar_type() == dtype,
+      "cuda_step_: ", name,
+      " must be a contiguous tensor on the device of chunks, int64 or, for rows and control, float64");
+  STD_TORCH_CHECK(columns == 0 ? tensor.dim() == 1 : tensor.dim() == 2 && tensor.size(1) == columns,
+                  "cuda_step_: ", name, " must have ",
+                  columns == 0 ? std::string("one dimension") : std::to_string(columns) + " columns");
 }
 
 const Kernel* known(int64_t rule, const std::vector<int64_t>& formats) {

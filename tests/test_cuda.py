@@ -1,0 +1,238 @@
+"""backend="cuda": its operators and the choice of it, where there is no GPU. What it computes is in test_movers.py."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import on_cpu
+import pytest
+import torch
+from cases import Piece, assert_same, f32, f64, gradient, make_params, snapshot
+
+import wd_kernels
+from wd_kernels import native
+from wd_kernels.backends import BACKENDS, FallbackWarning, cuda, resolve
+from wd_kernels.slots import Spec
+from wd_kernels.storage import format_of
+
+ROOT = Path(__file__).parent.parent
+FORMATS = [2, 2, 2, 2]  # AdamW, all float32
+
+
+def arguments(n: int = 1024, offset: int = 0, aligned: int = 1) -> dict[str, Any]:
+    """Of cuda_step_: one segment of `n` elements, its parameter `offset` elements off alignment."""
+    theta, *others = (torch.full((n + 8,), 0.5) for _ in range(4))
+    assert theta.data_ptr() % 16 == 0
+    row = torch.zeros(1, 13, dtype=f64)
+    row[0, 2:] = 0.25
+    return {
+        "chunks": torch.zeros(1, dtype=torch.int64),
+        "places": torch.tensor([[theta.data_ptr() + 4 * offset, *(t.data_ptr() for t in others[1:]), 0]]),
+        "moving": torch.tensor([[others[0].data_ptr(), n, 0, aligned]]),
+        "rows": row,
+        "control": torch.tensor([1.0, 0.0], dtype=f64),
+        "chunk_size": 1024,
+        "rule": 0,
+        "formats": FORMATS,
+        "keep": (theta, *others),
+    }
+
+
+def step(given: dict[str, Any]) -> None:
+    on_cpu.operators().cuda_step_(*[given[name] for name in list(given)[:8]])
+
+
+# The operators --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("chunks", torch.zeros(1), "chunks must be a contiguous"),
+        ("chunks", torch.zeros(1, 1, dtype=torch.int64), "chunks must have one dimension"),
+        ("places", torch.zeros(1, 3, dtype=torch.int64), "places must have 4 columns"),
+        ("places", torch.zeros(4, 2, dtype=torch.int64).T, "places must be a contiguous"),
+        ("moving", torch.zeros(4, dtype=torch.int64), "moving must have 4 columns"),
+        ("rows", torch.zeros(1, 10, dtype=f64), "rows must have 13 columns"),
+        ("rows", torch.zeros(1, 13), "rows must be a contiguous"),
+        ("control", torch.zeros(3, dtype=f64), "control must hold grad_factor and skip"),
+        ("chunk_size", 1000, "chunk_size=1000: expected a multiple of 1024"),
+        ("chunk_size", 0, "chunk_size=0: expected a multiple of 1024"),
+        ("chunk_size", 2**31, "expected a multiple of 1024"),
+        ("formats", [2], "formats must name 2 to 5 roles"),
+        ("formats", [2, 1, 2, 2], "no CUDA kernel for this rule and these storage formats"),
+        ("formats", [3, 3, 3, 3], "no CUDA kernel for this rule and these storage formats"),
+        ("rule", 7, "rows must have 10 columns"),
+    ],
+)
+def test_bad_arguments_are_named(name: str, value: Any, message: str) -> None:
+    given = arguments()
+    given[name] = value
+    with pytest.raises(RuntimeError, match=message):
+        step(given)
+    assert all(bool((t == 0.5).all()) for t in given["keep"])
+
+
+def test_no_chunks_are_no_launch() -> None:
+    given = {**arguments(), "chunks": torch.zeros(0, dtype=torch.int64)}
+    step(given)
+    assert all(bool((t == 0.5).all()) for t in given["keep"])
+
+
+ONE = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import test_cuda
+test_cuda.step(test_cuda.arguments(offset={offset}, aligned={aligned}))
+print("stepped")
+"""
+
+
+@pytest.mark.parametrize(("offset", "aligned", "ends"), [(0, 1, False), (1, 0, False), (1, 1, True)])
+def test_a_false_promise_of_alignment_traps(offset: int, aligned: int, ends: bool) -> None:
+    """So what runs in test_movers.py is aligned where it says so, and 16-byte accesses are taken there."""
+    code = ONE.format(tests=str(ROOT / "tests"), root=str(ROOT), offset=offset, aligned=aligned)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == (-signal.SIGILL if ends else 0), done.stderr
+    assert done.stdout == ("" if ends else "stepped\n")
+
+
+# The choice -----------------------------------------------------------------------------------------------------------
+
+
+def spec(device: str) -> Spec:
+    return Spec(torch.device(device), tuple(format_of(f32) for _ in range(4)))
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A torch that has CUDA, as far as it says; nothing is remembered of it."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(native, "load_cuda", native.load_cuda.__wrapped__)
+    monkeypatch.setattr(cuda, "_unloadable", cuda._unloadable.__wrapped__)
+    return monkeypatch
+
+
+def test_a_torch_without_cuda(with_cuda: Any) -> None:
+    with_cuda.setattr(torch.version, "cuda", None)
+    with pytest.raises(RuntimeError) as error:
+        resolve("cuda", spec("cuda:0"))
+    assert str(error.value) == f"backend='cuda' cannot be used: torch {torch.__version__} is built without CUDA"
+
+
+@pytest.mark.parametrize("reason", ["no CUDA toolkit was found (no nvcc)", None])
+def test_a_package_without_the_library(reason: str | None, with_cuda: Any, tmp_path: Path) -> None:
+    """The reason is the build's, if it has left one."""
+    if reason:
+        (tmp_path / "_cuda.txt").write_text(reason + "\n")
+    with_cuda.setattr(native, "__file__", str(tmp_path / "native.py"))
+    why = BACKENDS["cuda"].why_not()
+    assert why is not None
+    assert why.startswith(
+        f"the CUDA library is not there ({reason or 'the package was built without it'}); where there is a CUDA "
+        "toolkit, build the package again: WD_KERNELS_CUDA=1 pip install "
+    )
+
+
+def test_a_library_that_does_not_load(with_cuda: Any, tmp_path: Path) -> None:
+    (tmp_path / "_cuda.abi3.so").write_text("no library")
+    with_cuda.setattr(native, "__file__", str(tmp_path / "native.py"))
+    why = BACKENDS["cuda"].why_not()
+    assert why is not None
+    assert why.startswith("the CUDA library does not load (")
+    assert "_cuda.abi3.so: file too short" in why
+    assert "\n" not in why
+
+
+def test_no_gpu(with_cuda: Any) -> None:
+    with_cuda.setattr(native, "load_cuda", lambda: None)
+    with_cuda.setattr(torch.cuda, "is_available", lambda: False)
+    assert BACKENDS["cuda"].why_not() == "no GPU is there that torch can use"
+
+
+def test_a_gpu_that_the_kernels_do_not_run_on(with_cuda: Any) -> None:
+    """What it is, what CUDA says, what the library was built for, and what to do."""
+    with_cuda.setattr(native, "load_cuda", lambda: None)
+    with_cuda.setattr(torch.cuda, "is_available", lambda: True)
+    with_cuda.setattr(torch.cuda, "current_device", lambda: 0)
+    with_cuda.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    with_cuda.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    ops = SimpleNamespace(
+        cuda_load=lambda *given: "no kernel image is available for execution on the device",
+        cuda_built=lambda: "CUDA 13.0 for 8.0, 9.0, 10.0 and its PTX",
+    )
+    with_cuda.setattr(native, "OPS", ops)
+    expected = (
+        "its kernels do not run on cuda:0, Some GPU of compute capability 6.1: no kernel image is available for "
+        "execution on the device; they were built with CUDA 13.0 for 8.0, 9.0, 10.0 and its PTX. Build them with "
+        "TORCH_CUDA_ARCH_LIST=6.1 and a CUDA toolkit no newer than the driver"
+    )
+    assert BACKENDS["cuda"].why_not() == expected
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot be used: its kernels do not run on cuda:0"):
+        resolve("cuda", spec("cuda:0"))
+
+
+def test_tensors_elsewhere() -> None:
+    backend = cuda.CUDA()
+    assert backend.refuses(spec("cpu")) == "the tensors are on cpu, and this backend steps CUDA tensors"
+
+
+class Fake:
+    """A backend that is there or not."""
+
+    def __init__(self, name: str, why: str | None) -> None:
+        self.name, self.why = name, why
+
+    def why_not(self) -> str | None:
+        return self.why
+
+    def refuses(self, spec: Spec) -> str | None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("triton", "own", "taken"),
+    [
+        (None, None, "triton"),
+        ("no Triton", None, "cuda"),
+        (None, "no toolkit", "triton"),
+        ("no Triton", "no GPU", None),
+    ],
+)
+def test_auto_prefers_triton(
+    triton: str | None, own: str | None, taken: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKENDS, "triton", Fake("triton", triton))
+    monkeypatch.setitem(BACKENDS, "cuda", Fake("cuda", own))
+    if taken:
+        assert resolve("auto", spec("cuda:0")).name == taken
+        return
+    message = "on cuda:0: 'triton' cannot be used: no Triton; 'cuda' cannot be used: no GPU"
+    with pytest.warns(FallbackWarning, match=message):
+        assert resolve("auto", spec("cuda:0")).name == "reference"
+
+
+def test_a_kernel_that_cannot_be_loaded_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "cuda", on_cpu.OnCPU())
+
+    pieces = [Piece((1030,)), Piece((5,))]
+    params = make_params(pieces, f32, f32)
+    opt = wd_kernels.AdamW(params, lr=0.1, weight_decay=0.1, backend="cuda")
+    for k, (p, piece) in enumerate(zip(params, pieces, strict=True)):
+        p.grad = gradient(piece, f32, k)
+    before = snapshot(params, opt)
+    ops = on_cpu.operators()
+    failing = SimpleNamespace(cuda_load=lambda *given: "out of memory", cuda_step_=ops.cuda_step_)
+    with monkeypatch.context() as patch:
+        patch.setattr(on_cpu.OnCPU, "ops", failing)
+        with pytest.raises(RuntimeError, match="a CUDA kernel cannot be loaded on cpu: out of memory"):
+            opt.step()
+    assert_same({k: v for k, v in snapshot(params, opt).items() if k in before}, before)
+    opt.step()
+    assert not torch.equal(params[0], before["0"])
+    assert float(opt.state[params[0]]["step"]) == 1
