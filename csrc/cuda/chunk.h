@@ -31,6 +31,8 @@ constexpr int kThreads = 128;  // of a block
 // Accesses of a thread to each role that are on their way at once: of 16 bytes of the widest role, or of one element.
 constexpr int kVectors = 2, kSingles = 4;
 
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
 // `width` neighbouring elements of a role, read or written at once.
 template <class Format, int width>
 struct alignas(sizeof(typename Format::Memory) * width) Vector {
@@ -79,11 +81,9 @@ template <class Rule, class P, class G, class S>
 struct Roles {
   using T = typename Rule::Arithmetic;
   static constexpr int kStates = Rule::kStates;
-  static constexpr int kWidest = sizeof(typename P::Memory) > sizeof(typename G::Memory) ? sizeof(typename P::Memory)
-                                                                                         : sizeof(typename G::Memory);
-  // Elements of a vector access: 16 bytes of the widest role.
-  static constexpr int kWidth =
-      16 / (kStates > 0 && int(sizeof(typename S::Memory)) > kWidest ? int(sizeof(typename S::Memory)) : kWidest);
+  static constexpr int kWidest = larger(kStates > 0 ? sizeof(typename S::Memory) : 0,
+                                        larger(sizeof(typename P::Memory), sizeof(typename G::Memory)));
+  static constexpr int kWidth = 16 / kWidest;  // elements of a vector access: 16 bytes of the widest role
 
   typename P::Memory* theta;
   const typename G::Memory* grad;

@@ -1,4 +1,4 @@
-// The kernels for GPUs. Each is as long as its chunk.h; what is here is how they are launched.
+// The kernels for GPUs: chunk.h as one block's threads, and how they are launched.
 
 #include <cuda_runtime_api.h>
 
