@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from on_cpu import OnCPU
 
 import wd_kernels.backends
+from wd_kernels.backends import BACKENDS
 from wd_kernels.backends.cuda import CUDA
 from wd_kernels.backends.triton import Triton
 
@@ -50,6 +52,18 @@ def interpret() -> None:
     knobs.propagate_env = propagates
     interpreted: Any = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
     interpreted.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Those for GPUs: on one in tests marked gpu; else on the CPU, interpreted and as the test build."""
+    on_gpu = request.node.get_closest_marker("gpu") is not None and TEST_DEVICE != "cpu"
+    if request.param == "cuda" and not on_gpu:
+        monkeypatch.setitem(BACKENDS, "cuda", OnCPU())
+    why_not = BACKENDS[request.param].why_not()
+    if why_not is not None:
+        pytest.skip(why_not)
+    return str(request.param)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Flat buffers and the functional API on a GPU, against the same on the CPU: equal to the bit.
 
-WD_KERNELS_TEST_DEVICE=cpu rehearses them in Triton's interpreter.
+WD_KERNELS_TEST_DEVICE=cpu rehearses them, in Triton's interpreter and as the test build of the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ def gradients(params: list[nn.Parameter], step: int, flat: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [f32, bf16, f16, f64])
 @pytest.mark.parametrize(("cls", "options"), KINDS)
-def test_flat(cls: Callable[..., Any], options: dict[str, Any], dtype: torch.dtype, launches: list[int]) -> None:
+def test_flat(
+    backend: str, cls: Callable[..., Any], options: dict[str, Any], dtype: torch.dtype, launches: list[int]
+) -> None:
     here, there = model(dtype, DEVICE), model(dtype, "cpu")
     (buffer,) = wd_kernels.flatten_(here)
-    flat = cls(here, backend="triton", **options)
+    flat = cls(here, backend=backend, **options)
     plain = cls(there, backend="cpu", **options)
     for step in range(7):
         gradients(here, step, flat=True)
@@ -81,7 +83,7 @@ def roles(states: int, dtype: torch.dtype, device: torch.device | str) -> list[l
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16, f64])
-def test_lists_and_buffers(dtype: torch.dtype, launches: list[int]) -> None:
+def test_lists_and_buffers(backend: str, dtype: torch.dtype, launches: list[int]) -> None:
     for (states, step_), flat in itertools.product(((2, functional.adamw_), (1, functional.sgdw_)), (False, True)):
         options = {"momentum": 0.9} if states == 1 else {"decay": "independent"}
         here, there = roles(states, dtype, DEVICE), roles(states, dtype, "cpu")
@@ -90,8 +92,8 @@ def test_lists_and_buffers(dtype: torch.dtype, launches: list[int]) -> None:
             here, there = ([torch.cat(own) for own in lists] for lists in (here, there))
         for step in (1, 2, 3):
             launches.clear()
-            for lists, backend in ((here, "triton"), (there, "cpu")):
-                step_(*lists, step=step, lr=0.1 / step, weight_decay=0.1, grad_factor=0.5, backend=backend, **options)
+            for lists, name in ((here, backend), (there, "cpu")):
+                step_(*lists, step=step, lr=0.1 / step, weight_decay=0.1, grad_factor=0.5, backend=name, **options)
             assert len(launches) == 1
         for own, other in zip(here, there, strict=True):
             pairs = [(own, other)] if flat else zip(own, other, strict=True)
@@ -99,28 +101,28 @@ def test_lists_and_buffers(dtype: torch.dtype, launches: list[int]) -> None:
                 assert_same_bits(a.cpu(), b)
 
 
-def test_opcheck() -> None:
+def test_opcheck(backend: str) -> None:
     lists = roles(2, f32, DEVICE)
     numbers = (2, 0.01, 0.9, 0.99, 1e-8, 0.1, 1.0, 1.0)
-    options = ("lr_scaled", False, "triton")
+    options = ("lr_scaled", False, backend)
     packet = torch.ops.wd_kernels.adamw_
     torch.library.opcheck(packet.default, (*lists, [], *numbers, *options))
     tensors = [torch.tensor(number, dtype=f64) for number in numbers]
     torch.library.opcheck(packet.tensor, (*lists, [], *tensors, *options))
 
 
-def test_compiled() -> None:
+def test_compiled(backend: str) -> None:
     """Numbers in CPU tensors: no compilation after the first, no wait for the device."""
     compilations: list[int] = []
 
-    def backend(graph: Any, example: Any) -> Any:
+    def counted(graph: Any, example: Any) -> Any:
         compilations.append(1)
         return graph.forward
 
     def one(lists: list[list[Tensor]], step: Tensor, lr: Tensor) -> None:
-        functional.adamw_(*lists, step=step, lr=lr, weight_decay=0.1, backend="triton")
+        functional.adamw_(*lists, step=step, lr=lr, weight_decay=0.1, backend=backend)
 
-    compiled = torch.compile(one, fullgraph=True, backend=backend)
+    compiled = torch.compile(one, fullgraph=True, backend=counted)
     here, there = roles(2, f32, DEVICE), roles(2, f32, DEVICE)
     for step in range(1, 5):
         lr = torch.tensor(0.1 / step, dtype=f64)

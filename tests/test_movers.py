@@ -50,7 +50,6 @@ from cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from on_cpu import OnCPU
 from torch import Tensor, nn
 
 import wd_kernels
@@ -66,15 +65,6 @@ pytestmark = [
 
 #: A dtype pair for each path of the formats.
 SOME = [(f32, f32), (bf16, f32), (f16, f16), (f64, f64)]
-
-
-@pytest.fixture(params=["triton", "cuda"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="the backend under test needs triton")
-    else:
-        monkeypatch.setitem(BACKENDS, "cuda", OnCPU())
-    return str(request.param)
 
 
 # The matrix -----------------------------------------------------------------------------------------------------------
