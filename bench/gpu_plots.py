@@ -7,11 +7,11 @@ from typing import Any
 
 from gpu_cases import BILLION, TARGETS
 from gpu_report import REHEARSAL, Figures, all_figures, copy_rate, label
-from peers import FLAT, FUSED, OURS
+from peers import CUDA, FLAT, FUSED, OURS
 
 __all__ = ["plot"]
 
-COLORS = {OURS: "#1565c0", FLAT: "#5ba3e6", FUSED: "#9a5b13", "torch foreach": "#c08a4a"}
+COLORS = {OURS: "#1565c0", FLAT: "#5ba3e6", CUDA: "#00796b", FUSED: "#9a5b13", "torch foreach": "#c08a4a"}
 OTHERS = ("#5a7d3c", "#7b4fa3", "#b03a5b", "#3f8f8f", "#8a8a2a", "#606060", "#c2703d")
 
 

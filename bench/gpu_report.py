@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_cases import TARGETS
-from peers import FUSED, OURS
+from peers import CUDA, FUSED, OURS
 from report_figures import iqr, ratio
 
 from wd_kernels.__main__ import aligned
@@ -104,13 +104,15 @@ def judge(target: str, where: str, found: float | None, least: float, form: str)
 
 def verdicts(report: dict[str, Any]) -> list[Verdict]:
     """Every budget, judged by what was measured. A rehearsal reaches nothing: its budgets are not measured."""
-    ours = [] if report.get("rehearsal") else [f for f in all_figures(report) if f.contender == OURS]
+    figures = [] if report.get("rehearsal") else all_figures(report)
+    ours = [f for f in figures if f.contender == OURS]
     found = {f.case: f for f in ours}
     result = []
-    for name, least in TARGETS.items():
-        own = found.get(name)
-        percent = own.percent if own else None
-        result.append(judge(f">= {least}% of copy bandwidth", name, percent, least, "{:.1f}%"))
+    for contender in (OURS, CUDA):
+        percents = {f.case: f.percent for f in figures if f.contender == contender}
+        for name, least in TARGETS.items():
+            where = name if contender == OURS else f"{name}, CUDA"
+            result.append(judge(f">= {least}% of copy bandwidth", where, percents.get(name), least, "{:.1f}%"))
     for what, ratios in (
         ("device time", {(f.case, f.groups): f.device_vs_fused for f in ours}),
         ("wall clock", {(f.case, f.groups): f.wall_vs_fused for f in ours}),

@@ -26,6 +26,7 @@ from byte_model import (
 )
 
 __all__ = [
+    "CUDA",
     "FLAT",
     "FOREACH",
     "FUSED",
@@ -42,6 +43,7 @@ __all__ = [
 
 OURS, FUSED, FOREACH = "wd_kernels", "torch fused", "torch foreach"
 FLAT = f"{OURS} flat"  # on flat parameters
+CUDA = f"{OURS} CUDA"  # by the CUDA library's kernels, where "auto" takes Triton's
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 LR, WEIGHT_DECAY = 1e-3, 0.1
 MOMENTUM = {"momentum": 0.9}
@@ -94,6 +96,8 @@ def _torch(name: str, devices: tuple[str, ...] = EVERYWHERE, **flags: bool) -> t
 PEERS = (
     Peer(OURS, "adamw", "wd_kernels:AdamW", our_states, {}, ALL, True, EVERYWHERE),
     Peer(OURS, "sgdw", "wd_kernels:SGDW", our_states, MOMENTUM, ALL, True, EVERYWHERE),
+    Peer(CUDA, "adamw", "wd_kernels:AdamW", our_states, {"backend": "cuda"}, ALL, True),
+    Peer(CUDA, "sgdw", "wd_kernels:SGDW", our_states, MOMENTUM | {"backend": "cuda"}, ALL, True),
     *_torch(FUSED, fused=True),
     *_torch(FOREACH, foreach=True),
     *_torch("torch for-loop", ("cpu",), foreach=False, fused=False),

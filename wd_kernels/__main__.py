@@ -244,7 +244,8 @@ def choices() -> list[tuple[str, str]]:
     if name.startswith("cuda"):
         name = torch.cuda.get_device_name()
     threads = str(torch.get_num_threads())
-    return [("instruction set", instructions), ("threads", threads), ("walk", walks), ("accelerator", name)]
+    chosen = [("instruction set", instructions), ("threads", threads), ("walk", walks), ("accelerator", name)]
+    return chosen + ([("CUDA kernels", native.OPS.cuda_built())] if native.load_cuda() is None else [])
 
 
 def self_check(names: Sequence[str]) -> int:
