@@ -38,6 +38,10 @@ codegen: $(NATIVE) $(OLDEST)  ## what the GPU kernels compile to, kept in bench/
 	PYTHONPATH=$(OLDEST) $(RUN) bench/codegen.py --save
 	$(RUN) bench/codegen.py --cuda --save
 
+dist: $(VENV)/ready  ## sdist, and from it the wheel, into dist/
+	rm -rf dist
+	$(RUN) -m build --no-isolation
+
 check: $(NATIVE)  ## what is installed, and does it compute right
 	$(RUN) -m wd_kernels
 

@@ -237,6 +237,16 @@ class NinjaBuild(build_ext):
         print(done.stdout)
         done.check_returncode()
 
+    def copy_extensions_to_source(self) -> None:
+        """What a build in place leaves in the package: the CUDA library, or why it is not there."""
+        super().copy_extensions_to_source()
+        built = Path(self.get_ext_fullpath("wd_kernels._cuda")).resolve()  # as inplace as the command is now
+        inside = Path(self.build_lib) / "wd_kernels"
+        for name in (built.name, "_cuda.txt"):
+            built.with_name(name).unlink(missing_ok=True)
+            if (inside / name).exists():
+                shutil.copy(inside / name, built.with_name(name))
+
     def build_cuda(self, library: Path) -> None:
         """Whatever hinders is written beside the library that is missing: the package says it when it is asked."""
         reason = library.with_name("_cuda.txt")

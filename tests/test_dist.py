@@ -1,0 +1,157 @@
+"""What `make dist` makes: its files and tags, and that each artifact works in an empty environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import codegen_cuda
+import pytest
+
+import wd_kernels
+
+ROOT = Path(__file__).parent.parent
+OWN = {"PYTHONPATH", "TRITON_INTERPRET", "WD_KERNELS_ISA", "TORCH_CUDA_ARCH_LIST"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OWN}
+
+
+def done(*command: str | Path, cwd: Path, **more: str) -> str:
+    """What a command prints; it succeeds."""
+    found = subprocess.run(command, cwd=cwd, env=ENVIRONMENT | more, capture_output=True, text=True)
+    assert found.returncode == 0, f"{' '.join(map(str, command))}\n{found.stdout}{found.stderr}"
+    return found.stdout
+
+
+def test_the_version_stands_in_one_place() -> None:
+    """The package has it of version.py, the build too, and the changelog's last entry is that version's."""
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest[1] == wd_kernels.__version__
+    files = [*ROOT.glob("wd_kernels/**/*.py"), ROOT / "setup.py", ROOT / "pyproject.toml"]
+    holders = [path.name for path in files if f'"{wd_kernels.__version__}"' in path.read_text()]
+    assert holders == ["version.py"]
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `make dist` does it, of a copy: the sdist, and the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    tracked = done("git", "ls-files", cwd=ROOT).splitlines()
+    for name in tracked:
+        target = folder / "source" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, target)
+    assert "$(RUN) -m build --no-isolation\n" in (ROOT / "Makefile").read_text()
+    done(sys.executable, "-m", "build", "--no-isolation", cwd=folder / "source")
+    return folder / "source" / "dist"
+
+
+def names(dist: Path) -> tuple[list[str], list[str]]:
+    """The files of the sdist and of the wheel."""
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist:
+        own = [name.partition("/")[2] for name in sdist.getnames() if not name.endswith("/")]
+    return own, zipfile.ZipFile(next(dist.glob("*.whl"))).namelist()
+
+
+@pytest.mark.slow
+def test_what_is_in_them(dist: Path) -> None:
+    sdist, wheel = names(dist)
+    version = wd_kernels.__version__
+    (path,) = dist.glob("*.whl")
+    assert re.fullmatch(rf"wd_kernels-{re.escape(version)}-cp310-abi3-\w+\.whl", path.name)
+    modules = {str(p.relative_to(ROOT)) for p in ROOT.glob("wd_kernels/**/*.py")} | {"wd_kernels/py.typed"}
+    sources = {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()}
+    assert modules | sources | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= set(sdist)
+    assert not [name for name in sdist if name.startswith(("tests", "bench")) or name.endswith((".so", ".o"))]
+    native = {"wd_kernels/_C.abi3.so", f"wd_kernels/_cuda.{'abi3.so' if codegen_cuda.LIBRARY.exists() else 'txt'}"}
+    assert {name for name in wheel if ".dist-info/" not in name} == modules | native
+    assert f"wd_kernels-{version}.dist-info/licenses/LICENSE" in wheel
+    assert path.stat().st_size < 5 * 2**20
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that has torch alone, as the README says."""
+    folder = tmp_path_factory.mktemp("empty")
+    done(sys.executable, "-m", "venv", "empty", cwd=folder)
+    python = folder / "empty" / "bin" / "python"
+    pins = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    done(python, "-m", *PIP, "install", next(line for line in pins if line.startswith("torch==")), cwd=folder)
+    return python
+
+
+PIP = ("pip", "--quiet", "--disable-pip-version-check")
+
+
+def installed(artifact: Path, python: Path, folder: Path, **variables: str) -> str:
+    """What the self-check prints after the artifact was installed, by nothing but pip."""
+    done(python, "-m", *PIP, "uninstall", "--yes", "wd_kernels", cwd=folder)
+    done(python, "-m", *PIP, "install", "--no-cache-dir", artifact, cwd=folder, **variables)
+    where = done(python, "-c", "import wd_kernels; print(wd_kernels.__file__)", cwd=folder)
+    assert Path(where.strip()).is_relative_to(python.parent.parent)
+    return done(python, "-m", "wd_kernels", cwd=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+def test_installed_into_an_empty_environment(kind: str, dist: Path, empty: Path, tmp_path: Path) -> None:
+    said = installed(next(dist.glob(kind)), empty, tmp_path)
+    assert re.search(r"^  cpu +available$", said, re.MULTILINE), said
+    assert re.search(r"^  cuda +not available: torch \S+ is built without CUDA$", said, re.MULTILINE), said
+    assert re.search(r"^  walk +native$", said, re.MULTILINE), said
+    assert "all backends compute right" in said
+
+
+@pytest.mark.slow
+def test_installed_without_a_compiler(dist: Path, empty: Path, tmp_path: Path) -> None:
+    """It says what is missing, and the rest works."""
+    said = installed(next(dist.glob("*.tar.gz")), empty, tmp_path, CXX="no-such-compiler")
+    assert re.search(r"^  cpu +not available: the native extension is not there .*$", said, re.MULTILINE), said
+    assert re.search(r"^  walk +Python .*$", said, re.MULTILINE), said
+    assert "all backends compute right" in said
+
+
+BAD_TOOLKITS = [
+    ({"WD_KERNELS_CUDA": "0"}, "WD_KERNELS_CUDA=0 was set"),
+    ({"CUDA_HOME": "/nowhere"}, "CUDA_HOME=/nowhere holds no bin/nvcc"),
+    (
+        {"TORCH_CUDA_ARCH_LIST": "Hoper"},
+        "TORCH_CUDA_ARCH_LIST names 'Hoper': expected such as 9.0, 9.0a or 9.0+PTX, or",
+    ),
+    ({"TORCH_CUDA_ARCH_LIST": "1.0"}, "nvcc failed: "),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variables", "why"), BAD_TOOLKITS, ids=lambda x: " ".join(x) if isinstance(x, dict) else "")
+def test_a_build_without_a_fitting_toolkit(variables: dict[str, str], why: str, tmp_path: Path) -> None:
+    """The package is built without the CUDA library and knows why; where it was demanded, the build fails."""
+    built_or_cached = shutil.ignore_patterns("*.so", "__pycache__", "_cuda.txt")
+    for name in ("csrc", "wd_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=built_or_cached)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = {**ENVIRONMENT, "PYTHONWARNINGS": "ignore", **variables}
+    built = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert "wd_kernels: installing without the CUDA library: " in built.stderr
+    reason = (tmp_path / "wd_kernels" / "_cuda.txt").read_text()
+    assert why in reason
+    assert len(reason.splitlines()) == 1
+    assert reason.strip() in built.stderr
+    assert (tmp_path / "wd_kernels" / "_C.abi3.so").exists()
+    assert not (tmp_path / "wd_kernels" / "_cuda.abi3.so").exists()
+    if "WD_KERNELS_CUDA" not in variables:
+        demanded = subprocess.run(
+            command, cwd=tmp_path, env=environment | {"WD_KERNELS_CUDA": "1"}, capture_output=True, text=True
+        )
+        assert demanded.returncode != 0
+        assert f"WD_KERNELS_CUDA=1, and the CUDA library cannot be built: {reason.strip()}" in demanded.stderr
