@@ -195,7 +195,7 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
     on_cpu = [BUILD / "on_cpu" / f"{name}.o" for name in ("ops", "on_cpu")]
     for target in on_cpu:
         lines += [f"build {_path(target)}: compile {_path(ROOT / 'csrc' / 'cuda' / f'{target.stem}.cpp')}"]
-        lines += [f"  set = -DWD_ON_CPU {TRAPS}", "  namespace = wd_kernels_on_cpu"]
+        lines += [f"  set = -DWD_ON_CPU '-DWD_BUILT=\"plain loops\"' {TRAPS}", "  namespace = wd_kernels_on_cpu"]
     return [*lines, f"build {_path(BUILD / 'on_cpu.so')}: link {' '.join(map(_path, on_cpu))}"]
 
 

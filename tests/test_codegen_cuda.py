@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -96,9 +95,9 @@ def test_what_is_inexact_is_seen(flags: str, seen: str, tmp_path: Path) -> None:
 # The library itself ---------------------------------------------------------------------------------------------------
 
 LOAD = """
-import ctypes, sys, torch
-ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)  # stands in for what torch's libtorch_cuda.so has
-torch.ops.load_library(sys.argv[2])
+import torch
+import wd_kernels._cuda as module
+print(module.__file__)
 ops = torch.ops.wd_kernels
 print(ops.cuda_built())
 print(ops.cuda_step_.default._schema)
@@ -114,18 +113,12 @@ for call in (
 """
 
 
-def test_the_library_loads_and_says_what_it_is(tmp_path: Path) -> None:
-    """With a stand-in for the one symbol that a torch without CUDA lacks: every other is there."""
-    stand_in = tmp_path / "stand_in.so"
-    source = tmp_path / "stand_in.c"
-    source.write_text(
-        "int aoti_torch_get_current_cuda_stream(int index, void** stream) { *stream = 0; return index; }\n"
-    )
-    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(stand_in)], check=True)
-    command = [sys.executable, "-c", LOAD, str(stand_in), str(codegen_cuda.LIBRARY)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+def test_the_library_loads_and_says_what_it_is() -> None:
+    """Beside a torch without CUDA too, though the package does not load it there: every symbol is found."""
+    done = subprocess.run([sys.executable, "-c", LOAD], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    built, schema, formats, roles, device = done.stdout.splitlines()
+    path, built, schema, formats, roles, device = done.stdout.splitlines()
+    assert Path(path).resolve() == codegen_cuda.LIBRARY.resolve()
     assert re.fullmatch(r"CUDA \d+\.\d+ for 8\.0, 9\.0, 10\.0 and its PTX", built)
     assert schema.startswith("wd_kernels::cuda_step_(Tensor chunks, Tensor places, Tensor moving, ")
     assert "there is no CUDA kernel for this rule and these storage formats" in formats
@@ -145,10 +138,3 @@ def test_the_library_needs_no_torch_with_cuda_to_link_and_no_cuda_runtime_beside
 
 def test_sizes() -> None:
     assert codegen_cuda.LIBRARY.stat().st_size < 5 * 2**20
-
-
-def test_the_extension_is_not_a_python_module() -> None:
-    """It is loaded as operators, so that one file serves every Python."""
-    assert importlib.util.find_spec("wd_kernels._cuda") is not None  # the name that the build gives it
-    symbols = subprocess.run(["nm", "-D", str(codegen_cuda.LIBRARY)], capture_output=True, text=True, check=True)
-    assert not re.search(r"\bPy\w+", symbols.stdout)

@@ -12,8 +12,8 @@ import wd_kernels
 
 OWN = [f"wd_kernels.{name}" for name in ("flatten", "functional", "mirror", "optim", "rules")]
 BENCH = ["byte_model", "report_figures", "turns"]
-# A program, the extension, and what only a machine with Triton can import.
-NOT_IMPORTED = ("wd_kernels.__main__", "wd_kernels._C", "wd_kernels.backends.triton_kernels")
+# A program, the libraries, and what only a machine with Triton can import.
+NOT_IMPORTED = ("wd_kernels.__main__", "wd_kernels._C", "wd_kernels._cuda", "wd_kernels.backends.triton_kernels")
 
 
 @pytest.mark.parametrize("name", OWN + BENCH)

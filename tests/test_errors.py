@@ -170,9 +170,9 @@ def test_flags_of_what_is_not_supported(rule: str) -> None:
 
 @both
 def test_unknown_backend(rule: str) -> None:
-    with pytest.raises(ValueError, match=mentions("backend='gpu'", "'auto', 'cpu', 'triton', 'reference'")):
+    with pytest.raises(ValueError, match=mentions("backend='gpu'", "'auto', 'cpu', 'triton', 'cuda', 'reference'")):
         build(rule, parameters(), backend="gpu")
-    with pytest.raises(ValueError, match=mentions("backend='gpu'", "'auto', 'cpu', 'triton', 'reference'")):
+    with pytest.raises(ValueError, match=mentions("backend='gpu'", "'auto', 'cpu', 'triton', 'cuda', 'reference'")):
         backends.resolve("gpu", Spec(torch.device("cpu"), ()))
 
 

@@ -9,6 +9,7 @@ library's, where they are asked for.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,15 @@ def load_cuda() -> str | None:
     """Loads the CUDA library; why it cannot be, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    library = Path(__file__).with_name("_cuda.abi3.so")
-    if not library.exists():
-        reason = library.with_suffix("").with_suffix(".txt")  # written by the build
+    if importlib.util.find_spec("._cuda", __package__) is None:
+        reason = Path(__file__).with_name("_cuda.txt")  # written by the build
         why = reason.read_text().strip() if reason.exists() else "the package was built without it"
         return (
             f"the CUDA library is not there ({why}); where there is a CUDA toolkit, build the package again: "
             "WD_KERNELS_CUDA=1 pip install --force-reinstall --no-deps --no-binary wd_kernels wd_kernels"
         )
     try:
-        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    except OSError as error:
-        return f"the CUDA library does not load ({error.__cause__ or error})"
+        importlib.import_module("._cuda", __package__)
+    except ImportError as error:
+        return f"the CUDA library does not load ({error})"
     return None

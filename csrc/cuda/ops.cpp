@@ -1,6 +1,8 @@
 // The CUDA backend's operators: schema, checks, launch. LibTorch stable ABI only. on_cpu.cpp's build has them too, for
 // CPU tensors (WD_ON_CPU).
 
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,8 +13,8 @@
 
 #include "device.h"
 
-#ifndef WD_BUILT
-#define WD_BUILT "nothing that is known"
+#ifndef WD_ON_CPU  // in libtorch_cuda.so; a torch without CUDA lacks it, and its tensors never come here
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 #endif
 
 namespace wd {
@@ -109,6 +111,9 @@ std::string load_on(int64_t device, int64_t rule, std::vector<int64_t> formats) 
 
 std::string built() { return WD_BUILT; }
 
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_cuda", "CUDA kernels of wd_kernels.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
 }  // namespace
 }  // namespace cuda
 }  // namespace wd
@@ -127,3 +132,6 @@ STABLE_TORCH_LIBRARY_IMPL(WD_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_load", TORCH_BOX(&wd::cuda::load_on));
   m.impl("cuda_built", TORCH_BOX(&wd::cuda::built));
 }
+
+// The operators are registered when the library is loaded: there is nothing else in the module.
+PyMODINIT_FUNC PyInit__cuda(void) { return PyModule_Create(&wd::cuda::module); }
