@@ -111,13 +111,13 @@ void step_(const Tensor segments, const Tensor rows, const Tensor control, int64
 }  // namespace
 }  // namespace wd
 
-STABLE_TORCH_LIBRARY(WD_NAMESPACE, m) {
+WD_EXPANDED(STABLE_TORCH_LIBRARY, WD_NAMESPACE, m) {
   m.def("step_(Tensor segments, Tensor rows, Tensor control, int rule, int[] formats, int first, int count) -> ()");
   m.def("instruction_set() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(WD_NAMESPACE, CPU, m) { m.impl("step_", TORCH_BOX(&wd::step_)); }
+WD_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, WD_NAMESPACE, CPU, m) { m.impl("step_", TORCH_BOX(&wd::step_)); }
 
-STABLE_TORCH_LIBRARY_IMPL(WD_NAMESPACE, CompositeExplicitAutograd, m) {
+WD_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, WD_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&wd::instruction_set));
 }

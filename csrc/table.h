@@ -11,6 +11,8 @@
 #ifndef WD_NAMESPACE
 #define WD_NAMESPACE wd_kernels
 #endif
+// Expands it before torch's macros see it: those of torch 2.10 take a name as it is written.
+#define WD_EXPANDED(macro, ...) macro(__VA_ARGS__)
 #define WD_LITERAL(x) #x
 #define WD_TEXT(x) WD_LITERAL(x)
 

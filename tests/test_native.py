@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -524,3 +525,23 @@ def test_explicit_cpu_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     assert not opt.state.get(p)
     with pytest.raises(ValueError, match="backend='gpu': allowed are 'auto', 'cpu', 'triton', 'cuda', 'reference'"):
         wd_kernels.AdamW([p], backend="gpu")
+
+
+TORCH_OF_2_10 = """
+#define STABLE_TORCH_LIBRARY(ns, m) registers #ns;
+#define STABLE_TORCH_LIBRARY_FRAGMENT(ns, m) registers #ns;
+#define STABLE_TORCH_LIBRARY_IMPL(ns, k, m) registers #ns #k;
+"""
+
+
+@pytest.mark.parametrize(("source", "expected"), [("ops.cpp", 3), ("cuda/ops.cpp", 3)])
+def test_the_namespace_beside_torch_2_10(source: str, expected: int, tmp_path: Path) -> None:
+    """Its macros make a literal of a name as it is written: `WD_NAMESPACE` must not come to them."""
+    stable = tmp_path / "torch" / "csrc" / "stable"
+    stable.mkdir(parents=True)
+    for name in ("accelerator", "library", "ops", "tensor"):
+        (stable / f"{name}.h").write_text(TORCH_OF_2_10 if name == "library" else "")
+    includes = [f"-I{tmp_path}", f"-I{sysconfig.get_paths()['include']}"]
+    text = tool("c++", "-E", "-P", "-DWD_NAMESPACE=their_kernels", *includes, str(ROOT / "csrc" / source))
+    found = re.findall(r'registers "(\w+)"', text)
+    assert found == ["their_kernels"] * expected

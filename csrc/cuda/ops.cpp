@@ -41,7 +41,8 @@ class Device {
   explicit Device(int64_t index) : index_(int32_t(index)), guard_(index_) {}
   void* stream() const {  // torch's current one there
     void* found = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &found));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &found) == AOTI_TORCH_SUCCESS,
+                    "torch has no current stream on cuda:", index_);
     return found;
   }
 
@@ -118,7 +119,7 @@ PyModuleDef module = {
 }  // namespace cuda
 }  // namespace wd
 
-STABLE_TORCH_LIBRARY_FRAGMENT(WD_NAMESPACE, m) {
+WD_EXPANDED(STABLE_TORCH_LIBRARY_FRAGMENT, WD_NAMESPACE, m) {
   m.def(
       "cuda_step_(Tensor chunks, Tensor places, Tensor moving, Tensor rows, Tensor control, int chunk_size, int rule, "
       "int[] formats) -> ()");
@@ -126,9 +127,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(WD_NAMESPACE, m) {
   m.def("cuda_built() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(WD_NAMESPACE, WD_DEVICE, m) { m.impl("cuda_step_", TORCH_BOX(&wd::cuda::step_)); }
+WD_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, WD_NAMESPACE, WD_DEVICE, m) {
+  m.impl("cuda_step_", TORCH_BOX(&wd::cuda::step_));
+}
 
-STABLE_TORCH_LIBRARY_IMPL(WD_NAMESPACE, CompositeExplicitAutograd, m) {
+WD_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, WD_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_load", TORCH_BOX(&wd::cuda::load_on));
   m.impl("cuda_built", TORCH_BOX(&wd::cuda::built));
 }
