@@ -19,7 +19,10 @@ from budgets import assert_in_budget
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100")
 OTHERS = {"TRITON_INTERPRET", "WD_KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST"}
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OTHERS}
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if name not in OTHERS},
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "bench")]),
+}
 
 
 def no_toolkit() -> str | None:

@@ -52,7 +52,8 @@ class AdamW(DecoupledOptimizer):
         maximize: ascend.
         decay: the form of weight decay, see above.
         eta: the schedule multiplier :math:`\eta \ge 0`, kept in each group as ``group["eta"]``.
-        backend: "auto", "cpu" or "reference"; all give the same bits. One that is not there is an error.
+        backend: "auto", "cpu", "triton", "cuda" or "reference"; all give the same bits. One that is not there is an
+            error.
         foreach, fused: tolerated, and kept in the groups, for torch's callers: there is one implementation.
         capturable, differentiable: must be False.
 
