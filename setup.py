@@ -31,11 +31,13 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+LIBRARIES = {"_C": "native extension", "_cuda": "CUDA library"}
 BUILD = ROOT / "build" / "native"  # one place for every way of building; tests look at what lies there
 TARGET_TORCH = "0x020a000000000000"  # 2.10, the oldest torch supported
 # Exact arithmetic: no contraction, nothing of -ffast-math. The two last flags change no value: they let the compiler
 # vectorise the root and the selections.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math"
+LINK = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-Wl,--as-needed"
 INSTRUCTION_SETS = {
     "baseline": "",
     "avx2": "-mavx2",
@@ -47,8 +49,8 @@ NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=fal
 ARCHITECTURES = ("8.0", "9.0", "10.0")  # and PTX of the last, for what comes after
 #: Names that torch has for lists of architectures.
 NAMED = {
-    "Turing": "7.5+PTX", "Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX",
-    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Turing": "7.5+PTX", "Ampere": "8.0;8.6+PTX", "Ampere+Tegra": "8.7", "Ada": "8.9+PTX", "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX", "Blackwell+Tegra": "11.0",
 }  # fmt: skip
 
 
@@ -63,13 +65,16 @@ def torch_home() -> Path | None:
 
 def missing() -> str | None:
     """Why nothing native can be built here, or None."""
-    if os.environ.get("WD_KERNELS_NO_NATIVE"):
-        return "WD_KERNELS_NO_NATIVE is set"
+    if os.environ.get("WD_KERNELS_NO_NATIVE", "0") not in ("", "0"):
+        return "WD_KERNELS_NO_NATIVE was set"
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
-        return f"no C++ compiler ({compiler!r} is not on the PATH; CXX names another)"
+        return f"no C++ compiler was found ({compiler!r} is not on the PATH; CXX names another)"
     if torch_home() is None:
-        return "no torch headers (install torch first; WD_KERNELS_TORCH_HOME names the directory that holds it)"
+        return (
+            "torch's headers were not found (install torch first; pip's --no-build-isolation shows it to the build, or "
+            "WD_KERNELS_TORCH_HOME, the directory that holds it)"
+        )
     return None
 
 
@@ -89,38 +94,38 @@ def nvcc() -> str:
             found = shutil.which("nvcc", path=str(Path(os.environ[name]) / "bin"))
             if found is None:
                 raise NoCuda(f"{name}={os.environ[name]} holds no bin/nvcc")
-            return found
+            return str(Path(found).absolute())
     found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if found is None:
         raise NoCuda("no CUDA toolkit was found (no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda)")
-    return found
+    return str(Path(found).absolute())
 
 
 def asked(compiler: str, option: str) -> str:
     """What nvcc answers."""
-    done = subprocess.run([compiler, option], capture_output=True, text=True)
+    try:
+        done = subprocess.run([compiler, option], capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise NoCuda(f"{compiler} cannot be run: {error}") from None
     if done.returncode:
-        raise NoCuda(f"{compiler} {option} failed: {first_error(done.stdout + done.stderr)}")
+        raise NoCuda(f"{compiler} {option} failed: {failure(done)}")
     return done.stdout
 
 
 def architectures(compiler: str) -> list[str]:
     """What the kernels are compiled for, as torch writes it: "8.0", "9.0a", "10.0+PTX"."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    if not wanted.strip():
+    words = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"))
+    if words == [""]:
         known = asked(compiler, "--list-gpu-code").split()
         found = [a for a in ARCHITECTURES if f"sm_{a.replace('.', '')}" in known]
         if not found:
             raise NoCuda(f"{compiler} knows none of {', '.join(ARCHITECTURES)} (TORCH_CUDA_ARCH_LIST names others)")
         return [*found[:-1], f"{found[-1]}+PTX"]
-    for name, own in NAMED.items():
-        wanted = wanted.replace(name, own)
-    found = list(dict.fromkeys(re.split(r"[;,\s]+", wanted.strip(" ;,"))))
-    for one in found:
-        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", one):
+    for word in words:
+        if word not in NAMED and not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", word):
             names = ", ".join(NAMED)
-            raise NoCuda(f"TORCH_CUDA_ARCH_LIST names {one!r}: expected such as 9.0, 9.0a or 9.0+PTX, or {names}")
-    return found
+            raise NoCuda(f"TORCH_CUDA_ARCH_LIST names {word!r}: expected such as 9.0, 9.0a or 9.0+PTX, or {names}")
+    return list(dict.fromkeys(own for word in words for own in NAMED.get(word, word).split(";")))
 
 
 def cuda_rules(home: Path, library: Path) -> list[str]:
@@ -134,13 +139,14 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
         codes = [f"sm_{number}"] + ([f"compute_{number}"] if target.endswith("+PTX") else [])
         gencode += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
     built = f"CUDA {release[1] if release else '?'} for {', '.join(targets)}".replace("+PTX", " and its PTX")
-    host = f"-ccbin {shlex.quote(os.environ['CXX'])} " if os.environ.get("CXX") else ""
+    host = os.environ.get("CXX", "")
+    ccbin = f" -ccbin {_word(host)}" if len(host.split()) == 1 else ""  # nvcc takes no "ccache g++"
     kernels, ops = BUILD / "kernels.o", BUILD / "cuda_ops.o"
     return [
-        f"nvcc = {_word(compiler)} {host}",
+        f"nvcc = {_word(compiler)}{ccbin}",
         "rule nvcc",
         f"  command = $nvcc {NVCC_FLAGS} {' '.join(gencode)} -t 0 -Xcompiler -fPIC,-fvisibility=hidden "
-        f"-Xcompiler -ffile-prefix-map={_word(ROOT)}/= -MMD -MF $out.d -c $in -o $out",
+        "-MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $in",
@@ -156,10 +162,12 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
     ]
 
 
-def first_error(output: str) -> str:
+def failure(done: subprocess.CompletedProcess[str]) -> str:
     """The line of a compiler's output that says most."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)), (lines or ["?"])[-1])
+    lines = [line.strip() for line in f"{done.stdout}{done.stderr or ''}".splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("ninja: ", "FAILED: "))]
+    telling = [line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
+    return (telling or lines[-1:] or [f"exit status {done.returncode}"])[0]
 
 
 # ninja ----------------------------------------------------------------------------------------------------------------
@@ -174,7 +182,7 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
     includes = f"-isystem {_word(home / 'include')} -isystem {_word(sysconfig.get_paths()['include'])}"
     namespace = os.environ.get("WD_KERNELS_NAMESPACE", "wd_kernels")  # of the operators in torch.ops
     if not namespace.isidentifier():
-        raise ValueError(f"WD_KERNELS_NAMESPACE={namespace!r}: expected an identifier")
+        raise SystemExit(f"WD_KERNELS_NAMESPACE={namespace!r}: expected an identifier")
     lines = [
         f"cxx = {os.environ.get('CXX', 'c++')}",
         f"namespace = {namespace}",
@@ -185,7 +193,7 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
         "  deps = gcc",
         "  description = compile $in",
         "rule link",
-        f"  command = $cxx -shared $in -o $out -L{_word(home / 'lib')} -ltorch_cpu -ltorch -lc10 {linker_flags()}",
+        f"  command = $cxx -shared $in -o $out -L{_word(home / 'lib')} -ltorch_cpu -ltorch -lc10 {LINK}",
         "  description = link $out",
     ]
     objects = [BUILD / (source.stem + ".o") for source in sources]
@@ -209,85 +217,82 @@ def _word(path: object) -> str:
     return shlex.quote(str(path)).replace("$", "$$")
 
 
-def linker_flags() -> str:
-    return "-undefined dynamic_lookup" if sys.platform == "darwin" else "-Wl,--as-needed"
-
-
 def ninja(target: Path) -> subprocess.CompletedProcess[str]:
+    """Builds what is out of date; what ninja and the compilers say is printed, and kept."""
     found = shutil.which("ninja")
     command = [found] if found else [sys.executable, "-m", "ninja"]
-    return subprocess.run([*command, "-C", str(BUILD), str(target)], stdout=subprocess.PIPE, text=True)
+    command += ["-C", str(BUILD), str(target)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="replace")
+    if found is None and not done.stdout:
+        raise SystemExit("ninja is missing: pip install ninja")
+    print(done.stdout)
+    return done
 
 
 class NinjaBuild(build_ext):
-    """Writes the ninja file and runs it; ninja decides what is out of date."""
+    """Builds both libraries. Why one is not there is written beside it: the package says it when it is asked."""
 
-    def build_extension(self, ext: Extension) -> None:
-        library = Path(self.get_ext_fullpath(ext.name)).resolve()
-        library.parent.mkdir(parents=True, exist_ok=True)
-        if ext.name.endswith("._cuda"):
-            self.build_cuda(library)
-            return
-        home = torch_home()
-        assert home is not None
-        BUILD.mkdir(parents=True, exist_ok=True)
+    def build_extensions(self) -> None:
+        libraries = {name: Path(self.get_ext_fullpath(f"wd_kernels.{name}")).resolve() for name in LIBRARIES}
+        absent = self.build(libraries["_C"], libraries["_cuda"])
+        if "_cuda" in absent and os.environ.get("WD_KERNELS_CUDA") == "1":
+            raise SystemExit(f"WD_KERNELS_CUDA=1, and the CUDA library cannot be built: {absent['_cuda']}")
+        for name, library in libraries.items():
+            reason = library.with_name(f"{name}.txt")
+            reason.unlink(missing_ok=True)
+            if name in absent:
+                library.unlink(missing_ok=True)
+                library.parent.mkdir(parents=True, exist_ok=True)
+                reason.write_text(f"{absent[name]}\n", encoding="utf-8")
+                print(f"wd_kernels: installing without the {LIBRARIES[name]}: {absent[name]}", file=sys.stderr)
+
+    def build(self, library: Path, cuda_library: Path) -> dict[str, str]:
+        """Why which library could not be built."""
+        why_not, home = missing(), torch_home()
+        if why_not is not None or home is None:
+            return dict.fromkeys(LIBRARIES, str(why_not))
+        absent = {}
         rules = ninja_rules(home, library)
+        try:
+            rules += cuda_rules(home, cuda_library)
+        except NoCuda as why:
+            absent["_cuda"] = str(why)
+        BUILD.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
         (BUILD / "build.ninja").write_text("\n".join([*rules, ""]))
         done = ninja(library)
-        print(done.stdout)
-        done.check_returncode()
+        if done.returncode:
+            raise SystemExit(f"the native extension does not compile: {failure(done)}")
+        if not absent:
+            done = ninja(cuda_library)
+            if done.returncode or not cuda_library.exists():
+                wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+                where = f" (TORCH_CUDA_ARCH_LIST={wanted})" if wanted else ""
+                absent["_cuda"] = f"{nvcc()} failed{where}: {failure(done)}"
+        return absent
 
     def copy_extensions_to_source(self) -> None:
-        """What a build in place leaves in the package: the CUDA library, or why it is not there."""
+        """What a build in place leaves in the package: each library, or why it is not there."""
         super().copy_extensions_to_source()
-        built = Path(self.get_ext_fullpath("wd_kernels._cuda")).resolve()  # as inplace as the command is now
-        inside = Path(self.build_lib) / "wd_kernels"
-        for name in (built.name, "_cuda.txt"):
-            built.with_name(name).unlink(missing_ok=True)
-            if (inside / name).exists():
-                shutil.copy(inside / name, built.with_name(name))
-
-    def build_cuda(self, library: Path) -> None:
-        """Whatever hinders is written beside the library that is missing: the package says it when it is asked."""
-        reason = library.with_name("_cuda.txt")
-        reason.unlink(missing_ok=True)
-        home = torch_home()
-        assert home is not None
-        try:
-            rules = cuda_rules(home, library)
-            with (BUILD / "build.ninja").open("a") as file:
-                file.write("\n".join([*rules, ""]))
-            done = ninja(library)
-            print(done.stdout)
-            if done.returncode:
-                raise NoCuda(f"{nvcc()} failed: {first_error(done.stdout)}")
-        except NoCuda as why:
-            if os.environ.get("WD_KERNELS_CUDA") == "1":
-                raise SystemExit(f"WD_KERNELS_CUDA=1, and the CUDA library cannot be built: {why}") from None
-            library.unlink(missing_ok=True)
-            reason.write_text(f"{why}\n")
-            print(f"wd_kernels: installing without the CUDA library: {why}", file=sys.stderr)
+        built = Path(self.build_lib) / "wd_kernels"
+        for name in LIBRARIES:
+            inplace = Path(self.get_ext_fullpath(f"wd_kernels.{name}")).resolve()
+            for file in (inplace.name, f"{name}.txt"):
+                if not (built / file).exists():
+                    inplace.with_name(file).unlink(missing_ok=True)
+                elif file.endswith(".txt"):
+                    shutil.copy(built / file, inplace.with_name(file))
 
 
 class Abi3Wheel(bdist_wheel):
     """Tags the wheel for every Python from 3.10."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        python, abi, plat = super().get_tag()
-        return ("cp310", "abi3", plat) if self.distribution.ext_modules else (python, abi, plat)
-
-
-def libraries() -> list[Extension]:
-    """What is built here: the CUDA library may turn out to be impossible."""
-    why_not = missing()
-    if why_not is not None:
-        print(f"wd_kernels: installing without the native extension: {why_not}", file=sys.stderr)
-        return []
-    return [
-        Extension("wd_kernels._C", sources=[], py_limited_api=True),
-        Extension("wd_kernels._cuda", sources=[], py_limited_api=True, optional=True),
-    ]
+        return ("cp310", "abi3", super().get_tag()[2])
 
 
 if __name__ == "__main__":  # not where a test reads it
-    setup(ext_modules=libraries(), cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Abi3Wheel})
+    setup(
+        ext_modules=[Extension(f"wd_kernels.{name}", [], py_limited_api=True, optional=True) for name in LIBRARIES],
+        cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Abi3Wheel},
+    )

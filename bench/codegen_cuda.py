@@ -17,7 +17,7 @@ from codegen import Cost, Kernel, kernels
 
 from wd_kernels.storage import state_dtype
 
-__all__ = ["LIBRARY", "compiler", "costs", "cubins", "ptx"]
+__all__ = ["LIBRARY", "compiler", "costs", "cubins", "no_toolkit", "ptx"]
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "wd_kernels" / "_cuda.abi3.so"
@@ -29,6 +29,15 @@ _FORMATS = {torch.float64: "Float64", torch.float32: "Float32", torch.bfloat16: 
 def _setup() -> dict[str, Any]:
     """The names of setup.py."""
     return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def no_toolkit() -> str | None:
+    """Why there is no CUDA compiler, None where there is one."""
+    try:
+        _setup()["nvcc"]()
+    except _setup()["NoCuda"] as why:
+        return str(why)
+    return None
 
 
 def compiler() -> str:

@@ -25,17 +25,8 @@ ENVIRONMENT = {
 }
 
 
-def no_toolkit() -> str | None:
-    """Why there is no CUDA compiler, None where there is one."""
-    setup = codegen_cuda._setup()
-    try:
-        setup["nvcc"]()
-    except setup["NoCuda"] as why:
-        return str(why)
-    return None
-
-
-pytestmark = pytest.mark.skipif(no_toolkit() is not None, reason=str(no_toolkit()))
+NO_TOOLKIT = codegen_cuda.no_toolkit()
+pytestmark = pytest.mark.skipif(NO_TOOLKIT is not None, reason=str(NO_TOOLKIT))
 
 
 @pytest.fixture(scope="module")

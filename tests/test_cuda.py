@@ -135,8 +135,8 @@ def test_a_package_without_the_library(reason: str | None, with_cuda: Any, tmp_p
     why = BACKENDS["cuda"].why_not()
     assert why is not None
     assert why.startswith(
-        f"the CUDA library is not there ({reason or 'the package was built without it'}); where there is a CUDA "
-        "toolkit, build the package again: WD_KERNELS_CUDA=1 pip install "
+        f"the CUDA library is not there ({reason or 'the package was built without it'}); mend that and build the "
+        "package again, in its source folder: WD_KERNELS_CUDA=1 pip install "
     )
 
 

@@ -17,8 +17,8 @@ import pytest
 import wd_kernels
 
 ROOT = Path(__file__).parent.parent
-OWN = {"PYTHONPATH", "TRITON_INTERPRET", "WD_KERNELS_ISA", "TORCH_CUDA_ARCH_LIST"}
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OWN}
+CHOICES = re.compile("PYTHONPATH|TRITON_INTERPRET|WD_KERNELS_.*|TORCH_CUDA_ARCH_LIST|CXX|CUDA_HOME|CUDA_PATH")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not CHOICES.fullmatch(name)}
 
 
 def done(*command: str | Path, cwd: Path, **more: str) -> str:
@@ -110,48 +110,101 @@ def test_installed_into_an_empty_environment(kind: str, dist: Path, empty: Path,
 
 
 @pytest.mark.slow
-def test_installed_without_a_compiler(dist: Path, empty: Path, tmp_path: Path) -> None:
-    """It says what is missing, and the rest works."""
-    said = installed(next(dist.glob("*.tar.gz")), empty, tmp_path, CXX="no-such-compiler")
-    assert re.search(r"^  cpu +not available: the native extension is not there .*$", said, re.MULTILINE), said
+def test_installed_without_a_compiler_and_mended(dist: Path, empty: Path, tmp_path: Path) -> None:
+    """It says what is missing, and the rest works; what it says to do, in the source folder, helps."""
+    (sdist,) = dist.glob("*.tar.gz")
+    said = installed(sdist, empty, tmp_path, CXX="no-such-compiler")
+    why = "no C\\+\\+ compiler was found \\('no-such-compiler' is not on the PATH; CXX names another\\)"
+    found = re.search(rf"^  cpu +not available: the native extension is not there \({why}\); .*: (pip .*)$", said, re.M)
+    assert found, said
     assert re.search(r"^  walk +Python .*$", said, re.MULTILINE), said
     assert "all backends compute right" in said
+    with tarfile.open(sdist) as file:
+        file.extractall(tmp_path, filter="data")
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    done(empty, "-m", *found[1].split(), cwd=source)
+    assert re.search(r"^  cpu +available$", done(empty, "-m", "wd_kernels", cwd=tmp_path), re.MULTILINE)
 
 
-BAD_TOOLKITS = [
+def sources(folder: Path) -> Path:
+    """A copy of what a build needs, in a folder whose name is none of the simplest."""
+    folder = folder / "a b, c"
+    built_or_cached = shutil.ignore_patterns("*.so", "__pycache__", "_C.txt", "_cuda.txt")
+    for name in ("csrc", "wd_kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=built_or_cached)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def built_in(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A build in place."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = {**ENVIRONMENT, "PYTHONWARNINGS": "ignore", **variables}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+NO_TOOLKIT = codegen_cuda.no_toolkit()
+#: What hinders the CUDA library, and the reason that is given; the last two come from a toolkit that is there.
+HINDRANCES = [
     ({"WD_KERNELS_CUDA": "0"}, "WD_KERNELS_CUDA=0 was set"),
     ({"CUDA_HOME": "/nowhere"}, "CUDA_HOME=/nowhere holds no bin/nvcc"),
-    (
-        {"TORCH_CUDA_ARCH_LIST": "Hoper"},
-        "TORCH_CUDA_ARCH_LIST names 'Hoper': expected such as 9.0, 9.0a or 9.0+PTX, or",
-    ),
-    ({"TORCH_CUDA_ARCH_LIST": "1.0"}, "nvcc failed: "),
+    ({"CUDA_HOME": "../old"}, "nvcc --list-gpu-code failed: nvcc fatal: no such option"),
+    ({"CUDA_HOME": "../odd"}, "nvcc cannot be run: "),
+    ({"TORCH_CUDA_ARCH_LIST": "9.0;Hoper"}, "TORCH_CUDA_ARCH_LIST names 'Hoper': expected such as 9.0, 9.0a or"),
+    ({"TORCH_CUDA_ARCH_LIST": "1.0"}, "nvcc failed (TORCH_CUDA_ARCH_LIST=1.0): nvcc fatal"),
 ]
 
 
+def fake_nvcc(folder: Path, text: str) -> None:
+    program = folder / "bin" / "nvcc"
+    program.parent.mkdir(parents=True)
+    program.write_text(text)
+    program.chmod(0o755)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("variables", "why"), BAD_TOOLKITS, ids=lambda x: " ".join(x) if isinstance(x, dict) else "")
-def test_a_build_without_a_fitting_toolkit(variables: dict[str, str], why: str, tmp_path: Path) -> None:
+def test_a_build_without_a_fitting_toolkit(tmp_path: Path) -> None:
     """The package is built without the CUDA library and knows why; where it was demanded, the build fails."""
-    built_or_cached = shutil.ignore_patterns("*.so", "__pycache__", "_cuda.txt")
-    for name in ("csrc", "wd_kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=built_or_cached)
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    environment = {**ENVIRONMENT, "PYTHONWARNINGS": "ignore", **variables}
-    built = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    assert "wd_kernels: installing without the CUDA library: " in built.stderr
-    reason = (tmp_path / "wd_kernels" / "_cuda.txt").read_text()
-    assert why in reason
-    assert len(reason.splitlines()) == 1
-    assert reason.strip() in built.stderr
-    assert (tmp_path / "wd_kernels" / "_C.abi3.so").exists()
-    assert not (tmp_path / "wd_kernels" / "_cuda.abi3.so").exists()
-    if "WD_KERNELS_CUDA" not in variables:
-        demanded = subprocess.run(
-            command, cwd=tmp_path, env=environment | {"WD_KERNELS_CUDA": "1"}, capture_output=True, text=True
-        )
-        assert demanded.returncode != 0
-        assert f"WD_KERNELS_CUDA=1, and the CUDA library cannot be built: {reason.strip()}" in demanded.stderr
+    folder = sources(tmp_path)
+    fake_nvcc(tmp_path / "old", "#!/bin/sh\n[ $1 = --version ] || { echo nvcc fatal: no such option; exit 1; }\n")
+    fake_nvcc(tmp_path / "odd", "no program")
+    package = folder / "wd_kernels"
+    (package / "_cuda.abi3.so").write_text("of an earlier build")
+    for variables, why in HINDRANCES if NO_TOOLKIT is None else HINDRANCES[:-2]:
+        built = built_in(folder, **variables)
+        assert built.returncode == 0, built.stderr
+        reason = (package / "_cuda.txt").read_text()
+        assert why in reason
+        assert len(reason.splitlines()) == 1
+        assert f"wd_kernels: installing without the CUDA library: {reason}" in built.stderr
+        assert (package / "_C.abi3.so").exists()
+        assert not (package / "_cuda.abi3.so").exists()
+        if "WD_KERNELS_CUDA" not in variables:
+            demanded = built_in(folder, WD_KERNELS_CUDA="1", **variables)
+            assert demanded.returncode != 0
+            assert f"WD_KERNELS_CUDA=1, and the CUDA library cannot be built: {reason}" in demanded.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_TOOLKIT is not None, reason=str(NO_TOOLKIT))
+def test_builds_in_turn(tmp_path: Path) -> None:
+    """For what was named, with a compiler of two words; then without anything native; then with all again."""
+    folder = sources(tmp_path)
+    package = folder / "wd_kernels"
+    built = built_in(folder, TORCH_CUDA_ARCH_LIST="Hopper; 8.0,", CXX="c++ -pthread", WD_KERNELS_CUDA="1")
+    assert built.returncode == 0, built.stdout + built.stderr
+    listed = codegen_cuda.disassembly.tool("cuobjdump", "-lelf", "-lptx", str(package / "_cuda.abi3.so"))
+    found = sorted(re.findall(r"(sm_\d+)\.(\w+)", listed))
+    assert found == [("sm_80", "cubin"), ("sm_90", "cubin"), ("sm_90", "ptx")]
+    native = {"_C.abi3.so", "_cuda.abi3.so"}
+    assert {path.name for path in package.glob("_c*.*")} | {path.name for path in package.glob("_C.*")} == native
+    demanded = built_in(folder, WD_KERNELS_NO_NATIVE="1", WD_KERNELS_CUDA="1")
+    assert "the CUDA library cannot be built: WD_KERNELS_NO_NATIVE was set" in demanded.stderr
+    assert demanded.returncode != 0
+    assert built_in(folder, WD_KERNELS_NO_NATIVE="1").returncode == 0
+    assert not native & {path.name for path in package.iterdir()}
+    assert (package / "_C.txt").read_text() == (package / "_cuda.txt").read_text() == "WD_KERNELS_NO_NATIVE was set\n"
+    assert built_in(folder, WD_KERNELS_NO_NATIVE="0").returncode == 0
+    assert native <= {path.name for path in package.iterdir()}
+    assert not list(package.glob("*.txt"))

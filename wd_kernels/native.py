@@ -21,14 +21,20 @@ __all__ = ["NAMESPACE", "OPS", "WALKS", "WHY_NOT", "C", "load_cuda"]
 C: Any = None
 WHY_NOT: str | None = None
 WALKS = False
+AGAIN = "mend that and build the package again, in its source folder: "
+PIP = "pip install --no-cache-dir --force-reinstall --no-deps ."
+
+
+def _reason(name: str, otherwise: object) -> str:
+    """Why the build left a library out, as it noted beside it."""
+    note = Path(__file__).with_name(f"{name}.txt")
+    return note.read_text(encoding="utf-8").strip() if note.exists() else str(otherwise)
+
 
 try:
     C = importlib.import_module("._C", __package__)
 except ImportError as error:
-    WHY_NOT = (
-        f"the native extension is not there ({error}); install a C++17 compiler, then reinstall: "
-        "pip install --force-reinstall --no-deps wd_kernels"
-    )
+    WHY_NOT = f"the native extension is not there ({_reason('_C', error)}); {AGAIN}{PIP}"
 else:
     _capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     try:
@@ -46,12 +52,8 @@ def load_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if importlib.util.find_spec("._cuda", __package__) is None:
-        reason = Path(__file__).with_name("_cuda.txt")  # written by the build
-        why = reason.read_text().strip() if reason.exists() else "the package was built without it"
-        return (
-            f"the CUDA library is not there ({why}); where there is a CUDA toolkit, build the package again: "
-            "WD_KERNELS_CUDA=1 pip install --force-reinstall --no-deps --no-binary wd_kernels wd_kernels"
-        )
+        why = _reason("_cuda", "the package was built without it")
+        return f"the CUDA library is not there ({why}); {AGAIN}WD_KERNELS_CUDA=1 {PIP}"
     try:
         importlib.import_module("._cuda", __package__)
     except ImportError as error:
