@@ -178,7 +178,7 @@ def cost(kernel: Kernel, target: str, **changes: Any) -> Cost:
         elements=elements * rounds,
         model=model,
         instructions=found.instructions / (elements * rounds),
-        in_flight=found.threads * elements * sum(fmt.dtype.itemsize for fmt in kernel.formats) / 1024,
+        in_flight=found.threads * found.ahead / (1 if backend == "cuda" else rounds) / 1024,
     )
 
 

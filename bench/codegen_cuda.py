@@ -87,26 +87,32 @@ def _parts(text: str, begin: str) -> dict[str, str]:
 
 
 def costs(library: Path = LIBRARY) -> list[Cost]:
-    """Of every kernel of the library, on every architecture that it was built for."""
+    """Of every kernel of the library, on every architecture that it was built for.
+
+    What is inexact is read from the library too: in the PTX that it carries, compiled with all the rest by one command,
+    and, for kernels without root and division, in the SASS.
+    """
+    carried = _parts(disassembly.tool("cuobjdump", "-ptx", str(library)), r"\.entry ")
     found = []
     for target, cubin in cubins(library).items():
         sass = _parts(disassembly.tool("nvdisasm", "-c", str(cubin)), r"\n\t\.section\t\.text\.")
         usage = _parts(disassembly.tool("cuobjdump", "-res-usage", str(cubin)), r"\bFunction ")
-        code = _parts(ptx(target), r"\.entry ")
         for kernel in kernels():
             key = name(kernel)
+            code = sass[key].splitlines()
             ((registers, stack, shared),) = disassembly.usage(usage[key])
-            inexact = disassembly.ptx_inexact(code[key])
-            reading = disassembly.sass_reading(sass[key].splitlines(), registers, stack, shared, inexact, THREADS)
+            inexact = disassembly.ptx_inexact(carried[key])
+            if kernel.rule.startswith("sgdw"):
+                inexact += disassembly.sass_inexact(code)
+            reading = disassembly.sass_reading(code, registers, stack, shared, inexact, THREADS)
             model = int(step_bytes(kernel.rule, kernel.param, kernel.grad, state_dtype(kernel.param)))
             elements = (sum(reading.loads) + sum(reading.stores)) // model
-            of_round = 4 if kernel.param == torch.float64 else 8  # the compiler may have unrolled the loop
             found.append(
                 Cost(
                     kernel=str(kernel), target=target, registers=registers, stack=reading.stack, shared=shared,
                     layouts=0, inexact=inexact, loads=reading.loads, stores=reading.stores, elements=elements,
                     model=model, instructions=reading.instructions / elements,
-                    in_flight=reading.threads * of_round * sum(f.dtype.itemsize for f in kernel.formats) / 1024,
+                    in_flight=reading.threads * reading.ahead / 1024,
                 )
             )  # fmt: skip
     return found

@@ -13,8 +13,8 @@ from typing import Any
 from wd_kernels.backends.triton import REGISTERS
 
 __all__ = [
-    "Reading", "amd", "full_blocks", "longest_way", "loops", "nvidia", "path", "ptx_inexact", "sass_reading", "tool",
-    "usage",
+    "Reading", "amd", "full_blocks", "longest_way", "loops", "nvidia", "path", "ptx_inexact", "sass_inexact",
+    "sass_reading", "tool", "usage",
 ]  # fmt: skip
 
 
@@ -30,6 +30,7 @@ class Reading:
     stores: tuple[int, ...]
     instructions: int
     threads: int  # that one processor can run at once
+    ahead: int  # bytes of a thread's loads before something waits for one of them
 
 
 def loops(code: Sequence[str], label: str, branch: str) -> list[list[str]]:
@@ -110,7 +111,31 @@ def sass_reading(code: Sequence[str], registers: int, stack: int, shared: int, i
         tuple(_sass_width(line) for line in way if "STG" in line),
         len(way),
         programs * threads,
+        _ahead(way),
     )
+
+
+def _ahead(way: Sequence[str]) -> int:
+    """Bytes of the loads that come before the first instruction with a register that one of them fills."""
+    waiting: set[int] = set()
+    found = 0
+    for line in way:
+        first, _, others = re.sub(r"/\*.*?\*/", "", line).partition(",")
+        loads = re.search(r"\bLDG\S*\s+R(\d+)$", first.strip())
+        used = {int(r) for r in re.findall(r"\bR(\d+)", others if loads else first + others)}
+        used |= {int(r) + 1 for r in re.findall(r"\bR(\d+)\.64", others)}
+        if used & waiting:
+            break
+        if loads:
+            size = _sass_width(line)
+            waiting |= set(range(int(loads[1]), int(loads[1]) + max(size // 4, 1)))
+            found += size
+    return found
+
+
+def sass_inexact(code: Sequence[str]) -> int:
+    """Of a kernel without root and division, which are made of such: what fuses or flushes, or approximates."""
+    return sum(bool(re.search(r"\b[FD]FMA\b|\.FTZ\b|\bMUFU\b", line)) for line in code)
 
 
 def ptx_inexact(ptx: str) -> int:
@@ -180,6 +205,7 @@ def amd(asm: Mapping[str, Any], target: str, warp: int, divides: bool) -> Readin
         tuple(_amd_width(line) for line in body if "_store_" in line),
         sum(not line.startswith("\ts_") for line in body),  # the scalar unit has issue slots of its own
         min(lanes // (-(-registers // granule) * granule), most) * units * warp,
+        sum(filter(None, map(_amd_load, body))),
     )
 
 

@@ -16,6 +16,7 @@ import wd_kernels.backends
 from wd_kernels.backends import BACKENDS
 from wd_kernels.backends.cuda import CUDA
 from wd_kernels.backends.triton import Triton
+from wd_kernels.slots import Spec
 
 #: Where the tests marked gpu run. "cpu" rehearses them in the interpreter, on a machine without a GPU.
 TEST_DEVICE = os.environ.get("WD_KERNELS_TEST_DEVICE", "cuda")
@@ -61,6 +62,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "cuda" and not on_gpu:
         monkeypatch.setitem(BACKENDS, "cuda", OnCPU())
     why_not = BACKENDS[request.param].why_not()
+    if why_not is None and on_gpu and request.param == "cuda":
+        why_not = BACKENDS["cuda"].refuses(Spec(torch.device(TEST_DEVICE, 0), ()))
+        assert why_not is None, why_not  # what was built for this machine must run there
     if why_not is not None:
         pytest.skip(why_not)
     return str(request.param)

@@ -201,6 +201,20 @@ def test_the_longest_way_is_found() -> None:
         disassembly.longest_way([".L_0:", " LDG R4", " CALL.REL.NOINC `($root)", " BRA `(.L_0)"])
 
 
+def test_loads_count_until_one_is_waited_for() -> None:
+    code = """
+ /*0010*/ LDG.E.128 R4, desc[UR6][R2.64] ;
+ /*0020*/ FMUL R20, R21, UR4 ;
+ /*0030*/ LDG.E.64 R8, desc[UR6][R2.64+0x800] ;
+ /*0040*/ LDG.E R12, desc[UR6][R30.64] ;
+ /*0050*/ FADD R20, R9, R20 ;
+ /*0060*/ LDG.E.128 R16, desc[UR6][R2.64] ;
+""".strip("\n").splitlines()
+    assert disassembly._ahead(code) == 16 + 8 + 4
+    assert disassembly._ahead([*code[:4], " /*0050*/ LDG.E R40, desc[UR6][R6.64] ;"]) == 28  # its address is waited for
+    assert disassembly._ahead([*code[:4], " /*0050*/ STG.E desc[UR6][R2.64], R11 ;", code[5]]) == 44  # nobody loads R11
+
+
 def test_the_interpreter_compiles_nothing() -> None:
     command = [sys.executable, str(ROOT / "bench" / "codegen.py")]
     done = subprocess.run(

@@ -15,6 +15,7 @@ import torch
 from cases import Piece, assert_same, f32, f64, gradient, make_params, snapshot
 
 import wd_kernels
+from wd_kernels import __main__ as program
 from wd_kernels import native
 from wd_kernels.backends import BACKENDS, FallbackWarning, cuda, resolve
 from wd_kernels.slots import Spec
@@ -79,6 +80,7 @@ def test_bad_arguments_are_named(name: str, value: Any, message: str) -> None:
 
 
 def test_no_chunks_are_no_launch() -> None:
+    """A launch of no blocks is an error, of CUDA and of the test build."""
     given = {**arguments(), "chunks": torch.zeros(0, dtype=torch.int64)}
     step(given)
     assert all(bool((t == 0.5).all()) for t in given["keep"])
@@ -111,10 +113,9 @@ def spec(device: str) -> Spec:
 
 @pytest.fixture
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A torch that has CUDA, as far as it says; nothing is remembered of it."""
+    """A torch that has CUDA, as far as it says."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(native, "load_cuda", native.load_cuda.__wrapped__)
-    monkeypatch.setattr(cuda, "_unloadable", cuda._unloadable.__wrapped__)
     return monkeypatch
 
 
@@ -154,26 +155,58 @@ def test_no_gpu(with_cuda: Any) -> None:
     assert BACKENDS["cuda"].why_not() == "no GPU is there that torch can use"
 
 
-def test_a_gpu_that_the_kernels_do_not_run_on(with_cuda: Any) -> None:
-    """What it is, what CUDA says, what the library was built for, and what to do."""
+@pytest.fixture
+def two_gpus(with_cuda: Any) -> Any:
+    """cuda:0 is too old for the library, and cuda:1 is not; what `wrong` says of it comes before."""
+    wrong: list[str] = []
+
+    def cuda_load(device: int, rule: int, formats: list[int]) -> str:
+        return wrong.pop() if wrong else ("" if device else "no kernel image is available for execution on the device")
+
+    ops = SimpleNamespace(cuda_load=cuda_load, cuda_built=lambda: "CUDA 13.0 for 8.0, 9.0, 10.0 and its PTX")
     with_cuda.setattr(native, "load_cuda", lambda: None)
-    with_cuda.setattr(torch.cuda, "is_available", lambda: True)
-    with_cuda.setattr(torch.cuda, "current_device", lambda: 0)
-    with_cuda.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    with_cuda.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    ops = SimpleNamespace(
-        cuda_load=lambda *given: "no kernel image is available for execution on the device",
-        cuda_built=lambda: "CUDA 13.0 for 8.0, 9.0, 10.0 and its PTX",
-    )
     with_cuda.setattr(native, "OPS", ops)
-    expected = (
-        "its kernels do not run on cuda:0, Some GPU of compute capability 6.1: no kernel image is available for "
-        "execution on the device; they were built with CUDA 13.0 for 8.0, 9.0, 10.0 and its PTX. Build them with "
-        "TORCH_CUDA_ARCH_LIST=6.1 and a CUDA toolkit no newer than the driver"
-    )
-    assert BACKENDS["cuda"].why_not() == expected
-    with pytest.raises(RuntimeError, match="backend='cuda' cannot be used: its kernels do not run on cuda:0"):
+    with_cuda.setattr(torch.cuda, "is_available", lambda: True)
+    with_cuda.setattr(torch.cuda, "get_device_capability", lambda device: (6 + device.index, 1))
+    with_cuda.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    with_cuda.setitem(BACKENDS, "cuda", cuda.CUDA())
+    return SimpleNamespace(wrong=wrong, patch=with_cuda)
+
+
+def test_a_gpu_that_the_kernels_do_not_load_on(two_gpus: Any) -> None:
+    """What it is, what CUDA says, what the library was built for, and what to do. Another GPU has nothing of it."""
+    assert BACKENDS["cuda"].why_not() is None
+    with pytest.raises(RuntimeError) as error:
         resolve("cuda", spec("cuda:0"))
+    assert str(error.value) == (
+        "backend='cuda' cannot be used: its kernels do not load on cuda:0, GPU 0 of compute capability 6.1: no kernel "
+        "image is available for execution on the device; they were built with CUDA 13.0 for 8.0, 9.0, 10.0 and its "
+        "PTX. If they are not for it, build them with TORCH_CUDA_ARCH_LIST=6.1 and a CUDA toolkit no newer than the "
+        "driver"
+    )
+    assert resolve("cuda", spec("cuda:1")).name == "cuda"
+
+
+def test_the_program_says_what_hinders_its_gpu(two_gpus: Any) -> None:
+    two_gpus.patch.setattr(program, "device_of", lambda name: torch.device("cuda", int(name == "triton")))
+    assert str(program.refusal("cuda")).startswith("its kernels do not load on cuda:0, GPU 0 of compute capability 6.1")
+
+
+def test_a_failure_that_passes_is_not_remembered(two_gpus: Any) -> None:
+    two_gpus.wrong.append("out of memory")
+    with pytest.raises(RuntimeError, match=r"its kernels do not load on cuda:1, GPU 1 .*: out of memory"):
+        resolve("cuda", spec("cuda:1"))
+    assert resolve("cuda", spec("cuda:1")).name == "cuda"
+    two_gpus.wrong.append("it is not asked again")
+    assert resolve("cuda", spec("cuda:1")).name == "cuda"
+
+
+def test_operators_in_another_namespace(with_cuda: Any) -> None:
+    """A vendored build without its extension does not know its own name."""
+    with_cuda.setattr(native.importlib.util, "find_spec", lambda *name: "it is there")
+    with_cuda.setitem(sys.modules, "wd_kernels._cuda", SimpleNamespace())
+    with_cuda.setattr(native, "OPS", SimpleNamespace())
+    assert BACKENDS["cuda"].why_not() == "the CUDA library has no operators in torch.ops.wd_kernels"
 
 
 def test_tensors_elsewhere() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import SGDW, AdamW, native, reference
 from .backends import BACKENDS, triton
 from .rules import DECAY_MODES
+from .slots import Spec
 from .version import __version__
 
 __all__ = ["main"]
@@ -87,6 +88,12 @@ def device_of(backend: str) -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     on_gpu = backend == "cuda" or (backend == "triton" and not triton.interpreted())
     return accelerator if on_gpu and accelerator is not None else torch.device("cpu")
+
+
+def refusal(name: str) -> str | None:
+    """Why a backend that is there does not step tensors of the GPU that it would be checked on."""
+    device = device_of(name)
+    return None if device.type == "cpu" else BACKENDS[name].refuses(Spec(device, ()))
 
 
 def all_cases() -> list[Case]:
@@ -285,7 +292,7 @@ def self_check(names: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the sections; returns the exit status."""
     argparse.ArgumentParser(prog="python -m wd_kernels", description=__doc__.split("\n", 1)[0]).parse_args(argv)
-    why_not = {name: backend.why_not() for name, backend in BACKENDS.items()}
+    why_not = {name: backend.why_not() or refusal(name) for name, backend in BACKENDS.items()}
     backends = [(name, f"not available: {why}" if why else "available") for name, why in why_not.items()]
     for title, section in (("Versions", versions()), ("Backends", backends), ("Chosen", choices())):
         print(f"{title}\n{aligned(section)}\n")

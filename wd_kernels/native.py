@@ -58,4 +58,4 @@ def load_cuda() -> str | None:
         importlib.import_module("._cuda", __package__)
     except ImportError as error:
         return f"the CUDA library does not load ({error})"
-    return None
+    return None if hasattr(OPS, "cuda_load") else f"the CUDA library has no operators in torch.ops.{NAMESPACE}"

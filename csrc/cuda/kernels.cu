@@ -22,8 +22,7 @@ constexpr int resident() {
 }
 
 template <class Rule, class P, class G, class S>
-__global__ void __launch_bounds__(kThreads, (resident<Rule, P, G>()))
-    step_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, (resident<Rule, P, G>())) step_kernel(const Launch launch) {
   step_chunk<Rule, P, G, S>(launch, blockIdx.x, int(threadIdx.x));
 }
 

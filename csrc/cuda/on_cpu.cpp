@@ -28,6 +28,7 @@ const Kernel* find(int64_t rule, const int64_t* formats, int roles) { return ker
 const char* load(const Kernel*) { return nullptr; }
 
 const char* launch(const Kernel* kernel, int64_t blocks, const Launch& what, void*) {
+  if (blocks <= 0 || blocks > 0x7fffffff) return "invalid configuration argument";  // as CUDA says
   for (int64_t block = blocks - 1; block >= 0; --block)  // in an order that no device takes: none is promised
     for (int thread = kThreads - 1; thread >= 0; --thread) kernel->step_chunk(what, block, thread);
   return nullptr;

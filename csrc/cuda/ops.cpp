@@ -41,6 +41,7 @@ class Device {
   explicit Device(int64_t index) : index_(int32_t(index)), guard_(index_) {}
   void* stream() const {  // torch's current one there
     void* found = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch is built without CUDA");
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &found) == AOTI_TORCH_SUCCESS,
                     "torch has no current stream on cuda:", index_);
     return found;

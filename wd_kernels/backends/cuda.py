@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ class CUDA(OnDevice):
     device_type = "cuda"
 
     def __init__(self) -> None:
+        self._fine: set[torch.device] = set()
         self._loaded: set[tuple[Any, ...]] = set()
 
     @property
@@ -36,15 +37,29 @@ class CUDA(OnDevice):
         missing = native.load_cuda()
         if missing is not None:
             return missing
-        if not torch.cuda.is_available():
-            return "no GPU is there that torch can use"
-        return _unloadable(torch.device("cuda", torch.cuda.current_device()))
+        return None if torch.cuda.is_available() else "no GPU is there that torch can use"
 
     def refuses(self, spec: Spec) -> str | None:
         device = spec.device
         if device.type != self.device_type:
             return f"the tensors are on {device}, and this backend steps CUDA tensors"
-        return _unloadable(device) if device.type == "cuda" else None
+        return self._unloadable(device) if device.type == "cuda" else None
+
+    def _unloadable(self, device: torch.device) -> str | None:
+        """Why the kernels do not load on a GPU, None where they do; only that is remembered: memory may come free."""
+        if device in self._fine:
+            return None
+        adamw, float32 = 0, 2  # any kernel tells it
+        wrong = self.ops.cuda_load(device.index, adamw, [float32] * 4)
+        if not wrong:
+            self._fine.add(device)
+            return None
+        major, minor = torch.cuda.get_device_capability(device)
+        return (
+            f"its kernels do not load on {device}, {torch.cuda.get_device_name(device)} of compute capability "
+            f"{major}.{minor}: {wrong}; they were built with {self.ops.cuda_built()}. If they are not for it, build "
+            f"them with TORCH_CUDA_ARCH_LIST={major}.{minor} and a CUDA toolkit no newer than the driver"
+        )
 
     def launch(self, table: Table, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
         chunks, there, device = mirror.chunks(bucket), mirror.there, bucket.spec.device
@@ -58,18 +73,3 @@ class CUDA(OnDevice):
             self.ops.cuda_step_.default, chunks, there["places"], there["moving"], there["rows"], there["control"],
             mirror.size(bucket), table.rule.code, bucket.codes,
         )  # fmt: skip
-
-
-@cache
-def _unloadable(device: torch.device) -> str | None:
-    """Why the library's kernels do not run on a GPU, None where they do."""
-    adamw, float32 = 0, 2  # any kernel tells it
-    wrong = native.OPS.cuda_load(device.index, adamw, [float32] * 4)
-    if not wrong:
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return (
-        f"its kernels do not run on {device}, {torch.cuda.get_device_name(device)} of compute capability "
-        f"{major}.{minor}: {wrong}; they were built with {native.OPS.cuda_built()}. Build them with "
-        f"TORCH_CUDA_ARCH_LIST={major}.{minor} and a CUDA toolkit no newer than the driver"
-    )
