@@ -73,4 +73,4 @@ $(NATIVE): $(VENV)/ready setup.py pyproject.toml $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info wd_kernels/_C.abi3.so wd_kernels/_cuda.* $(NATIVE) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info wd_kernels/_C.* wd_kernels/_cuda.* $(NATIVE) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
