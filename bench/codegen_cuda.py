@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import tempfile
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,10 @@ def compiler() -> str:
     return f"nvcc {re.findall(r'V([0-9.]+)', said)[0]}"
 
 
-def cubins(library: Path = LIBRARY) -> dict[str, Path]:
-    """The library's code for each architecture ("sm_90"), in files."""
-    folder = Path(tempfile.mkdtemp(prefix="cubins-"))
-    subprocess.run([disassembly.path("cuobjdump"), "-xelf", "all", library.resolve()], cwd=folder, check=True,
-                   capture_output=True)  # fmt: skip
+def cubins(library: Path, folder: Path) -> dict[str, Path]:
+    """The library's code for each architecture ("sm_90"), in files of a folder."""
+    command = [str(disassembly.path("cuobjdump")), "-xelf", "all", str(library.resolve())]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return {re.findall(r"sm_\d+", path.name)[-1]: path for path in sorted(folder.glob("*.cubin"))}
 
 
@@ -93,26 +93,28 @@ def costs(library: Path = LIBRARY) -> list[Cost]:
     and, for kernels without root and division, in the SASS.
     """
     carried = _parts(disassembly.tool("cuobjdump", "-ptx", str(library)), r"\.entry ")
-    found = []
-    for target, cubin in cubins(library).items():
-        sass = _parts(disassembly.tool("nvdisasm", "-c", str(cubin)), r"\n\t\.section\t\.text\.")
-        usage = _parts(disassembly.tool("cuobjdump", "-res-usage", str(cubin)), r"\bFunction ")
-        for kernel in kernels():
-            key = name(kernel)
-            code = sass[key].splitlines()
-            ((registers, stack, shared),) = disassembly.usage(usage[key])
-            inexact = disassembly.ptx_inexact(carried[key])
-            if kernel.rule.startswith("sgdw"):
-                inexact += disassembly.sass_inexact(code)
-            reading = disassembly.sass_reading(code, registers, stack, shared, inexact, THREADS)
-            model = int(step_bytes(kernel.rule, kernel.param, kernel.grad, state_dtype(kernel.param)))
-            elements = (sum(reading.loads) + sum(reading.stores)) // model
-            found.append(
-                Cost(
-                    kernel=str(kernel), target=target, registers=registers, stack=reading.stack, shared=shared,
-                    layouts=0, inexact=inexact, loads=reading.loads, stores=reading.stores, elements=elements,
-                    model=model, instructions=reading.instructions / elements,
-                    in_flight=reading.threads * reading.ahead / 1024,
-                )
-            )  # fmt: skip
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        own = cubins(library, Path(folder))
+        return [cost for target, cubin in own.items() for cost in _of_target(target, cubin, carried)]
+
+
+def _of_target(target: str, cubin: Path, carried: Mapping[str, str]) -> Iterator[Cost]:
+    """Of one architecture, by its code and the library's PTX."""
+    sass = _parts(disassembly.tool("nvdisasm", "-c", str(cubin)), r"\n\t\.section\t\.text\.")
+    usages = _parts(disassembly.tool("cuobjdump", "-res-usage", str(cubin)), r"\bFunction ")
+    for kernel in kernels():
+        key = name(kernel)
+        code = sass[key].splitlines()
+        ((registers, stack, shared),) = disassembly.usage(usages[key])
+        inexact = disassembly.ptx_inexact(carried[key])
+        if kernel.rule.startswith("sgdw"):
+            inexact += disassembly.sass_inexact(code)
+        reading = disassembly.sass_reading(code, registers, stack, shared, inexact, THREADS)
+        model = int(step_bytes(kernel.rule, kernel.param, kernel.grad, state_dtype(kernel.param)))
+        elements = (sum(reading.loads) + sum(reading.stores)) // model
+        yield Cost(
+            kernel=str(kernel), target=target, registers=registers, stack=reading.stack, shared=shared,
+            layouts=0, inexact=inexact, loads=reading.loads, stores=reading.stores, elements=elements,
+            model=model, instructions=reading.instructions / elements,
+            in_flight=reading.threads * reading.ahead / 1024,
+        )  # fmt: skip
