@@ -12,7 +12,8 @@ In the table: `regs` are registers of a thread (VGPRs on AMD); `stack` bytes of 
 of the loads of parameter, gradient and states in the loop over full blocks; `B/el` the bytes that this loop moves per
 element; `instr/el` its instructions per element (NVIDIA: on the longest way that calls nothing, as root and division do
 for rare numbers; AMD: all, but the scalar unit's); `of` the budget, half of what an H200 could issue while its memory
-moves those bytes; `KiB` the bytes that one processor has on their way when every resident program is at its loads.
+moves those bytes; `KiB` the bytes of loads that one processor has on their way when every resident program is at the
+first instruction that waits for one (AMD: has issued all of a round).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the CUDA library's kernels cost: its own SASS, as it was built, and PTX by the same compiler and flags."""
+"""What the CUDA library's kernels cost, by the SASS and the PTX that it carries."""
 
 from __future__ import annotations
 
@@ -54,16 +54,6 @@ def cubins(library: Path, folder: Path) -> dict[str, Path]:
     return {re.findall(r"sm_\d+", path.name)[-1]: path for path in sorted(folder.glob("*.cubin"))}
 
 
-def ptx(target: str) -> str:
-    """The kernels in PTX for a target, by the compiler and the flags of the build."""
-    setup = _setup()
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "kernels.ptx"
-        command = [setup["nvcc"](), *setup["NVCC_FLAGS"].split(), f"-arch={target.replace('sm', 'compute')}", "-ptx"]
-        subprocess.run([*command, str(ROOT / "csrc" / "cuda" / "kernels.cu"), "-o", str(out)], check=True)
-        return out.read_text()
-
-
 def name(kernel: Kernel) -> str:
     """How the C++ compiler calls the kernel's template arguments."""
     number = "double" if kernel.param == torch.float64 else "float"
@@ -86,13 +76,18 @@ def _parts(text: str, begin: str) -> dict[str, str]:
     return found
 
 
+def ptx(library: Path = LIBRARY) -> dict[str, str]:
+    """The PTX that a library carries, for the last of its architectures, by the kernels' template arguments."""
+    return _parts(disassembly.tool("cuobjdump", "-ptx", str(library)), r"\.entry ")
+
+
 def costs(library: Path = LIBRARY) -> list[Cost]:
     """Of every kernel of the library, on every architecture that it was built for.
 
     What is inexact is read from the library too: in the PTX that it carries, compiled with all the rest by one command,
     and, for kernels without root and division, in the SASS.
     """
-    carried = _parts(disassembly.tool("cuobjdump", "-ptx", str(library)), r"\.entry ")
+    carried = ptx(library)
     with tempfile.TemporaryDirectory() as folder:
         own = cubins(library, Path(folder))
         return [cost for target, cubin in own.items() for cost in _of_target(target, cubin, carried)]

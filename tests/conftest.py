@@ -55,19 +55,31 @@ def interpret() -> None:
     interpreted.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Those for GPUs: on one in tests marked gpu; else on the CPU, interpreted and as the test build."""
+def _provide(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend for GPUs: on one in tests marked gpu; else on the CPU, interpreted and as the test build."""
     on_gpu = request.node.get_closest_marker("gpu") is not None and TEST_DEVICE != "cpu"
-    if request.param == "cuda" and not on_gpu:
+    if name == "cuda" and not on_gpu:
         monkeypatch.setitem(BACKENDS, "cuda", OnCPU())
-    why_not = BACKENDS[request.param].why_not()
-    if why_not is None and on_gpu and request.param == "cuda":
-        why_not = BACKENDS["cuda"].refuses(Spec(torch.device(TEST_DEVICE, 0), ()))
-        assert why_not is None, why_not  # what was built for this machine must run there
+    why_not = BACKENDS[name].why_not()
     if why_not is not None:
         pytest.skip(why_not)
+    if on_gpu:  # what was built for this machine must run there
+        assert BACKENDS[name].refuses(Spec(torch.device(TEST_DEVICE, 0), ())) is None
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of each backend for GPUs."""
+    _provide(request.param, request, monkeypatch)
     return str(request.param)
+
+
+@pytest.fixture
+def both_backends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """The names of both."""
+    for name in ("triton", "cuda"):
+        _provide(name, request, monkeypatch)
+    return "triton", "cuda"
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -13,12 +12,9 @@ from pathlib import Path
 
 import codegen_cuda
 import pytest
+from building import ENVIRONMENT, ROOT, built_in, sources
 
 import wd_kernels
-
-ROOT = Path(__file__).parent.parent
-CHOICES = re.compile("PYTHONPATH|TRITON_INTERPRET|WD_KERNELS_.*|TORCH_CUDA_ARCH_LIST|CXX|CUDA_HOME|CUDA_PATH")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not CHOICES.fullmatch(name)}
 
 
 def done(*command: str | Path, cwd: Path, **more: str) -> str:
@@ -124,24 +120,6 @@ def test_installed_without_a_compiler_and_mended(dist: Path, empty: Path, tmp_pa
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
     done(empty, "-m", *found[1].split(), cwd=source)
     assert re.search(r"^  cpu +available$", done(empty, "-m", "wd_kernels", cwd=tmp_path), re.MULTILINE)
-
-
-def sources(folder: Path) -> Path:
-    """A copy of what a build needs, in a folder whose name is none of the simplest."""
-    folder = folder / "a b, c"
-    built_or_cached = shutil.ignore_patterns("*.so", "__pycache__", "_C.txt", "_cuda.txt")
-    for name in ("csrc", "wd_kernels"):
-        shutil.copytree(ROOT / name, folder / name, ignore=built_or_cached)
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, folder)
-    return folder
-
-
-def built_in(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A build in place."""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    environment = {**ENVIRONMENT, "PYTHONWARNINGS": "ignore", **variables}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 NO_TOOLKIT = codegen_cuda.no_toolkit()

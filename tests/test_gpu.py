@@ -53,7 +53,6 @@ from cases import (
     with_dtypes,
 )
 from conftest import TEST_DEVICE
-from on_cpu import OnCPU
 from torch import Tensor, nn
 
 import wd_kernels
@@ -114,18 +113,13 @@ def test_the_reference_on_the_device(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", some(with_dtypes(BODIES, REAL), 5), ids=ids)
-def test_triton_and_cuda_give_the_same_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_and_cuda_give_the_same_bits(case: Case, both_backends: tuple[str, str]) -> None:
     """Compared where they ran, on more than the CPU would step in time: the second opinion on each."""
-    if REHEARSAL:
-        monkeypatch.setitem(BACKENDS, "cuda", OnCPU())
-    why_not = BACKENDS["cuda"].why_not()
-    if why_not is not None:
-        pytest.skip(why_not)
     sizes = (5000, 1030, 1) if REHEARSAL else (30_000_001, 1_000_000, 4099, 1)
     generator = torch.Generator(DEVICE).manual_seed(3)
     starts = [torch.randn(n + 1, generator=generator, device=DEVICE).to(case.dtype) for n in sizes]
     results = []
-    for backend in ("triton", "cuda"):
+    for backend in both_backends:
         params = [nn.Parameter(t.clone()[k % 2 :]) for k, t in enumerate(starts)]  # every other one is not aligned
         opt = optimizer(case, params, backend, weight_decay=0.1)
         for step in range(4):
@@ -701,31 +695,40 @@ def test_copies(backend: str, case: Case, how: Callable[[Any], Any]) -> None:
 # Devices --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
-def test_cpu_and_gpu_in_one_optimizer(backend: str, gpu: None) -> None:
-    why_not = None if backend == "auto" else BACKENDS[backend].why_not()
-    if why_not is not None:
-        pytest.skip(why_not)
+def mixed_devices(backend: str, device: torch.device) -> tuple[Any, list[Tensor]]:
+    """An optimizer over the pieces, every other one on the device and the rest on the CPU."""
+    params: list[Tensor] = []
+    for k, piece in enumerate(PIECES):
+        params += make_params([piece], f32, f32, k, device if k % 2 else "cpu")
+    return wd_kernels.AdamW(params, lr=0.1, weight_decay=0.1, backend=backend), params
+
+
+def give_gradients(params: Sequence[Tensor], step: int) -> None:
+    for k, (p, piece) in enumerate(zip(params, PIECES, strict=True)):
+        p.grad = gradient(piece, f32, 100 * step + k, p.device)
+
+
+def test_cpu_and_gpu_in_one_optimizer(gpu: None) -> None:
     results = []
     for device in (DEVICE, torch.device("cpu")):
-        params: list[Tensor] = []
-        for k, piece in enumerate(PIECES):
-            params += make_params([piece], f32, f32, k, device if k % 2 else "cpu")
-        opt = wd_kernels.AdamW(params, lr=0.1, weight_decay=0.1, backend=backend if device == DEVICE else "cpu")
+        opt, params = mixed_devices("auto", device)
         for step in range(3):
-            for k, (p, piece) in enumerate(zip(params, PIECES, strict=True)):
-                p.grad = gradient(piece, f32, 100 * step + k, p.device)
-            if backend != "auto" and device == DEVICE:
-                before = snapshot(params, opt)
-                with pytest.raises(RuntimeError, match="the tensors are on cpu"):
-                    opt.step()
-                assert_same(snapshot(params, opt), before)
-                return
+            give_gradients(params, step)
             opt.step()
         names = {(b.spec.device.type, b.backend.name) for b in opt._table.buckets}
         assert names == {("cpu", "cpu")} | ({("cuda", "triton")} if device == DEVICE else set())
         results.append(snapshot(params, opt))
     assert_same(*results)
+
+
+def test_a_backend_by_name_refuses_tensors_of_the_cpu(backend: str, gpu: None) -> None:
+    """Beside tensors of the GPU, which are not written either."""
+    opt, params = mixed_devices(backend, DEVICE)
+    give_gradients(params, 0)
+    before = snapshot(params, opt)
+    with pytest.raises(RuntimeError, match="the tensors are on cpu"):
+        opt.step()
+    assert_same(snapshot(params, opt), before)
 
 
 def test_several_devices(gpu: None) -> None:

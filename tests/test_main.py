@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wd_kernels import __main__ as program
+from wd_kernels import self_check
 from wd_kernels.backends import BACKENDS
 
 Damage = Callable[[object, object, Tensor], None]
@@ -45,7 +46,7 @@ def flip_lowest_bit(role: int) -> Damage:
     def damage(table, bucket, rows: Tensor) -> None:
         theta, _, states = table.tensors(bucket.slots[0])[:3]
         memory = (theta, *states)[role]
-        memory.detach().view(-1)[:1].view(program._INTEGERS[memory.element_size()]).bitwise_xor_(1)
+        memory.detach().view(-1)[:1].view(self_check._INTEGERS[memory.element_size()]).bitwise_xor_(1)
 
     return damage
 
@@ -60,12 +61,12 @@ def scale_column(column: int, factor: float) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> list[program.Case]:
+def few(monkeypatch: pytest.MonkeyPatch) -> list[self_check.Case]:
     """A short self-check: both rules, all dtypes, one configuration each."""
     cases = [
-        program.Case(rule, variant, "lr_scaled", dtype)
+        self_check.Case(rule, variant, "lr_scaled", dtype)
         for rule, variant in (("AdamW", "amsgrad"), ("SGDW", "nesterov"))
-        for dtype in program.DTYPES
+        for dtype in self_check.DTYPES
     ]
     monkeypatch.setattr(program, "all_cases", lambda: cases)
     return cases
@@ -82,11 +83,11 @@ def test_as_a_program_it_prints_every_section_and_exits_0():
 
 
 def test_the_self_check_has_every_rule_variant_decay_and_dtype():
-    cases = program.all_cases()
+    cases = self_check.all_cases()
     assert len(set(cases)) == len(cases)
-    ordinary = [c for c in cases if c.shapes is program.SHAPES]
+    ordinary = [c for c in cases if c.shapes is self_check.SHAPES]
     assert len(ordinary) == (3 + 5) * 5 * 4
-    sizes = [torch.Size(shape).numel() for shape in program.SHAPES]
+    sizes = [torch.Size(shape).numel() for shape in self_check.SHAPES]
     assert {0, 1, 33, 1025} <= set(sizes)
     assert any(torch.Size(shape).numel() > 32768 for c in cases for shape in c.shapes)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from building import ENVIRONMENT, ROOT, built_in, sources
 
 PROGRAM = """
 import sys, torch, wd_kernels
@@ -43,29 +41,21 @@ print("both", torch.ops.their_kernels.adamw_flat_.default._schema.name)
 
 @pytest.mark.slow
 def test_operators_of_a_vendored_build(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("csrc", "wd_kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, source)
-    environment = {**os.environ, "WD_KERNELS_NAMESPACE": "their_kernels", "PYTHONWARNINGS": "ignore"}
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(build, cwd=source, env=environment, check=True, capture_output=True)
+    source = sources(tmp_path)
+    built = built_in(source, WD_KERNELS_NAMESPACE="their_kernels")
+    assert built.returncode == 0, built.stderr
     (tmp_path / "their").mkdir()
     (tmp_path / "their" / "__init__.py").touch()
     (source / "wd_kernels").rename(tmp_path / "their" / "vendored")
     paths = f"{tmp_path}{os.pathsep}{ROOT}"
     found = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM], env={**ENVIRONMENT, "PYTHONPATH": paths}, capture_output=True, text=True
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout == "both their_kernels::adamw_flat_\n"
 
 
 def test_a_namespace_is_an_identifier(tmp_path: Path) -> None:
-    environment = {**os.environ, "WD_KERNELS_NAMESPACE": "not one", "PYTHONWARNINGS": "ignore"}
-    build = [sys.executable, str(ROOT / "setup.py"), "-q", "build_ext", "--build-lib", str(tmp_path)]
-    found = subprocess.run([*build, "--build-temp", str(tmp_path)], env=environment, capture_output=True, text=True)
+    found = built_in(sources(tmp_path), WD_KERNELS_NAMESPACE="not one")
     assert found.returncode != 0
     assert "WD_KERNELS_NAMESPACE='not one': expected an identifier" in found.stderr

@@ -13,10 +13,8 @@
 #ifdef __CUDACC__
 #define WD_HOST_DEVICE __host__ __device__
 #define WD_UNROLL _Pragma("unroll")
-#define WD_ROLLED _Pragma("unroll 1")
 #else
 #define WD_UNROLL
-#define WD_ROLLED
 #endif
 
 namespace wd {
@@ -154,10 +152,8 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block, int t
   constexpr int vectors = Own::kWidth == 8 ? kVectors / 2 : kVectors;  // 8 elements a thread are enough
   constexpr int of_round = kThreads * vectors * Own::kWidth;
   const int done = moving.aligned ? count - count % of_round : 0;
-  WD_ROLLED
   for (int from = 0; from < done; from += of_round)
     roles.template round<Own::kWidth, vectors, false>(rule, frozen, from, done, thread);
-  WD_ROLLED
   for (int from = done; from < count; from += kThreads * kSingles)
     roles.template round<1, kSingles, true>(rule, frozen, from, count, thread);
 }
