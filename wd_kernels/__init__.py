@@ -6,11 +6,24 @@
 `python -m wd_kernels` tells what is installed and checks that it computes right.
 """
 
-from . import functional
+from . import functional, schedules
 from .backends import FallbackWarning
 from .flat import FlatBuffer
 from .flatten import flatten_, unflatten_
 from .optim import SGDW, AdamW
+from .schedules import NormalizedDecay, normalized_weight_decay
 from .version import __version__
 
-__all__ = ["SGDW", "AdamW", "FallbackWarning", "FlatBuffer", "__version__", "flatten_", "functional", "unflatten_"]
+__all__ = [
+    "SGDW",
+    "AdamW",
+    "FallbackWarning",
+    "FlatBuffer",
+    "NormalizedDecay",
+    "__version__",
+    "flatten_",
+    "functional",
+    "normalized_weight_decay",
+    "schedules",
+    "unflatten_",
+]

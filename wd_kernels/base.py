@@ -16,6 +16,7 @@ from . import backends, checkpoint
 from .checks import Extent, check_disjoint, check_parameter, label
 from .flat_states import FlatGradients
 from .rules import Rule
+from .schedules import stepping
 from .table import TensorTable
 
 __all__ = ["DecoupledOptimizer"]
@@ -27,12 +28,16 @@ class DecoupledOptimizer(Optimizer):
     rule: Rule
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str) -> None:
+        defaults = {**stepping.SETTINGS, **defaults}
         _refuse_flags(defaults, "")
         if backend not in backends.NAMES:
             raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, backends.NAMES))}")
         self.backend = backend
         self._warned_of_export = False
         self.rule.hypers([defaults])
+        stepping.check(defaults, "the arguments")
+        if defaults["schedule"] is not None and defaults["eta"] != 1:
+            raise ValueError(f"eta={defaults['eta']!r} with a schedule, which sets it: allowed is one of them")
         super().__init__(params, defaults)
         self._check_overlaps()
         self._new_table()
@@ -59,12 +64,12 @@ class DecoupledOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups if type(self.param_groups) is list else list(self.param_groups)
-        hypers = self.rule.hypers(groups)
         table = self._table
         with table.lock:
+            hypers, ticks = stepping.follow(groups, self.rule.hypers(groups))
             keys = table.refresh(groups, self.state, hypers)
-            if keys:
-                table.launch(self.rule.rows(hypers, keys))
+            if not keys or table.launch(self.rule.rows(hypers, keys)):
+                stepping.advance(ticks)
         return loss
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -77,6 +82,7 @@ class DecoupledOptimizer(Optimizer):
         """Adds a group. As torch's, and a bad parameter or hyperparameter is an error here, by name."""
         checkpoint.adopt_group(param_group, self.defaults)
         index = len(self.param_groups)
+        given = dict(param_group)
         try:
             super().add_param_group(param_group)
         except ValueError:
@@ -86,6 +92,7 @@ class DecoupledOptimizer(Optimizer):
         try:
             _refuse_flags(group, f" in param group {index}")
             self.rule.hypers([group], first=index)
+            stepping.adopt(group, given, self.param_groups[:index], f"param group {index}")
             self._check_repeats(group, index, set())
             for k, p in enumerate(group["params"]):
                 if not is_lazy(p):

@@ -20,6 +20,9 @@ from torch import Tensor
 from .checks import conform_state, label, step_count
 from .flat import place_of
 from .flat_states import FlatStates
+from .schedules.shapes import named
+from .schedules.stepping import FROM_LR
+from .schedules.stepping import check as check_schedule
 
 if TYPE_CHECKING:
     from .base import DecoupledOptimizer
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["adopt_group", "export", "load", "with_own_counts"]
 
 HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would step: the live group's stay
+LIVE = (*HOW, "schedule")  # what a loaded group does not replace
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
@@ -57,6 +61,7 @@ def export(optimizer: DecoupledOptimizer, packed: dict[str, Any]) -> dict[str, A
     groups = []
     for group in packed["param_groups"]:
         group = dict(group)
+        group["schedule"] = named(group.get("schedule"))
         if optimizer.rule.name == "adamw":
             group["decoupled_weight_decay"] = group["decay"] != "l2"
         groups.append(group)
@@ -81,7 +86,9 @@ def _lost_on_torch(rule: str, group: Mapping[str, Any]) -> list[str]:
         lost.append(f"decay={group['decay']!r}")
     if group.get("form") == "paper":
         lost.append("form='paper'")
-    if float(group["eta"]) != 1:
+    if group["schedule"] not in (None, FROM_LR):
+        lost.append("a schedule")
+    elif float(group["eta"]) != 1:
         lost.append("eta != 1")
     return lost
 
@@ -108,9 +115,13 @@ def load(optimizer: DecoupledOptimizer, state_dict: Mapping[str, Any]) -> None:
     groups = []
     for own, other in zip(live, saved, strict=True):
         adopt_group(other, own)
-        settings = {k: deepcopy(v) for k, v in other.items() if k not in ("params", *HOW)}
+        settings = {k: deepcopy(v) for k, v in other.items() if k not in ("params", *LIVE)}
+        if own.get("schedule") != FROM_LR or settings.get("base_lr") is None:
+            settings.pop("base_lr", None)
         groups.append({**own, **settings})
     optimizer.rule.hypers(groups)
+    for i, group in enumerate(groups):
+        check_schedule(group, f"param group {i} of the saved state")
 
     keys = chain.from_iterable(g["params"] for g in saved)
     places = [(g, k, p) for g, group in enumerate(groups) for k, p in enumerate(group["params"])]

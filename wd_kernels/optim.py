@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from .base import DecoupledOptimizer
 from .rules import ADAMW
 from .rules import SGDW as SGDW_RULE
+from .schedules.stepping import Schedule
 
 __all__ = ["SGDW", "AdamW"]
 
@@ -52,6 +53,11 @@ class AdamW(DecoupledOptimizer):
         maximize: ascend.
         decay: the form of weight decay, see above.
         eta: the schedule multiplier :math:`\eta \ge 0`, kept in each group as ``group["eta"]``.
+        schedule: sets :math:`\eta` before every step: a function of the number of completed steps, such as those of
+            :mod:`wd_kernels.schedules`. A group may have its own. Counted in ``group["schedule_step"]``, which is saved
+            and loaded. ``"from_lr"`` follows whoever changes ``group["lr"]``, such as torch's LR schedulers:
+            :math:`\eta = lr/base\_lr`, so that the decay of every mode follows too.
+        base_lr: for ``"from_lr"``, the :math:`\alpha > 0` at which :math:`\eta = 1`; by default the group's first lr.
         backend: "auto", "cpu", "triton", "cuda" or "reference"; all give the same bits. One that is not there is an
             error.
         foreach, fused: tolerated, and kept in the groups, for torch's callers: there is one implementation.
@@ -87,6 +93,8 @@ class AdamW(DecoupledOptimizer):
         maximize: bool = False,
         decay: str = "lr_scaled",
         eta: Number = 1.0,
+        schedule: Schedule = None,
+        base_lr: Number | None = None,
         backend: str = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -102,6 +110,8 @@ class AdamW(DecoupledOptimizer):
             "maximize": maximize,
             "decay": decay,
             "eta": eta,
+            "schedule": schedule,
+            "base_lr": base_lr,
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
@@ -137,7 +147,7 @@ class SGDW(DecoupledOptimizer):
         maximize: ascend.
         decay: the form of weight decay; "metric_proximal" is "proximal" with :math:`\eta\alpha\lambda`.
         form: "torch" or "paper".
-        eta, backend, foreach, fused, differentiable: as in :class:`AdamW`.
+        eta, schedule, base_lr, backend, foreach, fused, differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -170,6 +180,8 @@ class SGDW(DecoupledOptimizer):
         decay: str = "lr_scaled",
         form: str = "torch",
         eta: Number = 1.0,
+        schedule: Schedule = None,
+        base_lr: Number | None = None,
         backend: str = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -185,6 +197,8 @@ class SGDW(DecoupledOptimizer):
             "decay": decay,
             "form": form,
             "eta": eta,
+            "schedule": schedule,
+            "base_lr": base_lr,
             "foreach": foreach,
             "fused": fused,
             "differentiable": differentiable,

@@ -7,6 +7,7 @@ parameter's own step count t, and whether its momentum buffer is fresh.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,16 +16,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["ADAMW", "DECAY_MODES", "FORMS", "SGDW", "Rule", "ipow", "scalar"]
+__all__ = ["ADAMW", "DECAY_MODES", "FORMS", "SGDW", "Rule", "at_least_zero", "ipow", "scalar"]
 
 DECAY_MODES = ("l2", "lr_scaled", "independent", "proximal", "metric_proximal")
 FORMS = ("torch", "paper")
 
 Row = tuple[float, ...]
-#: A group's hyperparameters but lr and eta, checked, as plain numbers; the last entry names the states it needs.
+#: A group's hyperparameters but lr and eta, checked, as plain numbers: (decay mode, weight decay, ..., needed states).
 Static = tuple[Any, ...]
-#: All that a row takes from a group: (static, lr, eta).
-Hyper = tuple[Static, float, float]
+#: All that a row takes from a group: (static, lr, eta, a), where a, the scaled learning rate, is eta * lr.
+Hyper = tuple[Static, float, float, float]
 
 
 def ipow(x: float, t: int) -> float:
@@ -53,12 +54,14 @@ def scalar(name: str, value: Any, where: str) -> float:
                 f"{name}={tuple(value.shape)}-shaped {value.dtype} tensor in {where}: expected one real number"
             )
         return float(value.detach())
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name}={value!r} in {where}: expected a number or a tensor of one element")
-    return float(value)
+    if not isinstance(value, (str, bytes)):
+        with contextlib.suppress(TypeError, ValueError):  # an array of several numbers, say
+            return float(value)
+    raise TypeError(f"{name}={value!r} in {where}: expected a number or a tensor of one element")
 
 
-def _at_least_zero(name: str, value: Any, where: str) -> float:
+def at_least_zero(name: str, value: Any, where: str) -> float:
+    """`value` as a finite float >= 0. Raises TypeError or ValueError as `scalar` does."""
     number = scalar(name, value, where)
     if not 0.0 <= number < math.inf:
         raise ValueError(f"{name}={number} in {where}: allowed are finite numbers >= 0")
@@ -106,7 +109,7 @@ class Rule:
         width: scalars in a row.
         static_keys: group keys that a row depends on, besides "lr" and "eta".
         check: a group's Static, or an error that names the hyperparameter and the group.
-        row: (static, lr, eta, t, fresh) to the row's scalars.
+        row: (static, lr, eta, a, t, fresh) to the row's scalars.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class Rule:
         width: int,
         static_keys: Sequence[str],
         check: Callable[[Mapping[str, Any], str], Static],
-        row: Callable[[Static, float, float, int, bool], Row],
+        row: Callable[[Static, float, float, float, int, bool], Row],
     ) -> None:
         self.name, self.code, self.width = name, code, width
         self.static_keys = tuple(static_keys)
@@ -153,10 +156,10 @@ class Rule:
             if static is None:
                 static = self._checked(groups[i - first], key, where.format(i))
             if type(lr) is not float or not 0.0 <= lr < math.inf:
-                lr = _at_least_zero("lr", lr, where.format(i))
+                lr = at_least_zero("lr", lr, where.format(i))
             if type(eta) is not float or not 0.0 <= eta < math.inf:
-                eta = _at_least_zero("eta", eta, where.format(i))
-            result.append((static, lr, eta))
+                eta = at_least_zero("eta", eta, where.format(i))
+            result.append((static, lr, eta, eta * lr))
         return result
 
     def _checked(self, group: Mapping[str, Any], key: tuple[Any, ...], where: str) -> Static:
@@ -191,10 +194,10 @@ def _check_adamw(group: Mapping[str, Any], where: str) -> Static:
             raise ValueError(f"betas[{i}]={beta} in {where}: allowed are 0 <= beta < 1")
     return (
         _one_of("decay", group["decay"], DECAY_MODES, where),
-        _at_least_zero("weight_decay", group["weight_decay"], where),
+        at_least_zero("weight_decay", group["weight_decay"], where),
         beta1,
         beta2,
-        _at_least_zero("eps", group["eps"], where),
+        at_least_zero("eps", group["eps"], where),
         -1.0 if _flag("maximize", group["maximize"], where) else 1.0,
         ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         if _flag("amsgrad", group["amsgrad"], where)
@@ -216,9 +219,8 @@ def _bias(beta1: float, beta2: float, t: int) -> tuple[float, float]:
     return found
 
 
-def _adamw_row(static: Static, lr: float, eta: float, t: int, fresh: bool) -> Row:
+def _adamw_row(static: Static, lr: float, eta: float, a: float, t: int, fresh: bool) -> Row:
     mode, lam, beta1, beta2, eps, sign, _ = static
-    a = eta * lr
     l2, decay, scale, metric = _place_decay(mode, lam, eta, a)
     bias1, inv_sqrt_bias2 = _bias(beta1, beta2, t)
     step_size = (scale * a) / bias1
@@ -239,7 +241,7 @@ ADAMW = Rule(
 
 def _check_sgdw(group: Mapping[str, Any], where: str) -> Static:
     form = _one_of("form", group["form"], FORMS, where)
-    momentum = _at_least_zero("momentum", group["momentum"], where)
+    momentum = at_least_zero("momentum", group["momentum"], where)
     dampening = _finite("dampening", group["dampening"], where)
     nesterov = _flag("nesterov", group["nesterov"], where)
     if form == "paper" and (nesterov or dampening != 0):
@@ -254,7 +256,7 @@ def _check_sgdw(group: Mapping[str, Any], where: str) -> Static:
         )
     return (
         _one_of("decay", group["decay"], DECAY_MODES, where),
-        _at_least_zero("weight_decay", group["weight_decay"], where),
+        at_least_zero("weight_decay", group["weight_decay"], where),
         form == "paper",
         dampening,
         nesterov,
@@ -264,9 +266,8 @@ def _check_sgdw(group: Mapping[str, Any], where: str) -> Static:
     )
 
 
-def _sgdw_row(static: Static, lr: float, eta: float, t: int, fresh: bool) -> Row:
+def _sgdw_row(static: Static, lr: float, eta: float, a: float, t: int, fresh: bool) -> Row:
     mode, lam, paper, dampening, nesterov, sign, momentum, _ = static
-    a = eta * lr
     if mode == "metric_proximal":  # the metric is the identity: proximal, with a in place of eta
         l2, decay, scale, _ = _place_decay("proximal", lam, a, a)
     else:

@@ -81,7 +81,7 @@ class TensorTable:
         Makes the state of parameters that have their first gradient. Raises before anything of the optimizer was
         written; the table then starts anew with the next refresh.
         """
-        needs = [static[-1] for static, _, _ in hypers]
+        needs = [static[-1] for static, *_ in hypers]
         if not isinstance(state, dict):
             raise TypeError(f"the optimizer's state is a {type(state).__name__}: expected a dict")
         self.groups, self.state = groups, state
@@ -113,8 +113,8 @@ class TensorTable:
             count = int(self.run_firsts[-1])
             self.runs, self.capacities = self.room_for_runs[:count], self.room_for_capacities[:count]
 
-    def launch(self, rows: Tensor) -> None:
-        """Steps every bucket and advances the step counts; a skipped step (`control`) is not counted.
+    def launch(self, rows: Tensor) -> bool:
+        """Steps every bucket and advances the step counts; False: the step was skipped (`control`), and not counted.
 
         The counts go first, and back if a launch fails: where torch allows no write (inside a torch.func transform,
         say), it says so before anything else was written.
@@ -140,6 +140,7 @@ class TensorTable:
             slot = self.slots[i]
             if slot is not None and slot.param_copy is not None and self.active[i]:
                 self.params[i].detach().copy_(slot.param_copy)
+        return counted is self.active
 
     def tensors(self, i: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...], int]:
         """Parameter, gradient, states and row of parameter `i`, for a backend that works on tensors."""

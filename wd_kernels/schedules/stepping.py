@@ -1,0 +1,133 @@
+"""What an optimizer does with the schedules of its groups: it checks them, follows them, and counts.
+
+A group's `schedule` is None (its `eta` stands), a callable, or "from_lr". Its `schedule_step` counts the steps that a
+callable has seen; it is saved with the group, the schedule itself is not. Nothing is written before a step is done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from ..rules import Hyper, at_least_zero, scalar
+
+__all__ = ["FROM_LR", "SETTINGS", "Schedule", "adopt", "advance", "check", "follow"]
+
+FROM_LR = "from_lr"
+#: The keys of a group, and what they are where nothing is given.
+SETTINGS: dict[str, Any] = {"schedule": None, "schedule_step": 0, "base_lr": None}
+
+Schedule: TypeAlias = Callable[[int], float] | str | None
+#: What a finished step writes: (group, eta, completed steps).
+Tick: TypeAlias = tuple[dict[str, Any], float, int]
+
+
+def check(group: Mapping[str, Any], where: str) -> None:
+    """Raises TypeError or ValueError if a group's schedule, or what comes with it, is not allowed."""
+    schedule, base_lr = group.get("schedule"), group.get("base_lr")
+    if isinstance(schedule, str) and schedule != FROM_LR:
+        raise ValueError(f"schedule={schedule!r} in {where}: allowed are None, {FROM_LR!r} and callables")
+    if isinstance(schedule, type):
+        raise TypeError(f"schedule={schedule.__name__} in {where} is a class: expected {schedule.__name__}(...)")
+    if schedule is not None and not callable(schedule) and schedule != FROM_LR:
+        raise TypeError(
+            f"schedule={schedule!r} in {where} cannot be called: expected a function of the completed steps, None, or "
+            f"{FROM_LR!r}, which follows an LR scheduler"
+        )
+    if base_lr is not None:
+        if schedule != FROM_LR:
+            raise ValueError(f"base_lr={base_lr!r} in {where} without schedule={FROM_LR!r}, which alone reads it")
+        _base_lr(base_lr, where)
+    _completed(group, where)
+
+
+def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Completes a new group: `base_lr` is its lr, and a schedule that others follow goes on where they are.
+
+    Args:
+        group: the group, with the optimizer's defaults.
+        given: what was given for it.
+        others: the optimizer's other groups.
+        where: what errors call it.
+    """
+    check(group, where)
+    schedule = group["schedule"]
+    if schedule is None:
+        return
+    if "eta" in given and "schedule" not in given:
+        raise ValueError(
+            f"eta={given['eta']!r} in {where}, whose eta the optimizer's schedule sets: allowed is one of them "
+            "(schedule=None in the group keeps its eta)"
+        )
+    if schedule == FROM_LR:
+        if group["base_lr"] is None:
+            group["base_lr"] = _base_lr(group["lr"], where)
+    elif "schedule_step" not in given:
+        group["schedule_step"] = next((own["schedule_step"] for own in others if own["schedule"] is schedule), 0)
+
+
+def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[list[Hyper], list[Tick]]:
+    """The hyperparameters of a step as the groups' schedules have them, and what is to be written when it is done.
+
+    Raises:
+        TypeError, ValueError: a schedule gave no finite number >= 0, or a group's base_lr or schedule_step is wrong.
+    """
+    result, ticks = list(hypers), []
+    seen: dict[tuple[int, int], tuple[float, float]] = {}
+    for i, group in enumerate(groups):
+        schedule = group.get("schedule")
+        if schedule is None:
+            continue
+        static, lr, _, _ = result[i]
+        where = f"param group {i}"
+        if schedule == FROM_LR:
+            eta = lr / _base_lr(group.get("base_lr"), where)
+            result[i] = static, lr, at_least_zero("lr / base_lr", eta, where), lr
+            continue
+        check(group, where)
+        t = _completed(group, where)
+        key = id(schedule), t
+        if key not in seen:
+            seen[key] = _multipliers(schedule, t, where)
+        eta, factor = seen[key]
+        if factor != 1.0:
+            mode, weight_decay, *rest = static
+            static = mode, weight_decay * factor, *rest
+        result[i] = static, lr, eta, eta * lr
+        ticks.append((group, eta, t + 1))
+    return result, ticks
+
+
+def advance(ticks: Sequence[Tick]) -> None:
+    """Writes what a finished step has used and counted."""
+    for group, eta, completed in ticks:
+        group["eta"], group["schedule_step"] = eta, completed
+
+
+def _multipliers(schedule: Callable[[int], float], t: int, where: str) -> tuple[float, float]:
+    eta = at_least_zero(f"schedule({t})", schedule(t), where)
+    decay_factor = getattr(schedule, "decay_factor", None)
+    if decay_factor is None:
+        return eta, 1.0
+    return eta, at_least_zero(f"schedule.decay_factor({t})", decay_factor(t), where)
+
+
+def _base_lr(value: Any, where: str) -> float:
+    base_lr = math.nan if value is None else scalar("base_lr", value, where)
+    if not 0.0 < base_lr < math.inf:
+        raise ValueError(
+            f"base_lr={value!r} in {where}: allowed are finite numbers > 0. It is the lr at which eta is 1; by default "
+            "the lr that the group is made with"
+        )
+    return base_lr
+
+
+def _completed(group: Mapping[str, Any], where: str) -> int:
+    found = group.get("schedule_step", 0)
+    if type(found) is int and found >= 0:
+        return found
+    number = scalar("schedule_step", found, where)
+    if not (number.is_integer() and number >= 0):
+        raise ValueError(f"schedule_step={found!r} in {where}: allowed are whole numbers >= 0")
+    return int(number)
