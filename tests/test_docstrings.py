@@ -10,7 +10,7 @@ import pytest
 
 import wd_kernels
 
-OWN = [f"wd_kernels.{name}" for name in ("flatten", "functional", "mirror", "optim", "rules")]
+OWN = [f"wd_kernels.{name}" for name in ("conversion", "flatten", "functional", "groups", "mirror", "optim", "rules")]
 OWN += [f"wd_kernels.schedules.{name}" for name in ("composed", "drawing", "normalized", "shapes")]
 BENCH = ["byte_model", "report_figures", "turns"]
 # A program, the libraries, and what only a machine with Triton can import.

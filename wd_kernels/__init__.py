@@ -8,8 +8,10 @@
 
 from . import functional, schedules
 from .backends import FallbackWarning
+from .conversion import Conversion, convert_weight_decay
 from .flat import FlatBuffer
 from .flatten import flatten_, unflatten_
+from .groups import decay_groups
 from .optim import SGDW, AdamW
 from .schedules import NormalizedDecay, normalized_weight_decay
 from .version import __version__
@@ -17,10 +19,13 @@ from .version import __version__
 __all__ = [
     "SGDW",
     "AdamW",
+    "Conversion",
     "FallbackWarning",
     "FlatBuffer",
     "NormalizedDecay",
     "__version__",
+    "convert_weight_decay",
+    "decay_groups",
     "flatten_",
     "functional",
     "normalized_weight_decay",

@@ -66,11 +66,12 @@ class Sequential(Schedule):
         return self.parts[-1](t)
 
     def where(self, t: int) -> tuple[int, int]:
+        if self.steps is not None:
+            return super().where(t)
         lead = self._lead
         done, length = where(self.parts[-1], max(t - lead, 0))
-        if done >= t - lead:  # the last part has not restarted yet
-            return min(t, lead + done), lead + length
-        return done, length
+        restarted = done < t - lead
+        return (done, length) if restarted else (t, lead + length)
 
 
 @dataclass(frozen=True, init=False)

@@ -1,0 +1,141 @@
+"""What the study trains: methods, grids, budgets, and the runs that the figures are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from study_train import STEPS_AN_EPOCH, Config, Run
+
+from wd_kernels.schedules import Constant, Cosine, NormalizedDecay, StepDrop, WarmRestarts
+
+__all__ = ["BUDGETS", "METHODS", "NETWORKS", "RESTARTS", "SCHEDULES", "Method", "Plan", "anytime", "budgets", "grids"]
+
+NETWORKS = ("normalised", "plain")
+BUDGETS = (15, 30, 60, 120, 240)  # epochs
+RESTARTS = (10, 2, 310)  # AdamWR's first period, its T_mult, and the whole run, in epochs: 10 + 20 + 40 + 80 + 160
+EPOCHS = 60
+
+Schedule = Callable[[int], float]
+SCHEDULES: dict[str, Callable[[int], Schedule]] = {
+    "fixed": lambda steps: Constant(),
+    "step drop": lambda steps: StepDrop((steps * 3 // 10, steps * 6 // 10, steps * 8 // 10), 0.2),
+    "cosine": Cosine,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer with a form of decay, and the grid on which it is tried.
+
+    Attributes:
+        name, rule, options: how it is called, its class, what its groups set.
+        coupled: whether the paper has lr and weight decay coupled, in which case the ridge falls with slope -1.
+        lrs, decays: (least, largest) of each.
+    """
+
+    name: str
+    rule: str
+    options: tuple[tuple[str, Any], ...]
+    coupled: bool
+    lrs: tuple[float, float]
+    decays: tuple[float, float]
+
+    def grid(self, size: int) -> tuple[list[float], list[float]]:
+        """(learning rates, weight decays), each in equal ratios."""
+        return np.geomspace(*self.lrs, size).tolist(), np.geomspace(*self.decays, size).tolist()
+
+    def config(self, lr: float, weight_decay: float, schedule: Schedule) -> Config:
+        return Config((*self.options, ("lr", lr), ("weight_decay", weight_decay)), schedule)
+
+
+_ADAM, _SGD = (3e-4, 1e-1), (3e-3, 1.0)
+_MOMENTUM = ("momentum", 0.9)
+METHODS = {
+    m.name: m
+    for m in (
+        Method("SGD-L2", "SGDW", (_MOMENTUM, ("decay", "l2")), True, _SGD, (1e-5, 3.0)),
+        Method("SGDW", "SGDW", (_MOMENTUM, ("form", "paper"), ("decay", "independent")), False, _SGD, (1e-5, 0.3)),
+        Method("Adam-L2", "AdamW", (("decay", "l2"),), True, _ADAM, (1e-5, 10.0)),
+        Method("AdamW lr_scaled", "AdamW", (("decay", "lr_scaled"),), True, _ADAM, (1e-3, 300.0)),
+        Method("AdamW independent", "AdamW", (("decay", "independent"),), False, _ADAM, (1e-5, 0.3)),
+        Method("ProxAdam", "AdamW", (("decay", "proximal"),), False, _ADAM, (1e-5, 0.3)),
+        Method("metric-proximal", "AdamW", (("decay", "metric_proximal"),), True, _ADAM, (1e-5, 10.0)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is trained. The defaults are the study's; less is a rehearsal."""
+
+    size: int = 12
+    epochs: int = EPOCHS
+    seeds: int = 3
+    budgets: tuple[int, ...] = BUDGETS
+    decays: int = 24
+    restarts: tuple[int, int, int] = RESTARTS
+
+
+def _grid(method: Method, network: str, schedule: str, plan: Plan) -> Run:
+    lrs, decays = method.grid(plan.size)
+    made = SCHEDULES[schedule](plan.epochs * STEPS_AN_EPOCH)
+    configs = tuple(method.config(lr, decay, made) for lr in lrs for decay in decays)
+    return Run(f"grid-{method.name}-{network}-{schedule}", network, method.rule, configs, plan.epochs, plan.seeds)
+
+
+def grids(plan: Plan) -> dict[tuple[str, str, str], Run]:
+    """The grids of figures (a) and (b), by (method, network, schedule)."""
+    wanted = [(name, network, "cosine") for network in NETWORKS for name in METHODS]
+    wanted += [
+        (name, "normalised", schedule)
+        for name in ("Adam-L2", "AdamW independent")
+        for schedule in SCHEDULES
+        if schedule != "cosine"
+    ]
+    return {(m, network, s): _grid(METHODS[m], network, s, plan) for m, network, s in wanted}
+
+
+#: The learning rate of the budgets, good for both networks in every one of them.
+BUDGET_LR = 1e-2
+
+
+def budgets(plan: Plan) -> dict[tuple[str, int], Run]:
+    """The runs of figure (c), by (network, epochs): a row of weight decays at one learning rate, cosine."""
+    method = METHODS["AdamW independent"]
+    decays = np.geomspace(*method.decays, plan.decays).tolist()
+    return {
+        (network, epochs): Run(
+            f"budget-{network}-{epochs}",
+            network,
+            method.rule,
+            tuple(method.config(BUDGET_LR, decay, Cosine(epochs * STEPS_AN_EPOCH)) for decay in decays),
+            epochs,
+            2 * plan.seeds,
+        )
+        for network in NETWORKS
+        for epochs in plan.budgets
+    }
+
+
+def anytime(plan: Plan, adam: tuple[float, float], adamw: tuple[float, float]) -> tuple[list[str], Run]:
+    """The run of figure (d), all of whose optimizers are param groups of one, and what its configurations are called.
+
+    Args:
+        adam, adamw: (lr, weight decay) that were best at `plan.epochs`, of Adam-L2 and AdamW independent. AdamW's
+            becomes the normalised weight decay of both its runs.
+    """
+    period, mult, epochs = plan.restarts
+    steps = epochs * STEPS_AN_EPOCH
+    normal = adamw[1] * (plan.epochs * STEPS_AN_EPOCH) ** 0.5
+    l2, decoupled = METHODS["Adam-L2"], METHODS["AdamW independent"]
+    configs = {
+        "AdamWR": decoupled.config(adamw[0], normal, NormalizedDecay(WarmRestarts(period * STEPS_AN_EPOCH, mult))),
+        "AdamW, cosine": decoupled.config(adamw[0], normal, NormalizedDecay(Cosine(steps))),
+        "Adam-L2, cosine": l2.config(*adam, Cosine(steps)),
+        "Adam-L2, fixed": l2.config(*adam, Constant()),
+    }
+    run = Run("anytime", "normalised", "AdamW", tuple(configs.values()), epochs, 3 * plan.seeds, trace=True)
+    return list(configs), run

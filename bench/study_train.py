@@ -1,0 +1,187 @@
+"""Many networks trained at once: a grid of configurations as one batched model, each configuration a param group.
+
+The data are scikit-learn's handwritten digits. All networks of a run are slices of the same few tensors, so that a
+forward and a backward pass is a handful of batched products, and a step of all their optimizers is one launch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import wd_kernels
+
+__all__ = ["BATCH", "STEPS_AN_EPOCH", "TRAIN", "Config", "Run", "split", "train"]
+
+TRAIN, VALIDATION, BATCH, WIDTH = 600, 597, 32, 64  # the other 600 of the 1797 digits are the test set
+STEPS_AN_EPOCH = TRAIN // BATCH
+LOGIT_SCALE = 3.0  # of the normalised network, whose logits would else have unit variance
+
+
+@dataclass(frozen=True)
+class Config:
+    """One param group: what it sets, and its schedule, a function of the number of steps of the run."""
+
+    options: tuple[tuple[str, Any], ...]
+    schedule: Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Networks that are trained together.
+
+    Attributes:
+        name: of the file that keeps the result.
+        network: "normalised" (every layer is normalised over the batch, so that no weight's scale matters) or "plain".
+        rule: the class of wd_kernels, "AdamW" or "SGDW".
+        configs: its param groups.
+        epochs: how long.
+        seeds: networks for each configuration; each seed has a split of the data, an initialisation and an order.
+        trace: also keep the errors after every epoch.
+    """
+
+    name: str
+    network: str
+    rule: str
+    configs: tuple[Config, ...]
+    epochs: int
+    seeds: int = 3
+    trace: bool = False
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * STEPS_AN_EPOCH
+
+
+@cache
+def _digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
+    data = load_digits()
+    return torch.tensor(data.data, dtype=torch.float32) / 8 - 1, torch.tensor(data.target)
+
+
+def split(seed: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """(inputs, labels) for training, validation and test, drawn anew for each seed."""
+    x, y = _digits()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    return tuple((x[part], y[part]) for part in torch.split(order, [TRAIN, VALIDATION, len(x) - TRAIN - VALIDATION]))
+
+
+class Networks:
+    """The stacked networks of a run: [configurations * seeds, in, out], with gradients that stay where they are."""
+
+    def __init__(self, run: Run) -> None:
+        self.normalised = run.network == "normalised"
+        self.stacks: list[Tensor] = []
+        sizes = (_digits()[0].shape[1], WIDTH, 10)
+        for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+            drawn = [
+                torch.randn(fan_in, fan_out, generator=torch.Generator().manual_seed(1000 * seed + layer))
+                for seed in range(run.seeds)
+            ]
+            self.stacks.append((torch.stack(drawn) * math.sqrt(2 / fan_in)).repeat(len(run.configs), 1, 1))
+            if not self.normalised:
+                self.stacks.append(torch.zeros(len(run.configs) * run.seeds, 1, fan_out))
+        for stack in self.stacks:
+            stack.requires_grad_().grad = torch.zeros_like(stack)
+
+    def slices(self, first: int, count: int) -> list[torch.nn.Parameter]:
+        """The parameters of `count` networks, which share memory with the stacks, and so do their gradients."""
+        params = []
+        for stack in self.stacks:
+            p = torch.nn.Parameter(stack.detach()[first : first + count])
+            assert stack.grad is not None
+            p.grad = stack.grad[first : first + count]
+            params.append(p)
+        return params
+
+    def __call__(self, x: Tensor, statistics: Tensor | None = None) -> Tensor:
+        """Logits [networks, samples, 10] of inputs [networks, samples, pixels].
+
+        Args:
+            statistics: inputs whose means and variances normalise those of `x`; None: its own, as in training.
+        """
+        both = x if statistics is None else torch.cat([x, statistics], 1)
+        size = x.shape[1]
+        for layer in range(2):
+            if self.normalised:
+                both = torch.bmm(both, self.stacks[layer])
+                over = both if statistics is None else both[:, size:]
+                variance, mean = torch.var_mean(over, 1, keepdim=True, correction=0)
+                both = (both - mean) * torch.rsqrt(variance + 1e-12)
+            else:
+                both = torch.baddbmm(self.stacks[2 * layer + 1], both, self.stacks[2 * layer])
+            if layer == 0:
+                both = torch.relu(both)
+        return both[:, :size] * (LOGIT_SCALE if self.normalised else 1.0)
+
+
+def optimizer(run: Run, networks: Networks) -> torch.optim.Optimizer:
+    """One optimizer for all networks: a param group for each configuration, with its seeds side by side."""
+    groups = [
+        {
+            "params": networks.slices(k * run.seeds, run.seeds),
+            "schedule": config.schedule,
+            **dict(config.options),
+        }
+        for k, config in enumerate(run.configs)
+    ]
+    made: torch.optim.Optimizer = getattr(wd_kernels, run.rule)(groups)
+    return made
+
+
+def train(run: Run, advance: Callable[[int], None] = lambda _: None) -> dict[str, Tensor]:
+    """Trains a run's networks.
+
+    Args:
+        advance: told how many steps were done, after every epoch.
+
+    Returns:
+        "validation" and "test": the share of errors, [configurations, seeds]; with `trace` [epochs, ...].
+    """
+    count = len(run.configs)
+    networks = Networks(run)
+    opt = optimizer(run, networks)
+    parts = [split(seed) for seed in range(run.seeds)]
+    (x, y), *held_out = (
+        (torch.stack([p[k][0] for p in parts]), torch.stack([p[k][1] for p in parts])) for k in range(3)
+    )
+
+    @torch.no_grad()
+    def errors() -> list[Tensor]:
+        found = []
+        for inputs, labels in held_out:
+            logits = networks(inputs.repeat(count, 1, 1), x.repeat(count, 1, 1) if networks.normalised else None)
+            wrong = logits.argmax(-1) != labels.repeat(count, 1)
+            wrong |= ~logits.isfinite().all(-1)  # a network that diverged says nothing
+            found.append(wrong.float().mean(1).view(count, run.seeds))
+        return found
+
+    kept = []
+    orders = [torch.Generator().manual_seed(seed) for seed in range(run.seeds)]
+    for _ in range(run.epochs):
+        order = torch.stack([torch.randperm(TRAIN, generator=generator) for generator in orders])
+        for k in range(STEPS_AN_EPOCH):
+            batch = order[:, k * BATCH : (k + 1) * BATCH]
+            inputs = x.gather(1, batch[:, :, None].expand(-1, -1, x.shape[2])).repeat(count, 1, 1)
+            labels = y.gather(1, batch).repeat(count, 1)
+            for stack in networks.stacks:
+                stack.grad.zero_()  # type: ignore[union-attr]
+            logits = networks(inputs)
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / BATCH
+            loss.backward()  # type: ignore[no-untyped-call]
+            opt.step()
+        if run.trace:
+            kept.append(errors())
+        advance(STEPS_AN_EPOCH)
+    found = [torch.stack(own) for own in zip(*kept, strict=True)] if run.trace else errors()
+    return dict(zip(("validation", "test"), found, strict=True))

@@ -1,0 +1,69 @@
+"""Parameter groups: weights decay, norms and biases do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from .rules import at_least_zero
+
+__all__ = ["decay_groups"]
+
+_NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def decay_groups(model: nn.Module, weight_decay: float = 1e-2, *, exclude: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Two param groups with names: what decays, and what does not.
+
+    Without decay are parameters of torch's normalisation layers, those called "bias" or "..._bias", those with fewer
+    than two dimensions (scales and shifts of every other kind of normalisation), and those that `exclude` names.
+    Everything else decays, embeddings too. Shared parameters are taken once; frozen ones have their place.
+
+    Args:
+        model: whose parameters.
+        weight_decay: of the first group, at least 0.
+        exclude: patterns of parameter names, such as ``"*.pos_embed"``, that do not decay either.
+
+    Returns:
+        ``[{"params": [(name, parameter), ...], "weight_decay": weight_decay}, {..., "weight_decay": 0.0}]``, in the
+        order of ``model.named_parameters()``. A group may be empty.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: a pattern matches no parameter; a lazy parameter, whose shape is not known yet; a bad weight_decay.
+
+    Example:
+        >>> import wd_kernels
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+        >>> [[name for name, _ in group["params"]] for group in decay_groups(model)]
+        [['0.weight'], ['0.bias', '1.weight', '1.bias']]
+        >>> optimizer = wd_kernels.AdamW(decay_groups(model, 0.1), lr=1e-3)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={type(model).__name__} in decay_groups: expected a torch.nn.Module")
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude={exclude!r} in decay_groups: expected a list of patterns, such as [{exclude!r}]")
+    at_least_zero("weight_decay", weight_decay, "decay_groups")
+    norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
+    unused = set(exclude)
+    decaying: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise ValueError(f"parameter {name!r} in decay_groups is lazy: run the model once, so that it has a shape")
+        matching = {pattern for pattern in exclude if fnmatchcase(name, pattern)}
+        unused -= matching
+        bias = name.rpartition(".")[2].endswith("bias")
+        (others if matching or bias or p.dim() < 2 or id(p) in norms else decaying).append((name, p))
+    if unused:
+        known = ", ".join(name for name, _ in (decaying + others)[:5])
+        raise ValueError(
+            f"exclude={sorted(unused)} in decay_groups matches no parameter of the model; it has {known}, ..."
+        )
+    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
