@@ -18,13 +18,21 @@ from pathlib import Path
 
 import study_train
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from study_findings import Findings, Result
-from study_plan import Plan, anytime, budgets, grids
-from study_train import Run
+from study_plan import RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids
+from study_ridge import numbers
+from study_train import NOISE, Run
 from torch import Tensor
 
-REHEARSAL = Plan(size=4, epochs=4, seeds=2, budgets=(2, 4, 8), decays=6, restarts=(2, 2, 6))
+REHEARSAL = Plan(size=4, epochs=4, seeds=2, budgets=(2, 4, 8), decays=6, finals=2, restarts=(2, 2, 6))
+COLUMNS = (
+    TextColumn("{task.description:<42}"),
+    BarColumn(),
+    TaskProgressColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
 
 
 class Trainer:
@@ -32,13 +40,13 @@ class Trainer:
 
     Args:
         work: the folder.
-        progress: the bar, advanced by the steps of networks that a run trains.
+        progress: shows a bar, advanced by every step of every network.
+        runs: all that will come, or runs of their size.
     """
 
-    def __init__(self, work: Path, progress: Progress, total: int) -> None:
+    def __init__(self, work: Path, progress: Progress, runs: Sequence[Run]) -> None:
         self.work, self.progress = work, progress
-        self.bar = progress.add_task("training", total=total)
-        self.seconds = 0.0
+        self.bar = progress.add_task("training", total=sum(len(r.configs) * r.seeds * r.steps for r in runs))
         work.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, run: Run) -> Result:
@@ -60,24 +68,26 @@ class Trainer:
 
 def collect(plan: Plan, work: Path) -> Findings:
     """Trains everything that the plan has and the work folder lacks."""
-    wanted, rows = grids(plan), budgets(plan)
-    _, longest = anytime(plan, (1e-3, 1e-3), (1e-3, 1e-3))
-    total = sum(len(r.configs) * r.seeds * r.steps for r in (*wanted.values(), *rows.values(), longest))
-    columns = (
-        TextColumn("{task.description:<42}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        trainer = Trainer(work, progress, total)
+    every, rows = grids(plan), budgets(plan)
+    with Progress(*COLUMNS) as progress:
+        trainer = Trainer(work, progress, [*every.values(), *rows.values(), *_later(plan)])
         found = Findings(
-            plan, {key: trainer(run) for key, run in wanted.items()}, {k: trainer(r) for k, r in rows.items()}
+            plan, {key: trainer(run) for key, run in every.items()}, {k: trainer(r) for k, r in rows.items()}
         )
-        names, run = anytime(plan, *(found.chosen(name, "cosine").place for name in ("Adam-L2", "AdamW independent")))
-        found.anytime = dict(zip(names, trainer(run).curves(), strict=True))
+        for network in NOISE:
+            places = {(name, s): found.chosen(name, network, s) for name in RIVALS for s in SCHEDULES}
+            final = trainer(finals(plan, network, places)).kept["test"]
+            found.finals |= {(network, *key): numbers(own) for key, own in zip(places, final, strict=True)}
+            names, run = anytime(plan, network, *(places[name, "cosine"] for name in RIVALS))
+            found.anytime[network] = dict(zip(names, trainer(run).errors().transpose(1, 0, 2), strict=True))
     return found
+
+
+def _later(plan: Plan) -> list[Run]:
+    """Runs of the size of those whose settings the grids decide."""
+    any_place = (1e-3, 1e-3)
+    places = {(name, schedule): any_place for name in RIVALS for schedule in SCHEDULES}
+    return [r for n in NOISE for r in (finals(plan, n, places), anytime(plan, n, any_place, any_place)[1])]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from study_train import STEPS_AN_EPOCH, Config, Run
+from study_train import NOISE, STEPS_AN_EPOCH, Config, Run
 
 from wd_kernels.schedules import Constant, Cosine, NormalizedDecay, StepDrop, WarmRestarts
 
-__all__ = ["BUDGETS", "METHODS", "NETWORKS", "RESTARTS", "SCHEDULES", "Method", "Plan", "anytime", "budgets", "grids"]
+__all__ = ["METHODS", "RIVALS", "SCHEDULES", "Method", "Plan", "anytime", "budgets", "finals", "grids"]
 
-NETWORKS = ("normalised", "plain")
+RIVALS = ("Adam-L2", "AdamW independent")
 BUDGETS = (15, 30, 60, 120, 240)  # epochs
+BUDGET_LR = {"normalised": 1e-3, "noisy": 1e-2}  # where the weight decay matters in all of them
 RESTARTS = (10, 2, 310)  # AdamWR's first period, its T_mult, and the whole run, in epochs: 10 + 20 + 40 + 80 + 160
 EPOCHS = 60
 
@@ -76,7 +77,13 @@ class Plan:
     seeds: int = 3
     budgets: tuple[int, ...] = BUDGETS
     decays: int = 24
+    finals: int = 30
     restarts: tuple[int, int, int] = RESTARTS
+
+    def row(self) -> list[float]:
+        """The weight decays of a budget."""
+        decays: list[float] = np.geomspace(*METHODS["AdamW independent"].decays, self.decays).tolist()
+        return decays
 
 
 def _grid(method: Method, network: str, schedule: str, plan: Plan) -> Run:
@@ -88,39 +95,42 @@ def _grid(method: Method, network: str, schedule: str, plan: Plan) -> Run:
 
 def grids(plan: Plan) -> dict[tuple[str, str, str], Run]:
     """The grids of figures (a) and (b), by (method, network, schedule)."""
-    wanted = [(name, network, "cosine") for network in NETWORKS for name in METHODS]
-    wanted += [
-        (name, "normalised", schedule)
-        for name in ("Adam-L2", "AdamW independent")
-        for schedule in SCHEDULES
-        if schedule != "cosine"
-    ]
+    wanted = [(name, network, "cosine") for network in NOISE for name in METHODS]
+    wanted += [(name, network, schedule) for network in NOISE for name in RIVALS for schedule in ("fixed", "step drop")]
     return {(m, network, s): _grid(METHODS[m], network, s, plan) for m, network, s in wanted}
-
-
-#: The learning rate of the budgets, good for both networks in every one of them.
-BUDGET_LR = 1e-2
 
 
 def budgets(plan: Plan) -> dict[tuple[str, int], Run]:
     """The runs of figure (c), by (network, epochs): a row of weight decays at one learning rate, cosine."""
     method = METHODS["AdamW independent"]
-    decays = np.geomspace(*method.decays, plan.decays).tolist()
     return {
         (network, epochs): Run(
             f"budget-{network}-{epochs}",
             network,
             method.rule,
-            tuple(method.config(BUDGET_LR, decay, Cosine(epochs * STEPS_AN_EPOCH)) for decay in decays),
+            tuple(method.config(lr, decay, Cosine(epochs * STEPS_AN_EPOCH)) for decay in plan.row()),
             epochs,
             2 * plan.seeds,
         )
-        for network in NETWORKS
+        for network, lr in BUDGET_LR.items()
         for epochs in plan.budgets
     }
 
 
-def anytime(plan: Plan, adam: tuple[float, float], adamw: tuple[float, float]) -> tuple[list[str], Run]:
+def finals(plan: Plan, network: str, places: Mapping[tuple[str, str], tuple[float, float]]) -> Run:
+    """Figure (b) without the luck of the choice: what was best of each (method, schedule), trained with new seeds.
+
+    Args:
+        places: its (lr, weight decay).
+    """
+    configs = tuple(
+        METHODS[name].config(*place, SCHEDULES[schedule](plan.epochs * STEPS_AN_EPOCH))
+        for (name, schedule), place in places.items()
+    )
+    return Run(f"finals-{network}", network, "AdamW", configs, plan.epochs, plan.finals, first_seed=1000)
+
+
+def anytime(plan: Plan, network: str, adam: tuple[float, float], adamw: tuple[float, float]) -> tuple[list[str], Run]:
     """The run of figure (d), all of whose optimizers are param groups of one, and what its configurations are called.
 
     Args:
@@ -129,13 +139,15 @@ def anytime(plan: Plan, adam: tuple[float, float], adamw: tuple[float, float]) -
     """
     period, mult, epochs = plan.restarts
     steps = epochs * STEPS_AN_EPOCH
-    normal = adamw[1] * (plan.epochs * STEPS_AN_EPOCH) ** 0.5
-    l2, decoupled = METHODS["Adam-L2"], METHODS["AdamW independent"]
+    normal = adamw[0], adamw[1] * (plan.epochs * STEPS_AN_EPOCH) ** 0.5
+    l2, decoupled = (METHODS[name] for name in RIVALS)
     configs = {
-        "AdamWR": decoupled.config(adamw[0], normal, NormalizedDecay(WarmRestarts(period * STEPS_AN_EPOCH, mult))),
-        "AdamW, cosine": decoupled.config(adamw[0], normal, NormalizedDecay(Cosine(steps))),
+        "AdamWR": decoupled.config(*normal, NormalizedDecay(WarmRestarts(period * STEPS_AN_EPOCH, mult))),
+        "AdamW, cosine": decoupled.config(*normal, NormalizedDecay(Cosine(steps))),
         "Adam-L2, cosine": l2.config(*adam, Cosine(steps)),
         "Adam-L2, fixed": l2.config(*adam, Constant()),
     }
-    run = Run("anytime", "normalised", "AdamW", tuple(configs.values()), epochs, 3 * plan.seeds, trace=True)
-    return list(configs), run
+    seeds = 3 * plan.seeds
+    return list(configs), Run(
+        f"anytime-{network}", network, "AdamW", tuple(configs.values()), epochs, seeds, 2000, True
+    )

@@ -13,7 +13,7 @@ __all__ = ["Fit", "best_decays", "fit"]
 
 Array: TypeAlias = NDArray[np.float64]
 
-GOOD = 1.5  # a row counts if its best error is within this factor of the grid's
+GOOD = 2.0  # a row counts if its best error is within this factor of the grid's
 BRACKET = 2.0  # and if both its ends are worse than its best by this many standard errors
 DRAWS = 2000
 

@@ -19,10 +19,12 @@ from torch.nn import functional as F
 
 import wd_kernels
 
-__all__ = ["BATCH", "STEPS_AN_EPOCH", "TRAIN", "Config", "Run", "split", "train"]
+__all__ = ["BATCH", "NOISE", "STEPS_AN_EPOCH", "TRAIN", "VALIDATION", "Config", "Run", "split", "train"]
 
 TRAIN, VALIDATION, BATCH, WIDTH = 600, 597, 32, 64  # the other 600 of the 1797 digits are the test set
 STEPS_AN_EPOCH = TRAIN // BATCH
+#: The networks, with the share of training labels that are drawn at random.
+NOISE = {"normalised": 0.0, "noisy": 0.2}
 LOGIT_SCALE = 3.0  # of the normalised network, whose logits would else have unit variance
 
 
@@ -40,11 +42,13 @@ class Run:
 
     Attributes:
         name: of the file that keeps the result.
-        network: "normalised" (every layer is normalised over the batch, so that no weight's scale matters) or "plain".
+        network: "normalised": every layer is normalised over the batch, the last one too, so that no weight's scale
+            matters, as under Batch Norm. "noisy": nothing is normalised, and a part of the training labels is wrong.
         rule: the class of wd_kernels, "AdamW" or "SGDW".
         configs: its param groups.
         epochs: how long.
         seeds: networks for each configuration; each seed has a split of the data, an initialisation and an order.
+        first_seed: the first of them.
         trace: also keep the errors after every epoch.
     """
 
@@ -54,7 +58,13 @@ class Run:
     configs: tuple[Config, ...]
     epochs: int
     seeds: int = 3
+    first_seed: int = 0
     trace: bool = False
+
+    @property
+    def draws(self) -> range:
+        """The seeds."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     @property
     def steps(self) -> int:
@@ -69,11 +79,16 @@ def _digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(data.data, dtype=torch.float32) / 8 - 1, torch.tensor(data.target)
 
 
-def split(seed: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """(inputs, labels) for training, validation and test, drawn anew for each seed."""
+def split(seed: int, noise: float) -> list[tuple[Tensor, Tensor]]:
+    """(inputs, labels) for training, validation and test, drawn anew for each seed; `noise` in those of training."""
     x, y = _digits()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    return tuple((x[part], y[part]) for part in torch.split(order, [TRAIN, VALIDATION, len(x) - TRAIN - VALIDATION]))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=generator)
+    parts = [(x[part], y[part]) for part in order.split([TRAIN, VALIDATION, len(x) - TRAIN - VALIDATION])]  # type: ignore[no-untyped-call]
+    inputs, labels = parts[0]
+    drawn = torch.randint(10, (TRAIN,), generator=generator)
+    parts[0] = inputs, torch.where(torch.rand(TRAIN, generator=generator) < noise, drawn, labels)
+    return parts
 
 
 class Networks:
@@ -86,7 +101,7 @@ class Networks:
         for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             drawn = [
                 torch.randn(fan_in, fan_out, generator=torch.Generator().manual_seed(1000 * seed + layer))
-                for seed in range(run.seeds)
+                for seed in run.draws
             ]
             self.stacks.append((torch.stack(drawn) * math.sqrt(2 / fan_in)).repeat(len(run.configs), 1, 1))
             if not self.normalised:
@@ -151,7 +166,7 @@ def train(run: Run, advance: Callable[[int], None] = lambda _: None) -> dict[str
     count = len(run.configs)
     networks = Networks(run)
     opt = optimizer(run, networks)
-    parts = [split(seed) for seed in range(run.seeds)]
+    parts = [split(seed, NOISE[run.network]) for seed in run.draws]
     (x, y), *held_out = (
         (torch.stack([p[k][0] for p in parts]), torch.stack([p[k][1] for p in parts])) for k in range(3)
     )
@@ -167,7 +182,7 @@ def train(run: Run, advance: Callable[[int], None] = lambda _: None) -> dict[str
         return found
 
     kept = []
-    orders = [torch.Generator().manual_seed(seed) for seed in range(run.seeds)]
+    orders = [torch.Generator().manual_seed(seed) for seed in run.draws]
     for _ in range(run.epochs):
         order = torch.stack([torch.randperm(TRAIN, generator=generator) for generator in orders])
         for k in range(STEPS_AN_EPOCH):
