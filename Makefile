@@ -12,7 +12,7 @@ CPP     := $(SOURCES) bench/stream.cpp
 OLDEST_TRITON := triton==3.6.0
 OLDEST        := $(VENV)/triton-oldest
 
-.PHONY: demo test test-slow bench peers bench-gpu codegen check lint format dist clean
+.PHONY: demo test test-slow bench peers bench-gpu codegen study check lint format dist clean
 
 demo: $(NATIVE)
 	$(RUN) bench/demo.py
@@ -37,6 +37,9 @@ codegen: $(NATIVE) $(OLDEST)  ## what the GPU kernels compile to, kept in bench/
 	$(RUN) bench/codegen.py --save
 	PYTHONPATH=$(OLDEST) $(RUN) bench/codegen.py --save
 	$(RUN) bench/codegen.py --cuda --save
+
+study: $(NATIVE)  ## decoupled weight decay, seen: trains grids of networks (10 minutes), goes on where it was interrupted
+	$(RUN) bench/study.py
 
 dist: $(VENV)/ready  ## sdist, and from it the wheel, into dist/
 	rm -rf dist

@@ -70,8 +70,8 @@ def dumped(report: dict[str, Any]) -> str:
 
 
 def kept(folder: Path, gpu: bool = False) -> list[Path]:
-    """The JSON files of a folder of results, the newest last."""
-    return sorted(p for p in folder.glob("*.json") if p.name.endswith(GPU) == gpu)
+    """The JSON files of a folder of results, which begin with their date, the newest last."""
+    return sorted(p for p in folder.glob("[0-9]*.json") if p.name.endswith(GPU) == gpu)
 
 
 def newest(folder: Path, gpu: bool = False) -> dict[str, Any] | None:

@@ -12,10 +12,8 @@ from peers import FUSED, OURS
 from report_figures import Cases, behind, gpu_stem_of, group_costs, host_times, is_peer, line, points, results, share
 from report_tables import percent, rule_name, size
 
-__all__ = ["MARKERS", "rewritten", "section"]
+__all__ = ["filled", "markdown", "markers", "replaced", "rewritten", "section"]
 
-#: Where each part begins and ends.
-MARKERS = {part: (f"<!-- {part}:begin -->", f"<!-- {part}:end -->") for part in ("plot", "performance")}
 IN_CACHE = 1000  # tensors; the objects of ten times as many are larger than a core's caches
 HEADER = (
     "tensors × elements", "rule", "dtype", "gradients", "ours, ms", "flat, ms", "torch fused, ms",
@@ -23,20 +21,30 @@ HEADER = (
 )  # fmt: skip
 
 
-def rewritten(text: str, report: dict[str, Any], gpu: dict[str, Any] | None, stem: str) -> str:
-    """A text with its plot and its section made anew.
+def markers(part: str) -> tuple[str, str]:
+    """Where a part begins and ends."""
+    return f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
+
+
+def replaced(text: str, part: str, content: str) -> str:
+    """A text with what stands between the markers of a part made anew.
 
     Raises:
         ValueError: the markers are not there, each once and in order.
     """
+    begin, end = markers(part)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected {begin} and {end} once each, in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def rewritten(text: str, report: dict[str, Any], gpu: dict[str, Any] | None, stem: str) -> str:
+    """A text with its plot and its section made anew. Raises as `replaced` does."""
     drawn = set(LEAD) & set(results(report))
     plot = f"![Time of a step, ours and others'](bench/results/{stem}-lead.png)" if drawn else ""
     for part, content in (("plot", plot), ("performance", section(report, gpu, stem))):
-        begin, end = MARKERS[part]
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ValueError(f"expected {begin} and {end} once each, in this order")
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+        text = replaced(text, part, content)
     return text
 
 

@@ -12,19 +12,27 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
+import time
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 
 import study_train
 import torch
+from cpuinfo import get_cpu_info  # type: ignore[import-untyped]
+from report_readme import replaced
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from study_findings import Findings, Result
+from study_figures import draw
+from study_findings import Errors, Findings
 from study_plan import RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids
-from study_ridge import numbers
+from study_report import render, section
 from study_train import NOISE, Run
 from torch import Tensor
 
+ROOT = Path(__file__).parent.parent
+RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 REHEARSAL = Plan(size=4, epochs=4, seeds=2, budgets=(2, 4, 8), decays=6, finals=2, restarts=(2, 2, 6))
 COLUMNS = (
     TextColumn("{task.description:<42}"),
@@ -42,14 +50,17 @@ class Trainer:
         work: the folder.
         progress: shows a bar, advanced by every step of every network.
         runs: all that will come, or runs of their size.
+
+    Attributes:
+        seconds: how long the training took, that of former calls too.
     """
 
     def __init__(self, work: Path, progress: Progress, runs: Sequence[Run]) -> None:
-        self.work, self.progress = work, progress
+        self.work, self.progress, self.seconds = work, progress, 0.0
         self.bar = progress.add_task("training", total=sum(len(r.configs) * r.seeds * r.steps for r in runs))
         work.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, run: Run) -> Result:
+    def __call__(self, run: Run) -> Errors:
         # What is trained is part of the name: another plan, another file.
         digest = hashlib.sha256(repr(run).encode()).hexdigest()[:12]
         path = self.work / f"{run.name.replace(' ', '_')}-{digest}.pt"
@@ -59,11 +70,14 @@ class Trainer:
             kept: dict[str, Tensor] = torch.load(path, weights_only=True)
             self.progress.advance(self.bar, run.steps * size)
         else:
+            started = time.perf_counter()
             kept = study_train.train(run, lambda steps: self.progress.advance(self.bar, steps * size))
+            kept["seconds"] = torch.tensor(time.perf_counter() - started)
             partial = path.with_suffix(".part")
             torch.save(kept, partial)
             partial.rename(path)
-        return Result(run, kept)
+        self.seconds += float(kept["seconds"])
+        return Errors.of(kept)
 
 
 def collect(plan: Plan, work: Path) -> Findings:
@@ -71,23 +85,29 @@ def collect(plan: Plan, work: Path) -> Findings:
     every, rows = grids(plan), budgets(plan)
     with Progress(*COLUMNS) as progress:
         trainer = Trainer(work, progress, [*every.values(), *rows.values(), *_later(plan)])
-        found = Findings(
-            plan, {key: trainer(run) for key, run in every.items()}, {k: trainer(r) for k, r in rows.items()}
-        )
+        grid_errors = {key: trainer(run) for key, run in every.items()}
+        found = Findings(plan, {}, grid_errors, {key: trainer(run) for key, run in rows.items()})
         for network in NOISE:
             places = {(name, s): found.chosen(name, network, s) for name in RIVALS for s in SCHEDULES}
-            final = trainer(finals(plan, network, places)).kept["test"]
-            found.finals |= {(network, *key): numbers(own) for key, own in zip(places, final, strict=True)}
-            names, run = anytime(plan, network, *(places[name, "cosine"] for name in RIVALS))
-            found.anytime[network] = dict(zip(names, trainer(run).errors().transpose(1, 0, 2), strict=True))
+            final = trainer(finals(plan, network, places)).test
+            found.finals |= {(network, *key): own for key, own in zip(places, final, strict=True)}
+            names, run = anytime(plan, network, places)
+            curves = trainer(run).both().transpose(1, 0, 2)
+            found.anytime |= {(network, name): own for name, own in zip(names, curves, strict=True)}
+    found.about = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "seconds": round(trainer.seconds),
+        "networks": sum(len(r.configs) * r.seeds for r in (*every.values(), *rows.values(), *_later(plan))),
+        "machine": f"{torch.get_num_threads()} threads of {get_cpu_info().get('brand_raw', 'an unknown processor')}",
+        "torch": torch.__version__,
+    }
     return found
 
 
 def _later(plan: Plan) -> list[Run]:
     """Runs of the size of those whose settings the grids decide."""
-    any_place = (1e-3, 1e-3)
-    places = {(name, schedule): any_place for name in RIVALS for schedule in SCHEDULES}
-    return [r for n in NOISE for r in (finals(plan, n, places), anytime(plan, n, any_place, any_place)[1])]
+    places = {(name, schedule): (1e-3, 1e-3) for name in RIVALS for schedule in SCHEDULES}
+    return [run for network in NOISE for run in (finals(plan, network, places), anytime(plan, network, places)[1])]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,13 +115,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--work", type=Path, default=Path(".study"), help="finished runs (default: .study)")
     parser.add_argument("--rehearse", action="store_true", help="a small plan, which shows nothing but that all works")
-    parser.add_argument("--save", action="store_true", help="keep pictures and findings in bench/results")
-    parser.add_argument("--readme", action="store_true", help="write the README's section")
+    parser.add_argument("--save", action="store_true", help="keep pictures and numbers in bench/results")
+    parser.add_argument("--readme", action="store_true", help="make the README's section anew, of what is kept")
     arguments = parser.parse_args(argv)
     if arguments.rehearse and (arguments.save or arguments.readme):
         parser.error("--rehearse shows nothing that is worth keeping: allowed is neither --save nor --readme")
-    found = collect(REHEARSAL if arguments.rehearse else Plan(), arguments.work)
-    torch.save({k: v.kept for k, v in found.grids.items()}, "/tmp/w/grids.pt")
+    if arguments.save or not arguments.readme:
+        found = collect(REHEARSAL if arguments.rehearse else Plan(), arguments.work)
+        print(render(found), end="")
+        folder = RESULTS if arguments.save else arguments.work
+        (folder / "study.json").write_text(json.dumps(found.packed(), separators=(",", ":")) + "\n")
+        (folder / "study.txt").write_text(render(found))
+        for path in draw(found, folder):
+            print(f"drawn: {path}")
+    if arguments.readme:
+        found = Findings.unpacked(json.loads((RESULTS / "study.json").read_text()))
+        README.write_text(replaced(README.read_text(), "study", section(found)))
+        print(f"rewritten: {README}")
     return 0
 
 

@@ -33,14 +33,19 @@ class Method:
 
     Attributes:
         name, rule, options: how it is called, its class, what its groups set.
-        coupled: whether the paper has lr and weight decay coupled, in which case the ridge falls with slope -1.
+        claim: the slope of ln(best weight decay) over ln(lr) that the paper's reading gives: -1 where the two are
+            coupled, 0 where they are decoupled.
+        slopes: what can be derived for each network. For "normalised", where lr c times as large is the same training
+            of larger weights if the weight decay moves as c^slope; for "noisy", where training comes to rest at the
+            minimum of a penalty that the slope keeps. tests/test_propositions.py shows both.
         lrs, decays: (least, largest) of each.
     """
 
     name: str
     rule: str
     options: tuple[tuple[str, Any], ...]
-    coupled: bool
+    claim: int
+    slopes: tuple[int, int]
     lrs: tuple[float, float]
     decays: tuple[float, float]
 
@@ -57,13 +62,13 @@ _MOMENTUM = ("momentum", 0.9)
 METHODS = {
     m.name: m
     for m in (
-        Method("SGD-L2", "SGDW", (_MOMENTUM, ("decay", "l2")), True, _SGD, (1e-5, 3.0)),
-        Method("SGDW", "SGDW", (_MOMENTUM, ("form", "paper"), ("decay", "independent")), False, _SGD, (1e-5, 0.3)),
-        Method("Adam-L2", "AdamW", (("decay", "l2"),), True, _ADAM, (1e-5, 10.0)),
-        Method("AdamW lr_scaled", "AdamW", (("decay", "lr_scaled"),), True, _ADAM, (1e-3, 300.0)),
-        Method("AdamW independent", "AdamW", (("decay", "independent"),), False, _ADAM, (1e-5, 0.3)),
-        Method("ProxAdam", "AdamW", (("decay", "proximal"),), False, _ADAM, (1e-5, 0.3)),
-        Method("metric-proximal", "AdamW", (("decay", "metric_proximal"),), True, _ADAM, (1e-5, 10.0)),
+        Method("SGD-L2", "SGDW", (_MOMENTUM, ("decay", "l2")), -1, (-1, 0), _SGD, (1e-5, 3.0)),
+        Method("SGDW", "SGDW", (_MOMENTUM, ("form", "paper"), ("decay", "independent")), 0, (0, 1), _SGD, (1e-5, 0.3)),
+        Method("Adam-L2", "AdamW", (("decay", "l2"),), -1, (-2, 0), _ADAM, (1e-5, 10.0)),
+        Method("AdamW lr_scaled", "AdamW", (("decay", "lr_scaled"),), -1, (-1, 0), _ADAM, (1e-3, 300.0)),
+        Method("AdamW independent", "AdamW", (("decay", "independent"),), 0, (0, 1), _ADAM, (1e-5, 0.3)),
+        Method("ProxAdam", "AdamW", (("decay", "proximal"),), 0, (0, 1), _ADAM, (1e-5, 0.3)),
+        Method("metric-proximal", "AdamW", (("decay", "metric_proximal"),), -1, (-2, 0), _ADAM, (1e-5, 10.0)),
     )
 }
 
@@ -79,6 +84,15 @@ class Plan:
     decays: int = 24
     finals: int = 30
     restarts: tuple[int, int, int] = RESTARTS
+
+    def period_ends(self) -> list[int]:
+        """The last epoch of each of AdamWR's periods."""
+        length, mult, epochs = self.restarts
+        ends = [length]
+        while ends[-1] < epochs:
+            length *= mult
+            ends.append(ends[-1] + length)
+        return ends
 
     def row(self) -> list[float]:
         """The weight decays of a budget."""
@@ -130,24 +144,24 @@ def finals(plan: Plan, network: str, places: Mapping[tuple[str, str], tuple[floa
     return Run(f"finals-{network}", network, "AdamW", configs, plan.epochs, plan.finals, first_seed=1000)
 
 
-def anytime(plan: Plan, network: str, adam: tuple[float, float], adamw: tuple[float, float]) -> tuple[list[str], Run]:
+def anytime(plan: Plan, network: str, places: Mapping[tuple[str, str], tuple[float, float]]) -> tuple[list[str], Run]:
     """The run of figure (d), all of whose optimizers are param groups of one, and what its configurations are called.
 
     Args:
-        adam, adamw: (lr, weight decay) that were best at `plan.epochs`, of Adam-L2 and AdamW independent. AdamW's
+        places: (lr, weight decay) that was best at `plan.epochs`, by (method, schedule). AdamW's under the cosine
             becomes the normalised weight decay of both its runs.
     """
     period, mult, epochs = plan.restarts
     steps = epochs * STEPS_AN_EPOCH
-    normal = adamw[0], adamw[1] * (plan.epochs * STEPS_AN_EPOCH) ** 0.5
     l2, decoupled = (METHODS[name] for name in RIVALS)
+    lr, decay = places[decoupled.name, "cosine"]
+    normal = decay * (plan.epochs * STEPS_AN_EPOCH) ** 0.5
+    restarts = WarmRestarts(period * STEPS_AN_EPOCH, mult)
     configs = {
-        "AdamWR": decoupled.config(*normal, NormalizedDecay(WarmRestarts(period * STEPS_AN_EPOCH, mult))),
-        "AdamW, cosine": decoupled.config(*normal, NormalizedDecay(Cosine(steps))),
-        "Adam-L2, cosine": l2.config(*adam, Cosine(steps)),
-        "Adam-L2, fixed": l2.config(*adam, Constant()),
+        "AdamWR": decoupled.config(lr, normal, NormalizedDecay(restarts)),
+        "AdamW, cosine": decoupled.config(lr, normal, NormalizedDecay(Cosine(steps))),
+        "Adam-L2, cosine": l2.config(*places[l2.name, "cosine"], Cosine(steps)),
+        "Adam-L2, fixed": l2.config(*places[l2.name, "fixed"], Constant()),
     }
-    seeds = 3 * plan.seeds
-    return list(configs), Run(
-        f"anytime-{network}", network, "AdamW", tuple(configs.values()), epochs, seeds, 2000, True
-    )
+    run = Run(f"anytime-{network}", network, "AdamW", tuple(configs.values()), epochs, 3 * plan.seeds, 2000, trace=True)
+    return list(configs), run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,8 +75,3 @@ def fit(x: Sequence[float], errors: Array, decays: Sequence[float], samples: int
 def _line(x: Array, y: Array) -> tuple[float, float]:
     slope, offset = np.polyfit(x, y, 1).tolist()
     return slope, offset
-
-
-def numbers(tensor: Any) -> Array:
-    """A tensor's values as float64."""
-    return np.asarray(tensor.numpy(), dtype=np.float64)

@@ -235,7 +235,7 @@ def test_a_gpu_report_is_kept_and_joins_the_section(report, tmp_path, capsys):
     for name, content in (("bench.json", report), ("gpu.json", gpu)):
         (tmp_path / name).write_text(json.dumps(content))
     readme, folder = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text("\n".join(itertools.chain(*report_readme.MARKERS.values())))
+    readme.write_text("\n".join(itertools.chain(*map(report_readme.markers, ("plot", "performance")))))
     arguments = [str(tmp_path / "bench.json"), "--gpu", str(tmp_path / "gpu.json")]
     assert program.main([*arguments, "--save", str(folder), "--readme", str(readme)]) == 0
     assert "1e9 elements, float32" in capsys.readouterr().out
@@ -251,7 +251,7 @@ def test_a_gpu_report_is_kept_and_joins_the_section(report, tmp_path, capsys):
 
 
 def test_the_section_is_rewritten_between_its_markers_only(report):
-    (plot, plotted), (begin, end) = report_readme.MARKERS.values()
+    (plot, plotted), (begin, end) = map(report_readme.markers, ("plot", "performance"))
     text = f"before\n{plot}\n{plotted}\nbetween\n{begin}\nold\n{end}\nafter\n"
     once = report_readme.rewritten(text, report, None, "stem")
     assert once.startswith(f"before\n{plot}\n\n{plotted}\nbetween\n{begin}\nWhole `opt.step()`")
