@@ -134,11 +134,11 @@ def _ahead(found: Findings, network: str) -> str:
 OPENING = """\
 `make study` trains {networks} networks on scikit-learn's digits ({train} to train on, the other 1197 held out) in
 {minutes} minutes on {machine} (torch {torch}, {date}). A whole grid of learning rate × weight decay is one batched
-model, each configuration a param group, each step of all of them one launch. It can be interrupted, and goes on where it
-was. There are two networks of 64 hidden units, trained in batches of {batch}, {steps} steps an epoch. In the
+model, each configuration a param group, each step of all of them one launch. It can be interrupted, and goes on where
+it was. There are two networks of 64 hidden units, trained in batches of {batch}, {steps} steps an epoch. In the
 *normalised* one every layer is normalised over the batch, so that no weight's scale matters, as under Batch Norm. The
-*noisy* one has no normalisation, and {noise:.0%} of its training labels are drawn at random, so that it has something to
-gain from decay.
+*noisy* one has no normalisation, and {noise:.0%} of its training labels are drawn at random, so that it has something
+to gain from decay.
 """
 RIDGES = """\
 **How the best λ moves with the learning rate** is not the optimizer's affair alone. Where no weight's scale matters,

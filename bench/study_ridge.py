@@ -62,12 +62,14 @@ def fit(x: Sequence[float], errors: Array, decays: Sequence[float], samples: int
     slope, offset = _line(logs[rows], best[rows])
     generator = np.random.default_rng(0)
     slopes = []
+    known: dict[tuple[int, ...], Array] = {}  # there are few ways to draw as many seeds
     for _ in range(DRAWS):
-        seeds = generator.integers(errors.shape[-1], size=errors.shape[-1])
+        seeds = tuple(sorted(generator.integers(errors.shape[-1], size=errors.shape[-1]).tolist()))
         drawn = generator.choice(rows, len(rows))
         if len(set(drawn.tolist())) >= 2:
-            own, _ = best_decays(errors[:, :, seeds], decays, samples)
-            slopes.append(_line(logs[drawn], own[drawn])[0])
+            if seeds not in known:
+                known[seeds] = best_decays(errors[:, :, seeds], decays, samples)[0]
+            slopes.append(_line(logs[drawn], known[seeds][drawn])[0])
     low, high = np.quantile(slopes, (0.025, 0.975)).tolist()
     return Fit(slope, low, high, offset, tuple(used.tolist()))
 
