@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint.state_dict as dcp
 from cases import LR, Piece, assert_same, gradient, make_params, snapshot
+from conftest import TEST_DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -171,9 +172,10 @@ def train(
     by_hand: bool = False,
     steps: int = 6,
     reload_at: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, torch.Tensor]:
     """Parameters and states of two groups under a schedule; `by_hand` sets eta and weight decay without one."""
-    params = make_params(PIECES, torch.float32, torch.float32)
+    params = make_params(PIECES, torch.float32, torch.float32, device=device)
     more = {"momentum": 0.9, "form": "paper"} if rule == "sgdw" and decay == "independent" else {}
 
     def make() -> Any:
@@ -188,7 +190,7 @@ def train(
             for group, weight_decay in zip(opt.param_groups, (0.2, 0.1), strict=True):
                 group["eta"], group["weight_decay"] = float(schedule(t)), weight_decay * factor
         for k, p in enumerate(params):
-            p.grad = None if (k, t) == (3, 0) else gradient(PIECES[k], torch.float32, 10 * t + k)
+            p.grad = None if (k, t) == (3, 0) else gradient(PIECES[k], torch.float32, 10 * t + k, device)
         opt.step()
         if t == reload_at:
             saved, opt = opt.state_dict(), make()
@@ -220,6 +222,17 @@ def test_through_the_backends_for_gpus(rule: str, decay: str, name: str, backend
     expected = train(rule, decay, "reference", NAMED[name])
     assert not launches
     assert_same(train(rule, decay, backend, NAMED[name]), expected)
+    assert len(launches) == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("decay", DECAY_MODES)
+@both
+def test_on_a_gpu(rule: str, decay: str, name: str, backend: str, launches: list[int]) -> None:
+    """The compiled kernels, as above."""
+    expected = train(rule, decay, "reference", NAMED[name])
+    assert_same(train(rule, decay, backend, NAMED[name], device=TEST_DEVICE), expected)
     assert len(launches) == 6
 
 

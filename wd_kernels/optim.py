@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from .base import DecoupledOptimizer
 from .rules import ADAMW
 from .rules import SGDW as SGDW_RULE
-from .schedules.stepping import Schedule
+from .schedules.stepping import ScheduleLike
 
 __all__ = ["SGDW", "AdamW"]
 
@@ -93,7 +93,7 @@ class AdamW(DecoupledOptimizer):
         maximize: bool = False,
         decay: str = "lr_scaled",
         eta: Number = 1.0,
-        schedule: Schedule = None,
+        schedule: ScheduleLike = None,
         base_lr: Number | None = None,
         backend: str = "auto",
         foreach: bool | None = None,
@@ -180,7 +180,7 @@ class SGDW(DecoupledOptimizer):
         decay: str = "lr_scaled",
         form: str = "torch",
         eta: Number = 1.0,
-        schedule: Schedule = None,
+        schedule: ScheduleLike = None,
         base_lr: Number | None = None,
         backend: str = "auto",
         foreach: bool | None = None,

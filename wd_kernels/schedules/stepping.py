@@ -12,19 +12,19 @@ from typing import Any, TypeAlias
 
 from ..rules import Hyper, at_least_zero, scalar
 
-__all__ = ["FROM_LR", "SETTINGS", "Schedule", "adopt", "advance", "check", "follow"]
+__all__ = ["FROM_LR", "SETTINGS", "ScheduleLike", "adopt", "advance", "check", "follow"]
 
 FROM_LR = "from_lr"
 #: The keys of a group, and what they are where nothing is given.
 SETTINGS: dict[str, Any] = {"schedule": None, "schedule_step": 0, "base_lr": None}
 
-Schedule: TypeAlias = Callable[[int], float] | str | None
+ScheduleLike: TypeAlias = Callable[[int], float] | str | None
 #: What a finished step writes: (group, eta, completed steps).
 Tick: TypeAlias = tuple[dict[str, Any], float, int]
 
 
-def check(group: Mapping[str, Any], where: str) -> None:
-    """Raises TypeError or ValueError if a group's schedule, or what comes with it, is not allowed."""
+def check(group: Mapping[str, Any], where: str) -> int:
+    """The completed steps of a group. TypeError or ValueError if its schedule, or what comes with it, is not allowed."""
     schedule, base_lr = group.get("schedule"), group.get("base_lr")
     if isinstance(schedule, str) and schedule != FROM_LR:
         raise ValueError(f"schedule={schedule!r} in {where}: allowed are None, {FROM_LR!r} and callables")
@@ -39,7 +39,13 @@ def check(group: Mapping[str, Any], where: str) -> None:
         if schedule != FROM_LR:
             raise ValueError(f"base_lr={base_lr!r} in {where} without schedule={FROM_LR!r}, which alone reads it")
         _base_lr(base_lr, where)
-    _completed(group, where)
+    completed = group.get("schedule_step", 0)
+    if type(completed) is not int:
+        number = scalar("schedule_step", completed, where)
+        completed = int(number) if number.is_integer() else -1
+    if completed < 0:
+        raise ValueError(f"schedule_step={group['schedule_step']!r} in {where}: allowed are whole numbers >= 0")
+    return completed
 
 
 def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapping[str, Any]], where: str) -> None:
@@ -85,8 +91,7 @@ def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[l
             eta = lr / _base_lr(group.get("base_lr"), where)
             result[i] = static, lr, at_least_zero("lr / base_lr", eta, where), lr
             continue
-        check(group, where)
-        t = _completed(group, where)
+        t = check(group, where)
         key = id(schedule), t
         if key not in seen:
             seen[key] = _multipliers(schedule, t, where)
@@ -121,13 +126,3 @@ def _base_lr(value: Any, where: str) -> float:
             "the lr that the group is made with"
         )
     return base_lr
-
-
-def _completed(group: Mapping[str, Any], where: str) -> int:
-    found = group.get("schedule_step", 0)
-    if type(found) is int and found >= 0:
-        return found
-    number = scalar("schedule_step", found, where)
-    if not (number.is_integer() and number >= 0):
-        raise ValueError(f"schedule_step={found!r} in {where}: allowed are whole numbers >= 0")
-    return int(number)
