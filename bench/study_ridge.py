@@ -64,7 +64,7 @@ def fit(x: Sequence[float], errors: Array, decays: Sequence[float], samples: int
     slopes = []
     known: dict[tuple[int, ...], Array] = {}  # there are few ways to draw as many seeds
     for _ in range(DRAWS):
-        seeds = tuple(sorted(map(int, generator.integers(errors.shape[-1], size=errors.shape[-1]))))
+        seeds = tuple(sorted(int(k) for k in generator.integers(errors.shape[-1], size=errors.shape[-1])))
         drawn = generator.choice(rows, len(rows))
         if len(set(drawn.tolist())) >= 2:
             if seeds not in known:
