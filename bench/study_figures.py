@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from study_findings import HELD_OUT, Findings
 from study_plan import BUDGET_LR, METHODS, RIVALS, SCHEDULES
+from study_report import signed
 from study_ridge import Array, best_decays
 from study_train import NOISE, STEPS_AN_EPOCH
 
@@ -82,7 +83,9 @@ def _ridges(found: Findings, network: str) -> Figure:
             axes.plot(lrs, np.exp(measured.offset) * np.asarray(lrs) ** measured.slope, color="#d50000", linewidth=1.8)
         axes.set_ylim(limits)
         derived = method.slopes[list(NOISE).index(network)]
-        axes.set_title(f"{name}: slope {measured}\n(derived: {derived:+d}; the paper's reading: {method.claim:+d})")
+        axes.set_title(
+            f"{name}: slope {measured}\n(derived: {signed(derived)}; the paper's reading: {signed(method.claim)})"
+        )
     key = panels[-1]
     key.axis("off")
     bar = figure.colorbar(ScalarMappable(shades, "viridis_r"), cax=key.inset_axes((0.1, 0.05, 0.08, 0.9)), extend="max")

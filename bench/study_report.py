@@ -12,9 +12,13 @@ from study_train import BATCH, NOISE, STEPS_AN_EPOCH, TRAIN
 
 from wd_kernels.__main__ import aligned
 
-__all__ = ["render", "section"]
+__all__ = ["render", "section", "signed"]
 
 Rows = list[tuple[str, ...]]
+
+
+def signed(slope: int) -> str:
+    return f"{slope:+d}" if slope else "0"
 
 
 def verdict(measured: Fit, expected: float) -> str:
@@ -29,14 +33,14 @@ def verdict(measured: Fit, expected: float) -> str:
 def ridges(found: Findings) -> Rows:
     """(a) Slopes, and the best error, of every method and network."""
     rows: Rows = [
-        ("network", "method", "lowest error, %", "slope (95%)", "derived", "is it?", "paper's reading", "is it?")
+        ("network", "method", "lowest error, %", "slope (95%)", "derived", "seen?", "paper's reading", "seen?")
     ]
     for k, network in enumerate(NOISE):
         for name, method in METHODS.items():
             measured = found.ridge(name, network)
             derived = method.slopes[k]
             lowest = 100 * found.table(name, network).mean(-1).min()
-            texts = (f"{derived:+d}", verdict(measured, derived), f"{method.claim:+d}", verdict(measured, method.claim))
+            texts = (signed(derived), verdict(measured, derived), signed(method.claim), verdict(measured, method.claim))
             rows.append((network, name, f"{lowest:.2f}", str(measured), *texts))
     return rows
 
@@ -62,7 +66,7 @@ def schedules(found: Findings) -> Rows:
 
 def budgets(found: Findings) -> Rows:
     """(c) The exponent of the best weight decay over the number of steps."""
-    rows: Rows = [("network", "lr", "exponent of λ (95%)", "of λ √steps", "is it -0.5?")]
+    rows: Rows = [("network", "lr", "exponent of λ (95%)", "of λ √steps", "-0.5 seen?")]
     for network, lr in BUDGET_LR.items():
         raw = found.budget(network)
         normal = "none" if math.isnan(raw.slope) else f"{raw.slope + 0.5:+.2f}"

@@ -61,10 +61,11 @@ def fit(x: Sequence[float], errors: Array, decays: Sequence[float], samples: int
         return Fit(np.nan, np.nan, np.nan, np.nan, tuple(used.tolist()))
     slope, offset = _line(logs[rows], best[rows])
     generator = np.random.default_rng(0)
-    slopes = []
+    count, slopes = errors.shape[-1], []
     known: dict[tuple[int, ...], Array] = {}  # there are few ways to draw as many seeds
     for _ in range(DRAWS):
-        seeds = tuple(sorted(int(k) for k in generator.integers(errors.shape[-1], size=errors.shape[-1])))
+        picked: list[int] = generator.integers(0, count, size=(count,)).tolist()
+        seeds = tuple(sorted(picked))
         drawn = generator.choice(rows, len(rows))
         if len(set(drawn.tolist())) >= 2:
             if seeds not in known:

@@ -24,7 +24,7 @@ Tick: TypeAlias = tuple[dict[str, Any], float, int]
 
 
 def check(group: Mapping[str, Any], where: str) -> int:
-    """The completed steps of a group. Raises TypeError or ValueError if its schedule, or what goes with it, is wrong."""
+    """A group's completed steps. Raises TypeError or ValueError if its schedule, or what goes with it, is wrong."""
     schedule, base_lr = group.get("schedule"), group.get("base_lr")
     if isinstance(schedule, str) and schedule != FROM_LR:
         raise ValueError(f"schedule={schedule!r} in {where}: allowed are None, {FROM_LR!r} and callables")
