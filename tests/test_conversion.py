@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import wd_kernels
 from wd_kernels import convert_weight_decay
-from wd_kernels.schedules import Cosine, Warmup
+from wd_kernels.schedules import Cosine, NormalizedDecay, WarmRestarts, Warmup
 
 f64 = torch.float64
 LR = 0.1
@@ -145,9 +145,17 @@ def test_there_and_back(
         ({"steps": 0}, ValueError, "steps=0 in convert_weight_decay: allowed are whole numbers >= 1"),
         ({"target": "l2"}, ValueError, "metric=None in convert_weight_decay: AdamW's 'l2' decays each weight by"),
         ({"target": "metric_proximal", "metric": 0.0}, ValueError, "metric=0.0 in"),
-        ({"schedule": lambda t: math.nan}, ValueError, "schedule(0)=nan in convert_weight_decay"),
+        ({"schedule": lambda t: math.nan, "steps": 3}, ValueError, "schedule(0)=nan in convert_weight_decay"),
         ({"schedule": lambda t: 0.0, "steps": 3}, ValueError, "is 0 in all of 3 steps"),
         ({"weight_decay": 20.0}, ValueError, "the decay of 'lr_scaled' in convert_weight_decay takes 2 of a weight"),
+        ({"schedule": Warmup(3).__call__}, ValueError, "steps=None in convert_weight_decay"),
+        ({"schedule": "from_lr"}, TypeError, "schedule='from_lr' in convert_weight_decay: expected a schedule"),
+        ({"schedule": Cosine}, TypeError, "expected a schedule or a callable"),
+        (
+            {"lr": 1e-310, "source": "independent", "target": "l2", "rule": "sgdw"},
+            ValueError,
+            "no finite weight decay of",
+        ),
         ({"weight_decay": "0.1"}, TypeError, "weight_decay='0.1' in convert_weight_decay: expected a number"),
     ],
 )
@@ -158,6 +166,55 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
 
 
 def test_what_oscillates_is_refused() -> None:
-    """An l2 so strong that momentum swings through 0 has no rate of decay."""
-    with pytest.raises(ValueError, match=r"the decay of 'l2' .* takes 0.5 of a weight"):
+    """An l2 so strong that momentum swings through 0 has no rate of decay; and none takes more than 1 - sqrt(mu)."""
+    with pytest.raises(ValueError, match=r"the decay of 'l2' .* takes 0.5 of a weight into the buffer"):
         convert_weight_decay(5.0, "l2", "lr_scaled", lr=LR, rule="sgdw", momentum=0.9)
+    with pytest.raises(ValueError, match=r"no 'l2' with momentum 0.9 .* at most 0.0513 of a weight"):
+        convert_weight_decay(0.1, "independent", "l2", lr=LR, rule="sgdw", momentum=0.9)
+    strongest = 1 - math.sqrt(0.9)
+    just = convert_weight_decay(0.999 * strongest, "independent", "l2", lr=LR, rule="sgdw", momentum=0.9)
+    path = shrunk("sgdw", "l2", just.weight_decay, None, 4000, momentum=0.9)
+    assert path[-1] == 0 or 1 - path[-1] / path[-2] == pytest.approx(0.999 * strongest, rel=1e-2)
+
+
+@pytest.mark.parametrize("weight_decay", [1e-14, 1e-10, 1e-6, 1e-3])
+def test_small_decays_lose_no_digits(weight_decay: float) -> None:
+    """Learning rates and decays as in fine-tuning: to first order all conversions are ratios of coefficients."""
+    lr, long = 1e-6, Cosine(1000)
+    for source, target, more, ratio in (
+        ("lr_scaled", "independent", {}, lr),
+        ("lr_scaled", "proximal", {}, lr),
+        ("independent", "lr_scaled", {}, 1 / lr),
+        ("proximal", "independent", {}, 1),
+        ("l2", "lr_scaled", {"rule": "sgdw", "momentum": 0.9}, 10),
+        ("lr_scaled", "l2", {"rule": "sgdw", "momentum": 0.9}, 0.1),
+    ):
+        scale = 1e-3 if source in ("independent", "proximal") else 1
+        found = convert_weight_decay(scale * weight_decay, source, target, lr=lr, schedule=long, **more)
+        assert found.weight_decay == pytest.approx(scale * weight_decay * ratio, rel=2e-6), (source, target)
+        assert found.deviation < 2e-6
+
+
+def test_the_steps_are_those_of_the_schedule() -> None:
+    alone = convert_weight_decay(0.5, "independent", "proximal", lr=LR, schedule=Warmup(50))
+    assert alone == convert_weight_decay(0.5, "independent", "proximal", lr=LR, schedule=Warmup(50), steps=50)
+    longer = convert_weight_decay(0.5, "independent", "proximal", lr=LR, schedule=Warmup(50), steps=5000)
+    assert 0.6 < alone.weight_decay < 0.9 < longer.weight_decay < 1.0
+    assert not alone.exact
+
+
+def test_normalised_decay() -> None:
+    """Both weight decays are lambda_norm, and the optimizers decay alike over the run, also where it is above 1."""
+    schedule = NormalizedDecay(WarmRestarts(25, mult=3))
+    found = convert_weight_decay(3.0, "independent", "proximal", lr=LR, schedule=schedule, steps=100)
+    one, other = (
+        shrunk("adamw", *pair, schedule, 100) for pair in (("independent", 3.0), ("proximal", found.weight_decay))
+    )
+    assert other[-1] == pytest.approx(one[-1], rel=1e-12)
+    plain = convert_weight_decay(3.0, "independent", "lr_scaled", lr=LR, schedule=schedule, steps=100)
+    assert plain == (pytest.approx(30.0), True, 0.0)
+
+
+def test_no_metric_where_none_is_needed() -> None:
+    assert convert_weight_decay(0.1, "l2", "l2", lr=LR) == (0.1, True, 0.0)
+    assert convert_weight_decay(0.0, "l2", "lr_scaled", lr=LR) == (0.0, True, 0.0)

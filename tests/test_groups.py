@@ -49,6 +49,9 @@ class Attention(nn.Module):
         (nn.BatchNorm1d(3, affine=False), [], []),
         (nn.GRUCell(3, 2), ["weight_ih", "weight_hh"], ["bias_ih", "bias_hh"]),
         (nn.Bilinear(2, 3, 4), ["weight"], ["bias"]),
+        (nn.Linear(4, 1), ["weight"], ["bias"]),
+        (nn.ParameterDict({"debias": torch.ones(2, 2), "bias_table": torch.ones(2, 2)}), ["debias"], ["bias_table"]),
+        (nn.ParameterDict({"bias_k": torch.ones(1, 1, 2), "a_bias": torch.ones(2, 2)}), [], ["a_bias", "bias_k"]),
         (
             Attention(),
             ["pos_embed", "attention.in_proj_weight", "attention.out_proj.weight"],
@@ -73,6 +76,9 @@ def test_every_parameter_has_one_place() -> None:
     assert both[0] == [name for name in own if name in both[0]]
     less = names(decay_groups(model, exclude=["*.pos_embed", "0.*"]))
     assert set(both[0]) - set(less[0]) == {"1.pos_embed", "0.weight"}
+    assert names(decay_groups(model, exclude=iter(["2.weight", "1.pos*"]))) == less  # by another name of a tied weight
+    odd = nn.ParameterDict({"a[0]": torch.ones(2, 2)})
+    assert names(decay_groups(odd, exclude=["a[0]"])) == [[], ["a[0]"]]
 
 
 @pytest.mark.parametrize("rule", ["AdamW", "SGDW"])
@@ -111,5 +117,10 @@ def test_bad_patterns() -> None:
     message = "exclude=['*.pos'] in decay_groups matches no parameter of the model; it has weight"
     with pytest.raises(ValueError, match=re.escape(message)):
         decay_groups(model, exclude=["weight", "*.pos"])
-    with pytest.raises(TypeError, match=re.escape("exclude='weight' in decay_groups: expected a list of patterns")):
-        decay_groups(model, exclude="weight")
+    for exclude in ("weight", None, [0]):
+        with pytest.raises(
+            TypeError, match=re.escape(f"exclude={exclude!r} in decay_groups: expected a list of patterns")
+        ):
+            decay_groups(model, exclude=exclude)
+    with pytest.raises(ValueError, match="it has none"):
+        decay_groups(nn.Tanh(), exclude=["x"])

@@ -8,10 +8,12 @@ import pickle
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint.state_dict as dcp
@@ -61,6 +63,15 @@ WORKED: list[tuple[Callable[[int], float], list[float]]] = [
     (Product(WarmRestarts(2), Warmup(4)), [0.25, 0.25, 0.75, 0.5, 1]),
     (NormalizedDecay(Cosine(2)), [1, 0.5, 0]),
 ]  # fmt: skip
+
+
+def test_numbers_of_any_kind() -> None:
+    """numpy's are taken, and kept as Python's."""
+    assert repr(Cosine(np.int64(10), end=np.float32(0.5))) == "Cosine(steps=10, end=0.5)"
+    assert StepDrop(np.array([3, 6]), factor=1).milestones == (3, 6)
+    assert normalized_weight_decay(np.float64(0.5), np.int64(100), 1000, 10) == 0.05
+    with pytest.raises(ValueError, match="steps=True of Cosine"):
+        Cosine(True)
 
 
 # Formulas -------------------------------------------------------------------------------------------------------------
@@ -140,12 +151,18 @@ def test_compositions(own: list[Any], factor: Any, period: int) -> None:
     assert [whole.where(t) for t in range(len(joined) + 3)] == [
         (min(t, len(joined)), len(joined)) for t in range(len(joined) + 3)
     ]
+    ends = [factor.steps, *(part.steps for part in own)]
+    assert Product(factor, *own).steps == max(ends)
     restarting = Sequential(*own, WarmRestarts(period, 2))
+    for product in (Product(factor, restarting), Product(restarting, factor)):  # in whatever order they are written
+        assert product.steps is None
+        assert [product.where(t) for t in range(50)] == [restarting.where(t) for t in range(50)]
     lead = len(joined)
     expected = [(t, lead + period) for t in range(lead + period)] + [(t, 2 * period) for t in range(2 * period)]
     assert [restarting.where(t) for t in range(lead + 3 * period)] == expected
     assert restarting.steps is None
     assert pickle.loads(pickle.dumps(restarting)) == restarting
+    assert eval(repr(restarting), vars(schedules)) == restarting
     assert hash(copy.deepcopy(restarting)) == hash(restarting)
 
 
@@ -331,6 +348,79 @@ def test_from_lr_keeps_its_base(rule: str) -> None:
     assert [group["base_lr"] for group in given.param_groups] == [2.0, 3.0]
 
 
+def test_from_lr_beside_other_schedules() -> None:
+    """A base_lr of the optimizer is of those groups that follow lr; a tensor that a scheduler fills is read once."""
+    p, q, r = (torch.nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(3))
+    lr = torch.tensor(1e-3)
+    groups = [{"params": [p]}, {"params": [q], "schedule": None}, {"params": [r], "schedule": Cosine(5)}]
+    opt = wd_kernels.AdamW(groups, lr=lr, base_lr=lr, schedule="from_lr", decay="independent", weight_decay=0.5)
+    assert [group["base_lr"] for group in opt.param_groups] == [float(lr), None, None]
+    follows = lr_scheduler.StepLR(opt, 1, gamma=0.1)
+    for _ in range(3):
+        p.grad = torch.zeros(1, dtype=torch.float64)
+        opt.step()
+        follows.step()
+    assert p.item() == pytest.approx(0.5 * 0.95 * 0.995, rel=1e-5)
+    opt.param_groups[0]["eta"] = 0.5
+    with pytest.raises(ValueError, match=r"eta=0.5 in param group 0 with schedule='from_lr'"):
+        opt.step()
+
+
+def test_a_group_that_was_refused_begins_anew() -> None:
+    opt = wd_kernels.AdamW([torch.nn.Parameter(torch.ones(2))], schedule="from_lr")
+    group: dict[str, Any] = {"params": [opt.param_groups[0]["params"][0].detach()[:1].requires_grad_()], "lr": 0.01}
+    with pytest.raises(ValueError, match="overlap"):
+        opt.add_param_group(group)
+    assert group.keys() == {"params", "lr"}
+    opt.add_param_group({**group, "params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.5})
+    assert opt.param_groups[1]["base_lr"] == 0.5
+
+
+def test_groups_without_the_keys_of_schedules() -> None:
+    """As a framework may rebuild them, or a pickle of an older version holds them."""
+    opt = small("adamw")
+    old = {k: v for k, v in opt.param_groups[0].items() if k not in ("schedule", "schedule_step", "base_lr")}
+    opt.param_groups[:] = [old]
+    opt.step()
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    state = opt.__getstate__()
+    state["defaults"] = {
+        k: v for k, v in state["defaults"].items() if k not in ("schedule", "schedule_step", "base_lr")
+    }
+    state["param_groups"] = [old]
+    again = wd_kernels.AdamW.__new__(wd_kernels.AdamW)
+    again.__setstate__(state)
+    again.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "schedule": Cosine(3)})
+    again.step()
+    assert [group["schedule_step"] for group in again.param_groups] == [0, 1]
+
+
+def test_a_state_of_another_schedule() -> None:
+    """Its count is loaded; what its schedule had set is no constant for an optimizer without; and a warning says so."""
+    saved = small("adamw", schedule=Cosine(4))
+    for _ in range(3):
+        saved.step()
+    plain = small("adamw", eta=0.7)
+    with pytest.warns(
+        UserWarning, match=r"schedule=Cosine\(steps=4, end=0.0\), this optimizer goes on with schedule=None"
+    ):
+        plain.load_state_dict(saved.state_dict())
+    assert plain.param_groups[0]["eta"] == 0.7
+    other = small("adamw", schedule=WarmRestarts(2))
+    with pytest.warns(UserWarning, match=r"goes on with schedule=WarmRestarts\(period=2"):
+        other.load_state_dict(saved.state_dict())
+    other.step()
+    assert (other.param_groups[0]["eta"], other.param_groups[0]["schedule_step"]) == (WarmRestarts(2)(3), 4)
+    follower = small("adamw", schedule="from_lr")
+    with pytest.warns(UserWarning, match="goes on with schedule=from_lr"):
+        follower.load_state_dict(saved.state_dict())
+    follower.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small("adamw", schedule=Cosine(4)).load_state_dict(saved.state_dict())
+        small("adamw", schedule=Cosine(4)).load_state_dict(torch.optim.AdamW([torch.ones(1)]).state_dict())
+
+
 # Counting -------------------------------------------------------------------------------------------------------------
 
 
@@ -487,6 +577,10 @@ class Several:
         (lambda: WarmupStableDecay(1, 1, 0), "decay=0 of WarmupStableDecay"),
         (lambda: WarmupStableDecay(-1, 1, 1), "warmup=-1 of WarmupStableDecay: allowed are whole numbers >= 0"),
         (lambda: WarmupStableDecay(1, 1, 1, "sqrt"), "shape='sqrt' of WarmupStableDecay: allowed are 'linear'"),
+        (
+            lambda: Product(WarmRestarts(2), Sequential(WarmRestarts(3))),
+            "has several parts that restart: allowed is one",
+        ),
         (lambda: Sequential(), "Sequential() has no parts"),
         (
             lambda: Sequential(Constant(), Cosine(3)),
@@ -494,6 +588,8 @@ class Several:
         ),
         (lambda: Product(NormalizedDecay(Cosine(3))), "NormalizedDecay(Product(...)), the other way round"),
         (lambda: NormalizedDecay(Constant()), "Constant(value=1.0, steps=None) has no end"),
+        (lambda: NormalizedDecay(Cosine), "does not say where it restarts"),
+        (lambda: NormalizedDecay(Warmup.__mro__[1]()), "has no end, so that there is no period to speak of"),
         (lambda: NormalizedDecay(math.cos), "does not say where it restarts"),
         (lambda: normalized_weight_decay(-1, 1, 1, 1), "weight_decay=-1 of normalized_weight_decay"),
         (lambda: normalized_weight_decay(1, 0, 1, 1), "batch_size=0 of normalized_weight_decay: allowed are finite"),
@@ -525,6 +621,9 @@ def test_bad_values(make: Callable[[], Any], message: str) -> None:
         (lambda: small("adamw", schedule=Cosine), "schedule=Cosine in the arguments is a class: expected Cosine(...)"),
         (lambda: small("adamw", schedule=3), "schedule=3 in the arguments cannot be called"),
         (lambda: small("adamw", {"schedule": [1.0]}), "schedule=[1.0] in param group 0 cannot be called"),
+        (lambda: StepDrop(30), "milestones=30 of StepDrop: expected a sequence of whole numbers"),
+        (lambda: Sequential(Warmup(3), Cosine), "part 1 of Sequential is the class Cosine: expected a schedule"),
+        (lambda: small("adamw", schedule=np.linspace(1, 0, 3)), "in the arguments cannot be called"),
         (lambda: Sequential(Cosine(3), 0.5), "part 1 of Sequential is 0.5: expected a schedule or a callable"),
         (lambda: normalized_weight_decay("1", 1, 1, 1), "weight_decay='1' of normalized_weight_decay"),
         (lambda: small("adamw", schedule="from_lr", base_lr="1"), "base_lr='1' in the arguments: expected a number"),
@@ -546,6 +645,7 @@ def test_bad_types(make: Callable[[], Any], message: str) -> None:
         ("0.5", TypeError, "schedule(1)='0.5' in param group 1: expected a number"),
         (1j, TypeError, "schedule(1)=1j in param group 1"),
         ([0.5, 0.5], TypeError, "schedule(1)=[0.5, 0.5] in param group 1"),
+        (10**400, TypeError, "schedule(1)=1000"),
         (torch.ones(2).numpy(), TypeError, "schedule(1)=array([1., 1.], dtype=float32) in param group 1"),
     ],
 )
@@ -630,10 +730,16 @@ def test_plot(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     (axes,) = schedules.plot(math.exp, steps=3).axes
     assert axes.lines[0].get_label() == "exp"
-    with pytest.raises(ValueError, match=re.escape("WarmRestarts(period=3, mult=1, end=0.0) has no end")):
-        schedules.plot(WarmRestarts(3))
-    with pytest.raises(ValueError, match="steps=0: allowed"):
+    for drawn, message in (
+        (WarmRestarts(3), "no end in WarmRestarts(period=3, mult=1, end=0.0)"),
+        ({}, "no end in an empty dict"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            schedules.plot(drawn)
+    with pytest.raises(ValueError, match="steps=0 in plot: allowed"):
         schedules.plot(Cosine(3), steps=0)
+    with pytest.raises(TypeError, match=r"Cosine=.* in plot: expected a schedule"):
+        schedules.plot(Cosine)
 
 
 def test_plot_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,8 @@ class DecoupledOptimizer(Optimizer):
             if "_table" in self.__dict__:  # the constructor checks all groups at once
                 self._check_overlaps()
         except BaseException:
+            for key in group.keys() - given.keys():  # it is the caller's dict, and may be tried again
+                del group[key]
             del self.param_groups[index:]
             raise
 
@@ -153,6 +155,7 @@ class DecoupledOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("backend", "auto")
         self.__dict__.setdefault("_warned_of_export", False)
+        self.defaults = {**stepping.SETTINGS, **self.defaults}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

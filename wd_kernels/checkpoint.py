@@ -20,9 +20,9 @@ from torch import Tensor
 from .checks import conform_state, label, step_count
 from .flat import place_of
 from .flat_states import FlatStates
+from .schedules import stepping
 from .schedules.shapes import named
-from .schedules.stepping import FROM_LR
-from .schedules.stepping import check as check_schedule
+from .schedules.stepping import follows_lr
 
 if TYPE_CHECKING:
     from .base import DecoupledOptimizer
@@ -86,7 +86,7 @@ def _lost_on_torch(rule: str, group: Mapping[str, Any]) -> list[str]:
         lost.append(f"decay={group['decay']!r}")
     if group.get("form") == "paper":
         lost.append("form='paper'")
-    if group["schedule"] not in (None, FROM_LR):
+    if group["schedule"] is not None and not follows_lr(group):
         lost.append("a schedule")
     elif float(group["eta"]) != 1:
         lost.append("eta != 1")
@@ -116,12 +116,12 @@ def load(optimizer: DecoupledOptimizer, state_dict: Mapping[str, Any]) -> None:
     for own, other in zip(live, saved, strict=True):
         adopt_group(other, own)
         settings = {k: deepcopy(v) for k, v in other.items() if k not in ("params", *LIVE)}
-        if own.get("schedule") != FROM_LR or settings.get("base_lr") is None:
-            settings.pop("base_lr", None)
+        for key in _of_another_schedule(own, other):
+            settings.pop(key, None)
         groups.append({**own, **settings})
     optimizer.rule.hypers(groups)
     for i, group in enumerate(groups):
-        check_schedule(group, f"param group {i} of the saved state")
+        stepping.check(group, f"param group {i} of the saved state")
 
     keys = chain.from_iterable(g["params"] for g in saved)
     places = [(g, k, p) for g, group in enumerate(groups) for k, p in enumerate(group["params"])]
@@ -138,6 +138,21 @@ def load(optimizer: DecoupledOptimizer, state_dict: Mapping[str, Any]) -> None:
     optimizer._table.flat_states = flat
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def _of_another_schedule(own: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
+    """The keys of a saved group that mean nothing under the live group's schedule; warns where that is another one."""
+    theirs, ours = saved.get("schedule"), named(own.get("schedule"))
+    lost = set()
+    if saved.get("base_lr") is None or not follows_lr(own):
+        lost.add("base_lr")
+    if follows_lr(own) or (ours is None and theirs is not None):
+        lost.add("eta")  # what a schedule has set last is not a constant to go on with
+    if theirs is not None and theirs != ours:
+        warnings.warn(
+            f"the saved state has schedule={theirs}, this optimizer goes on with schedule={ours}", stacklevel=4
+        )
+    return lost
 
 
 def _load_one(saved: Mapping[str, Any], p: Tensor, what: str, flat: FlatStates) -> dict[str, Any]:

@@ -1,22 +1,22 @@
 r"""A weight decay carried from one decay mode to another.
 
-How much a step shrinks a weight to which no gradient comes, with :math:`a = \eta\alpha`:
+What part of a weight to which no gradient comes a step takes off:
 
-====================  ==========================================================================  ===========
-mode                  factor of a step                                                            family
-====================  ==========================================================================  ===========
-``lr_scaled``         :math:`1 - \eta\,\alpha\lambda`                                             linear
-``independent``       :math:`1 - \eta\,\lambda`                                                   linear
-``proximal``          :math:`1/(1 + \eta\,\lambda)`                                               hyperbolic
-``metric_proximal``   AdamW: :math:`1/(1 + \eta\,\alpha\lambda/D)`, SGDW: with :math:`D = 1`      hyperbolic
-``l2``                SGDW: :math:`1 - \eta\,\alpha\lambda`; AdamW: :math:`1 - \eta\,\alpha\lambda/D`  linear
-``l2`` with momentum  the larger root of :math:`z^2 - (1 + \mu - a\lambda)z + \mu`                linear (*)
-====================  ==========================================================================  ===========
+====================  ======================================================================  ===========
+mode                  a step takes off                                                        family
+====================  ======================================================================  ===========
+``lr_scaled``         :math:`x = \eta\,\alpha\lambda`                                          linear
+``independent``       :math:`x = \eta\,\lambda`                                                linear
+``proximal``          :math:`x/(1 + x)`, :math:`x = \eta\,\lambda`                              hyperbolic
+``metric_proximal``   :math:`x/(1 + x)`; AdamW: :math:`x = \eta\,\alpha\lambda/D`, SGDW: D = 1   hyperbolic
+``l2``                SGDW: :math:`x = \eta\,\alpha\lambda`; AdamW: :math:`\eta\,\alpha\lambda/D`  linear
+``l2`` with momentum  the lesser root of :math:`p^2 - (1 - \mu + x)p + x`                      linear (*)
+====================  ======================================================================  ===========
 
-So each mode is a family and a coefficient :math:`c` with factors :math:`1 - \eta c` or :math:`1/(1 + \eta c)`. Within a
-family a conversion is exact in every step of every schedule. Between them it is exact at a constant :math:`\eta`; else
-it is made so that the whole run shrinks a weight as much. With (*), and with ``l2`` for AdamW, whose :math:`D =
-\sqrt{\hat v} + \epsilon` moves with the gradients and with the decay, it is an approximation.
+So each mode is a family and a coefficient :math:`c`, with :math:`x = \eta c`. Within a family a conversion is exact in
+every step of every schedule. Between them it is exact at a constant :math:`\eta`; else it is made so that the whole run
+shrinks a weight as much. With (*), and with ``l2`` for AdamW, whose :math:`D = \sqrt{\hat v} + \epsilon` moves with the
+gradients and with the decay, it is an approximation.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .rules import DECAY_MODES, at_least_zero
+from .schedules.shapes import whole
 
 __all__ = ["Conversion", "convert_weight_decay"]
 
@@ -55,22 +56,23 @@ def convert_weight_decay(
     lr: float,
     rule: str = "adamw",
     schedule: Callable[[int], float] | None = None,
-    steps: int = 1,
+    steps: int | None = None,
     momentum: float = 0.0,
     metric: float | None = None,
 ) -> Conversion:
     r"""The weight decay with which `target` decays as `source` does with `weight_decay`.
 
-    The schedule is one of :math:`\eta` (``schedule=``, also ``"from_lr"``). Under an LR scheduler without
-    ``"from_lr"``, :math:`\eta` stays 1, and ``"independent"`` and ``"proximal"`` do not follow it.
+    The schedule is that of :math:`\eta`, also of what ``"from_lr"`` makes of an LR scheduler. Under an LR scheduler
+    without ``"from_lr"``, :math:`\eta` stays 1, and ``"independent"`` and ``"proximal"`` do not follow it.
 
     Args:
         weight_decay: :math:`\lambda \ge 0` in the source mode.
         source, target: decay modes.
         lr: :math:`\alpha > 0`.
         rule: "adamw" or "sgdw".
-        schedule: :math:`\eta` by the number of completed steps; None: 1.
-        steps: how many steps of the schedule the run has.
+        schedule: :math:`\eta` by the number of completed steps; None: 1. With `NormalizedDecay` both weight decays are
+            :math:`\lambda_{norm}`.
+        steps: how many steps of the schedule the run has; None: all that it has.
         momentum: :math:`\mu` of SGDW, for ``"l2"`` (torch's form, without dampening).
         metric: a typical :math:`D = \sqrt{\hat v} + \epsilon > 0`, which AdamW's ``"l2"`` and ``"metric_proximal"``
             need: what they take off a weight depends on its gradients. The conversion is for weights with that D.
@@ -79,7 +81,8 @@ def convert_weight_decay(
         A :class:`Conversion`: (weight_decay, exact, deviation).
 
     Raises:
-        TypeError, ValueError: naming the argument; or a decay so strong that a step would turn a weight's sign.
+        TypeError, ValueError: naming the argument; or a decay that turns a weight's sign, or that the target cannot
+            reach.
 
     Example:
         >>> convert_weight_decay(0.1, "lr_scaled", "independent", lr=1e-3)  # torch's AdamW to the paper's
@@ -104,36 +107,53 @@ def convert_weight_decay(
         raise ValueError(
             f"momentum={momentum} with rule={rule!r} in {WHERE}: allowed are 0 <= momentum < 1, for 'sgdw'"
         )
-    if type(steps) is not int or steps < 1:
-        raise ValueError(f"steps={steps!r} in {WHERE}: allowed are whole numbers >= 1")
-    scale = {mode: _coefficient(mode, rule, alpha, metric) for mode in {source, target}}
-    etas = [1.0] if schedule is None else [at_least_zero(f"schedule({t})", schedule(t), WHERE) for t in range(steps)]
-    etas = [eta for eta in etas if eta]
-    if not etas:
-        raise ValueError(f"schedule={schedule!r} in {WHERE} is 0 in all of {steps} steps: nothing decays")
+    etas = _etas(schedule, steps)
     if source == target or decay == 0:
         return Conversion(decay, True, 0.0)
 
-    before = _shrinkage(source, decay * scale[source], etas, mu)
-    c = decay * scale[source]
+    scales = [_scale(mode, rule, alpha, metric) for mode in (source, target)]
+    c = decay * scales[0]
+    before = [_taken(source, eta * c, mu) for eta in etas]
     same_family, constant = _hyperbolic(source) == _hyperbolic(target), min(etas) == max(etas)
     heavy = mu > 0 and "l2" in (source, target)
     if heavy or not (same_family or constant):
-        c = _solve(target, sum(map(math.log, before)), etas, mu)
+        c = _solve(target, -sum(math.log1p(-taken) for taken in before), etas, mu)
     elif not same_family:
         c = c / (1.0 - etas[0] * c) if _hyperbolic(target) else c / (1.0 + etas[0] * c)
-    after = _shrinkage(target, c, etas, mu)
-    deviation = max(abs((1 - new) / (1 - old) - 1) for new, old in zip(after, before, strict=True))
-    approximate = heavy or (rule == "adamw" and "l2" in (source, target))
-    exact = not approximate and (same_family or constant)
-    return Conversion(c / scale[target], exact, 0.0 if exact else deviation)
+    if not math.isfinite(c / scales[1]):
+        raise ValueError(f"lr={lr} in {WHERE}: no finite weight decay of {target!r} decays as much")
+    if (same_family or constant) and not heavy and not (rule == "adamw" and "l2" in (source, target)):
+        return Conversion(c / scales[1], True, 0.0)
+    after = [_taken(target, eta * c, mu) for eta in etas]
+    deviation = max(abs(new / old - 1) for new, old in zip(after, before, strict=True) if old)
+    return Conversion(c / scales[1], False, deviation)
+
+
+def _etas(schedule: Callable[[int], float] | None, steps: int | None) -> list[float]:
+    """What multiplies the coefficient of the decay in every step where it is not 0."""
+    count = None if steps is None else whole(steps, f"steps={steps!r} in {WHERE}")
+    if schedule is None:
+        return [1.0]
+    if not callable(schedule) or isinstance(schedule, type):
+        raise TypeError(
+            f'schedule={schedule!r} in {WHERE}: expected a schedule or a callable; what "from_lr" follows is '
+            "lambda t: lr(t) / base_lr"
+        )
+    count = getattr(schedule, "steps", None) if count is None else count
+    if count is None:
+        raise ValueError(f"steps=None in {WHERE}: {schedule!r} has no end, so say how many steps the run has")
+    factor = getattr(schedule, "decay_factor", lambda t: 1.0)
+    etas = [at_least_zero(f"schedule({t})", schedule(t), WHERE) * factor(t) for t in range(count)]
+    if not any(etas):
+        raise ValueError(f"schedule={schedule!r} in {WHERE} is 0 in all of {count} steps: nothing decays")
+    return [eta for eta in etas if eta]
 
 
 def _hyperbolic(mode: str) -> bool:
     return mode in ("proximal", "metric_proximal")
 
 
-def _coefficient(mode: str, rule: str, alpha: float, metric: float | None) -> float:
+def _scale(mode: str, rule: str, alpha: float, metric: float | None) -> float:
     """c / lambda."""
     if mode in ("independent", "proximal"):
         return 1.0
@@ -150,39 +170,43 @@ def _coefficient(mode: str, rule: str, alpha: float, metric: float | None) -> fl
     return alpha / given
 
 
-def _shrinkage(mode: str, c: float, etas: Sequence[float], momentum: float) -> list[float]:
-    """The factor of every step."""
+def _taken(mode: str, x: float, momentum: float) -> float:
+    """The part of a weight that a step takes off, in forms that lose no small x."""
     if _hyperbolic(mode):
-        return [1.0 / (1.0 + eta * c) for eta in etas]
-    heavy = mode == "l2" and momentum > 0
-    found = [_root(eta * c, momentum) if heavy else 1.0 - eta * c for eta in etas]
-    if not min(found) > 0:
+        return x / (1.0 + x)
+    if mode == "l2" and momentum:
+        b = 1.0 - momentum + x
+        if b * b < 4 * x or x >= 1.0:
+            raise ValueError(
+                f"the decay of 'l2' in {WHERE} takes {x:.3g} of a weight into the buffer of a momentum of {momentum}: "
+                "weights would swing through 0, at no rate that could be converted"
+            )
+        return 2 * x / (b + math.sqrt(b * b - 4 * x))
+    if x >= 1.0:
         raise ValueError(
-            f"the decay of {mode!r} in {WHERE} takes {max(etas) * c:.3g} of a weight in one step: only decays that "
-            "leave its sign can be converted"
+            f"the decay of {mode!r} in {WHERE} takes {x:.3g} of a weight in one step: only decays that leave its sign "
+            "can be converted"
         )
-    return found
-
-
-def _root(x: float, momentum: float) -> float:
-    """The slower of the two rates at which momentum with decay x = a * lambda forgets; NaN where it oscillates."""
-    half = (1.0 + momentum - x) / 2
-    square = half * half - momentum
-    return half + math.sqrt(square) if square >= 0 else math.nan
+    return x
 
 
 def _solve(mode: str, wanted: float, etas: Sequence[float], momentum: float) -> float:
-    """The c at which the logarithms of the factors sum to `wanted`, by bisection: the sum falls with c."""
+    """The c with which all steps together shrink a weight by exp(-wanted); by bisection, as it rises with c."""
 
     def total(c: float) -> float:
         try:
-            return sum(map(math.log, _shrinkage(mode, c, etas, momentum)))
+            return -sum(math.log1p(-_taken(mode, eta * c, momentum)) for eta in etas)
         except ValueError:
-            return -math.inf
+            return math.inf
 
     low, high = 0.0, 1.0
-    while total(high) > wanted:
+    while total(high) < wanted:
         low, high = high, 2 * high
     while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if total(middle) > wanted else (low, middle)
-    return high if total(high) > -math.inf else low
+        low, high = (middle, high) if total(middle) < wanted else (low, middle)
+    if total(low) < wanted * (1 - 1e-9) and total(high) == math.inf:
+        raise ValueError(
+            f"no 'l2' with momentum {momentum} in {WHERE} decays as much: in one step it takes at most "
+            f"{1 - math.sqrt(momentum):.3g} of a weight before it swings through 0"
+        )
+    return low

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,24 +17,25 @@ __all__ = ["decay_groups"]
 _NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
-def decay_groups(model: nn.Module, weight_decay: float = 1e-2, *, exclude: Sequence[str] = ()) -> list[dict[str, Any]]:
+def decay_groups(model: nn.Module, weight_decay: float = 1e-2, *, exclude: Iterable[str] = ()) -> list[dict[str, Any]]:
     """Two param groups with names: what decays, and what does not.
 
-    Without decay are parameters of torch's normalisation layers, those called "bias" or "..._bias", those with fewer
-    than two dimensions (scales and shifts of every other kind of normalisation), and those that `exclude` names.
-    Everything else decays, embeddings too. Shared parameters are taken once; frozen ones have their place.
+    Without decay are parameters of torch's normalisation layers, those with "bias" among the words of their name
+    (``bias_hh``, ``relative_position_bias_table``), those with fewer than two dimensions (most other scales and
+    shifts), and those that `exclude` names. Everything else decays, embeddings too. Shared parameters are taken once;
+    frozen ones have their place. Call it before parameters are flattened or sharded into vectors.
 
     Args:
         model: whose parameters.
         weight_decay: of the first group, at least 0.
-        exclude: patterns of parameter names, such as ``"*.pos_embed"``, that do not decay either.
+        exclude: names of parameters, or patterns such as ``"*.pos_embed"``, that do not decay either.
 
     Returns:
         ``[{"params": [(name, parameter), ...], "weight_decay": weight_decay}, {..., "weight_decay": 0.0}]``, in the
         order of ``model.named_parameters()``. A group may be empty.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, `exclude` no list of names.
         ValueError: a pattern matches no parameter; a lazy parameter, whose shape is not known yet; a bad weight_decay.
 
     Example:
@@ -47,23 +48,25 @@ def decay_groups(model: nn.Module, weight_decay: float = 1e-2, *, exclude: Seque
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__} in decay_groups: expected a torch.nn.Module")
-    if isinstance(exclude, str):
-        raise TypeError(f"exclude={exclude!r} in decay_groups: expected a list of patterns, such as [{exclude!r}]")
+    patterns = (exclude,) if isinstance(exclude, str) or exclude is None else tuple(exclude)
+    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"exclude={exclude!r} in decay_groups: expected a list of patterns, such as ['*.pos_embed']")
     at_least_zero("weight_decay", weight_decay, "decay_groups")
     norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
-    unused = set(exclude)
+    every = list(model.named_parameters(remove_duplicate=False))  # shared ones by each of their names
+    matching = {
+        pattern: {id(p) for name, p in every if name == pattern or fnmatchcase(name, pattern)} for pattern in patterns
+    }
+    unused = sorted(pattern for pattern, found in matching.items() if not found)
+    if unused:
+        known = ", ".join(name for name, _ in every[:5]) or "none"
+        raise ValueError(f"exclude={unused} in decay_groups matches no parameter of the model; it has {known}, ...")
+    excluded = norms.union(*matching.values())
     decaying: list[tuple[str, nn.Parameter]] = []
     others: list[tuple[str, nn.Parameter]] = []
     for name, p in model.named_parameters():
         if is_lazy(p):
             raise ValueError(f"parameter {name!r} in decay_groups is lazy: run the model once, so that it has a shape")
-        matching = {pattern for pattern in exclude if fnmatchcase(name, pattern)}
-        unused -= matching
-        bias = name.rpartition(".")[2].endswith("bias")
-        (others if matching or bias or p.dim() < 2 or id(p) in norms else decaying).append((name, p))
-    if unused:
-        known = ", ".join(name for name, _ in (decaying + others)[:5])
-        raise ValueError(
-            f"exclude={sorted(unused)} in decay_groups matches no parameter of the model; it has {known}, ..."
-        )
+        bias = "bias" in name.rpartition(".")[2].split("_")
+        (others if bias or p.dim() < 2 or id(p) in excluded else decaying).append((name, p))
     return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

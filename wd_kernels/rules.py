@@ -55,7 +55,7 @@ def scalar(name: str, value: Any, where: str) -> float:
             )
         return float(value.detach())
     if not isinstance(value, (str, bytes)):
-        with contextlib.suppress(TypeError, ValueError):  # an array of several numbers, say
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # an array of several numbers, say
             return float(value)
     raise TypeError(f"{name}={value!r} in {where}: expected a number or a tensor of one element")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from .shapes import named
+from .shapes import named, whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,8 @@ def plot(
 
     Raises:
         ImportError: there is no matplotlib.
-        ValueError: `steps` is not given and no schedule has an end, or it is not positive.
+        TypeError, ValueError: what is drawn is no schedule; `steps` is not given and no schedule has an end, or it is
+            not positive.
 
     Example:
         >>> from wd_kernels.schedules import Cosine, WarmRestarts
@@ -47,13 +48,15 @@ def plot(
     except ImportError as error:
         raise ImportError("wd_kernels.schedules.plot draws with matplotlib: pip install matplotlib") from error
     drawn = schedule if isinstance(schedule, Mapping) else {str(named(schedule)): schedule}
+    for name, own in drawn.items():
+        if not callable(own) or isinstance(own, type):
+            raise TypeError(f"{name}={own!r} in plot: expected a schedule or a callable")
     if steps is None:
         ends = [end for own in drawn.values() if (end := getattr(own, "steps", None)) is not None]
         if not ends:
-            raise ValueError(f"steps=None: {', '.join(drawn)} has no end, so say how many steps to draw")
+            raise ValueError(f"steps=None: no end in {', '.join(drawn) or 'an empty dict'}: say how many to draw")
         steps = max(ends)
-    if type(steps) is not int or steps < 1:
-        raise ValueError(f"steps={steps!r}: allowed are whole numbers >= 1")
+    steps = whole(steps, f"steps={steps!r} in plot")
     factors = {name: own.decay_factor for name, own in drawn.items() if hasattr(own, "decay_factor")}
     panels: list[tuple[str, Mapping[str, Callable[[int], float]]]] = [("multiplier η", drawn)]
     if factors:

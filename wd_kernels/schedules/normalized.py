@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 from .shapes import Schedule, where
 
@@ -43,7 +44,7 @@ def normalized_weight_decay(weight_decay: float, batch_size: float, dataset_size
     for name, value in (
         ("weight_decay", weight_decay), ("batch_size", batch_size), ("dataset_size", dataset_size), ("epochs", epochs),
     ):  # fmt: skip
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}={value!r} of normalized_weight_decay: expected a number")
         positive = name != "weight_decay"
         if not 0 <= value < math.inf or (positive and value == 0):
@@ -60,7 +61,8 @@ class NormalizedDecay(Schedule):
 
     :math:`n_i` is the number of steps of the current period, which is the whole run where nothing restarts:
     :math:`n_i = B\,T_i/b`, whence the paper's :math:`\lambda_{norm}\sqrt{b/(B\,T_i)}`. The multiplier :math:`\eta` is
-    that of `schedule`. ``group["weight_decay"]`` stays :math:`\lambda_{norm}`, for each group its own.
+    that of `schedule`. ``group["weight_decay"]`` stays :math:`\lambda_{norm}`, for each group its own. It is made for
+    ``decay="independent"``, the paper's own form.
 
     Args:
         schedule: one of `wd_kernels.schedules` that has an end or restarts.
@@ -88,6 +90,10 @@ class NormalizedDecay(Schedule):
     @property
     def steps(self) -> int | None:  # type: ignore[override]
         return getattr(self.schedule, "steps", None)
+
+    @property
+    def restarts(self) -> bool:  # type: ignore[override]
+        return getattr(self.schedule, "restarts", False)
 
     def __call__(self, t: int) -> float:
         return self.schedule(t)

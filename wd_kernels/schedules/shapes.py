@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 __all__ = [
     "Constant",
@@ -25,14 +29,25 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def _count(owner: object, name: str, value: object, least: int = 1) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name}={value!r} of {type(owner).__name__}: allowed are whole numbers >= {least}")
+def whole(value: Any, what: str, least: int = 1) -> int:
+    """`value` as an int, or ValueError."""
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, bool) and operator.index(value) >= least:
+            return operator.index(value)
+    raise ValueError(f"{what}: allowed are whole numbers >= {least}")
 
 
-def _multiplier(owner: object, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r} of {type(owner).__name__}: allowed are finite numbers >= 0")
+def _count(schedule: object, name: str, least: int = 1) -> None:
+    value = getattr(schedule, name)
+    what = f"{name}={value!r} of {type(schedule).__name__}"
+    object.__setattr__(schedule, name, whole(value, what, least))
+
+
+def _multiplier(schedule: object, name: str) -> None:
+    value = getattr(schedule, name)
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) < math.inf:
+        raise ValueError(f"{name}={value!r} of {type(schedule).__name__}: allowed are finite numbers >= 0")
+    object.__setattr__(schedule, name, float(value))
 
 
 class Schedule:
@@ -40,9 +55,11 @@ class Schedule:
 
     Attributes:
         steps: how many steps it lasts; None if it has no end. Past its end a schedule keeps its last value.
+        restarts: whether it has warm restarts.
     """
 
     steps: int | None
+    restarts = False
 
     def __call__(self, t: int) -> float:
         """The multiplier of the step that follows `t` completed ones."""
@@ -54,9 +71,10 @@ class Schedule:
         Raises:
             ValueError: the schedule has no end.
         """
-        if self.steps is None:
-            raise ValueError(f"{self} has no end, so that there is no period to speak of: give it steps=")
-        return min(t, self.steps), self.steps
+        steps = getattr(self, "steps", None)
+        if steps is None:
+            raise ValueError(f"{self!r} has no end, so that there is no period to speak of: give it steps=")
+        return min(t, steps), steps
 
 
 @dataclass(frozen=True)
@@ -76,9 +94,9 @@ class Constant(Schedule):
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        _multiplier(self, "value", self.value)
+        _multiplier(self, "value")
         if self.steps is not None:
-            _count(self, "steps", self.steps)
+            _count(self, "steps")
 
     def __call__(self, t: int) -> float:
         return self.value
@@ -105,14 +123,15 @@ class StepDrop(Schedule):
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))
-        for k, milestone in enumerate(self.milestones):
-            _count(self, f"milestones[{k}]", milestone)
+        if isinstance(self.milestones, (str, bytes)) or not isinstance(self.milestones, Iterable):
+            raise TypeError(f"milestones={self.milestones!r} of StepDrop: expected a sequence of whole numbers")
+        found = [whole(m, f"milestones[{k}]={m!r} of StepDrop") for k, m in enumerate(self.milestones)]
+        object.__setattr__(self, "milestones", tuple(found))
         if any(a >= b for a, b in zip(self.milestones, self.milestones[1:], strict=False)):
             raise ValueError(f"milestones={self.milestones} of StepDrop: each must be larger than the one before")
-        _multiplier(self, "factor", self.factor)
+        _multiplier(self, "factor")
         if self.steps is not None:
-            _count(self, "steps", self.steps)
+            _count(self, "steps")
 
     def __call__(self, t: int) -> float:
         return float(self.factor ** sum(milestone <= t for milestone in self.milestones))
@@ -139,8 +158,8 @@ class Warmup(Schedule):
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        _count(self, "steps", self.steps)
-        _multiplier(self, "start", self.start)
+        _count(self, "steps")
+        _multiplier(self, "start")
 
     def __call__(self, t: int) -> float:
         return self.start + (1.0 - self.start) * min((t + 1) / self.steps, 1.0)
@@ -165,8 +184,8 @@ class Cosine(Schedule):
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        _count(self, "steps", self.steps)
-        _multiplier(self, "end", self.end)
+        _count(self, "steps")
+        _multiplier(self, "end")
 
     def __call__(self, t: int) -> float:
         return self.end + (1.0 - self.end) * SHAPES["cosine"](min(t, self.steps) / self.steps)
@@ -200,11 +219,12 @@ class WarmRestarts(Schedule):
     mult: int = 1
     end: float = 0.0
     steps = None
+    restarts = True
 
     def __post_init__(self) -> None:
-        _count(self, "period", self.period)
-        _count(self, "mult", self.mult)
-        _multiplier(self, "end", self.end)
+        _count(self, "period")
+        _count(self, "mult")
+        _multiplier(self, "end")
 
     def where(self, t: int) -> tuple[int, int]:
         if self.mult == 1:
@@ -248,10 +268,10 @@ class WarmupStableDecay(Schedule):
 
     def __post_init__(self) -> None:
         for name, least in (("warmup", 0), ("stable", 0), ("decay", 1)):
-            _count(self, name, getattr(self, name), least)
+            _count(self, name, least)
         if self.shape not in SHAPES:
             raise ValueError(f"shape={self.shape!r} of WarmupStableDecay: allowed are {', '.join(map(repr, SHAPES))}")
-        _multiplier(self, "end", self.end)
+        _multiplier(self, "end")
 
     @property
     def steps(self) -> int:  # type: ignore[override]
@@ -272,7 +292,7 @@ def named(schedule: object) -> str | None:
 
 
 def where(part: Callable[[int], float], t: int) -> tuple[int, int]:
-    if not hasattr(part, "where"):
+    if isinstance(part, type) or not hasattr(part, "where"):
         raise ValueError(f"{part!r} does not say where it restarts: expected a schedule of wd_kernels.schedules")
     found: tuple[int, int] = part.where(t)
     return found

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from ..rules import Hyper, at_least_zero, scalar
 
-__all__ = ["FROM_LR", "SETTINGS", "ScheduleLike", "adopt", "advance", "check", "follow"]
+__all__ = ["FROM_LR", "SETTINGS", "ScheduleLike", "adopt", "advance", "check", "follow", "follows_lr"]
 
 FROM_LR = "from_lr"
 #: The keys of a group, and what they are where nothing is given.
@@ -23,6 +23,12 @@ ScheduleLike: TypeAlias = Callable[[int], float] | str | None
 Tick: TypeAlias = tuple[dict[str, Any], float, int]
 
 
+def follows_lr(group: Mapping[str, Any]) -> bool:
+    """Whether the group's schedule is "from_lr"."""
+    schedule = group.get("schedule")
+    return isinstance(schedule, str) and schedule == FROM_LR
+
+
 def check(group: Mapping[str, Any], where: str) -> int:
     """A group's completed steps. Raises TypeError or ValueError if its schedule, or what goes with it, is wrong."""
     schedule, base_lr = group.get("schedule"), group.get("base_lr")
@@ -30,13 +36,13 @@ def check(group: Mapping[str, Any], where: str) -> int:
         raise ValueError(f"schedule={schedule!r} in {where}: allowed are None, {FROM_LR!r} and callables")
     if isinstance(schedule, type):
         raise TypeError(f"schedule={schedule.__name__} in {where} is a class: expected {schedule.__name__}(...)")
-    if schedule is not None and not callable(schedule) and schedule != FROM_LR:
+    if schedule is not None and not callable(schedule) and not isinstance(schedule, str):
         raise TypeError(
             f"schedule={schedule!r} in {where} cannot be called: expected a function of the completed steps, None, or "
             f"{FROM_LR!r}, which follows an LR scheduler"
         )
     if base_lr is not None:
-        if schedule != FROM_LR:
+        if not follows_lr(group):
             raise ValueError(f"base_lr={base_lr!r} in {where} without schedule={FROM_LR!r}, which alone reads it")
         _base_lr(base_lr, where)
     completed = group.get("schedule_step", 0)
@@ -49,7 +55,7 @@ def check(group: Mapping[str, Any], where: str) -> int:
 
 
 def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Completes a new group: `base_lr` is its lr, and a schedule that others follow goes on where they are.
+    """Completes a new group: `base_lr` is its lr, and a schedule that it shares with others goes on where they are.
 
     Args:
         group: the group, with the optimizer's defaults.
@@ -57,20 +63,22 @@ def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapp
         others: the optimizer's other groups.
         where: what errors call it.
     """
+    if "base_lr" not in given and not follows_lr(group):
+        group["base_lr"] = None
     check(group, where)
-    schedule = group["schedule"]
-    if schedule is None:
+    if group["schedule"] is None:
         return
-    if "eta" in given and "schedule" not in given:
+    inherited = "schedule" not in given
+    if inherited and "eta" in given:
         raise ValueError(
             f"eta={given['eta']!r} in {where}, whose eta the optimizer's schedule sets: allowed is one of them "
             "(schedule=None in the group keeps its eta)"
         )
-    if schedule == FROM_LR:
-        if group["base_lr"] is None:
-            group["base_lr"] = _base_lr(group["lr"], where)
-    elif "schedule_step" not in given:
-        group["schedule_step"] = next((own["schedule_step"] for own in others if own["schedule"] is schedule), 0)
+    if follows_lr(group):
+        group["base_lr"] = _base_lr(group["lr"] if group["base_lr"] is None else group["base_lr"], where)
+    elif inherited and "schedule_step" not in given:
+        shared = (check(own, "another group") for own in others if own.get("schedule") is group["schedule"])
+        group["schedule_step"] = next(shared, 0)
 
 
 def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[list[Hyper], list[Tick]]:
@@ -85,9 +93,11 @@ def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[l
         schedule = group.get("schedule")
         if schedule is None:
             continue
-        static, lr, _, _ = result[i]
+        static, lr, eta, _ = result[i]
         where = f"param group {i}"
-        if schedule == FROM_LR:
+        if follows_lr(group):
+            if eta != 1.0:
+                raise ValueError(f"eta={eta} in {where} with schedule={FROM_LR!r}, which sets it: allowed is 1")
             eta = lr / _base_lr(group.get("base_lr"), where)
             result[i] = static, lr, at_least_zero("lr / base_lr", eta, where), lr
             continue
