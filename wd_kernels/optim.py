@@ -55,8 +55,8 @@ class AdamW(DecoupledOptimizer):
         eta: the schedule multiplier :math:`\eta \ge 0`, kept in each group as ``group["eta"]``.
         schedule: sets :math:`\eta` before every step: a function of the number of completed steps, such as those of
             :mod:`wd_kernels.schedules`. A group may have its own. Counted in ``group["schedule_step"]``, which is saved
-            and loaded; a step without gradients counts, a skipped one does not. ``"from_lr"`` follows whoever changes ``group["lr"]``, such as torch's LR schedulers:
-            :math:`\eta = lr/base\_lr`, so that the decay of every mode follows too.
+            and loaded; every step counts that was not skipped. ``"from_lr"`` follows whoever changes ``group["lr"]``,
+            such as torch's LR schedulers: :math:`\eta = lr/base\_lr`, so that the decay of every mode follows too.
         base_lr: for ``"from_lr"``, the :math:`\alpha > 0` at which :math:`\eta = 1`; by default the group's first lr.
         backend: "auto", "cpu", "triton", "cuda" or "reference"; all give the same bits. One that is not there is an
             error.

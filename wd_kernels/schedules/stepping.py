@@ -88,30 +88,39 @@ def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[l
         TypeError, ValueError: a schedule gave no finite number >= 0, or a group's base_lr or schedule_step is wrong.
     """
     result, ticks = list(hypers), []
-    seen: dict[tuple[int, int], tuple[float, float]] = {}
-    for i, group in enumerate(groups):
-        schedule = group.get("schedule")
+    schedules = [group.get("schedule") for group in groups]
+    if schedules.count(None) == len(schedules):
+        return result, ticks
+    seen: dict[tuple[int, int], tuple[float, float]] = {}  # groups mostly share a schedule, which is asked once
+    for i, (group, schedule) in enumerate(zip(groups, schedules, strict=True)):
         if schedule is None:
             continue
         static, lr, eta, _ = result[i]
-        where = f"param group {i}"
+        t, base_lr = group.get("schedule_step", 0), group.get("base_lr")
         if follows_lr(group):
-            if eta != 1.0:
-                raise ValueError(f"eta={eta} in {where} with schedule={FROM_LR!r}, which sets it: allowed is 1")
-            eta = lr / _base_lr(group.get("base_lr"), where)
-            result[i] = static, lr, at_least_zero("lr / base_lr", eta, where), lr
+            result[i] = static, lr, _ratio(lr, base_lr, eta, i), lr
             continue
-        t = check(group, where)
-        key = id(schedule), t
-        if key not in seen:
-            seen[key] = _multipliers(schedule, t, where)
-        eta, factor = seen[key]
+        found = seen.get((id(schedule), t)) if type(t) is int and base_lr is None else None
+        if found is None:
+            t = check(group, f"param group {i}")
+            found = seen[id(schedule), t] = _multipliers(schedule, t, f"param group {i}")
+        eta, factor = found
         if factor != 1.0:
             mode, weight_decay, *rest = static
             static = mode, weight_decay * factor, *rest
         result[i] = static, lr, eta, eta * lr
         ticks.append((group, eta, t + 1))
     return result, ticks
+
+
+def _ratio(lr: float, base_lr: Any, eta: float, index: int) -> float:
+    """eta of a group that follows its lr."""
+    if type(base_lr) is not float or not 0.0 < base_lr < math.inf:
+        base_lr = _base_lr(base_lr, f"param group {index}")
+    if eta != 1.0:
+        raise ValueError(f"eta={eta} in param group {index} with schedule={FROM_LR!r}, which sets it: allowed is 1")
+    ratio = lr / base_lr
+    return ratio if ratio < math.inf else at_least_zero("lr / base_lr", ratio, f"param group {index}")
 
 
 def advance(ticks: Sequence[Tick]) -> None:
