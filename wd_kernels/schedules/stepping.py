@@ -87,7 +87,7 @@ def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[l
     Raises:
         TypeError, ValueError: a schedule gave no finite number >= 0, or a group's base_lr or schedule_step is wrong.
     """
-    result, ticks = list(hypers), []
+    result, ticks = list(hypers), list[Tick]()
     schedules = [group.get("schedule") for group in groups]
     if schedules.count(None) == len(schedules):
         return result, ticks
