@@ -18,11 +18,12 @@ Rows = list[tuple[str, ...]]
 
 
 def signed(slope: int) -> str:
+    """A whole slope, as it is printed."""
     return f"{slope:+d}" if slope else "0"
 
 
 def verdict(measured: Fit, expected: float) -> str:
-    """Whether a slope is the expected one: its interval holds it, it is nearer to it than to its neighbours, or not."""
+    """Whether a slope is the expected one: its interval holds it, it is within 0.5 of it, or neither."""
     if math.isnan(measured.slope):
         return "no ridge"
     if measured.low <= expected <= measured.high:

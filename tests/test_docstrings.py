@@ -45,7 +45,7 @@ def test_the_readme_s_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
-    assert (tmp_path / "adamwr.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "schedules.png").read_bytes().startswith(b"\x89PNG")
     line = next(line for line in part.splitlines() if line.startswith("convert_weight_decay(0.1"))
     code, _, comment = line.partition("  # ")
     assert f"Conversion{comment}" == repr(eval(code, names))

@@ -61,14 +61,16 @@ def plot(
     panels: list[tuple[str, Mapping[str, Callable[[int], float]]]] = [("multiplier η", drawn)]
     if factors:
         panels.append(("factor on the weight decay", factors))
-    figure = Figure(figsize=(6.4 * len(panels), 3.8), layout="constrained")
+    colors = {name: f"C{k}" for k, name in enumerate(drawn)}
+    figure = Figure(figsize=(6.4 * len(panels), 4.0), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, curve in curves.items():
-            axes.step(range(steps), [float(curve(t)) for t in range(steps)], where="post", label=name, linewidth=1.6)
+            values = [float(curve(t)) for t in range(steps)]
+            axes.step(range(steps), values, where="post", label=name, color=colors[name], linewidth=1.6)
         axes.set(title=title, xlabel="completed steps", xlim=(0, steps), ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
+    figure.legend(handles=figure.axes[0].get_lines(), loc="outside lower center", ncols=3, frameon=False)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

@@ -20,6 +20,7 @@ __all__ = [
     "WarmupStableDecay",
     "named",
     "where",
+    "whole",
 ]
 
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -292,6 +293,7 @@ def named(schedule: object) -> str | None:
 
 
 def where(part: Callable[[int], float], t: int) -> tuple[int, int]:
+    """`part.where(t)`; ValueError if it has no such thing."""
     if isinstance(part, type) or not hasattr(part, "where"):
         raise ValueError(f"{part!r} does not say where it restarts: expected a schedule of wd_kernels.schedules")
     found: tuple[int, int] = part.where(t)
