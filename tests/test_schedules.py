@@ -339,7 +339,8 @@ def test_from_lr_keeps_its_base(rule: str) -> None:
     other.load_state_dict(opt.state_dict())
     assert (other.param_groups[0]["lr"], other.param_groups[0]["base_lr"]) == (0.125, 0.5)
     unscheduled = BUILD[rule]([q], lr=0.3)
-    unscheduled.load_state_dict(opt.state_dict())
+    with pytest.warns(UserWarning, match="schedule=from_lr, this optimizer goes on with schedule=None"):
+        unscheduled.load_state_dict(opt.state_dict())
     assert (unscheduled.param_groups[0]["base_lr"], unscheduled.param_groups[0]["schedule"]) == (None, None)
     other.load_state_dict(unscheduled.state_dict())  # which has no base_lr: the live one stays
     assert other.param_groups[0]["base_lr"] == 0.5
