@@ -61,8 +61,9 @@ class Trainer:
         work.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, run: Run) -> Errors:
-        # What is trained is part of the name: another plan, another file.
-        digest = hashlib.sha256(repr(run).encode()).hexdigest()[:12]
+        # What is trained, and how, is part of the name: another plan, or another way to train, is another file.
+        how = Path(study_train.__file__).read_text()
+        digest = hashlib.sha256(f"{run}\n{how}".encode()).hexdigest()[:12]
         path = self.work / f"{run.name.replace(' ', '_')}-{digest}.pt"
         self.progress.update(self.bar, description=run.name)
         size = len(run.configs) * run.seeds
@@ -122,10 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--rehearse shows nothing that is worth keeping: allowed is neither --save nor --readme")
     if arguments.save or not arguments.readme:
         found = collect(REHEARSAL if arguments.rehearse else Plan(), arguments.work)
-        print(render(found), end="")
+        text = render(found)
+        print(text, end="")
         folder = RESULTS if arguments.save else arguments.work
         (folder / "study.json").write_text(json.dumps(found.packed(), separators=(",", ":")) + "\n")
-        (folder / "study.txt").write_text(render(found))
+        (folder / "study.txt").write_text(text)
         for path in draw(found, folder):
             print(f"drawn: {path}")
     if arguments.readme:

@@ -14,10 +14,7 @@ from wd_kernels.schedules import Constant, Cosine, NormalizedDecay, StepDrop, Wa
 __all__ = ["METHODS", "RIVALS", "SCHEDULES", "Method", "Plan", "anytime", "budgets", "finals", "grids"]
 
 RIVALS = ("Adam-L2", "AdamW independent")
-BUDGETS = (15, 30, 60, 120, 240)  # epochs
 BUDGET_LR = {"normalised": 1e-3, "noisy": 1e-2}  # where the weight decay matters in all of them
-RESTARTS = (10, 2, 310)  # AdamWR's first period, its T_mult, and the whole run, in epochs: 10 + 20 + 40 + 80 + 160
-EPOCHS = 60
 
 Schedule = Callable[[int], float]
 SCHEDULES: dict[str, Callable[[int], Schedule]] = {
@@ -75,15 +72,25 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained. The defaults are the study's; less is a rehearsal."""
+    """How much is trained. The defaults are the study's; less is a rehearsal.
+
+    Attributes:
+        size: of a grid, in both directions.
+        epochs: of the grids.
+        seeds: networks for each configuration; budgets have twice, restarts three times as many.
+        budgets: (c), in epochs.
+        decays: weight decays tried in each budget.
+        finals: new seeds for what was best of each method and schedule.
+        restarts: AdamWR's first period, its T_mult, and the whole run, in epochs.
+    """
 
     size: int = 12
-    epochs: int = EPOCHS
+    epochs: int = 60
     seeds: int = 3
-    budgets: tuple[int, ...] = BUDGETS
+    budgets: tuple[int, ...] = (15, 30, 60, 120, 240)
     decays: int = 24
     finals: int = 30
-    restarts: tuple[int, int, int] = RESTARTS
+    restarts: tuple[int, int, int] = (10, 2, 10 + 20 + 40 + 80 + 160)
 
     def period_ends(self) -> list[int]:
         """The last epoch of each of AdamWR's periods."""

@@ -84,7 +84,8 @@ def split(seed: int, noise: float) -> list[tuple[Tensor, Tensor]]:
     x, y = _digits()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
-    parts = [(x[part], y[part]) for part in order.split([TRAIN, VALIDATION, len(x) - TRAIN - VALIDATION])]  # type: ignore[no-untyped-call]
+    sizes = [TRAIN, VALIDATION, len(x) - TRAIN - VALIDATION]
+    parts = [(x[part], y[part]) for part in torch.split(order, sizes)]
     inputs, labels = parts[0]
     drawn = torch.randint(10, (TRAIN,), generator=generator)
     parts[0] = inputs, torch.where(torch.rand(TRAIN, generator=generator) < noise, drawn, labels)
@@ -106,16 +107,16 @@ class Networks:
             self.stacks.append((torch.stack(drawn) * math.sqrt(2 / fan_in)).repeat(len(run.configs), 1, 1))
             if not self.normalised:
                 self.stacks.append(torch.zeros(len(run.configs) * run.seeds, 1, fan_out))
-        for stack in self.stacks:
-            stack.requires_grad_().grad = torch.zeros_like(stack)
+        self.grads = [torch.zeros_like(stack) for stack in self.stacks]
+        for stack, grad in zip(self.stacks, self.grads, strict=True):
+            stack.requires_grad_().grad = grad
 
     def slices(self, first: int, count: int) -> list[torch.nn.Parameter]:
         """The parameters of `count` networks, which share memory with the stacks, and so do their gradients."""
         params = []
-        for stack in self.stacks:
+        for stack, grad in zip(self.stacks, self.grads, strict=True):
             p = torch.nn.Parameter(stack.detach()[first : first + count])
-            assert stack.grad is not None
-            p.grad = stack.grad[first : first + count]
+            p.grad = grad[first : first + count]
             params.append(p)
         return params
 
@@ -189,8 +190,8 @@ def train(run: Run, advance: Callable[[int], None] = lambda _: None) -> dict[str
             batch = order[:, k * BATCH : (k + 1) * BATCH]
             inputs = x.gather(1, batch[:, :, None].expand(-1, -1, x.shape[2])).repeat(count, 1, 1)
             labels = y.gather(1, batch).repeat(count, 1)
-            for stack in networks.stacks:
-                stack.grad.zero_()  # type: ignore[union-attr]
+            for grad in networks.grads:
+                grad.zero_()
             logits = networks(inputs)
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / BATCH
             loss.backward()  # type: ignore[no-untyped-call]

@@ -21,7 +21,7 @@ ETA = WarmRestarts(3, mult=2)
 
 
 def test_worked_by_hand() -> None:
-    """The paper's CIFAR-10 run: 50000 images in batches of 128, 100 epochs, lambda_norm 0.05."""
+    """A run on CIFAR-10: 50000 images in batches of 128, 100 epochs, lambda_norm 0.05."""
     assert normalized_weight_decay(0.05, 128, 50_000, 100) == pytest.approx(0.05 / math.sqrt(39_062.5), rel=1e-15)
     assert normalized_weight_decay(0.05, 128, 50_000, 100) == pytest.approx(2.5298e-4, rel=1e-4)
     assert normalized_weight_decay(0, 128, 50_000, 100) == 0

@@ -552,6 +552,13 @@ def test_distributed_checkpoints_hold_it(flatten: bool) -> None:
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
+class Endless(schedules.Schedule):
+    """One of a user's own, which says nothing of its length."""
+
+    def __call__(self, t: int) -> float:
+        return 1 / (1 + t)
+
+
 class Several:
     """A schedule that returns an array of two."""
 
@@ -590,7 +597,7 @@ class Several:
         (lambda: Product(NormalizedDecay(Cosine(3))), "NormalizedDecay(Product(...)), the other way round"),
         (lambda: NormalizedDecay(Constant()), "Constant(value=1.0, steps=None) has no end"),
         (lambda: NormalizedDecay(Cosine), "does not say where it restarts"),
-        (lambda: NormalizedDecay(Warmup.__mro__[1]()), "has no end, so that there is no period to speak of"),
+        (lambda: NormalizedDecay(Endless()), "has no end, so that there is no period to speak of"),
         (lambda: NormalizedDecay(math.cos), "does not say where it restarts"),
         (lambda: normalized_weight_decay(-1, 1, 1, 1), "weight_decay=-1 of normalized_weight_decay"),
         (lambda: normalized_weight_decay(1, 0, 1, 1), "batch_size=0 of normalized_weight_decay: allowed are finite"),

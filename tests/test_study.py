@@ -230,15 +230,20 @@ def test_what_is_finished_is_not_trained_again(tiny: tuple[Findings, Path], monk
     assert {k: v for k, v in ours.items() if k != "about"} == {k: v for k, v in theirs.items() if k != "about"}
 
 
-def test_another_plan_is_another_file(tiny: tuple[Findings, Path]) -> None:
-    _, work = tiny
-    before = set(work.glob("*.pt"))
+def test_another_plan_or_another_way_to_train_is_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [
+        Run("one", "noisy", "SGDW", (METHODS["SGD-L2"].config(0.1, decay, Constant()),), 1, 1) for decay in (0.1, 0.2)
+    ]
     with Progress(disable=True) as progress:
-        run = Run("grid-SGD-L2-noisy-cosine", "noisy", "SGDW", (METHODS["SGD-L2"].config(0.1, 0.1, Constant()),), 1, 1)
-        study.Trainer(work, progress, [run])(run)
-    (new,) = set(work.glob("*.pt")) - before
-    new.unlink()
-    assert new.name.startswith("grid-SGD-L2-noisy-cosine-")
+        trainer = study.Trainer(tmp_path, progress, runs)
+        for run in (*runs, *runs):
+            trainer(run)
+        assert len(list(tmp_path.glob("one-*.pt"))) == 2
+        changed = tmp_path / "changed.py"
+        changed.write_text(Path(study_train.__file__).read_text() + "WIDTH = 8\n")
+        monkeypatch.setattr(study_train, "__file__", str(changed))
+        trainer(runs[0])
+    assert len(list(tmp_path.glob("one-*.pt"))) == 3
 
 
 def test_what_is_packed_comes_back(tiny: tuple[Findings, Path]) -> None:

@@ -2,16 +2,16 @@ r"""A weight decay carried from one decay mode to another.
 
 What part of a weight to which no gradient comes a step takes off:
 
-====================  ======================================================================  ===========
-mode                  a step takes off                                                        family
-====================  ======================================================================  ===========
-``lr_scaled``         :math:`x = \eta\,\alpha\lambda`                                          linear
-``independent``       :math:`x = \eta\,\lambda`                                                linear
-``proximal``          :math:`x/(1 + x)`, :math:`x = \eta\,\lambda`                              hyperbolic
-``metric_proximal``   :math:`x/(1 + x)`; AdamW: :math:`x = \eta\,\alpha\lambda/D`, SGDW: D = 1   hyperbolic
-``l2``                SGDW: :math:`x = \eta\,\alpha\lambda`; AdamW: :math:`\eta\,\alpha\lambda/D`  linear
-``l2`` with momentum  the lesser root of :math:`p^2 - (1 - \mu + x)p + x`                      linear (*)
-====================  ======================================================================  ===========
+====================  =========================================================================  ==========
+mode                  a step takes off                                                           family
+====================  =========================================================================  ==========
+``lr_scaled``         :math:`x = \eta\,\alpha\lambda`                                            linear
+``independent``       :math:`x = \eta\,\lambda`                                                  linear
+``l2``                :math:`x = \eta\,\alpha\lambda`; AdamW: over :math:`D`                     linear
+``l2`` with momentum  the lesser root of :math:`p^2 - (1 - \mu + x)p + x`                        linear (*)
+``proximal``          :math:`x/(1 + x)`, :math:`x = \eta\,\lambda`                               hyperbolic
+``metric_proximal``   :math:`x/(1 + x)`, :math:`x = \eta\,\alpha\lambda`; AdamW: over :math:`D`  hyperbolic
+====================  =========================================================================  ==========
 
 So each mode is a family and a coefficient :math:`c`, with :math:`x = \eta c`. Within a family a conversion is exact in
 every step of every schedule. Between them it is exact at a constant :math:`\eta`; else it is made so that the whole run
@@ -143,7 +143,11 @@ def _etas(schedule: Callable[[int], float] | None, steps: int | None) -> list[fl
     if count is None:
         raise ValueError(f"steps=None in {WHERE}: {schedule!r} has no end, so say how many steps the run has")
     factor = getattr(schedule, "decay_factor", lambda t: 1.0)
-    etas = [at_least_zero(f"schedule({t})", schedule(t), WHERE) * factor(t) for t in range(count)]
+    etas = [
+        at_least_zero(f"schedule({t})", schedule(t), WHERE)
+        * at_least_zero(f"schedule.decay_factor({t})", factor(t), WHERE)
+        for t in range(count)
+    ]
     if not any(etas):
         raise ValueError(f"schedule={schedule!r} in {WHERE} is 0 in all of {count} steps: nothing decays")
     return [eta for eta in etas if eta]

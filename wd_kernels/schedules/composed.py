@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
 from .shapes import Schedule, named, where
 
 __all__ = ["Product", "Sequential"]
 
 
-def _parts(owner: object, parts: tuple[Any, ...]) -> None:
-    if not parts:
-        raise ValueError(f"{type(owner).__name__}() has no parts: give it one or more schedules")
-    for k, part in enumerate(parts):
-        if not callable(part) or isinstance(part, type):
-            found = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
-            raise TypeError(f"part {k} of {type(owner).__name__} is {found}: expected a schedule or a callable")
-        if hasattr(part, "decay_factor"):
-            raise ValueError(
-                f"part {k} of {type(owner).__name__} is {part!r}, whose weight decay would be lost: allowed is "
-                f"NormalizedDecay({type(owner).__name__}(...)), the other way round"
-            )
+def _length(part: Callable[[int], float]) -> int | None:
+    return getattr(part, "steps", None)
+
+
+def _restarts(part: Callable[[int], float]) -> bool:
+    return getattr(part, "restarts", False)
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -31,8 +26,19 @@ class _Composed(Schedule):
     parts: tuple[Callable[[int], float], ...]
 
     def __init__(self, *parts: Callable[[int], float]) -> None:
-        _parts(self, parts)
-        object.__setattr__(self, "parts", parts)
+        own = type(self).__name__
+        if not parts:
+            raise ValueError(f"{own}() has no parts: give it one or more schedules")
+        for k, part in enumerate(parts):
+            if not callable(part) or isinstance(part, type):
+                found = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+                raise TypeError(f"part {k} of {own} is {found}: expected a schedule or a callable")
+            if hasattr(part, "decay_factor"):
+                raise ValueError(
+                    f"part {k} of {own} is {part!r}, whose weight decay would be lost: allowed is "
+                    f"NormalizedDecay({own}(...)), the other way round"
+                )
+        self._set(parts=parts)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(str(named(part)) for part in self.parts)})"
@@ -52,38 +58,28 @@ class Sequential(_Composed):
         [0.5, 1.0, 1.0, 0.5, 0.0]
     """
 
+    firsts: tuple[int, ...]  # the first step of each part
+
     def __init__(self, *parts: Callable[[int], float]) -> None:
         super().__init__(*parts)
-        for k, part in enumerate(parts[:-1]):
-            if getattr(part, "steps", None) is None:
+        lengths = [_length(part) for part in parts]
+        for k, (part, length) in enumerate(zip(parts[:-1], lengths, strict=False)):
+            if length is None:
                 raise ValueError(f"part {k} of Sequential, {part!r}, has no end: what follows it would never come")
-
-    @property
-    def _lead(self) -> int:
-        return sum(part.steps for part in self.parts[:-1])  # type: ignore[attr-defined]
-
-    @property
-    def steps(self) -> int | None:  # type: ignore[override]
-        last: int | None = getattr(self.parts[-1], "steps", None)
-        return None if last is None else self._lead + last
-
-    @property
-    def restarts(self) -> bool:  # type: ignore[override]
-        return getattr(self.parts[-1], "restarts", False)
+        *before, last = lengths
+        firsts = tuple(accumulate((length or 0 for length in before), initial=0))
+        self._set(firsts=firsts, steps=None if last is None else firsts[-1] + last, restarts=_restarts(parts[-1]))
 
     def __call__(self, t: int) -> float:
-        for part in self.parts[:-1]:
-            if t < part.steps:  # type: ignore[attr-defined]
-                return part(t)
-            t -= part.steps  # type: ignore[attr-defined]
-        return self.parts[-1](t)
+        k = bisect_right(self.firsts, t) - 1
+        return self.parts[k](t - self.firsts[k])
 
     def where(self, t: int) -> tuple[int, int]:
         if not self.restarts:
             return super().where(t)
-        own = max(t - self._lead, 0)
-        done, length = where(self.parts[-1], own)
-        return (done, length) if done < own else (t, self._lead + length)
+        lead = self.firsts[-1]
+        done, length = where(self.parts[-1], max(t - lead, 0))
+        return (done, length) if done < t - lead else (t, lead + length)
 
 
 class Product(_Composed):
@@ -102,23 +98,16 @@ class Product(_Composed):
 
     def __init__(self, *parts: Callable[[int], float]) -> None:
         super().__init__(*parts)
-        if sum(getattr(part, "restarts", False) for part in parts) > 1:
+        restarting = [part for part in parts if _restarts(part)]
+        if len(restarting) > 1:
             raise ValueError(f"{self!r} has several parts that restart: allowed is one")
-
-    @property
-    def restarts(self) -> bool:  # type: ignore[override]
-        return any(getattr(part, "restarts", False) for part in self.parts)
-
-    @property
-    def steps(self) -> int | None:  # type: ignore[override]
-        ends = [end for part in self.parts if (end := getattr(part, "steps", None)) is not None]
-        return None if self.restarts or not ends else max(ends)
+        ends = [end for part in parts if (end := _length(part)) is not None]
+        self._set(restarts=bool(restarting), steps=None if restarting or not ends else max(ends))
 
     def __call__(self, t: int) -> float:
         return math.prod(part(t) for part in self.parts)
 
     def where(self, t: int) -> tuple[int, int]:
-        for part in self.parts:
-            if getattr(part, "restarts", False):
-                return where(part, t)
-        return super().where(t)
+        if not self.restarts:
+            return super().where(t)
+        return next(where(part, t) for part in self.parts if _restarts(part))

@@ -27,7 +27,7 @@ def normalized_weight_decay(weight_decay: float, batch_size: float, dataset_size
     dropped, the number of steps says what is meant: ``normalized_weight_decay(weight_decay, 1, steps, 1)``.
 
     Args:
-        weight_decay: :math:`\lambda_{norm} \ge 0`; the paper's experiments take 0.025 and 0.05.
+        weight_decay: :math:`\lambda_{norm} \ge 0`; the authors take 0.025 and 0.05 on CIFAR-10.
         batch_size: :math:`b > 0`, samples a step, over all devices.
         dataset_size: :math:`B > 0`, samples an epoch.
         epochs: :math:`T > 0`.
@@ -86,14 +86,7 @@ class NormalizedDecay(Schedule):
 
     def __post_init__(self) -> None:
         where(self.schedule, 0)
-
-    @property
-    def steps(self) -> int | None:  # type: ignore[override]
-        return getattr(self.schedule, "steps", None)
-
-    @property
-    def restarts(self) -> bool:  # type: ignore[override]
-        return getattr(self.schedule, "restarts", False)
+        self._set(steps=getattr(self.schedule, "steps", None), restarts=getattr(self.schedule, "restarts", False))
 
     def __call__(self, t: int) -> float:
         return self.schedule(t)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
@@ -38,20 +39,20 @@ def whole(value: Any, what: str, least: int = 1) -> int:
     raise ValueError(f"{what}: allowed are whole numbers >= {least}")
 
 
-def _count(schedule: object, name: str, least: int = 1) -> None:
+def _count(schedule: Schedule, name: str, least: int = 1) -> None:
     value = getattr(schedule, name)
     what = f"{name}={value!r} of {type(schedule).__name__}"
-    object.__setattr__(schedule, name, whole(value, what, least))
+    schedule._set(**{name: whole(value, what, least)})
 
 
-def _multiplier(schedule: object, name: str) -> None:
+def _multiplier(schedule: Schedule, name: str) -> None:
     value = getattr(schedule, name)
     if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) < math.inf:
         raise ValueError(f"{name}={value!r} of {type(schedule).__name__}: allowed are finite numbers >= 0")
-    object.__setattr__(schedule, name, float(value))
+    schedule._set(**{name: float(value)})
 
 
-class Schedule:
+class Schedule(ABC):
     """What the schedules here share: a length, and the restart period that a step lies in.
 
     Attributes:
@@ -60,11 +61,16 @@ class Schedule:
     """
 
     steps: int | None
-    restarts = False
+    restarts: bool = False
 
+    @abstractmethod
     def __call__(self, t: int) -> float:
         """The multiplier of the step that follows `t` completed ones."""
-        raise NotImplementedError
+
+    def _set(self, **attributes: Any) -> None:
+        """In the making: afterwards a schedule does not change."""
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
 
     def where(self, t: int) -> tuple[int, int]:
         """(T_cur, T_i): steps completed since the last warm restart, and the length of that period.
@@ -127,7 +133,7 @@ class StepDrop(Schedule):
         if isinstance(self.milestones, (str, bytes)) or not isinstance(self.milestones, Iterable):
             raise TypeError(f"milestones={self.milestones!r} of StepDrop: expected a sequence of whole numbers")
         found = [whole(m, f"milestones[{k}]={m!r} of StepDrop") for k, m in enumerate(self.milestones)]
-        object.__setattr__(self, "milestones", tuple(found))
+        self._set(milestones=tuple(found))
         if any(a >= b for a, b in zip(self.milestones, self.milestones[1:], strict=False)):
             raise ValueError(f"milestones={self.milestones} of StepDrop: each must be larger than the one before")
         _multiplier(self, "factor")
@@ -273,10 +279,7 @@ class WarmupStableDecay(Schedule):
         if self.shape not in SHAPES:
             raise ValueError(f"shape={self.shape!r} of WarmupStableDecay: allowed are {', '.join(map(repr, SHAPES))}")
         _multiplier(self, "end")
-
-    @property
-    def steps(self) -> int:  # type: ignore[override]
-        return self.warmup + self.stable + self.decay
+        self._set(steps=self.warmup + self.stable + self.decay)
 
     def __call__(self, t: int) -> float:
         if t < self.warmup:
