@@ -1,6 +1,6 @@
 """What the kernels compile to, read back without a GPU: registers, stack, widths, bytes and instructions.
 
-    python bench/codegen.py [--json FILE] [--save] [--targets sm_90,gfx942]
+    python bench/codegen.py [--json FILE] [--save] [--targets sm_90,gfx942] [--ptx FOLDER]
     python bench/codegen.py --cuda [--json FILE] [--save]
 
 Every specialisation that users reach is compiled for NVIDIA's sm_80, sm_90 and sm_100 and AMD's gfx942 and gfx1100 by
@@ -152,9 +152,15 @@ def compiled(kernel: Kernel, target: str, changes: Mapping[str, Any]) -> Any:
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def cost(kernel: Kernel, target: str, **changes: Any) -> Cost:
-    """What a kernel costs on a target; `changes` are other options of the compiler than the backend's."""
+def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -> Cost:
+    """What a kernel costs on a target; `changes` are other options of the compiler than the backend's.
+
+    `ptx` is a folder for what an NVIDIA target's kernel was translated to: FOLDER/TARGET/KERNEL.ptx.
+    """
     asm = compiled(kernel, target, changes).asm
+    if ptx is not None and "ptx" in asm:
+        (ptx / target).mkdir(parents=True, exist_ok=True)
+        (ptx / target / f"{kernel}.ptx").write_text(asm["ptx"])
     backend, _, warp = TARGETS[target]
     if backend == "cuda":
         found = disassembly.nvidia(asm, THREADS)
@@ -183,14 +189,14 @@ def cost(kernel: Kernel, target: str, **changes: Any) -> Cost:
     )
 
 
-def costs(targets: Sequence[str], workers: int = 2) -> list[Cost]:
-    """Of every kernel on the targets; with a progress bar where somebody watches."""
+def costs(targets: Sequence[str], workers: int = 2, ptx: Path | None = None) -> list[Cost]:
+    """Of every kernel on the targets; with a progress bar where somebody watches. `ptx`: a folder for their PTX."""
     from rich.progress import track
 
     pairs = list(product(targets, kernels()))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        results = pool.map(cost, [k for _, k in pairs], [t for t, _ in pairs], chunksize=4)
+        results = pool.map(cost, [k for _, k in pairs], [t for t, _ in pairs], [ptx] * len(pairs), chunksize=4)
         return list(track(results, "compiling", total=len(pairs), disable=not sys.stderr.isatty()))
 
 
@@ -221,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--ptx", type=Path, metavar="FOLDER", help="write what NVIDIA's kernels are translated to there")
     parser.add_argument("--save", action="store_true", help="keep the table in bench/results")
     parser.add_argument("--cuda", action="store_true", help="the kernels of the CUDA library, as it was built")
     arguments = parser.parse_args(argv)
@@ -233,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         compiler, found = codegen_cuda.compiler(), codegen_cuda.costs()
     else:
-        compiler, found = f"Triton {triton.__version__}", costs(arguments.targets.split(","))
+        compiler, found = f"Triton {triton.__version__}", costs(arguments.targets.split(","), ptx=arguments.ptx)
     text = render(found, compiler)
     print(text, end="")
     if arguments.json:

@@ -18,7 +18,7 @@ from codegen import Cost, Kernel, kernels
 
 from wd_kernels.storage import state_dtype
 
-__all__ = ["LIBRARY", "compiler", "costs", "cubins", "no_toolkit", "ptx"]
+__all__ = ["LIBRARY", "carried_ptx", "compiler", "costs", "cubins", "name", "no_toolkit", "ptx", "whole_ptx"]
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "wd_kernels" / "_cuda.abi3.so"
@@ -78,7 +78,23 @@ def _parts(text: str, begin: str) -> dict[str, str]:
 
 def ptx(library: Path = LIBRARY) -> dict[str, str]:
     """The PTX that a library carries, for the last of its architectures, by the kernels' template arguments."""
-    return _parts(disassembly.tool("cuobjdump", "-ptx", str(library)), r"\.entry ")
+    return _parts(carried_ptx(library), r"\.entry ")
+
+
+def whole_ptx(target: str) -> str:
+    """The PTX of all kernels for a target ("sm_90"), compiled as the library's are."""
+    number = target.removeprefix("sm_")
+    source = ROOT / "csrc" / "cuda" / "kernels.cu"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernels.ptx"
+        command = [_setup()["nvcc"](), *_setup()["NVCC_FLAGS"].split(), f"-arch=compute_{number}", "-ptx", str(source)]
+        subprocess.run([*command, "-o", str(path)], check=True, capture_output=True)
+        return path.read_text()
+
+
+def carried_ptx(library: Path = LIBRARY) -> str:
+    """The PTX that a library carries, whole."""
+    return disassembly.tool("cuobjdump", "-ptx", str(library))
 
 
 def costs(library: Path = LIBRARY) -> list[Cost]:

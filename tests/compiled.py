@@ -1,0 +1,101 @@
+"""What the kernels compile to, once for all workers of a test run: PTX of both compilers, costs of Triton's.
+
+Triton compiles in a process of its own: this one interprets, and holds one version. The oldest that is supported lies
+where the Makefile puts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import codegen
+import codegen_cuda
+import ptx
+from filelock import FileLock
+
+__all__ = ["OLDEST", "ROOT", "cuda_kernel", "environment", "report", "triton_kernel"]
+
+ROOT = Path(__file__).parent.parent
+OLDEST = Path(sys.prefix) / "triton-oldest"
+#: Where all workers of one run find what the first one made; tests/conftest.py names it.
+folder: Path | None = None
+
+
+def environment(version: str) -> dict[str, str]:
+    """Of a process that compiles with the "newest" Triton or the "oldest"."""
+    found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "bench")])
+    if version == "oldest":
+        assert OLDEST.is_dir(), f"{OLDEST} is not there: `make test` installs the oldest supported Triton in it"
+        found["PYTHONPATH"] = os.pathsep.join([str(OLDEST), found["PYTHONPATH"]])
+    return found
+
+
+def _once(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills, in the first process that asks."""
+    assert folder is not None
+    path = folder / "compiled" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not (path / "done").exists():
+            path.mkdir(exist_ok=True)
+            make(path)
+            (path / "done").touch()
+    return path
+
+
+@cache
+def _triton(version: str) -> Path:
+    def make(path: Path) -> None:
+        program = [sys.executable, str(ROOT / "bench" / "codegen.py")]
+        command = [*program, "--json", str(path / "costs.json"), "--ptx", str(path)]
+        done = subprocess.run(command, env=environment(version), capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        (path / "text").write_text(done.stdout)
+
+    return _once(f"triton-{version}", make)
+
+
+def report(version: str) -> dict[str, Any]:
+    """All costs with one version of Triton, and the table as text."""
+    path = _triton(version)
+    return {**json.loads((path / "costs.json").read_text()), "text": (path / "text").read_text()}
+
+
+@cache
+def triton_kernel(version: str, target: str, kernel: codegen.Kernel) -> ptx.Kernel:
+    """Triton's PTX of a kernel for "sm_80", "sm_90" or "sm_100", to be executed."""
+    return ptx.parse((_triton(version) / target / f"{kernel}.ptx").read_text())
+
+
+@cache
+def _cuda(target: str) -> dict[str, str]:
+    def make(path: Path) -> None:
+        text = codegen_cuda.carried_ptx() if target == "library" else codegen_cuda.whole_ptx(target)
+        (path / "kernels.ptx").write_text(text)
+
+    path = _once(f"cuda-{target}", make) / "kernels.ptx"
+    text = re.sub(r"^[^\n]*?(?=\.visible|\.entry|\.weak)", "", path.read_text(), count=1, flags=re.DOTALL)
+    found = {}
+    for part in re.split(r"(?=^(?:\.visible |\.weak )?\.entry )", text, flags=re.MULTILINE)[1:]:
+        mangled = re.search(r"\.entry\s+([\w$]+)", part)
+        assert mangled
+        readable = subprocess.run(["c++filt", mangled[1]], check=True, capture_output=True, text=True).stdout
+        arguments = re.search(r"step_kernel<(.*)>\(", readable)
+        if arguments:
+            found[arguments[1]] = part
+    return found
+
+
+@cache
+def cuda_kernel(target: str, kernel: codegen.Kernel) -> ptx.Kernel:
+    """nvcc's PTX of a kernel for "sm_80" or "sm_90", or what the library carries ("library"), to be executed."""
+    return ptx.parse(_cuda(target)[codegen_cuda.name(kernel)])

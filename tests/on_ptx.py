@@ -1,0 +1,204 @@
+"""backend="triton" and "cuda" on CPU tensors, as compiled: their launches are those of the product, up to the kernel.
+
+Table, chunks, grid and arguments are what a GPU would be given; the kernel is the compiler's PTX, executed on the CPU
+(tests/ptx). What a launch may touch are the tensors themselves, not what the table says of them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import codegen
+import ptx
+import torch
+from compiled import cuda_kernel, triton_kernel
+from torch import Tensor
+
+from wd_kernels.backends import triton as triton_backend
+from wd_kernels.backends.cuda import CUDA
+from wd_kernels.backends.triton import THREADS, Triton
+from wd_kernels.flat import PADDING, attached, place_of
+from wd_kernels.mirror import Mirror
+from wd_kernels.rules import Rule
+from wd_kernels.slots import Bucket, Spec, Table
+
+__all__ = ["ENGINES", "CUDAOnPTX", "Launch", "OnPTX", "TritonOnPTX", "kernel_of"]
+
+#: backend, compiler's version, target.
+ENGINES = (
+    *(("triton", version, target) for version in ("newest", "oldest") for target in ("sm_80", "sm_90", "sm_100")),
+    *(("cuda", "nvcc", target) for target in ("sm_80", "sm_90", "library")),
+)
+_KINDS = {("adamw", 2): "adamw", ("adamw", 3): "adamw amsgrad", ("sgdw", 1): "sgdw", ("sgdw", 0): "sgdw without momentum"}
+
+
+def kernel_of(rule: Rule, spec: Spec) -> codegen.Kernel:
+    """Which of the compiled kernels steps a bucket."""
+    param, grad, *states = spec.formats
+    return codegen.Kernel(_KINDS[rule.name, len(states)], param.dtype, grad.dtype)
+
+
+class Launch:
+    """One launch: its kernel, what it may touch, its arguments; `report` when it is over.
+
+    Tests change what is here to plant a fault.
+    """
+
+    def __init__(self, kernel: ptx.Kernel, table: Table, bucket: Bucket, tables: list[Tensor]) -> None:
+        self.kernel, self.table, self.bucket = kernel, table, bucket
+        self.memory = ptx.Memory()
+        _allow(self.memory, table, bucket)
+        for name, tensor in zip(("chunks", "places", "moving", "rows", "control"), tables, strict=True):
+            self.memory.add(name, tensor.data_ptr(), tensor.nbytes, 8)
+        self.blocks = tables[0].numel()
+        self.arguments: list[Any] = []
+        self.report: ptx.Report | None = None
+
+    def run(self) -> None:
+        self.report = ptx.launch(self.kernel, self.blocks, self.arguments, self.memory, threads=THREADS)
+
+
+def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
+    """What the tensors of a bucket are: parameters and states may be written, gradients are only read.
+
+    The padding between neighbours in a flat buffer may be touched too: they are stepped as one.
+    """
+    found: dict[int, tuple[str, int, int, bool]] = {}  # by address: name, bytes, bytes with padding, writable
+    for i in bucket.slots:
+        if not table.active[i]:
+            continue
+        theta, grad, states, _ = table.tensors(i)
+        place = place_of(theta) if isinstance(theta, torch.nn.Parameter) else None
+        roles = [("parameter", theta, True), ("gradient", grad, False)]
+        roles += [(f"state {k}", state, True) for k, state in enumerate(states)]
+        for name, tensor, writable in roles:
+            size = padded = tensor.numel() * tensor.element_size()
+            if place is not None and (name != "gradient" or attached(theta)):
+                padded = -(-tensor.numel() // PADDING) * PADDING * tensor.element_size()
+            if size:
+                found[tensor.data_ptr()] = (name, size, padded, writable)
+    ends = sorted(found)
+    for address, following in zip(ends, [*ends[1:], 1 << 62], strict=True):
+        name, size, padded, writable = found[address]
+        formats = bucket.spec.formats
+        part = {"parameter": formats[0], "gradient": formats[1]}.get(name, formats[-1]).dtype.itemsize
+        end = min(address + padded, following) if padded > size else address + size
+        memory.add(name, address, end - address, part, writable)
+
+
+class OnPTX:
+    """What both have in common: they wait for nothing, and every launch is noted."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+        self.before: Callable[[Launch], None] = lambda launch: None  # a test's hand
+
+    def why_not(self) -> str | None:
+        return None
+
+    def refuses(self, spec: Spec) -> str | None:
+        return None if spec.device.type == "cpu" else "only CPU tensors"
+
+    def step(self, launch: Launch, arguments: list[Any]) -> None:
+        launch.arguments = arguments
+        self.before(launch)
+        self.launches.append(launch)
+        launch.run()
+
+
+class TritonOnPTX(OnPTX, Triton):
+    """The Triton backend with the PTX of one version and target."""
+
+    def __init__(self, version: str, target: str) -> None:
+        OnPTX.__init__(self)
+        Triton.__init__(self)
+        self.version, self.target = version, target
+
+    def launch(self, table: Table, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
+        """The product's own, whose kernels are these."""
+        kernel = kernel_of(table.rule, bucket.spec)
+        own = _TritonKernel(self, triton_kernel(self.version, self.target, kernel), kernel, table, bucket)
+        names = SimpleNamespace(step_kernel=own, root="root", scaled_root="scaled_root", adamw="adamw", sgdw="sgdw")
+        with _patched(names):
+            go = super().launch(table, bucket, mirror)
+
+        def launched() -> None:
+            with _patched(names):
+                go()
+
+        return launched
+
+
+@contextmanager
+def _patched(names: Any) -> Iterator[None]:
+    """The Triton backend as it is beside a GPU, with other kernels."""
+    kept = triton_backend._kernels, triton_backend.interpreted, triton_backend.current
+    triton_backend._kernels = lambda: names  # type: ignore[assignment]
+    triton_backend.interpreted = lambda: False
+    triton_backend.current = lambda device: nullcontext()
+    try:
+        yield
+    finally:
+        triton_backend._kernels, triton_backend.interpreted, triton_backend.current = kept
+
+
+class _TritonKernel:
+    """In the place of a @triton.jit function: `warmup`, and `[grid](...)`."""
+
+    def __init__(
+        self, backend: TritonOnPTX, kernel: ptx.Kernel, which: codegen.Kernel, table: Table, bucket: Bucket
+    ) -> None:
+        self.backend, self.kernel, self.which, self.table, self.bucket = backend, kernel, which, table, bucket
+
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **how: Any) -> Any:
+        return SimpleNamespace(run=None)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def go(*arguments: Any, **how: Any) -> None:
+            tables, (size, rule, root, width, formats, block) = list(arguments[:5]), arguments[5:]
+            # What the PTX was compiled for (bench/codegen.py) is what the launch says.
+            assert (rule, root, width) == (self.table.rule.name, "root", self.table.rule.width)
+            assert formats == tuple(fmt.code for fmt in self.which.formats)
+            assert block == triton_backend.block(self.which.formats)
+            assert how == {"num_warps": THREADS // 32, "enable_fp_fusion": False}
+            assert all(tensor.data_ptr() % 16 == 0 for tensor in tables)  # Triton looks, and compiles for it
+            assert size % 16 == 0
+            launch = Launch(self.kernel, self.table, self.bucket, tables)
+            launch.blocks = grid[0]
+            scratch = [0] * (len(self.kernel.parameters) - 6)  # Triton's own, which these kernels do not use
+            self.backend.step(launch, [*(t.data_ptr() for t in tables), size, *scratch])
+
+        return go
+
+
+class CUDAOnPTX(OnPTX, CUDA):
+    """The CUDA backend with the PTX of one target; ops.cpp, which would launch it, is executed by `on_cpu.py`."""
+
+    device_type = "cpu"
+
+    def __init__(self, version: str, target: str) -> None:
+        OnPTX.__init__(self)
+        CUDA.__init__(self)
+        self.target = target
+
+    def launch(self, table: Table, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
+        self._own = cuda_kernel(self.target, kernel_of(table.rule, bucket.spec)), table, bucket
+        return super().launch(table, bucket, mirror)
+
+    @property
+    def ops(self) -> Any:
+        """Of the bucket that `launch` prepares."""
+        kernel, table, bucket = self._own
+
+        def step(*given: Any) -> None:
+            *tables, size, rule, codes = given
+            assert (rule, list(codes)) == (table.rule.code, bucket.codes)
+            launch = Launch(kernel, table, bucket, tables)
+            pointers = [tensor.data_ptr() for tensor in tables]
+            self.step(launch, [struct.pack("<5Qii", *pointers, table.rule.width, size)])  # device.h: Launch
+
+        return SimpleNamespace(cuda_load=lambda *given: "", cuda_step_=SimpleNamespace(default=step))

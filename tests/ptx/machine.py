@@ -1,0 +1,246 @@
+"""Runs a kernel over all threads of a launch.
+
+Threads that stand at the same place go on together; of the places where threads stand, the first in the text is next.
+A branch parts threads, and they meet again where their ways do, whatever the program does.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .errors import PtxError
+from .instructions import UNSIGNED, translate
+from .memory import Memory, Races
+from .program import JUMPS, Instruction, Kernel, Symbol
+
+__all__ = ["Report", "launch", "translated"]
+
+#: What a register holds before it is written: nothing that a kernel could mean.
+POISON = 0xA5C3_5A3C_DEAD_BEEF
+#: Blocks of instructions that a launch may execute: more is taken for a loop without an end.
+MOST = 1_000_000
+
+
+@dataclass
+class Report:
+    """What a launch did: how often threads executed each instruction (predicates aside)."""
+
+    blocks: int
+    threads: int
+    instructions: Counter[str] = field(default_factory=Counter)
+
+
+class _Shared:
+    """The shared memory of all blocks; a barrier ends what can be a race."""
+
+    def __init__(self, blocks: int, size: int, threads: int) -> None:
+        self.size, self.threads = size, threads
+        room = -(-size // 16) * 16
+        self.room = room
+        self.bytes = np.frombuffer(np.resize(np.array([0xA5], np.uint8), blocks * room).tobytes(), np.uint8).copy()
+        self.races = Races(blocks * room)
+
+    def _places(self, address: Any, width: int, ids: Any, line: int, what: str) -> Any:
+        if bool((address + np.uint64(width) > np.uint64(self.size)).any()):
+            raise PtxError(f"a {what} of {width} bytes of shared memory beyond its {self.size}", line)
+        if bool((address % np.uint64(width)).any()):
+            raise PtxError(f"a {what} of {width} bytes of shared memory is not aligned", line)
+        return (ids // self.threads * self.room).astype(np.int64) + address.astype(np.int64)
+
+    def _note(self, note: Any, at: Any, width: int, ids: Any, line: int) -> None:
+        for i in range(width):
+            if bool(note(at + i, ids).any()):
+                raise PtxError("a race in shared memory: two threads, one of which writes, without a barrier", line)
+
+    def load(self, address: Any, size: int, count: int, ids: Any, line: int, readonly: bool) -> list[Any]:
+        at = self._places(address, size * count, ids, line, "load")
+        self._note(self.races.load, at, size * count, ids, line)
+        room = self.bytes.view(f"u{size}")
+        return [room[at // size + i] for i in range(count)]
+
+    def store(self, address: Any, values: Sequence[Any], size: int, ids: Any, line: int) -> None:
+        at = self._places(address, size * len(values), ids, line, "store")
+        self._note(self.races.store, at, size * len(values), ids, line)
+        room = self.bytes.view(f"u{size}")
+        for i, value in enumerate(values):
+            room[at // size + i] = value
+
+    def barrier(self, block: int) -> None:
+        self.races.forget(block * self.room, (block + 1) * self.room)
+
+
+class _State:
+    """What instructions work on: registers by index, each an array over all threads."""
+
+    def __init__(self, kernel: Kernel, blocks: int, threads: int, shared: int, memory: Memory) -> None:
+        count = blocks * threads
+        self.blocks, self.threads, self.memory = blocks, threads, memory
+        self.ids = np.arange(count, dtype=np.int32)
+        self.registers = [np.full(count, POISON & ((1 << width) - 1), dtype=UNSIGNED[width]) for width in kernel.registers]
+        self.shared = _Shared(blocks, shared, threads)
+        self.arguments: dict[str, bytes] = {}
+
+
+def launch(
+    kernel: Kernel,
+    blocks: int,
+    arguments: Sequence[int | float | bytes],
+    memory: Memory,
+    threads: int | None = None,
+    shared: int = 0,
+) -> Report:
+    """Executes all threads of a launch.
+
+    Args:
+        kernel: from `parse`.
+        blocks: of the grid, in one dimension.
+        arguments: one for each parameter: an int for integers and pointers, a float, bytes for what is passed by value.
+        memory: what the launch may touch.
+        threads: of a block; may be left out where the kernel names them (.reqntid).
+        shared: bytes of dynamic shared memory of a block.
+
+    Raises:
+        PtxError: an instruction that is not known, wrong arguments, or an access that is not allowed.
+    """
+    if threads is None:
+        if kernel.threads is None:
+            raise PtxError(f"{kernel.name} has no .reqntid: the launch must say how many threads a block has")
+        threads = kernel.threads
+    if kernel.threads not in (None, threads):
+        raise PtxError(f"{kernel.name} is made for blocks of {kernel.threads} threads, not of {threads}")
+    if not 0 < threads <= (kernel.most_threads or 1024):
+        raise PtxError(f"blocks of {threads} threads: {kernel.name} allows 1 to {kernel.most_threads or 1024}")
+    if not 0 < blocks < 2**31:
+        raise PtxError(f"a launch of {blocks} blocks: 1 to {2**31 - 1} are allowed")
+    state = _State(kernel, blocks, threads, kernel.shared_size + shared, memory)
+    state.arguments = _arguments(kernel, arguments)
+    memory.seal()
+    report = Report(blocks, threads)
+    with np.errstate(all="ignore"):
+        _run(kernel, translated(kernel), state, report)
+    return report
+
+
+def translated(kernel: Kernel) -> list[list[Any]]:
+    """The kernel's blocks as functions.
+
+    Raises:
+        PtxError: an instruction, one that is never executed too, is not known here.
+    """
+    if not kernel.code:
+        kernel.code = [[translate(i, kernel) for i in b.instructions if i.opcode not in JUMPS] for b in kernel.blocks]
+    return kernel.code
+
+
+def _arguments(kernel: Kernel, arguments: Sequence[int | float | bytes]) -> dict[str, bytes]:
+    if len(arguments) != len(kernel.parameters):
+        raise PtxError(f"{kernel.name} has {len(kernel.parameters)} parameters, {len(arguments)} arguments were given")
+    found = {}
+    for k, (parameter, value) in enumerate(zip(kernel.parameters, arguments, strict=True)):
+        what = f"argument {k} of {kernel.name}, of type {parameter.kind}"
+        if parameter.kind == "bytes":
+            if not isinstance(value, bytes) or len(value) != parameter.size:
+                raise PtxError(f"{what}: {value!r} where {parameter.size} bytes are wanted")
+            found[parameter.name] = value
+        elif parameter.kind in ("f32", "f64"):
+            if not isinstance(value, float):
+                raise PtxError(f"{what}: {value!r} where a float is wanted")
+            found[parameter.name] = np.array(value, dtype=f"f{parameter.size}").tobytes()
+        else:
+            bits = 8 * parameter.size
+            if not isinstance(value, int) or not -(2 ** (bits - 1)) <= value < 2**bits:
+                raise PtxError(f"{what}: {value!r} where an integer of {bits} bits is wanted")
+            found[parameter.name] = (value % 2**bits).to_bytes(parameter.size, "little")
+    return found
+
+
+def _run(kernel: Kernel, code: Sequence[Sequence[Any]], state: _State, report: Report) -> None:
+    count = len(state.ids)
+    standing: dict[int, list[Any]] = {0: [state.ids]}  # which threads stand at the begin of which block
+    places = [0]
+    waiting: list[tuple[int, int, Any]] = []  # at a barrier: which, where they go on, which threads
+    alive = np.full(state.blocks, state.threads)
+    executed = 0
+
+    def go(place: int, ids: Any, line: int) -> None:
+        if not len(ids):
+            return
+        if place >= len(kernel.blocks):
+            raise PtxError("a thread runs beyond the end of the kernel", line)
+        if place not in standing:
+            standing[place] = []
+            heapq.heappush(places, place)
+        standing[place].append(ids)
+
+    while places or waiting:
+        if not places:
+            _release(waiting, alive, state, go)
+        place = heapq.heappop(places)
+        groups = standing.pop(place)
+        ids = groups[0] if len(groups) == 1 else np.concatenate(groups)
+        at: Any = slice(None) if len(ids) == count else ids
+        if len(ids) == count:
+            ids = state.ids
+        for run in code[place]:
+            run(state, at)
+        instructions = kernel.blocks[place].instructions
+        for instruction in instructions:
+            report.instructions[instruction.name] += len(ids)
+        executed += 1
+        if executed > MOST:
+            raise PtxError("the launch does not end", instructions[0].line if instructions else 0)
+        last = instructions[-1] if instructions else None
+        if last is None or last.opcode not in JUMPS:
+            go(place + 1, ids, last.line if last else 0)
+            continue
+        taken = ids if last.predicate is None else ids[state.registers[last.predicate.index][ids] != last.negated]
+        if last.predicate is not None:
+            left = ids[state.registers[last.predicate.index][ids] == last.negated]
+            go(place + 1, left, last.line)
+        if last.opcode == "bra":
+            if last.modifiers not in ((), ("uni",)):
+                raise PtxError(f"{last.name} is not known here", last.line)
+            (target,) = last.operands
+            assert isinstance(target, Symbol)
+            go(kernel.labels[target.name], taken, last.line)
+        elif last.opcode in ("ret", "exit"):
+            alive -= np.bincount(taken // state.threads, minlength=state.blocks)
+        elif len(taken):
+            waiting.append((_barrier(last), place + 1, taken))
+
+
+def _barrier(instruction: Instruction) -> int:
+    """The number of a barrier of the whole block."""
+    known = (("sync",), ("sync", "aligned"), ("cta", "sync"), ("cta", "sync", "aligned"))
+    number = instruction.operands[0] if len(instruction.operands) == 1 else None
+    value = getattr(number, "value", None)
+    if instruction.modifiers not in known or not isinstance(value, int):
+        raise PtxError(f"{instruction.name} of {len(instruction.operands)} operands is not known here", instruction.line)
+    return value
+
+
+def _release(waiting: list[tuple[int, int, Any]], alive: Any, state: _State, go: Any) -> None:
+    """Lets blocks go on of which every thread has come to the same barrier."""
+    arrived: dict[int, Any] = {}
+    for number, _, ids in waiting:
+        own = arrived.setdefault(number, np.zeros(state.blocks, dtype=np.int64))
+        own += np.bincount(ids // state.threads, minlength=state.blocks)
+    full = {number: (own == alive) & (own > 0) for number, own in arrived.items()}
+    if not any(bool(own.any()) for own in full.values()):
+        raise PtxError(f"threads wait at barrier {waiting[0][0]} for others, which never come")
+    kept = []
+    for number, place, ids in waiting:
+        free = full[number][ids // state.threads]
+        go(place, ids[free], 0)
+        if not free.all():
+            kept.append((number, place, ids[~free]))
+    waiting[:] = kept
+    for own in full.values():
+        for block in np.flatnonzero(own):
+            state.shared.barrier(int(block))
