@@ -227,7 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    parser.add_argument("--ptx", type=Path, metavar="FOLDER", help="write what NVIDIA's kernels are translated to there")
+    parser.add_argument(
+        "--ptx", type=Path, metavar="FOLDER", help="write what NVIDIA's kernels are translated to there"
+    )
     parser.add_argument("--save", action="store_true", help="keep the table in bench/results")
     parser.add_argument("--cuda", action="store_true", help="the kernels of the CUDA library, as it was built")
     arguments = parser.parse_args(argv)

@@ -33,7 +33,12 @@ ENGINES = (
     *(("triton", version, target) for version in ("newest", "oldest") for target in ("sm_80", "sm_90", "sm_100")),
     *(("cuda", "nvcc", target) for target in ("sm_80", "sm_90", "library")),
 )
-_KINDS = {("adamw", 2): "adamw", ("adamw", 3): "adamw amsgrad", ("sgdw", 1): "sgdw", ("sgdw", 0): "sgdw without momentum"}
+_KINDS = {
+    ("adamw", 2): "adamw",
+    ("adamw", 3): "adamw amsgrad",
+    ("sgdw", 1): "sgdw",
+    ("sgdw", 0): "sgdw without momentum",
+}
 
 
 def kernel_of(rule: Rule, spec: Spec) -> codegen.Kernel:

@@ -47,7 +47,7 @@ class _Shared:
         self.races = Races(blocks * room)
 
     def _places(self, address: Any, width: int, ids: Any, line: int, what: str) -> Any:
-        if bool((address + np.uint64(width) > np.uint64(self.size)).any()):
+        if self.size < width or bool((address > np.uint64(self.size - width)).any()):
             raise PtxError(f"a {what} of {width} bytes of shared memory beyond its {self.size}", line)
         if bool((address % np.uint64(width)).any()):
             raise PtxError(f"a {what} of {width} bytes of shared memory is not aligned", line)
@@ -82,7 +82,9 @@ class _State:
         count = blocks * threads
         self.blocks, self.threads, self.memory = blocks, threads, memory
         self.ids = np.arange(count, dtype=np.int32)
-        self.registers = [np.full(count, POISON & ((1 << width) - 1), dtype=UNSIGNED[width]) for width in kernel.registers]
+        self.registers = [
+            np.full(count, POISON & ((1 << width) - 1), dtype=UNSIGNED[width]) for width in kernel.registers
+        ]
         self.shared = _Shared(blocks, shared, threads)
         self.arguments: dict[str, bytes] = {}
 
@@ -221,7 +223,9 @@ def _barrier(instruction: Instruction) -> int:
     number = instruction.operands[0] if len(instruction.operands) == 1 else None
     value = getattr(number, "value", None)
     if instruction.modifiers not in known or not isinstance(value, int):
-        raise PtxError(f"{instruction.name} of {len(instruction.operands)} operands is not known here", instruction.line)
+        raise PtxError(
+            f"{instruction.name} of {len(instruction.operands)} operands is not known here", instruction.line
+        )
     return value
 
 

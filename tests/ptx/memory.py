@@ -153,7 +153,7 @@ class Memory:
         k = np.searchsorted(self._begins, address, side="right") - 1
         if not len(self.buffers):
             raise PtxError(f"a {what} at {int(address[0]):#x}: the launch was given no memory", line)
-        bad = (k < 0) | (address + np.uint64(width) > self._ends[k])
+        bad = (k < 0) | (address > self._ends[k] - np.uint64(width))
         if bool(bad.any()):
             at, thread = int(address[bad][0]), int(threads[bad][0])
             near = self.buffers[max(int(k[bad][0]), 0)]
@@ -169,9 +169,7 @@ class Memory:
             raise PtxError(f"a {what} of {width} bytes of {name} at {at:#x} by thread {thread} is not aligned", line)
         return k
 
-    def _race(
-        self, note: Any, k: Any, address: Any, width: int, threads: Any, line: int, what: str, own: Any
-    ) -> None:
+    def _race(self, note: Any, k: Any, address: Any, width: int, threads: Any, line: int, what: str, own: Any) -> None:
         if own is not None and not bool(own.all()):
             k, address, threads = k[own], address[own], threads[own]
         shifts = self._shifts[k]

@@ -278,7 +278,9 @@ class _Reader:
         return None
 
     def _instruction(self, statement: str, line: int) -> Instruction:
-        words = re.fullmatch(r"(?:@(!?)\s*([\w$%]+)\s+)?([a-z]\w*)((?:\.\w+(?:::\w+)*)*)(?:\s+(.*))?", statement, re.DOTALL)
+        words = re.fullmatch(
+            r"(?:@(!?)\s*([\w$%]+)\s+)?([a-z]\w*)((?:\.\w+(?:::\w+)*)*)(?:\s+(.*))?", statement, re.DOTALL
+        )
         if not words:
             raise PtxError(f"{statement!r} is no instruction that is known here", line)
         predicate = None
