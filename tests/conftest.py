@@ -8,19 +8,14 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import compiled
 import pytest
 import torch
-from on_cpu import OnCPU
+from engines import CPU, GPU, MIRRORED, TEST_DEVICE, Engine
 
 import wd_kernels.backends
-from wd_kernels.backends import BACKENDS
 from wd_kernels.backends.cuda import CUDA
 from wd_kernels.backends.triton import Triton
-from wd_kernels.slots import Spec
-
-#: Where the tests marked gpu run. "cpu" rehearses them in the interpreter, on a machine without a GPU.
-TEST_DEVICE = os.environ.get("WD_KERNELS_TEST_DEVICE", "cuda")
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -55,30 +50,35 @@ def interpret() -> None:
     interpreted.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 
-def _provide(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend for GPUs: on one in tests marked gpu; else on the CPU, interpreted and as the test build."""
-    on_gpu = request.node.get_closest_marker("gpu") is not None and TEST_DEVICE != "cpu"
-    if name == "cuda" and not on_gpu:
-        monkeypatch.setitem(BACKENDS, "cuda", OnCPU())
-    why_not = BACKENDS[name].why_not()
-    if why_not is not None:
-        pytest.skip(why_not)
-    if on_gpu:  # what was built for this machine must run there
-        assert BACKENDS[name].refuses(Spec(torch.device(TEST_DEVICE, 0), ())) is None
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Names the folder where all workers of this run find what was compiled."""
+    base = tmp_path_factory.getbasetemp()
+    compiled.folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of each backend for GPUs."""
-    _provide(request.param, request, monkeypatch)
-    return str(request.param)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend`: every backend for GPUs, on one in tests marked gpu, else as it runs on the CPU."""
+    if "backend" in metafunc.fixturenames:
+        marked = metafunc.definition.get_closest_marker("gpu") is not None
+        params = [(e.backend, e) for e in GPU] if marked else [(str(e), e) for e in MIRRORED]
+        if "backend" not in [name for m in metafunc.definition.iter_markers("parametrize") for name in m.args[:1]]:
+            metafunc.parametrize("backend", [e for _, e in params], ids=[name for name, _ in params], indirect=True)
 
 
 @pytest.fixture
-def both_backends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """The names of both."""
-    for name in ("triton", "cuda"):
-        _provide(name, request, monkeypatch)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of each backend for GPUs."""
+    engine: Engine = request.param
+    engine.provide(monkeypatch)
+    return engine.backend
+
+
+@pytest.fixture
+def both_backends(monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """The names of both, on a GPU."""
+    for engine in GPU:
+        engine.provide(monkeypatch)
     return "triton", "cuda"
 
 
@@ -129,29 +129,11 @@ def promises(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def absent(name: str) -> bool:
-    """Does this processor (or this build) lack an instruction set?"""
-    before = os.environ.get("WD_KERNELS_ISA")
-    os.environ["WD_KERNELS_ISA"] = name
-    try:
-        return bool(torch.ops.wd_kernels.instruction_set() != name)
-    except (AttributeError, RuntimeError) as error:  # no extension at all is another test's failure
-        return "does not have" in str(error) or "unknown here" in str(error)
-    finally:
-        if before is None:
-            del os.environ["WD_KERNELS_ISA"]
-        else:
-            os.environ["WD_KERNELS_ISA"] = before
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.fixture(params=CPU, ids=lambda engine: engine.form)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set that this processor has, forced."""
-    name = str(request.param)
-    if absent(name):
-        pytest.skip(f"this processor has no {name}")
-    monkeypatch.setenv("WD_KERNELS_ISA", name)
-    return name
+    request.param.provide(monkeypatch)
+    return str(request.param.form)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from cases import (
     BODIES,
     DTYPES,
     PIECES,
-    REAL,
     Case,
     Piece,
     arithmetic,
@@ -21,7 +21,6 @@ from cases import (
     bf16,
     bits,
     c64,
-    cases,
     controlled,
     f16,
     f32,
@@ -31,44 +30,15 @@ from cases import (
     make_params,
     optimizer,
     peculiar_run,
-    placed_run,
     run,
     snapshot,
     states_of,
     with_dtypes,
 )
-from conftest import INSTRUCTION_SETS, absent
+from covering import covering
 from torch import Tensor
 
 # The matrix -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", cases(DTYPES), ids=ids)
-def test_matrix(case: Case) -> None:
-    native = run(case, "cpu")
-    assert_same(native, run(case, "reference"))
-    counts = [int(value) for name, value in native.items() if name.endswith(" step")]
-    assert len(counts) == len(PIECES)
-    assert len(set(counts)) > 1  # some gradients were missing
-    start = make_params(PIECES, case.dtype, case.grad_dtype)
-    for k, p in enumerate(start):
-        moved = native[f"{k}"]
-        assert bool(moved.isfinite().all())
-        assert p.numel() < 20 or not torch.equal(moved, p.detach())
-    assert {name.split()[1] for name in native if " " in name} == {"step", *states_of(case)}
-
-
-@pytest.mark.parametrize("case", cases(decays=["proximal"]), ids=ids)
-def test_different_decays_differ(case: Case) -> None:
-    """The matrix could not see a decay that both backends ignore: every mode has results of its own."""
-    results = []
-    for other in ("l2", "lr_scaled", "independent", "proximal", "metric_proximal"):
-        options = {**case.options, "decay": other}
-        found = run(Case(case.rule, other, options, case.dtype, case.grad_dtype), "cpu", pieces=(Piece((1025,)),))
-        results.append(found["0"])
-    for i, a in enumerate(results):
-        for b in results[:i]:
-            assert not torch.equal(a, b)
 
 
 @pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (bf16, f32)]), ids=ids)
@@ -76,42 +46,19 @@ def test_large(case: Case) -> None:
     assert_same(run(case, "cpu", pieces=BIG), run(case, "reference", pieces=BIG))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", cases(DTYPES, names=["far-end", "half", "no-momentum", "dampening"], decays=["proximal"]), ids=ids
-)
-def test_large_all(case: Case) -> None:
-    assert_same(run(case, "cpu", pieces=BIG, seed=1), run(case, "reference", pieces=BIG, seed=1))
+LAYOUTS = covering({"layout": ["contiguous", "channels_last", "transposed", "gaps", "offset"],
+                    "grad": ["contiguous", "channels_last", "transposed", "sliced", "expanded", "offset"],
+                    "case": with_dtypes(BODIES, DTYPES)})  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", cases(DTYPES, flip=(False, True)), ids=ids)
-def test_matrix_long(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every instruction set, both signs, more steps, other numbers."""
-    expected = run(case, "reference", steps=16, seed=2)
-    for name in INSTRUCTION_SETS:
-        if not absent(name):
-            monkeypatch.setenv("WD_KERNELS_ISA", name)
-            assert_same(run(case, "cpu", steps=16, seed=2), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "gaps", "offset"])
-@pytest.mark.parametrize("grad", ["contiguous", "channels_last", "transposed", "sliced", "expanded", "offset"])
-@pytest.mark.parametrize("case", with_dtypes(BODIES, DTYPES), ids=ids)
-def test_layouts_alone(case: Case, layout: str, grad: str) -> None:
+@pytest.mark.parametrize("of", LAYOUTS, ids=lambda of: "-".join(map(str, of.values())))
+def test_layouts_alone(of: dict[str, Any]) -> None:
     """Each pair of layouts in a bucket of its own, of one shape and size."""
-    pieces = (Piece((3, 5, 7, 11), layout, grad),)
-    assert_same(run(case, "cpu", pieces=pieces), run(case, "reference", pieces=pieces))
+    pieces = (Piece((3, 5, 7, 11), of["layout"], of["grad"]),)
+    assert_same(run(of["case"], "cpu", pieces=pieces), run(of["case"], "reference", pieces=pieces))
 
 
 # What must not matter -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", with_dtypes(BODIES, DTYPES), ids=ids)
-def test_instruction_sets(case: Case, isa: str) -> None:
-    assert torch.ops.wd_kernels.instruction_set() == isa
-    assert_same(run(case, "cpu", seed=3), run(case, "reference", seed=3))
 
 
 def test_instruction_set_is_read_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,14 +137,6 @@ def test_split_tensor(case: Case) -> None:
 # Addresses ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offset", [0, 1, 2, 3])
-@pytest.mark.parametrize("case", with_dtypes(BODIES, REAL), ids=ids)
-def test_unaligned_roles_and_canaries(case: Case, offset: int) -> None:
-    """Each role in turn, and all of them, off alignment; nothing outside of a tensor is written, nor a gradient."""
-    sizes = (1, 7, 33, 130)
-    assert_same(placed_run(case, "cpu", offset, sizes)[0], placed_run(case, "reference", offset, sizes)[0])
-
-
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("case", BODIES, ids=ids)
 def test_gaps_are_not_written(case: Case, backend: str) -> None:
@@ -213,24 +152,6 @@ def test_gaps_are_not_written(case: Case, backend: str) -> None:
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
-
-
-PECULIAR = with_dtypes(cases(names=["plain", "amsgrad", "far-end", "no-momentum", "nesterov", "paper"]), REAL)
-
-
-@pytest.mark.parametrize("case", PECULIAR, ids=ids)
-def test_peculiar_numbers(case: Case) -> None:
-    native = peculiar_run(case, "cpu")
-    assert_same(native, peculiar_run(case, "reference"))
-    if case.dtype in (bf16, f16):
-        nans = native["0"][native["0"].isnan()].view(torch.int16)
-        assert nans.numel() > 0
-        assert bool((nans == (0x7FC0 if case.dtype == bf16 else 0x7E00)).all())
-
-
-@pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (f64, f64), (bf16, bf16), (f16, f16)]), ids=ids)
-def test_peculiar_numbers_on_each_instruction_set(case: Case, isa: str) -> None:
-    assert_same(peculiar_run(case, "cpu"), peculiar_run(case, "reference"))
 
 
 def subnormal_run(case: Case, backend: str, flush: bool) -> dict[str, Tensor]:
@@ -290,16 +211,6 @@ CONTROLLED = with_dtypes(BODIES, [(f32, f32), (f64, f64), (bf16, f32), (c64, c64
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("case", CONTROLLED, ids=ids)
-def test_skip_leaves_everything(case: Case, backend: str) -> None:
-    found = controlled(case, backend, [(1, 0), (1, 1), (math.nan, 1), (1, 0)])
-    tensors = [{k: v for k, v in each.items() if not k.endswith(" step")} for each in found]
-    assert_same(tensors[0], tensors[1])
-    assert_same(tensors[0], tensors[2])
-    assert not torch.equal(tensors[2]["0"], tensors[3]["0"])
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("case", CONTROLLED, ids=ids)
 def test_grad_factor_scales_gradients(case: Case, backend: str) -> None:
     """A power of two scales without rounding, so scaled gradients give the same bits."""
     steps = 4
@@ -308,12 +219,6 @@ def test_grad_factor_scales_gradients(case: Case, backend: str) -> None:
     plain = controlled(case, backend, [(1, 0)] * steps)
     assert_same(factor[-1], scaled[-1])
     assert not torch.equal(factor[-1]["0"], plain[-1]["0"])
-
-
-@pytest.mark.parametrize("case", with_dtypes(BODIES, DTYPES), ids=ids)
-def test_grad_factor_has_the_same_bits(case: Case) -> None:
-    factors = [(0.3, 0), (1 / 3, 0), (1e-3, 0), (7.7, 0)]
-    assert_same(controlled(case, "cpu", factors)[-1], controlled(case, "reference", factors)[-1])
 
 
 # The comparison itself ------------------------------------------------------------------------------------------------

@@ -29,30 +29,23 @@ from cases import (
     SMALL,
     Case,
     Piece,
-    arithmetic,
     assert_same,
     assert_same_bits,
     bf16,
-    cases,
-    controlled,
     f16,
     f32,
     f64,
-    frozen_run,
     gradient,
     has_gradient,
     ids,
     make_params,
     optimizer,
-    peculiar_run,
-    placed_run,
-    rounding_run,
     run,
     snapshot,
     states_of,
     with_dtypes,
 )
-from conftest import TEST_DEVICE
+from engines import TEST_DEVICE
 from torch import Tensor, nn
 
 import wd_kernels
@@ -90,15 +83,6 @@ def assert_equal_runs(of: Callable[..., Any], backend: str, case: Case, *args: A
 
 
 # The matrix -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", some(cases(DTYPES), 17), ids=ids)
-def test_matrix(backend: str, case: Case) -> None:
-    found = assert_equal_runs(run, backend, case, pieces=MATRIX, steps=8)
-    assert {name.split()[1] for name in found if " " in name} == {"step", *states_of(case)}
-    for k, p in enumerate(make_params(MATRIX, case.dtype, case.grad_dtype)):
-        assert bool(found[f"{k}"].isfinite().all())
-        assert p.numel() < 20 or not torch.equal(found[f"{k}"], p.detach())
 
 
 @pytest.mark.parametrize("case", some(with_dtypes(BODIES, REAL), 99), ids=ids)
@@ -168,16 +152,6 @@ def test_what_the_backend_refuses(gpu: None) -> None:
 
 
 # Addresses and sizes --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("offset", [0, 1, 2, 3, 4])
-@pytest.mark.parametrize("case", some(with_dtypes(BODIES, REAL), 9), ids=ids)
-def test_unaligned_roles_and_canaries(backend: str, case: Case, offset: int) -> None:
-    sizes = (7, 1030) if REHEARSAL else (1, 7, 511, 1024, 1537, 5000)
-    found, flags = placed_run(case, backend, offset, sizes, DEVICE)
-    assert_same(found, placed_run(case, "cpu", offset, sizes)[0])
-    widths = {dtype.itemsize for dtype in (case.dtype, case.grad_dtype, arithmetic(case))}
-    assert flags == ({1} if all(offset * width % 16 == 0 for width in widths) else {0, 1})
 
 
 #: At, before and after the ends of blocks and chunks, aligned and not.
@@ -277,41 +251,6 @@ def test_more_than_2_to_the_31_elements(backend: str, rule: str, dtype: torch.dt
     for name in states_of(case):
         assert_same_bits(opt.state[p][name][:prime].cpu(), other.state[q][name], name)
         assert_repeats(opt.state[p][name], other.state[q][name], name)
-
-
-# Numbers and controls -------------------------------------------------------------------------------------------------
-
-PECULIAR = cases(REAL, names=["plain", "amsgrad", "far-end", "no-momentum", "nesterov", "paper"])
-
-
-@pytest.mark.parametrize("case", some(PECULIAR, 7), ids=ids)
-def test_peculiar_numbers(backend: str, case: Case) -> None:
-    """No flushing of subnormals, no approximate root or division, canonical NaN."""
-    assert_equal_runs(peculiar_run, backend, case)
-
-
-@pytest.mark.parametrize("dtype", [bf16, f16])
-def test_every_16_bit_number_and_every_rounding_between(backend: str, dtype: torch.dtype) -> None:
-    assert_same(rounding_run(dtype, backend, DEVICE), rounding_run(dtype, "cpu"))
-
-
-@pytest.mark.parametrize("case", some(with_dtypes(BODIES, SOME), 3), ids=ids)
-def test_frozen_groups_keep_every_bit(backend: str, case: Case) -> None:
-    assert_equal_runs(frozen_run, backend, case)
-
-
-@pytest.mark.parametrize("case", some(with_dtypes(BODIES, SOME), 3), ids=ids)
-def test_control(backend: str, case: Case) -> None:
-    """Gradient factors and a skipped step, whose factor is NaN."""
-    pieces = (Piece((33,)), Piece((5, 7), "transposed"), Piece((1100,) if REHEARSAL else (40_000,)))
-    pairs = [(0.3, 0), (float("nan"), 1), (1 / 3, 0), (7.7, 0)]
-    found, expected = (
-        controlled(case, b, pairs, pieces=pieces, device=d) for b, d in ((backend, DEVICE), ("cpu", "cpu"))
-    )
-    for a, b in zip(found, expected, strict=True):
-        assert_same(a, b)
-    assert_same(found[0], found[1])
-    assert not torch.equal(found[1]["0"], found[2]["0"])
 
 
 # What a step costs ----------------------------------------------------------------------------------------------------

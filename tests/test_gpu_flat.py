@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same, assert_same_bits, bf16, f16, f32, f64, snapshot
-from conftest import TEST_DEVICE
+from engines import TEST_DEVICE
 from torch import Tensor, nn
 
 import wd_kernels

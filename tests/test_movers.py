@@ -7,9 +7,8 @@ alignment is a fault on a device: here every hint that a Triton kernel gives is 
 from __future__ import annotations
 
 import itertools
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,28 +20,21 @@ from cases import (
     SMALL,
     Case,
     Piece,
-    arithmetic,
     assert_canaries,
     assert_same,
     assert_same_bits,
     bf16,
     bits,
-    c64,
     cases,
-    controlled,
     f16,
     f32,
     f64,
-    frozen_run,
     gradient,
     guarded,
     has_gradient,
     ids,
     make_params,
     optimizer,
-    peculiar_run,
-    placed_run,
-    rounding_run,
     run,
     snapshot,
     states_of,
@@ -56,7 +48,6 @@ import wd_kernels
 from wd_kernels import mirror
 from wd_kernels.backends import BACKENDS
 from wd_kernels.mirror import Mirror
-from wd_kernels.table import TensorTable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of overflow and NaN
@@ -67,76 +58,7 @@ pytestmark = [
 SOME = [(f32, f32), (bf16, f32), (f16, f16), (f64, f64)]
 
 
-# The matrix -----------------------------------------------------------------------------------------------------------
-
-
-def part() -> list[Case]:
-    """Every other pair of variant and dtypes, with one decay mode each: another one for each neighbour."""
-    modes, pairs = 5, len(DTYPES)
-    found = []
-    for k, case in enumerate(cases(DTYPES)):  # by variant, then mode, then dtypes
-        place = k // (modes * pairs) + k % pairs
-        if place % 2 == 0 and place % modes == k // pairs % modes:
-            found.append(case)
-    return found
-
-
-def test_the_part_has_everything_in_turn() -> None:
-    found = part()
-    for rule in ("adamw", "sgdw"):
-        of_rule = [c for c in found if c.rule == rule]
-        assert {c.options["decay"] for c in of_rule} == {c.options["decay"] for c in cases()}
-        assert {(c.dtype, c.grad_dtype) for c in of_rule} == set(DTYPES)
-    assert len({str(c) for c in found}) == len(found) == 50
-
-
-def assert_matrix(backend: str, case: Case, steps: int, seed: int) -> None:
-    found = run(case, backend, pieces=SMALL, steps=steps, seed=seed)
-    assert_same(found, run(case, "reference", pieces=SMALL, steps=steps, seed=seed))
-    counts = [int(value) for name, value in found.items() if name.endswith(" step")]
-    assert len(counts) == len(SMALL)
-    assert len(set(counts)) > 1  # some gradients were missing
-    assert {name.split()[1] for name in found if " " in name} == {"step", *states_of(case)}
-    for k, p in enumerate(make_params(SMALL, case.dtype, case.grad_dtype, seed)):
-        assert bool(found[f"{k}"].isfinite().all())
-        assert p.numel() < 20 or not torch.equal(found[f"{k}"], p.detach())
-
-
-@pytest.mark.parametrize("case", part(), ids=ids)
-def test_matrix(backend: str, case: Case, launches: list[int], promises: list[int]) -> None:
-    assert_matrix(backend, case, steps=7, seed=0)  # the seventh is frozen
-    assert len(launches) == 7
-    assert promises or backend == "cuda"  # blocks of aligned segments
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", cases(DTYPES), ids=ids)
-def test_matrix_all(backend: str, case: Case) -> None:
-    assert_matrix(backend, case, steps=8, seed=2)
-
-
 # Addresses ------------------------------------------------------------------------------------------------------------
-
-
-def assert_placed(backend: str, case: Case, offset: int, sizes: Sequence[int]) -> None:
-    found, flags = placed_run(case, backend, offset, sizes)
-    assert_same(found, placed_run(case, "reference", offset, sizes)[0])
-    widths = {dtype.itemsize for dtype in (case.dtype, case.grad_dtype, arithmetic(case))}
-    assert flags == ({1} if all(offset * width % 16 == 0 for width in widths) else {0, 1})
-
-
-@pytest.mark.parametrize("offset", [1, 2, 3])
-@pytest.mark.parametrize("case", with_dtypes([BODIES[1], BODIES[3]], SOME), ids=ids)
-def test_unaligned_roles_and_canaries(backend: str, case: Case, offset: int) -> None:
-    """Each role in turn, and all of them, off alignment, beside aligned segments in the same launch."""
-    assert_placed(backend, case, offset, (1030,))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("offset", [0, 1, 2, 3, 4])
-@pytest.mark.parametrize("case", with_dtypes(BODIES, REAL), ids=ids)
-def test_unaligned_roles_and_canaries_all(backend: str, case: Case, offset: int) -> None:
-    assert_placed(backend, case, offset, (1, 7, 511, 1024, 1537))
 
 
 @pytest.mark.parametrize("case", with_dtypes([BODIES[1], BODIES[2]], [(f32, f32), (bf16, bf16)]), ids=ids)
@@ -282,146 +204,6 @@ def test_465_groups_in_one_launch(backend: str, launches: list[int]) -> None:
         results.append(snapshot(params, opt))
     assert_same(*results)
     assert launches == [465, 465]
-
-
-# 64-bit arithmetic ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("begin", [2**31 - 1024, 2**31, 2**32 - 1024, 2**32, 2**33 + 1024, 2**40])
-@pytest.mark.parametrize("dtypes", [(f32, f32), (bf16, f32), (f64, f64)], ids=str)
-def test_offsets_beyond_32_bits(
-    backend: str, dtypes: tuple[torch.dtype, torch.dtype], begin: int, far: Callable[[Any, int], None]
-) -> None:
-    """The same elements as the end of a tensor that began `begin` elements before: as in a tensor of that size."""
-    for name in ("adamw", "sgdw"):
-        case = with_dtypes([{"adamw": BODIES[1], "sgdw": BODIES[3]}[name]], [dtypes])[0]
-        results = []
-        for which in (backend, "reference"):
-            generator = torch.Generator().manual_seed(5)
-            values = [torch.randn(n, generator=generator).to(case.dtype) for n in (2500, 7, 1024)]
-            held = [guarded(v, k % 2) for k, v in enumerate(values)]
-            params = [nn.Parameter(view) for _, view in held]
-            opt = optimizer(case, params, which, weight_decay=0.1)
-            for step in range(3):
-                for k, p in enumerate(params):
-                    p.grad_dtype = case.grad_dtype
-                    missing = (k, step) == (0, 1)
-                    p.grad = None if missing else gradient(Piece(tuple(p.shape)), case.grad_dtype, 10 * step + k)
-                if which == backend:
-                    far(opt, begin)
-                opt.step()
-            for (buffer, view), p in zip(held, params, strict=True):
-                assert_canaries(buffer, view, f"{p.numel()} elements")
-            results.append(snapshot(params, opt))
-        assert_same(*results)
-
-
-@pytest.fixture
-def far(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, int], None]:
-    """Makes the next step of an optimizer say "`begin` elements into a tensor that lies as much lower in memory"."""
-    kept: dict[Mirror, dict[str | int, Tensor]] = {}  # what they hold without it
-    begins: list[int] = []
-    update = Mirror.update
-
-    def updated(self: Mirror, table: TensorTable, rows: Tensor, processors: int) -> None:
-        self.there.update(kept.get(self, {}))
-        update(self, table, rows, processors)
-        kept[self] = dict(self.there)
-        begin = begins.pop()
-        (bucket,) = table.buckets
-        size = self.size(bucket)
-        assert begin % size == 0
-        widths = [fmt.dtype.itemsize for fmt in bucket.spec.formats]
-        places, moving = self.there["places"].clone(), self.there["moving"].clone()
-        for word, width in enumerate((widths[0], *widths[2:])):
-            places[:, word] -= begin * width
-        moving[:, 0] -= begin * widths[1]
-        moving[:, 1] += begin * (moving[:, 1] > 0)
-        self.there["places"], self.there["moving"] = places, moving
-        self.there[bucket.first] = self.there[bucket.first] + (begin // size * 2**32)
-
-    monkeypatch.setattr(Mirror, "update", updated)
-    return lambda opt, begin: begins.append(begin)
-
-
-@pytest.mark.parametrize("begin", [2**31, 2**32, 2**40])
-def test_chunks_beyond_the_end_do_nothing(backend: str, begin: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A count or an end in 32 bits would take them for the beginning."""
-    update = Mirror.update
-
-    def updated(self: Mirror, table: TensorTable, rows: Tensor, processors: int) -> None:
-        update(self, table, rows, processors)
-        (bucket,) = table.buckets
-        self.there[bucket.first] = self.there[bucket.first] + (begin // self.size(bucket) * 2**32)
-
-    monkeypatch.setattr(Mirror, "update", updated)
-    params = make_params([Piece((2500,)), Piece((3,))], f32, f32)
-    for p in params:
-        p.grad = torch.ones_like(p)
-    opt = wd_kernels.SGDW(params, lr=0.1, momentum=0.9, weight_decay=0.1, backend=backend)
-    opt.step()
-    for p, start in zip(params, make_params([Piece((2500,)), Piece((3,))], f32, f32), strict=True):
-        assert_same_bits(p, start)
-        assert not bool(opt.state[p]["momentum_buffer"].any())
-
-
-# Scalars and controls -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", with_dtypes(BODIES, SOME), ids=ids)
-def test_frozen_groups_keep_every_bit(backend: str, case: Case) -> None:
-    assert_same(frozen_run(case, backend), frozen_run(case, "reference"))
-
-
-FEW = (Piece((33,)), Piece((5, 7), "transposed"), Piece((1100,)))
-
-
-@pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (f64, f64), (bf16, f32), (c64, c64)]), ids=ids)
-def test_skip_leaves_everything(backend: str, case: Case) -> None:
-    found = controlled(case, backend, [(1, 0), (1, 1), (math.nan, 1), (1, 0)], pieces=FEW)
-    assert_same(found[0], found[1])
-    assert_same(found[0], found[2])
-    assert float(found[2]["0 step"]) == 1
-    assert not torch.equal(found[2]["0"], found[3]["0"])
-    assert_same(found[3], controlled(case, "reference", [(1, 0), (1, 1), (math.nan, 1), (1, 0)], pieces=FEW)[3])
-
-
-@pytest.mark.parametrize("case", with_dtypes(BODIES, DTYPES), ids=ids)
-def test_grad_factor_has_the_same_bits(backend: str, case: Case) -> None:
-    factors = [(0.3, 0), (1 / 3, 0), (7.7, 0)]
-    found = controlled(case, backend, factors, pieces=FEW)[-1]
-    assert_same(found, controlled(case, "reference", factors, pieces=FEW)[-1])
-    assert not torch.equal(found["0"], controlled(case, "reference", [(1, 0)] * 3, pieces=FEW)[-1]["0"])
-
-
-# Numbers --------------------------------------------------------------------------------------------------------------
-
-
-def assert_peculiar(backend: str, case: Case) -> None:
-    found = peculiar_run(case, backend)
-    assert_same(found, peculiar_run(case, "reference"))
-    if case.dtype in (bf16, f16):
-        nans = found["0"][found["0"].isnan()].view(torch.int16)
-        assert nans.numel() > 0
-        assert bool((nans == (0x7FC0 if case.dtype == bf16 else 0x7E00)).all())
-
-
-@pytest.mark.parametrize("case", with_dtypes(BODIES, REAL), ids=ids)
-def test_peculiar_numbers(backend: str, case: Case) -> None:
-    assert_peculiar(backend, case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", cases(REAL, names=["plain", "amsgrad", "far-end", "no-momentum", "nesterov", "paper"]), ids=ids
-)
-def test_peculiar_numbers_all(backend: str, case: Case) -> None:
-    assert_peculiar(backend, case)
-
-
-@pytest.mark.parametrize("dtype", [bf16, f16])
-def test_every_16_bit_number_and_every_rounding_between(backend: str, dtype: torch.dtype) -> None:
-    assert_same(rounding_run(dtype, backend), rounding_run(dtype, "reference"))
 
 
 # Anything else --------------------------------------------------------------------------------------------------------

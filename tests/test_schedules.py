@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint.state_dict as dcp
 from cases import LR, Piece, assert_same, gradient, make_params, snapshot
-from conftest import TEST_DEVICE
+from engines import TEST_DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -47,7 +47,7 @@ def narrow(value: Any, kind: str) -> Any:
 
 
 def odd_float32(value: Any) -> Any:
-    """float64 rounded to float32 towards zero, the last bit set where it is inexact: a second rounding is then right."""
+    """float64 to float32 towards zero, the last bit set where it is inexact: a second rounding is then right."""
     near = value.astype(np.float32)
     back = near.astype(np.float64)
     bits = near.view(np.uint32)

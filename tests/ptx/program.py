@@ -9,8 +9,10 @@ from typing import Any
 
 from .errors import PtxError
 
-__all__ = ["JUMPS", "Address", "Block", "Immediate", "Instruction", "Kernel", "Operand", "Parameter", "Register", "Special",
-           "Symbol", "Vector", "parse"]  # fmt: skip
+__all__ = [
+    "JUMPS", "Address", "Block", "Immediate", "Instruction", "Kernel", "Operand", "Pair", "Parameter", "Register",
+    "Special", "Symbol", "Vector", "parse",
+]  # fmt: skip
 
 #: What ends a block of instructions: the machine executes it.
 JUMPS = ("bra", "ret", "exit", "bar", "barrier")
@@ -177,13 +179,12 @@ class _Reader:
             if instruction.opcode in JUMPS:
                 block = Block()
                 self.kernel.blocks.append(block)
-        for i, own in enumerate(self.kernel.blocks):
+        for own in self.kernel.blocks:
             for instruction in own.instructions:
                 if instruction.opcode == "bra":
                     (target,) = instruction.operands
                     if not isinstance(target, Symbol) or target.name not in self.kernel.labels:
                         raise PtxError(f"{instruction.name} to {target}: no such label", instruction.line)
-        assert i == len(self.kernel.blocks) - 1
 
     def _head(self, head: str, line: int) -> None:
         inside = re.search(r"\((.*?)\)", head, re.DOTALL)

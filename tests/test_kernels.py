@@ -1,0 +1,355 @@
+"""The kernel matrix: everything that executes the step, against the reference, to the bit, states included.
+
+Cases are covering arrays (covering.py) whose first option is the engine (engines.py): every engine meets every kernel
+(rule with and without its optional state x dtypes of parameter and gradient), and every pair of the other options meets
+somewhere. What a step of one engine was seen to do wrong once has a case of its own below.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    REAL,
+    SMALL,
+    VARIANTS,
+    Case,
+    Piece,
+    arithmetic,
+    assert_canaries,
+    assert_same,
+    bf16,
+    c64,
+    c128,
+    controlled,
+    f16,
+    f32,
+    f64,
+    frozen_run,
+    gradient,
+    guarded,
+    has_gradient,
+    make_params,
+    optimizer,
+    peculiar_run,
+    placed_run,
+    rounding_run,
+    run,
+    snapshot,
+    states_of,
+)
+from cases import (
+    PIECES as LAYOUTS,
+)
+from covering import covering, pairs_of
+from engines import COMPILED, CPU, ENGINES, Engine
+from torch import Tensor, nn
+
+from wd_kernels import mirror
+from wd_kernels.mirror import Mirror
+from wd_kernels.rules import DECAY_MODES
+from wd_kernels.table import TensorTable
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of overflow and NaN
+    pytest.mark.usefixtures("promises"),
+]
+
+#: Kernel bodies: a rule with and without its optional state; the variants of the rule that take each.
+BODIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "adamw": ("adamw", ("plain", "far-end")),
+    "adamw amsgrad": ("adamw", ("amsgrad", "half")),
+    "sgdw": ("sgdw", ("momentum", "dampening", "nesterov", "paper")),
+    "sgdw without momentum": ("sgdw", ("no-momentum", "paper-no-momentum")),
+}
+KERNELS = [(body, dtypes) for body in BODIES for dtypes in REAL]
+COMPLEX = {(f32, f32): (c64, c64), (f64, f64): (c128, c128)}
+
+#: At, before and after the ends of blocks and chunks, aligned and not.
+EDGES = tuple(
+    Piece((n,), layout)
+    for n, layout in itertools.product((511, 512, 1023, 1024, 1025, 2048, 2049, 3584), ("contiguous", "offset"))
+)
+PIECES = {"small": SMALL, "layouts": LAYOUTS, "edges": EDGES}
+
+
+def case_of(of: Mapping[str, Any]) -> Case:
+    """The case of a row of a covering array."""
+    body, dtypes = of["kernel"]
+    rule, names = BODIES[body]
+    name = names[of["variant"] % len(names)]
+    pair = COMPLEX.get(dtypes, dtypes) if of.get("complex") else dtypes
+    options = {**VARIANTS[rule][name], "decay": of["decay"]}
+    return Case(rule, f"{name}-{of['decay']}", options, *pair)
+
+
+def rows(**options: Sequence[Any]) -> list[Any]:
+    """A covering array over all engines, kernels, decay modes, variants and `options`, as parameters of a test."""
+    found = covering({"engine": ENGINES, "kernel": KERNELS, "decay": DECAY_MODES, "variant": range(4), **options})
+    found += GIVEN
+    params = []
+    for of in found:
+        words = [str(of["engine"]), str(case_of(of)), *(str(v) for k, v in of.items() if k in options)]
+        params.append(pytest.param(of, id="-".join(words), marks=[pytest.mark.gpu] * (of["engine"].form == "gpu")))
+    return params
+
+
+#: Cases that are there whatever a covering array finds: what failed once.
+GIVEN: list[dict[str, Any]] = []
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The engine of a row (or the parameter itself), provided."""
+    of = request.getfixturevalue("of") if "of" in request.fixturenames else request.param
+    found: Engine = of["engine"] if isinstance(of, dict) else of
+    found.provide(monkeypatch)
+    return found
+
+
+def of_size(size: int | None, patch: pytest.MonkeyPatch) -> None:
+    """Chunks of that many elements."""
+    if size is not None:
+        patch.setattr(mirror, "chunk_size", lambda elements, processors: size)
+
+
+@cache
+def expected(of: Callable[..., Any], case: Case, *args: Any, **more: Any) -> Any:
+    """What the reference gives."""
+    return of(case, "reference", *args, **more)
+
+
+# The matrix -----------------------------------------------------------------------------------------------------------
+
+MATRIX = rows(complex=(False, True), pieces=tuple(PIECES), size=(None, 1024, 2048))
+
+
+@pytest.mark.parametrize("of", MATRIX)
+def test_matrix(of: dict[str, Any], engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven steps, the last frozen; missing and late gradients, two groups, a reload half-way."""
+    case, pieces = case_of(of), PIECES[of["pieces"]]
+    steps = 3 if of["pieces"] == "edges" else 7
+    of_size(of["size"], monkeypatch)
+    found = run(case, engine.backend, pieces=pieces, steps=steps, device=engine.device)
+    assert_same(found, run(case, "reference", pieces=pieces, steps=steps))
+    counts = [int(value) for name, value in found.items() if name.endswith(" step")]
+    assert len(counts) == sum(any(has_gradient(k, step) for step in range(steps)) for k in range(len(pieces)))
+    assert len(set(counts)) > 1  # some gradients were missing
+    assert {name.split()[1] for name in found if " " in name} == {"step", *states_of(case)}
+    for k, p in enumerate(make_params(pieces, case.dtype, case.grad_dtype)):
+        assert bool(found[f"{k}"].isfinite().all())
+        stepped = p.numel() >= 20 and f"{k} step" in found
+        assert torch.equal(found[f"{k}"], p.detach()) != stepped or p.numel() < 20
+
+
+def test_the_matrix_has_every_pair() -> None:
+    """Every engine with every kernel; every decay mode with every variant and dtype; and so on."""
+    found = [param.values[0] for param in MATRIX]
+    pairs = pairs_of(found)
+    for a, b in itertools.combinations(("engine", "kernel", "decay", "variant", "complex", "pieces", "size"), 2):
+        values = {name: {repr(of[name]) for of in found} for name in (a, b)}
+        for x, y in itertools.product(values[a], values[b]):
+            assert ((a, x), (b, y)) in pairs, (a, x, b, y)
+    assert {of["engine"] for of in found} == set(ENGINES)
+    assert {case_of(of).dtype for of in found} == {dtype for dtype, _ in DTYPES}
+    names = {(rule, name) for rule, own in VARIANTS.items() for name in own}
+    assert {(rule, name) for rule, own in BODIES.values() for name in own} == names
+
+
+@pytest.mark.parametrize("engine", [CPU[-1]], indirect=True, ids=str)
+@pytest.mark.parametrize("variant", [(rule, name) for rule, own in VARIANTS.items() for name in own], ids="-".join)
+def test_different_decays_differ(engine: Engine, variant: tuple[str, str]) -> None:
+    """The matrix could not see a decay that both sides ignore: every mode has results of its own."""
+    rule, name = variant
+    results = []
+    for decay in DECAY_MODES:
+        case = Case(rule, decay, {**VARIANTS[rule][name], "decay": decay})
+        results.append(run(case, engine.backend, pieces=(Piece((1025,)),))["0"])
+    for a, b in itertools.combinations(results, 2):
+        assert not torch.equal(a, b)
+
+
+# Addresses and sizes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", rows(offset=(0, 1, 2, 3, 4), sizes=((1, 7, 1030), (511, 1537), (1024, 130))))
+def test_unaligned_roles_and_canaries(of: dict[str, Any], engine: Engine) -> None:
+    """Each role in turn, and all of them, off alignment; nothing outside of a tensor is written, nor a gradient."""
+    case = case_of(of)
+    found, flags = placed_run(case, engine.backend, of["offset"], of["sizes"], engine.device)
+    assert_same(found, placed_run(case, "reference", of["offset"], of["sizes"])[0])
+    widths = {dtype.itemsize for dtype in (case.dtype, case.grad_dtype, arithmetic(case))}
+    assert flags == ({1} if all(of["offset"] * width % 16 == 0 for width in widths) else {0, 1})
+
+
+FAR = covering({"engine": ENGINES[len(CPU) : -2], "body": tuple(BODIES), "dtypes": [(f32, f32), (bf16, f32), (f64, f64)],
+                "begin": [2**31 - 1024, 2**31, 2**32 - 1024, 2**32, 2**33 + 1024, 2**40]})  # fmt: skip
+
+
+@pytest.mark.parametrize("of", FAR, ids=lambda of: "-".join(map(str, of.values())))
+def test_offsets_beyond_32_bits(of: dict[str, Any], engine: Engine, far: Callable[[Any, int], None]) -> None:
+    """The same elements as the end of a tensor that began `begin` elements before: as in a tensor of that size."""
+    case = case_of({"kernel": (of["body"], of["dtypes"]), "variant": 0, "decay": "independent"})
+    results = []
+    for which in (engine.backend, "reference"):
+        generator = torch.Generator().manual_seed(5)
+        values = [torch.randn(n, generator=generator).to(case.dtype) for n in (2500, 7, 1024)]
+        held = [guarded(v, k % 2) for k, v in enumerate(values)]
+        params = [nn.Parameter(view) for _, view in held]
+        opt = optimizer(case, params, which, weight_decay=0.1)
+        for step in range(3):
+            for k, p in enumerate(params):
+                p.grad_dtype = case.grad_dtype
+                missing = (k, step) == (0, 1)
+                p.grad = None if missing else gradient(Piece(tuple(p.shape)), case.grad_dtype, 10 * step + k)
+            if which == engine.backend:
+                far(opt, of["begin"])
+            opt.step()
+        for (buffer, view), p in zip(held, params, strict=True):
+            assert_canaries(buffer, view, f"{p.numel()} elements")
+        results.append(snapshot(params, opt))
+    assert_same(*results)
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, int], None]:
+    """Makes the next step of an optimizer say "`begin` elements into a tensor that lies as much lower in memory"."""
+    kept: dict[Mirror, dict[str | int, Tensor]] = {}  # what they hold without it
+    begins: list[int] = []
+    update = Mirror.update
+
+    def updated(self: Mirror, table: TensorTable, rows: Tensor, processors: int) -> None:
+        self.there.update(kept.get(self, {}))
+        update(self, table, rows, processors)
+        kept[self] = dict(self.there)
+        begin = begins.pop()
+        (bucket,) = table.buckets
+        size = self.size(bucket)
+        assert begin % size == 0
+        widths = [fmt.dtype.itemsize for fmt in bucket.spec.formats]
+        places, moving = self.there["places"].clone(), self.there["moving"].clone()
+        for word, width in enumerate((widths[0], *widths[2:])):
+            places[:, word] -= begin * width
+        moving[:, 0] -= begin * widths[1]
+        moving[:, 1] += begin * (moving[:, 1] > 0)
+        self.there["places"], self.there["moving"] = places, moving
+        self.there[bucket.first] = self.there[bucket.first] + (begin // size * 2**32)
+
+    monkeypatch.setattr(Mirror, "update", updated)
+    return lambda opt, begin: begins.append(begin)
+
+
+@pytest.mark.parametrize("begin", [2**31, 2**32, 2**40])
+@pytest.mark.parametrize("engine", ENGINES[len(CPU) : -2], indirect=True, ids=str)
+def test_chunks_beyond_the_end_do_nothing(engine: Engine, begin: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count or an end in 32 bits would take them for the beginning."""
+    update = Mirror.update
+
+    def updated(self: Mirror, table: TensorTable, rows: Tensor, processors: int) -> None:
+        update(self, table, rows, processors)
+        (bucket,) = table.buckets
+        self.there[bucket.first] = self.there[bucket.first] + (begin // self.size(bucket) * 2**32)
+
+    monkeypatch.setattr(Mirror, "update", updated)
+    case = Case("sgdw", "any", {"momentum": 0.9})
+    params = make_params([Piece((2500,)), Piece((3,))], f32, f32)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt = optimizer(case, params, engine.backend, weight_decay=0.1)
+    opt.step()
+    for p, start in zip(params, make_params([Piece((2500,)), Piece((3,))], f32, f32), strict=True):
+        assert torch.equal(p, start)
+        assert not bool(opt.state[p]["momentum_buffer"].any())
+
+
+# Numbers and controls -------------------------------------------------------------------------------------------------
+
+
+def few(**options: Sequence[Any]) -> list[Any]:
+    """A smaller covering array: engines, bodies and dtypes meet in pairs."""
+    found = covering({"engine": ENGINES, "body": tuple(BODIES), "dtypes": REAL, "decay": DECAY_MODES, "variant": range(4),
+                      **options})  # fmt: skip
+    params = []
+    for of in found:
+        of = {"engine": of.pop("engine"), "kernel": (of.pop("body"), of.pop("dtypes")), **of}
+        words = [str(of["engine"]), str(case_of(of)), *(str(v) for k, v in of.items() if k in options)]
+        params.append(pytest.param(of, id="-".join(words), marks=[pytest.mark.gpu] * (of["engine"].form == "gpu")))
+    return params
+
+
+@pytest.mark.parametrize("of", few())
+def test_peculiar_numbers(of: dict[str, Any], engine: Engine) -> None:
+    """No flushing of subnormals, no approximate root or division, canonical NaN in 16 bits."""
+    case = case_of(of)
+    found = peculiar_run(case, engine.backend, device=engine.device)
+    assert_same(found, peculiar_run(case, "reference"))
+    if case.dtype in (bf16, f16):
+        nans = found["0"][found["0"].isnan()].view(torch.int16)
+        assert nans.numel() > 0
+        assert bool((nans == (0x7FC0 if case.dtype == bf16 else 0x7E00)).all())
+
+
+@pytest.mark.parametrize("dtype", [bf16, f16])
+@pytest.mark.parametrize("of", [pytest.param({"engine": e}, id=str(e), marks=[pytest.mark.gpu] * (e.form == "gpu"))
+                                for e in ENGINES])  # fmt: skip
+def test_every_16_bit_number_and_every_rounding_between(of: dict[str, Any], engine: Engine, dtype: torch.dtype) -> None:
+    assert_same(rounding_run(dtype, engine.backend, engine.device), expected(rounding_run, dtype))
+
+
+@pytest.mark.parametrize("of", few())
+def test_frozen_groups_keep_every_bit(of: dict[str, Any], engine: Engine) -> None:
+    case = case_of(of)
+    assert_same(frozen_run(case, engine.backend, engine.device), frozen_run(case, "reference"))
+
+
+FEW = (Piece((33,)), Piece((5, 7), "transposed"), Piece((1100,)))
+
+
+@pytest.mark.parametrize("of", few(complex=(False, True)))
+def test_gradient_factors_and_skipped_steps(of: dict[str, Any], engine: Engine) -> None:
+    """A skipped step, whose factor is NaN, leaves every bit; other factors scale as in the reference."""
+    case, pairs = case_of(of), [(0.3, 0), (1.0, 1), (math.nan, 1), (1 / 3, 0), (7.7, 0)]
+    found = controlled(case, engine.backend, pairs, pieces=FEW, device=engine.device)
+    for a, b in zip(found, controlled(case, "reference", pairs, pieces=FEW), strict=True):
+        assert_same(a, b)
+    assert_same(found[0], found[2])
+    assert not torch.equal(found[2]["0"], found[3]["0"])
+    assert not torch.equal(found[-1]["0"], controlled(case, "reference", [(1, 0)] * 5, pieces=FEW)[-1]["0"])
+
+
+# What a launch moves --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", [of for of in few() if of.values[0]["engine"] in COMPILED])
+def test_bytes_are_those_of_the_model(of: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are read once, parameters and states once each way: every element, by one thread."""
+    from byte_model import step_bytes
+
+    engine, case = of["engine"], case_of(of)
+    backend = engine.provide(monkeypatch)
+    sizes = (2500, 7, 1024, 0)
+    params = make_params(
+        [Piece((n,), "offset" if n == 7 else "contiguous") for n in sizes], case.dtype, case.grad_dtype
+    )
+    opt = optimizer(case, params, engine.backend, weight_decay=0.1)
+    for step in range(2):
+        for k, p in enumerate(params):
+            p.grad = None if (k, step) == (0, 1) else gradient(Piece(tuple(p.shape)), case.grad_dtype, 10 * step + k)
+        opt.step()
+    for step, launch in enumerate(backend.launches):
+        memory, n = launch.memory, sum(sizes[step:])
+        names = ["parameter", *(f"state {k}" for k in range(len(states_of(case))))]
+        assert memory.moved("gradient") == (n * case.grad_dtype.itemsize, 0)
+        assert memory.moved("parameter") == (n * case.dtype.itemsize,) * 2
+        total = sum(sum(memory.moved(name)) for name in ("gradient", *names))
+        assert total == n * step_bytes(of["kernel"][0], case.dtype, case.grad_dtype, arithmetic(case))
+        for name in names:
+            assert memory.touched(name) == (n, n)
+    assert len(backend.launches) == 2
