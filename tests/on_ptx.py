@@ -87,7 +87,7 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
             if size:
                 found[tensor.data_ptr()] = (name, size, padded, writable)
     ends = sorted(found)
-    for address, following in zip(ends, [*ends[1:], 1 << 62], strict=True):
+    for address, following in zip(ends, [*ends, 1 << 62][1:], strict=True):
         name, size, padded, writable = found[address]
         formats = bucket.spec.formats
         part = {"parameter": formats[0], "gradient": formats[1]}.get(name, formats[-1]).dtype.itemsize

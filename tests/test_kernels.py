@@ -189,8 +189,10 @@ def test_unaligned_roles_and_canaries(of: dict[str, Any], engine: Engine) -> Non
     assert flags == ({1} if all(of["offset"] * width % 16 == 0 for width in widths) else {0, 1})
 
 
-FAR = covering({"engine": ENGINES[len(CPU) : -2], "body": tuple(BODIES), "dtypes": [(f32, f32), (bf16, f32), (f64, f64)],
-                "begin": [2**31 - 1024, 2**31, 2**32 - 1024, 2**32, 2**33 + 1024, 2**40]})  # fmt: skip
+FAR = covering({
+    "engine": ENGINES[len(CPU) : -2], "body": tuple(BODIES), "dtypes": [(f32, f32), (bf16, f32), (f64, f64)],
+    "begin": [2**31 - 1024, 2**31, 2**32 - 1024, 2**32, 2**33 + 1024, 2**40],
+})  # fmt: skip
 
 
 @pytest.mark.parametrize("of", FAR, ids=lambda of: "-".join(map(str, of.values())))
@@ -274,8 +276,8 @@ def test_chunks_beyond_the_end_do_nothing(engine: Engine, begin: int, monkeypatc
 
 def few(**options: Sequence[Any]) -> list[Any]:
     """A smaller covering array: engines, bodies and dtypes meet in pairs."""
-    found = covering({"engine": ENGINES, "body": tuple(BODIES), "dtypes": REAL, "decay": DECAY_MODES, "variant": range(4),
-                      **options})  # fmt: skip
+    own = {"engine": ENGINES, "body": tuple(BODIES), "dtypes": REAL, "decay": DECAY_MODES, "variant": range(4)}
+    found = covering({**own, **options})
     params = []
     for of in found:
         of = {"engine": of.pop("engine"), "kernel": (of.pop("body"), of.pop("dtypes")), **of}
