@@ -8,20 +8,26 @@ NATIVE  := $(VENV)/built
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 CPP     := $(SOURCES) bench/stream.cpp
 
+# How tests are spread over processes; PARALLEL= runs them in one.
+PARALLEL ?= -n 2 --dist worksteal
+
 # The oldest Triton that is supported, beside the newest one of requirements-dev.txt: code generation is tested with both.
 OLDEST_TRITON := triton==3.6.0
 OLDEST        := $(VENV)/triton-oldest
 
-.PHONY: demo test test-slow bench peers bench-gpu codegen study check lint format dist clean
+.PHONY: demo test test-slow test-all bench peers bench-gpu codegen study check lint format dist clean
 
 demo: $(NATIVE)
 	$(RUN) bench/demo.py
 
 test: $(NATIVE)
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 test-slow: $(NATIVE) $(OLDEST)
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest $(PARALLEL) -m slow
+
+test-all: $(NATIVE) $(OLDEST)  ## both
+	$(RUN) -m pytest $(PARALLEL) -m "not gpu"
 
 bench: $(NATIVE)  ## against every peer that is installed; those that are missing are named
 	$(RUN) -m pytest bench --benchmark-json=bench.json

@@ -22,6 +22,10 @@ from wd_kernels.slots import Spec
 TEST_DEVICE = os.environ.get("WD_KERNELS_TEST_DEVICE", "cuda")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: a thread for each, and for each program that a test starts
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Chooses once and for all, before the kernels are used: interpreted, or compiled where GPU tests were selected."""
