@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import semantics
 import torch
+from bits import assert_same_optimizers, raw
 from semantics import STATES, all_params, build, checked_step, parameters, set_gradients, untouched
 from torch import Tensor, nn
 
@@ -195,7 +196,7 @@ def test_a_backend_that_is_missing(rule: str, monkeypatch: pytest.MonkeyPatch) -
     for name in ("auto", "reference"):
         set_gradients(all_params(opts[name]), 1)
         opts[name].step()
-    semantics.assert_same(opts["auto"], opts["reference"])
+    assert_same_optimizers(opts["auto"], opts["reference"])
 
 
 def test_why_a_backend_refuses() -> None:
@@ -335,12 +336,10 @@ def test_parameters_without_memory(rule: str, walk: str) -> None:
     p = all_params(opt)[1]
     data = p.data.clone()
     p.untyped_storage().resize_(0)
-    before = [semantics.bits(q) for q in all_params(opt) if q is not p]
+    before = [raw(q) for q in all_params(opt) if q is not p]
     with pytest.raises(ValueError, match=mentions("parameter 'head.weight'", "(7,)", "no memory (address 0)")):
         opt.step()
-    assert all(
-        torch.equal(a, semantics.bits(q)) for a, q in zip(before, [all_params(opt)[0], all_params(opt)[2]], strict=True)
-    )
+    assert all(torch.equal(a, raw(q)) for a, q in zip(before, [all_params(opt)[0], all_params(opt)[2]], strict=True))
     p.data = data
     checked_step(opt)
 
@@ -474,12 +473,12 @@ def test_states(rule: str, case: Any, walk: str) -> None:
         opt = ready(rule, named=True)
         own = opt.state[all_params(opt)[2]]
         good, own[name] = own[name], value
-        before = [semantics.bits(p) for p in all_params(opt)]
+        before = [raw(p) for p in all_params(opt)]
         pattern = mentions(f"the state '{name}' of parameter 'head.bias' (group 1, index 1)", *parts)
         with pytest.raises(error, match=pattern):
             opt.step()
         assert own[name] is value
-        assert all(torch.equal(a, semantics.bits(p)) for a, p in zip(before, all_params(opt), strict=True))
+        assert all(torch.equal(a, raw(p)) for a, p in zip(before, all_params(opt), strict=True))
         assert {float(s["step"]) for s in opt.state.values()} == {2.0}
         own[name] = good
         checked_step(opt)

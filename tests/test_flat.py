@@ -16,9 +16,11 @@ import pytest
 import semantics
 import test_properties
 import torch
+from bits import assert_same_optimizers, assert_same_state, assert_untouched
+from covering import covered
 from hypothesis import given
 from hypothesis import strategies as st
-from semantics import STATES, all_params, assert_bits, build, checked_step, parameters, plain, set_gradients
+from semantics import STATES, all_params, build, checked_step, parameters, plain, set_gradients
 from torch import Tensor, nn
 
 from wd_kernels import flat, flatten_, unflatten_
@@ -83,7 +85,7 @@ class Pair:
         before = [(p._version, p.grad is not None, plain(p)) for p in self.params]
         self.opt.step()
         self.twin.step()
-        semantics.assert_same(self.opt, self.twin, f"step {seed}")
+        assert_same_optimizers(self.opt, self.twin, f"step {seed}")
         for p, (version, on, old) in zip(self.params, before, strict=True):
             assert (p._version > version) == on
             if p.numel() > 3 and on:
@@ -134,33 +136,21 @@ def life(case: cases.Case, backend: str, steps: int = 4) -> None:
     assert not params[1].is_contiguous()
 
 
-@pytest.mark.parametrize("case", cases.cases(), ids=cases.ids)
-def test_bits_of_every_mode(case: cases.Case) -> None:
-    life(case, "cpu")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases.BODIES, ids=cases.ids)
-def test_bits_of_every_dtype(case: cases.Case, dtype: torch.dtype, walk: str) -> None:
-    life(cases.Case(case.rule, case.name, case.options, dtype, dtype), "cpu")
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("case", cases.BODIES, ids=cases.ids)
-def test_bits_of_other_backends(case: cases.Case, backend: str) -> None:
-    life(case, backend, steps=3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", cases.cases([(d, d) for d in DTYPES]), ids=cases.ids)
-def test_bits_of_every_mode_and_dtype(case: cases.Case, walk: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "walk"),
+    cases.covering_cases(dtypes=[(d, d) for d in DTYPES], walk=("native", "python")),
+    indirect=["walk"],
+    ids=cases.ids,
+)
+def test_bits(case: cases.Case, walk: str) -> None:
+    """Every variant and decay mode, in every dtype."""
     life(case, "cpu", steps=6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", cases.with_dtypes(cases.BODIES, [(d, d) for d in DTYPES]), ids=cases.ids)
-def test_bits_of_triton(case: cases.Case) -> None:
-    life(case, "triton", steps=4)
+@covered(body=cases.BODIES, dtype=DTYPES, backend=("reference", "triton"))
+def test_bits_of_other_backends(body: cases.Case, dtype: torch.dtype, backend: str) -> None:
+    (case,) = cases.with_dtypes([body], [(dtype, dtype)])
+    life(case, backend)
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -474,7 +464,7 @@ def test_old_states_are_not_written(rule: str, walk: str) -> None:
         for t in range(3):
             pair.step(t, runs=1)
         for i, own in saved.items():
-            semantics.assert_same_state(own, copies[i])
+            assert_same_state(own, copies[i])
 
 
 @both
@@ -594,7 +584,7 @@ class FlatLife(test_properties.Life):
             self.counts[i] += self.each(i)[0].grad is not None
         checked_step(self.opts[0])
         self.opts[1].step()
-        semantics.assert_same(*self.opts)
+        assert_same_optimizers(*self.opts)
         for opt in self.opts:
             shown = [float(opt.state[p]["step"]) if opt.state.get(p) else 0 for p in all_params(opt)]
             assert shown == self.counts
@@ -611,9 +601,9 @@ class FlatLife(test_properties.Life):
             assert all(map(attached, [p for p in params if p.numel()]))
             self.views += [(p, p.grad) for p in params]
         for p, q, (data, _, grad) in zip(params, all_params(self.opts[1]), before, strict=True):
-            assert_bits(p, data)
+            assert_untouched(p, data)
             if p.grad is not None:
-                assert_bits(p.grad, torch.zeros_like(p) if grad is None else grad)
+                assert_untouched(p.grad, torch.zeros_like(p) if grad is None else grad)
                 if grad is None:
                     q.grad = torch.zeros_like(q)
 
@@ -640,7 +630,7 @@ class FlatLife(test_properties.Life):
         self.counts = [n + (p.grad is not None) for n, p in zip(self.counts, all_params(opt), strict=True)]
         checked_step(opt)
         self.opts[1].step()
-        semantics.assert_same(*self.opts)
+        assert_same_optimizers(*self.opts)
         found = [(p, g) for g, group in enumerate(opt.param_groups) for p in group["params"] if p.numel()]
         followers = 0
         for (p, g), (q, h) in itertools.permutations(found, 2):

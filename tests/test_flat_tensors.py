@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import semantics
 import torch
-from semantics import STATES, all_params, assert_bits, build, checked_step, parameters, plain, set_gradients, untouched
+from bits import assert_same_optimizers, assert_untouched
+from semantics import STATES, all_params, build, checked_step, parameters, plain, set_gradients, untouched
 from test_flat import ALIKE, SHAPES, Pair, attached, count_runs, fill, swap_states
 from torch import Tensor, nn
 
@@ -80,7 +81,7 @@ def test_zero_grad_of_one_of_two_optimizers() -> None:
         opts[t % 2].zero_grad(set_to_none=False)
         for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
             assert p.grad is not None
-            assert_bits(p.grad, torch.zeros_like(p) if (i >= 3) == (t % 2) else grad)
+            assert_untouched(p.grad, torch.zeros_like(p) if (i >= 3) == (t % 2) else grad)
 
 
 def test_zero_grad_spares_what_somebody_holds() -> None:
@@ -93,10 +94,10 @@ def test_zero_grad_spares_what_somebody_holds() -> None:
     assert held is not None
     copied = plain(held)
     opt.zero_grad(set_to_none=False)
-    assert_bits(held, copied)
+    assert_untouched(held, copied)
     assert not any(bool(p.grad.any()) for p in params if p.grad is not None)
     flatten_(params)
-    assert_bits(held, copied)
+    assert_untouched(held, copied)
     assert params[1].grad is not None
     assert not params[1].grad.any()
     assert all(map(attached, params))
@@ -135,10 +136,10 @@ def test_flattening_again_keeps_gradients() -> None:
     for i, p in enumerate(params):
         assert attached(p)
         assert p.grad is not None
-        assert_bits(p.grad, values[(i + 1) % 4] if i < 4 else torch.full((16,), 7.0))
+        assert_untouched(p.grad, values[(i + 1) % 4] if i < 4 else torch.full((16,), 7.0))
     for grad, old in zip(grads, values, strict=True):
         assert grad is not None
-        assert_bits(grad, old)  # whoever holds them
+        assert_untouched(grad, old)  # whoever holds them
     mine = [p.grad for p in params]
     flatten_(params[1:3])  # a part, all attached: nothing happens
     assert all(p.grad is grad for p, grad in zip(params, mine, strict=True))
@@ -160,7 +161,7 @@ def test_buffers_alias_their_tensors() -> None:
             assert t is not None
             assert t.data_ptr() == whole.data_ptr() + 4 * offset
             assert t.data_ptr() % 64 == 0
-            assert_bits(whole[offset : offset + t.numel()].view(t.shape), t)
+            assert_untouched(whole[offset : offset + t.numel()].view(t.shape), t)
             assert not whole[offset + t.numel() : flat.padded(offset + t.numel())].any()
             offset += flat.padded(t.numel())
         assert offset == whole.numel()
@@ -299,7 +300,7 @@ def test_files_hold_a_tensors_own_bytes(rule: str, how: str) -> None:
         )
         loaded = pickle.loads(pickle.dumps((model, opt)))
         assert all(place_of(p) is None for p in loaded[0].parameters())
-        semantics.assert_same(loaded[1], opt)
+        assert_same_optimizers(loaded[1], opt)
         set_gradients(all_params(loaded[1]), 5)
         checked_step(loaded[1])
     assert all(abs(a - b) <= 256 for a, b in zip(*sizes, strict=True)), sizes
@@ -317,7 +318,7 @@ def test_copies_are_ordinary(rule: str, walk: str) -> None:
     assert buffer.data is not None
     begin, end = buffer.data.data_ptr(), buffer.data.data_ptr() + 4 * buffer.numel
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert_bits(p, q)
+        assert_untouched(p, q)
         assert place_of(p) is not None
         assert place_of(q) is None
         assert not begin <= q.data_ptr() < end
@@ -399,7 +400,7 @@ def test_tied_weights() -> None:
             m["head"](m["embed"](torch.tensor([1, 2, t]))).square().sum().backward()
             o.step()
             o.zero_grad(set_to_none=False)
-        semantics.assert_same(opt, other)
+        assert_same_optimizers(opt, other)
         assert count_runs(opt) == 1
 
 
@@ -450,7 +451,7 @@ def test_frozen_parameters() -> None:
             assert count_runs(opt) == 2
             opt.zero_grad(set_to_none=False)
             assert not any(bool(p.grad.any()) for p in params if p.grad is not None)
-        assert_bits(params[2], before)
+        assert_untouched(params[2], before)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -540,7 +541,7 @@ def test_what_cannot_be_flat(case: str, form: str) -> None:
         flatten_(given_params)
     for p, (address, values, grad, of_grad) in zip(good, before, strict=True):
         assert p.data_ptr() == address
-        assert_bits(p, values)
+        assert_untouched(p, values)
         assert p.grad is grad
         assert grad is None or grad.data_ptr() == of_grad
         assert place_of(p) is None
@@ -641,7 +642,7 @@ def test_training(rule: str, walk: str) -> None:
             opt.step()
             scheduler.step()
             opt.zero_grad(set_to_none=False)
-        semantics.assert_same(*opts, f"step {t}")
+        assert_same_optimizers(*opts, f"step {t}")
         assert all(p.grad is view for p, view in zip(model.parameters(), views, strict=True))
         assert count_runs(opts[0]) == 6
     assert all(float(own["step"]) == 12 for own in opts[0].state.values())
@@ -688,7 +689,7 @@ def test_threads(walk: str) -> None:
         thread.join()
     assert not failures
     for opt, twin in zip(opts, twins, strict=True):
-        semantics.assert_same(opt, twin)
+        assert_same_optimizers(opt, twin)
         assert count_runs(opt) == 1
 
 
@@ -745,7 +746,7 @@ def test_unflattening_leaves_what_is_not_flat() -> None:
     assert buffer.grad is None
     assert other.data_ptr() == address
     for k, (p, (data, grad)) in enumerate(zip(params, values, strict=True)):
-        assert_bits(p, data)
+        assert_untouched(p, data)
         assert p.grad is not None
-        assert_bits(p.grad, grad)
+        assert_untouched(p.grad, grad)
         assert (p.grad.data_ptr() == bucket.data_ptr() + 64 * k) == (k < 2)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import semantics
 import torch
+from bits import assert_same, assert_same_bits
 from cases import (
     BODIES,
     DTYPES,
@@ -18,13 +19,11 @@ from cases import (
     SMALL,
     Case,
     Piece,
-    assert_same,
-    assert_same_bits,
     bf16,
     c64,
     c128,
-    cases,
     controlled,
+    covering_cases,
     f16,
     f32,
     f64,
@@ -38,6 +37,7 @@ from cases import (
     states_of,
     with_dtypes,
 )
+from covering import covered
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -143,16 +143,16 @@ def functional_run(
 # The bits -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases(), ids=ids)
-def test_matrix(case: Case) -> None:
-    """Every variant and decay mode; lists that mix every pair of dtypes and most layouts, and lists of one kind."""
+@pytest.mark.parametrize(("case", "half", "apart"), covering_cases(half=(0, 1), apart=(False, True)), ids=ids)
+def test_matrix(case: Case, half: int, apart: bool) -> None:
+    """Every variant and decay mode; lists that mix every pair of dtypes and most layouts, or lists of one kind."""
+    pieces = DENSE[half::2]
     steps = 8  # the seventh is frozen
-    expected = expected_run(case, DENSE, DTYPES, steps)
+    expected = expected_run(case, pieces, DTYPES, steps)
     assert len({int(value) for name, value in expected.items() if name.endswith(" step")}) > 2
-    for apart in (False, True):
-        found = functional_run(case, "cpu", DENSE, DTYPES, steps, apart)
-        assert_same(found, expected)
-    start = make(case, DENSE, DTYPES)
+    found = functional_run(case, "cpu", pieces, DTYPES, steps, apart)
+    assert_same(found, expected)
+    start = make(case, pieces, DTYPES)
     for i, p in enumerate(start):
         assert bool(found[f"{i}"].isfinite().all())
         assert p.numel() < 20 or not torch.equal(found[f"{i}"], p.detach())
@@ -167,12 +167,16 @@ def test_other_backends_and_the_python_form(case: Case, walk: str) -> None:
             assert_same(functional_run(case, backend, FEW, dtypes, 3), expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", cases(decays=["independent", "metric_proximal"]), ids=ids)
-def test_triton_all(case: Case) -> None:
-    expected = expected_run(case, FEW, DTYPES, 4)
-    for apart in (False, True):
-        assert_same(functional_run(case, "triton", FEW, DTYPES, 4, apart), expected)
+@pytest.mark.parametrize(
+    ("case", "half", "apart"),
+    covering_cases(["independent", "metric_proximal"], half=(0, 1), apart=(False, True)),
+    ids=ids,
+)
+def test_triton(case: Case, half: int, apart: bool) -> None:
+    """Lists that mix every pair of dtypes, or lists of one kind."""
+    pieces = FEW[half::2]
+    expected = expected_run(case, pieces, DTYPES, 4)
+    assert_same(functional_run(case, "triton", pieces, DTYPES, 4, apart), expected)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
@@ -358,17 +362,21 @@ def test_operators_are_the_functions(case: Case, flat: bool, overload: str) -> N
     assert_same(ours.result(), theirs.result())
 
 
-@pytest.mark.parametrize("overload", ["default", "tensor"])
-@pytest.mark.parametrize("flat", [False, True], ids=["lists", "flat"])
-@pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (bf16, f32), (c64, c64)]), ids=ids)
-def test_opcheck(case: Case, flat: bool, overload: str) -> None:
+@covered(
+    body=BODIES,
+    dtypes=((f32, f32), (bf16, f32), (c64, c64)),
+    flat=(False, True),
+    overload=("default", "tensor"),
+    leaves=(True, False),
+)
+def test_opcheck(body: Case, dtypes: tuple[torch.dtype, torch.dtype], flat: bool, overload: str, leaves: bool) -> None:
+    (case,) = with_dtypes([body], [dtypes])
     pieces = (Piece((65,)),) if flat else (Piece((7, 3)), Piece(()), Piece((4, 5), "transposed"))
-    for leaves in (True, False):
-        params = make_params(pieces, case.dtype, case.grad_dtype)
-        caller = Caller(case, [p.requires_grad_(leaves) if leaves else p.detach() for p in params])
-        grads = [gradient(piece, case.grad_dtype, k) for k, piece in enumerate(pieces)]
-        arguments = call_of(case, [caller.params, grads, *caller.states], 3, overload, flat)
-        torch.library.opcheck(operator(case.rule, overload, flat), arguments)
+    params = make_params(pieces, case.dtype, case.grad_dtype)
+    caller = Caller(case, [p.requires_grad_(leaves) if leaves else p.detach() for p in params])
+    grads = [gradient(piece, case.grad_dtype, k) for k, piece in enumerate(pieces)]
+    arguments = call_of(case, [caller.params, grads, *caller.states], 3, overload, flat)
+    torch.library.opcheck(operator(case.rule, overload, flat), arguments)
 
 
 @pytest.mark.parametrize("rule", LISTS)
@@ -560,10 +568,10 @@ def as_tensors(step: int) -> dict[str, Any]:
     return {"step": torch.tensor(step + 1), "lr": torch.tensor(0.01 * (step + 1), dtype=f64)}
 
 
-@pytest.mark.parametrize("flat", [False, True], ids=["lists", "flat"])
-@pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (bf16, f32)]), ids=ids)
-def test_compiled(case: Case, flat: bool) -> None:
+@covered(body=BODIES, dtypes=((f32, f32), (bf16, f32)), flat=(False, True))
+def test_compiled(body: Case, dtypes: tuple[torch.dtype, torch.dtype], flat: bool) -> None:
     """One graph; 20 values of lr and step in tensors do not compile it again."""
+    (case,) = with_dtypes([body], [dtypes])
     compiler = Compiler("aot_eager")
     counts = compiled_run(case, flat, compiler, as_tensors, 20 if case.dtype == f32 else 4)
     assert set(counts) == {1}

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BIG, PIECES, Case, assert_same, cases, f32, f64, gradient, ids, make_params, optimizer, run, snapshot
+from bits import assert_same
+from cases import BIG, PIECES, Case, cases, f32, f64, gradient, ids, make_params, optimizer, run, snapshot
 from torch import Tensor
 
 import wd_kernels

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint.state_dict as dcp
-from cases import LR, Piece, assert_same, gradient, make_params, snapshot
+from bits import assert_same
+from cases import LR, Piece, gradient, make_params, snapshot
 from conftest import TEST_DEVICE
+from covering import covered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -218,9 +220,7 @@ def train(
     return snapshot(params, opt)
 
 
-@pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("decay", DECAY_MODES)
-@both
+@covered(rule=tuple(BUILD), decay=DECAY_MODES, name=tuple(NAMED))
 def test_sets_eta_and_decay(rule: str, decay: str, name: str) -> None:
     """Every schedule in every mode, on the CPU's own backend and the reference, is eta (and lambda) set by hand."""
     schedule = NAMED[name]
@@ -231,9 +231,7 @@ def test_sets_eta_and_decay(rule: str, decay: str, name: str) -> None:
     assert any(not torch.equal(by_hand[key], plain[key]) for key in by_hand)
 
 
-@pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("decay", DECAY_MODES)
-@both
+@covered(rule=tuple(BUILD), decay=DECAY_MODES, name=tuple(NAMED), backend=("triton", "cuda"), indirect=["backend"])
 def test_through_the_backends_for_gpus(rule: str, decay: str, name: str, backend: str, launches: list[int]) -> None:
     """To the bit, and in one launch a step: the schedule takes none."""
     expected = train(rule, decay, "reference", NAMED[name])
@@ -243,9 +241,7 @@ def test_through_the_backends_for_gpus(rule: str, decay: str, name: str, backend
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("decay", DECAY_MODES)
-@both
+@covered(rule=tuple(BUILD), decay=DECAY_MODES, name=tuple(NAMED), backend=("triton", "cuda"), indirect=["backend"])
 def test_on_a_gpu(rule: str, decay: str, name: str, backend: str, launches: list[int]) -> None:
     """The compiled kernels, as above."""
     expected = train(rule, decay, "reference", NAMED[name])
