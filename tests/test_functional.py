@@ -208,10 +208,10 @@ def test_learning_rate_zero_freezes_even_a_nan(case: Case, backend: str) -> None
     assert not torch.equal(p.detach().view(torch.int32)[:5], before[:5])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-@pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (bf16, f32), (c128, c128)]), ids=ids)
-def test_flat_equals_pieces(case: Case, backend: str) -> None:
+@covered(body=BODIES, dtypes=((f32, f32), (bf16, f32), (c128, c128)), backend=("cpu", "triton"))
+def test_flat_equals_pieces(body: Case, dtypes: tuple[torch.dtype, torch.dtype], backend: str) -> None:
     """One buffer and the tensors that it is the concatenation of: sizes that are no multiple of anything."""
+    (case,) = with_dtypes([body], [dtypes])
     sizes = (5, 1023, 1, 517, 0, 33)
     pieces = [Piece((n,)) for n in sizes]
     apart = Caller(case, make_params(pieces, case.dtype, case.grad_dtype))
@@ -728,8 +728,7 @@ BELONGING: dict[str, tuple[Callable[[list[list[Any]]], None], Any, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", LISTS)
-@pytest.mark.parametrize("name", BELONGING)
+@covered(name=tuple(BELONGING), rule=tuple(LISTS), walk=("native", "python"), indirect=["walk"])
 def test_what_does_not_belong(name: str, rule: str, walk: str) -> None:
     """Through the function and, where torch lets it through, the operator."""
     change, error, match = BELONGING[name]
