@@ -23,6 +23,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgdw": ("momentum_buffer",)}
 MODES = ("l2", "lr_scaled", "independent", "proximal", "metric_proximal")
 SHAPES = ((4, 4), (7, 5), (33,), (), (2, 3, 2, 3))
+TWO_ALIKE = ((7, 5), (4, 4), (33,), (4, 4), ())
 
 
 @pytest.fixture(params=["native", "python"])
@@ -132,3 +133,18 @@ def assert_close(a: Tensor, b: Tensor, ulps: float, what: str = "") -> None:
         a, b = a.detach(), b.detach()
         bound = ulps * torch.finfo(a.dtype).eps * max(float(b.abs().max()), 1.0)
         assert float((a - b).abs().max()) <= bound, f"{what}: {float((a - b).abs().max())} over {bound}"
+
+
+def running(rule: str, params: list[nn.Parameter] | None = None, steps: int = 3, **options: Any) -> Any:
+    """An optimizer after some steps: the table is built, and knows its gradients."""
+    opt = build(rule, parameters() if params is None else params, **options)
+    for t in range(steps):
+        set_gradients(all_params(opt), t)
+        opt.step()
+    return opt
+
+
+def go_on(opt: Any, steps: int = 3) -> None:
+    for t in range(steps):
+        set_gradients(all_params(opt), 50 + t, skip=[1] if t == 1 else [])
+        checked_step(opt, f"step {t} after")
