@@ -210,50 +210,55 @@ def train(cls, backend, **options):
 """
 
 
-def in_a_process(code: str) -> str:
+NAMED = """
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+opt = wd_kernels.AdamW([p], backend="reference", weight_decay=0.5)
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    opt.step()
+try:
+    wd_kernels.AdamW([p], backend="cpu").step()
+except RuntimeError as error:
+    print(error)
+print(p.tolist() == torch.full((3,), 1 - 1e-3 * 1.5).tolist(), p.tolist())
+"""
+
+AUTO = """
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    found = train(wd_kernels.AdamW, "auto"), train(wd_kernels.SGDW, "auto", momentum=0.9)
+fallbacks = [w for w in caught if w.category is wd_kernels.FallbackWarning]
+assert len(fallbacks) == 1, caught
+assert "blocked for a test" in str(fallbacks[0].message)
+assert "reference" in str(fallbacks[0].message)
+print(found)
+"""
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """What a process prints, line by line, in which the extension cannot be imported."""
+    code = BLOCKED + NAMED + STEPS + AUTO
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.splitlines()
 
 
-def test_without_the_extension_auto_warns_once_and_steps() -> None:
-    code = STEPS + (
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
-        "    found = train(wd_kernels.AdamW, 'auto'), train(wd_kernels.SGDW, 'auto', momentum=0.9)\n"
-        "fallbacks = [w for w in caught if w.category is wd_kernels.FallbackWarning]\n"
-        "assert len(fallbacks) == 1, caught\n"
-        "assert 'blocked for a test' in str(fallbacks[0].message)\n"
-        "assert 'reference' in str(fallbacks[0].message)\n"
-        "print(found)"
-    )
-    missing = in_a_process(BLOCKED + code)
+def test_without_the_extension_cpu_is_an_error_that_says_why(said: list[str]) -> None:
+    error, step, _ = said
+    assert re.search(r"backend='cpu' cannot be used: the native extension is not there \(blocked for a test\)", error)
+    assert "pip install" in error
+    assert step.startswith("True"), step
+
+
+def test_without_the_extension_auto_warns_once_and_steps(said: list[str]) -> None:
     there: dict[str, Any] = {"torch": torch}
     exec(STEPS, there)
     for backend in ("cpu", "reference"):
         train = there["train"]
         found = train(wd_kernels.AdamW, backend), train(wd_kernels.SGDW, backend, momentum=0.9)
-        assert missing.strip() == str(found)
-
-
-def test_without_the_extension_cpu_is_an_error_that_says_why() -> None:
-    code = BLOCKED + (
-        "p = torch.nn.Parameter(torch.ones(3))\n"
-        "p.grad = torch.ones(3)\n"
-        "opt = wd_kernels.AdamW([p], backend='reference', weight_decay=0.5)\n"
-        "with warnings.catch_warnings():\n"
-        "    warnings.simplefilter('error')\n"
-        "    opt.step()\n"
-        "try:\n"
-        "    wd_kernels.AdamW([p], backend='cpu').step()\n"
-        "except RuntimeError as error:\n"
-        "    print(error)\n"
-        "print(p.tolist() == torch.full((3,), 1 - 1e-3 * 1.5).tolist(), p.tolist())"
-    )
-    first, *rest = in_a_process(code).splitlines()
-    assert re.search(r"backend='cpu' cannot be used: the native extension is not there \(blocked for a test\)", first)
-    assert "pip install" in first
-    assert rest[0].startswith("True"), rest
+        assert said[-1] == str(found)
 
 
 def test_explicit_cpu_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
