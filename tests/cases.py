@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from bits import assert_same as assert_same
 from bits import assert_same_bits as assert_same_bits
@@ -446,6 +447,12 @@ def rounding_run(dtype: torch.dtype, backend: str, device: Device = "cpu") -> di
     return found
 
 
-def ids(case: Any) -> str:
+def ids(value: Any) -> str:
     """For pytest.mark.parametrize(..., ids=ids)."""
-    return str(case)
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def covered(indirect: Sequence[str] = (), **options: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrizes a test by options, of which every two values meet; those in `indirect` are fixtures."""
+    rows = [tuple(case.values()) for case in covering(options)]
+    return pytest.mark.parametrize(tuple(options), rows, indirect=list(indirect), ids=ids)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pytest
 from allpairspy import AllPairs
 
-__all__ = ["covered", "covering", "pairs_of"]
+__all__ = ["covering", "pairs_of"]
 
 
 def covering(
@@ -29,17 +28,6 @@ def covering(
         return len(row) < len(names) or allowed(dict(zip(names, row, strict=True)))
 
     return [dict(zip(names, row, strict=True)) for row in AllPairs(list(options.values()), possible, n=strength)]
-
-
-def covered(indirect: Sequence[str] = (), **options: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrizes a test by options, of which every two values meet; those in `indirect` are fixtures."""
-    rows = [tuple(case.values()) for case in covering(options)]
-    return pytest.mark.parametrize(tuple(options), rows, indirect=list(indirect), ids=_name)
-
-
-def _name(value: Any) -> str:
-    """Of a value, for a test's id."""
-    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def pairs_of(cases: Sequence[Mapping[str, Any]]) -> set[tuple[tuple[str, str], tuple[str, str]]]:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from bits import assert_same
 from callers import FLAT, LISTS, Caller, options_of
-from cases import BODIES, Case, Piece, bf16, f32, f64, gradient, ids, make_params, with_dtypes
-from covering import covered
+from cases import BODIES, Case, Piece, bf16, covered, f32, f64, gradient, ids, make_params, with_dtypes
 from torch import Tensor
 
 from wd_kernels import native

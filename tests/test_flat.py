@@ -9,7 +9,6 @@ import cases
 import pytest
 import semantics
 import torch
-from covering import covered
 from flat_pairs import ALIKE, SHAPES, Pair, attached, fill
 from semantics import build, checked_step, parameters, set_gradients
 from torch import nn
@@ -65,7 +64,7 @@ def test_bits(case: cases.Case, walk: str) -> None:
     life(case, "cpu", steps=6)
 
 
-@covered(body=cases.BODIES, dtype=DTYPES, backend=("reference", "triton"))
+@cases.covered(body=cases.BODIES, dtype=DTYPES, backend=("reference", "triton"))
 def test_bits_of_other_backends(body: cases.Case, dtype: torch.dtype, backend: str) -> None:
     (case,) = cases.with_dtypes([body], [(dtype, dtype)])
     life(case, backend)

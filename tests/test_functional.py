@@ -18,6 +18,7 @@ from cases import (
     c64,
     c128,
     controlled,
+    covered,
     covering_cases,
     f32,
     f64,
@@ -28,7 +29,6 @@ from cases import (
     states_of,
     with_dtypes,
 )
-from covering import covered
 from torch import Tensor
 
 from wd_kernels import functional

@@ -11,8 +11,7 @@ import semantics
 import torch
 from bits import assert_same
 from callers import FEW, FLAT, LISTS, Caller, call_of, operator
-from cases import BODIES, Case, bf16, c64, f16, f32, gradient, make_params
-from covering import covered
+from cases import BODIES, Case, bf16, c64, covered, f16, f32, gradient, make_params
 from torch import Tensor
 
 from wd_kernels import functional

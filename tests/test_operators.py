@@ -11,8 +11,7 @@ import pytest
 import torch
 from bits import assert_same, assert_same_bits
 from callers import FEW, FLAT, LISTS, Caller, call_of, gradients, make, operator, options_of, small
-from cases import BODIES, Case, Piece, bf16, c64, f32, gradient, ids, make_params, with_dtypes
-from covering import covered
+from cases import BODIES, Case, Piece, bf16, c64, covered, f32, gradient, ids, make_params, with_dtypes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

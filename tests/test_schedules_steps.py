@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint.state_dict as dcp
 from bits import assert_same
-from cases import Piece, gradient, snapshot
+from cases import Piece, covered, gradient, snapshot
 from conftest import TEST_DEVICE
-from covering import covered
 from torch import nn
 from training import BUILD, NAMED, counts, small, train
 
@@ -41,7 +40,7 @@ def test_sets_eta_and_decay(rule: str, decay: str, name: str) -> None:
     assert any(not torch.equal(by_hand[key], plain[key]) for key in by_hand)
 
 
-@covered(rule=tuple(BUILD), decay=DECAY_MODES, name=tuple(NAMED), backend=("triton", "cuda"), indirect=["backend"])
+@covered(rule=tuple(BUILD), decay=DECAY_MODES, name=tuple(NAMED))
 def test_through_the_backends_for_gpus(rule: str, decay: str, name: str, backend: str, launches: list[int]) -> None:
     """To the bit, and in one launch a step: the schedule takes none."""
     expected = train(rule, decay, "reference", NAMED[name])
@@ -51,7 +50,7 @@ def test_through_the_backends_for_gpus(rule: str, decay: str, name: str, backend
 
 
 @pytest.mark.gpu
-@covered(rule=tuple(BUILD), decay=DECAY_MODES, name=tuple(NAMED), backend=("triton", "cuda"), indirect=["backend"])
+@covered(rule=tuple(BUILD), decay=DECAY_MODES, name=tuple(NAMED))
 def test_on_a_gpu(rule: str, decay: str, name: str, backend: str, launches: list[int]) -> None:
     """The compiled kernels, as above."""
     expected = train(rule, decay, "reference", NAMED[name])
