@@ -8,20 +8,26 @@ NATIVE  := $(VENV)/built
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 CPP     := $(SOURCES) bench/stream.cpp
 
+# How tests are spread over processes; PARALLEL= runs them in one.
+PARALLEL ?= -n 2 --dist worksteal
+
 # The oldest Triton that is supported, beside the newest one of requirements-dev.txt: code generation is tested with both.
 OLDEST_TRITON := triton==3.6.0
 OLDEST        := $(VENV)/triton-oldest
 
-.PHONY: demo test test-slow bench peers bench-gpu codegen study check lint format dist clean
+.PHONY: demo test mutants bench peers bench-gpu codegen study check lint format dist clean
 
 demo: $(NATIVE)
 	$(RUN) bench/demo.py
 
-test: $(NATIVE)
-	$(RUN) -m pytest
+# What `make test` leaves out: the slow ones, whose mark says why, and what needs a GPU.
+TESTS ?= not slow and not gpu
 
-test-slow: $(NATIVE) $(OLDEST)
-	$(RUN) -m pytest -m slow
+test: $(NATIVE) $(OLDEST)
+	$(RUN) -m pytest $(PARALLEL) -m "$(TESTS)"
+
+mutants: $(NATIVE) $(OLDEST)  ## plants faults in copies of the product: does the suite find each? (an hour)
+	$(RUN) tests/mutants/run.py
 
 bench: $(NATIVE)  ## against every peer that is installed; those that are missing are named
 	$(RUN) -m pytest bench --benchmark-json=bench.json

@@ -15,7 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from bits import assert_same as assert_same
+from bits import assert_same_bits as assert_same_bits
+from bits import bits as bits
+from covering import covering
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -52,38 +57,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "paper-no-momentum": {"form": "paper", "maximize": True},
     },
 }
-
-
-# The bits -------------------------------------------------------------------------------------------------------------
-
-
-def bits(t: Tensor) -> Tensor:
-    """The elements' bits as integers; any NaN of 4 or 8 bytes as the same number, a NaN of 2 bytes as it is."""
-    t = t.detach()
-    if t.is_complex():
-        t = torch.view_as_real(t.resolve_conj())
-    t = t.resolve_neg().contiguous()
-    raw = t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
-    return raw if t.element_size() == 2 else raw.masked_fill(t.isnan(), -1)
-
-
-def assert_same_bits(a: Tensor, b: Tensor, what: str = "") -> None:
-    """Fails unless two tensors have one shape, one dtype and the same bits."""
-    assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
-    assert a.dtype == b.dtype, f"{what}: dtypes {a.dtype} and {b.dtype}"
-    differ = (bits(a) != bits(b)).flatten()
-    if bool(differ.any()):
-        real = [(torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t.detach()) for t in (a, b)]
-        at = int(differ.nonzero()[0])
-        x, y = (t.resolve_neg().flatten()[at].item() for t in real)
-        raise AssertionError(f"{what}: {int(differ.sum())} of {differ.numel()} differ, first at {at}: {x!r} and {y!r}")
-
-
-def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
-    """Fails unless two results of `run` or `snapshot` are the same to the bit."""
-    assert list(a) == list(b)
-    for name in a:
-        assert_same_bits(a[name], b[name], name)
 
 
 def snapshot(params: Iterable[Tensor], opt: Optimizer) -> dict[str, Tensor]:
@@ -214,6 +187,20 @@ def cases(
                         g,
                     )
                 )
+    return found
+
+
+def covering_cases(
+    decays: Sequence[str] = DECAY_MODES,
+    dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = ((f32, f32),),
+    **others: Sequence[Any],
+) -> list[tuple[Any, ...]]:
+    """(case, values of the others): of each rule, every two of variants, decay modes, dtypes and others meet."""
+    found: list[tuple[Any, ...]] = []
+    for rule in VARIANTS:
+        for own in covering({"name": list(VARIANTS[rule]), "decay": decays, "dtypes": dtypes, **others}):
+            (case,) = cases([own["dtypes"]], [rule], [own["name"]], [own["decay"]])
+            found.append((case, *(own[name] for name in others)))
     return found
 
 
@@ -461,6 +448,12 @@ def rounding_run(dtype: torch.dtype, backend: str, device: Device = "cpu") -> di
     return found
 
 
-def ids(case: Any) -> str:
+def ids(value: Any) -> str:
     """For pytest.mark.parametrize(..., ids=ids)."""
-    return str(case)
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def covered(indirect: Sequence[str] = (), **options: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrizes a test by options, of which every two values meet; those in `indirect` are fixtures."""
+    rows = [tuple(case.values()) for case in covering(options)]
+    return pytest.mark.parametrize(tuple(options), rows, indirect=list(indirect), ids=ids)

@@ -17,6 +17,10 @@ import wd_kernels.backends
 from wd_kernels.backends.cuda import CUDA
 from wd_kernels.backends.triton import Triton
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: a thread for each, and for each program that a test starts
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Chooses once and for all, before the kernels are used: interpreted, or compiled where GPU tests were selected."""

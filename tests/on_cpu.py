@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from wd_kernels.backends.cuda import CUDA
 
@@ -19,7 +20,8 @@ BUILD = Path(__file__).parent.parent / "build" / "native"
 def operators() -> Any:
     """Of the test build, which ninja makes where it is out of date."""
     command = [sys.executable, "-m", "ninja", "-C", str(BUILD), str(BUILD / "on_cpu.so")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with FileLock(BUILD / "on_cpu.lock"):  # tests run in several processes at once
+        done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"the test build of the CUDA kernels failed:\n{done.stdout}{done.stderr}"
     torch.ops.load_library(BUILD / "on_cpu.so")
     return torch.ops.wd_kernels_on_cpu

@@ -1,58 +1,24 @@
-"""Saving and loading: to the bit with ourselves, as close as a step is with torch, by name where it cannot be."""
+"""Saving and loading, to the bit with ourselves; hooks, and how large a file is."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import semantics
 import torch
-from semantics import (
-    DEFAULTS,
-    MODES,
-    STATES,
-    all_params,
-    assert_bits,
-    assert_close,
-    assert_same,
-    build,
-    checked_step,
-    parameters,
-    plain,
-    set_gradients,
-    untouched,
-)
-from torch import Tensor, nn
-
-from wd_kernels import SGDW, AdamW
+from bits import assert_same_bits, assert_same_optimizers, assert_untouched
+from saving import copy_weights, through_file, train
+from semantics import STATES, all_params, build, checked_step, parameters, plain, set_gradients, untouched
+from torch import nn
 
 walk = semantics.walk
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
-ULPS = 24  # a few roundings a step, see test_optim
 quiet = pytest.mark.filterwarnings("ignore:this state has")
-
-
-def train(opt: Any, steps: range, skip: Callable[[int], list[int]] = lambda t: []) -> None:
-    for t in steps:
-        set_gradients(all_params(opt), t, skip(t))
-        opt.step()
-
-
-def through_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def copy_weights(source: Any, target: Any) -> None:
-    for p, q in zip(all_params(source), all_params(target), strict=True):
-        q.data.copy_(p.data)
 
 
 # With ourselves -------------------------------------------------------------------------------------------------------
@@ -82,7 +48,7 @@ def test_round_trip(rule: str, dtype: torch.dtype, way: Callable[[Any], Any], wa
     for group in b.param_groups:
         group.update(lr=7.0, decay="l2", weight_decay=3.0)
     b.load_state_dict(saved)
-    assert_same(a, b, "loaded")
+    assert_same_optimizers(a, b, "loaded")
     assert len(b.state) == 4
     assert [{k: v for k, v in g.items() if k != "params"} for g in a.param_groups] == [
         {k: v for k, v in g.items() if k != "params"} for g in b.param_groups
@@ -92,7 +58,7 @@ def test_round_trip(rule: str, dtype: torch.dtype, way: Callable[[Any], Any], wa
         set_gradients(all_params(b), t, [t % 5])
         a.step()
         b.step()
-        assert_same(a, b, f"step {t}")
+        assert_same_optimizers(a, b, f"step {t}")
 
 
 @quiet
@@ -111,7 +77,7 @@ def test_loading_into_a_running_optimizer(rule: str, walk: str) -> None:
     assert {float(a.state[p]["step"]) for p in all_params(a)} == {3.0}
     train(a, range(3, 6))
     for p, value in zip(all_params(a), after, strict=True):
-        assert_bits(p, value)
+        assert_same_bits(p, value)
     set_gradients(all_params(a), 9)
     checked_step(a)
 
@@ -131,7 +97,7 @@ def test_loaded_tensors_are_copies(rule: str) -> None:
         train(b, range(3, 6))
     for i, own in held["state"].items():
         for name, value in own.items():
-            assert_bits(saved["state"][i][name], value, name)
+            assert_untouched(saved["state"][i][name], value, name)
     tensors = [v for opt in (a, b, c) for own in opt.state.values() for k, v in own.items() if k != "step"]
     assert len({t.data_ptr() for t in tensors}) == len(tensors)
 
@@ -180,7 +146,7 @@ def test_an_empty_state_loads(rule: str, walk: str) -> None:
             set_gradients(all_params(opt), t)
             opt.step()
         a.load_state_dict(a.state_dict())
-        assert_same(a, b, f"step {t}")
+        assert_same_optimizers(a, b, f"step {t}")
 
 
 @quiet
@@ -202,7 +168,7 @@ def test_layouts_of_loaded_states(rule: str, walk: str) -> None:
             copied.load_state_dict(source.state_dict())
             (p,) = all_params(copied)
             for name in STATES[rule]:
-                assert_bits(copied.state[p][name], source.state[all_params(source)[0]][name])
+                assert_untouched(copied.state[p][name], source.state[all_params(source)[0]][name])
                 if semantics.is_dense(p):
                     assert copied.state[p][name].stride() == p.stride()
             set_gradients([p], 7)
@@ -222,296 +188,7 @@ def test_a_pickle_of_an_older_version(rule: str) -> None:
     assert (old.param_groups[0]["eta"], old.param_groups[0]["maximize"], old.backend) == (1.0, False, "auto")
     for o in (old, twin):
         train(o, range(2, 4))
-    assert_same(old, twin)
-
-
-# Precision ------------------------------------------------------------------------------------------------------------
-
-
-@quiet
-@both
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_states_of_16_bit_parameters_stay_float32(rule: str, dtype: torch.dtype) -> None:
-    """torch's own load would round them to the parameter's dtype."""
-
-    def make() -> Any:
-        return build(rule, [nn.Parameter(p.detach().to(dtype)) for p in parameters()])
-
-    a, b = make(), make()
-    train(a, range(4))
-    b.load_state_dict(through_file(a.state_dict()))
-    for p, q in zip(all_params(a), all_params(b), strict=True):
-        for name in STATES[rule]:
-            assert b.state[q][name].dtype == torch.float32
-            assert_bits(a.state[p][name], b.state[q][name])
-            if p.numel() > 10:
-                assert not torch.equal(a.state[p][name], a.state[p][name].to(dtype).float())  # there is more to lose
-
-
-@quiet
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_torchs_16_bit_states_are_widened_exactly(dtype: torch.dtype, walk: str) -> None:
-    for theirs, ours, names in (
-        (torch.optim.AdamW, AdamW, STATES["adamw"]),
-        (lambda p: torch.optim.SGD(p, momentum=0.8), SGDW, STATES["sgdw"]),
-    ):
-        params = [nn.Parameter(p.detach().to(dtype)) for p in parameters()]
-        other = theirs(params)
-        train(other, range(3))
-        mine = [nn.Parameter(p.detach().clone()) for p in params]
-        opt = ours(mine) if ours is AdamW else ours(mine, momentum=0.8)
-        opt.load_state_dict(other.state_dict())
-        for p, q in zip(params, mine, strict=True):
-            for name in names:
-                assert other.state[p][name].dtype == dtype
-                assert_bits(opt.state[q][name], other.state[p][name].float())
-        set_gradients(mine, 5)
-        checked_step(opt)
-
-
-@quiet
-@both
-def test_a_state_that_would_be_narrowed_is_an_error(rule: str) -> None:
-    """By name, and the optimizer is as it was: groups, states, counts, the next step."""
-    names = ["a.weight", "a.bias", "b.weight", "b.bias", "c"]
-    wide = build(rule, parameters(dtype=torch.float64))
-    train(wide, range(3))
-    saved = copy.deepcopy(wide.state_dict())
-    for i in range(4):
-        for name in STATES[rule]:
-            saved["state"][i][name] = saved["state"][i][name].float()
-    opt, twin = (build(rule, zip(names, parameters(), strict=True)) for _ in range(2))
-    for o in (opt, twin):
-        train(o, range(2))
-    groups = [dict(group) for group in opt.param_groups]
-    saved["param_groups"][0]["lr"] = 99.0
-    what = rf"the saved state '{STATES[rule][0]}' of parameter 'c' \(group 0, index 4\)"
-    pattern = what + r" has dtype torch\.float64.*torch\.float32"
-    with untouched(opt), pytest.raises(TypeError, match=pattern):
-        opt.load_state_dict(saved)
-    assert [dict(group) for group in opt.param_groups] == groups
-    for o in (opt, twin):
-        train(o, range(2, 5))
-    assert_same(opt, twin)
-
-
-@both
-@pytest.mark.parametrize(
-    ("spoil", "error", "pattern"),
-    [
-        (lambda s: s["param_groups"].append(dict(s["param_groups"][0])), ValueError, "2 parameter groups.*has 1"),
-        (lambda s: s["param_groups"].pop(), ValueError, "0 parameter groups.*has 1"),
-        (lambda s: s["param_groups"][0]["params"].append(9), ValueError, "param group 0.*6 parameters.*5"),
-        (lambda s: s["param_groups"][0]["params"].pop(), ValueError, "param group 0.*4 parameters.*5"),
-        (lambda s: s["param_groups"][0].update(lr=-1.0), ValueError, r"lr=-1\.0 in param group 0"),
-        (lambda s: s["param_groups"][0].update(decay="no"), ValueError, "decay='no' in param group 0"),
-        (lambda s: s["state"].update({3: 5}), TypeError, "saved state of parameter 3 of group 0 is a int"),
-        (lambda s: s["state"][4].update(step=-2), ValueError, "saved step count of parameter 4 of group 0 is -2"),
-        (lambda s: s["state"][4].update(step=torch.ones(2)), ValueError, r"step count of parameter 4.*shape \(2,\)"),
-        (lambda s: s["state"][4].update(step="x"), TypeError, "saved step count of parameter 4"),
-        (lambda s: [s["state"][4].update({n: torch.ones(7)}) for n in list(s["state"][4]) if n != "step"], ValueError,
-         r"saved state '\w+' of parameter 4 of group 0 has shape \(7,\).*\(2, 3, 2, 3\)"),
-    ],
-)  # fmt: skip
-@quiet
-def test_what_does_not_fit_is_an_error(
-    rule: str, spoil: Callable[[Any], Any], error: type[Exception], pattern: str
-) -> None:
-    opt = build(rule, parameters())
-    train(opt, range(3))
-    saved = copy.deepcopy(opt.state_dict())
-    groups = [dict(group) for group in opt.param_groups]
-    spoil(saved)
-    with untouched(opt), pytest.raises(error, match=pattern):
-        opt.load_state_dict(saved)
-    assert [dict(group) for group in opt.param_groups] == groups
-    set_gradients(all_params(opt), 9)
-    checked_step(opt)
-
-
-@both
-@quiet
-def test_counts_of_any_number_type_load(rule: str) -> None:
-    import numpy as np
-
-    opt = build(rule, parameters())
-    train(opt, range(2))
-    saved = copy.deepcopy(opt.state_dict())
-    counts = [5, 5.0, torch.tensor(5), np.int64(5), np.float32(5)]
-    for i, count in enumerate(counts):
-        saved["state"][i]["step"] = count
-    opt.load_state_dict(saved)
-    assert [float(opt.state[p]["step"]) for p in all_params(opt)] == [5.0] * 5
-    set_gradients(all_params(opt), 4)
-    checked_step(opt)
-
-
-# With torch -----------------------------------------------------------------------------------------------------------
-
-PAIRS: list[Any] = [
-    pytest.param(AdamW, {}, torch.optim.AdamW, id="AdamW"),
-    pytest.param(AdamW, {"amsgrad": True}, torch.optim.AdamW, id="AdamW-amsgrad"),
-    pytest.param(AdamW, {"decay": "l2"}, torch.optim.Adam, id="Adam"),
-    pytest.param(SGDW, {"decay": "l2", "dampening": 0.5}, torch.optim.SGD, id="SGD-dampening"),
-    pytest.param(SGDW, {"decay": "l2", "nesterov": True}, torch.optim.SGD, id="SGD-nesterov"),
-    pytest.param(SGDW, {"decay": "l2", "momentum": 0.0}, torch.optim.SGD, id="SGD-plain"),
-]
-
-
-def make_pair(ours: type, extra: dict[str, Any], theirs: type, named: bool) -> tuple[Any, Any]:
-    options = {**DEFAULTS["adamw" if ours is AdamW else "sgdw"], **extra}
-    made = []
-    for cls, own in ((ours, options), (theirs, {k: v for k, v in options.items() if k != "decay"})):
-        params: list[Any] = parameters()
-        if named:
-            params = list(zip("abcde", params, strict=True))
-        made.append(cls([{"params": params[:2], "lr": 0.1}, {"params": params[2:]}], **own))
-    return made[0], made[1]
-
-
-@pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize(("ours", "extra", "theirs"), PAIRS)
-def test_interchange(ours: type, extra: dict[str, Any], theirs: type, named: bool) -> None:
-    """torch loads ours and we load torch's, names and all; each goes on as the other would have."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch can express all of it
-        a, b = make_pair(ours, extra, theirs, named)
-        train(a, range(4), lambda t: [t % 2])
-        train(b, range(4), lambda t: [t % 2])
-        saved_a, saved_b = through_file(a.state_dict()), through_file(b.state_dict())
-    for group_a, group_b in zip(saved_a["param_groups"], saved_b["param_groups"], strict=True):
-        assert {k: group_a[k] for k in group_b if k in ("params", "param_names")} == {
-            k: group_b[k] for k in group_b if k in ("params", "param_names")
-        }
-        missing = set(group_b) - set(group_a)
-        assert not missing
-    for key, own in saved_b["state"].items():
-        assert {k for k, v in own.items() if v is not None} <= set(saved_a["state"][key])
-    c, d = make_pair(ours, {"decay": "proximal"}, theirs, named)
-    for source, target in ((a, d), (b, c)):
-        copy_weights(source, target)
-    c.param_groups[0]["decay"] = extra.get("decay", "lr_scaled") if ours is SGDW else "proximal"
-    c.param_groups[1]["decay"] = c.param_groups[0]["decay"]
-    if ours is AdamW and "decay" not in extra:
-        c.param_groups[0]["decay"] = c.param_groups[1]["decay"] = "l2"  # the loaded flag says otherwise
-    d.load_state_dict(saved_a)
-    c.load_state_dict(saved_b)
-    assert [g["lr"] for g in c.param_groups] == [g["lr"] for g in d.param_groups] == [0.1, 0.05]
-    assert {g["decay"] for g in c.param_groups} == {extra.get("decay", "lr_scaled")}
-    for t in range(4, 10):
-        for opt in (a, b, c, d):
-            set_gradients(all_params(opt), t, [t % 3])
-            opt.step()
-        for x, y in ((a, d), (c, b), (a, b)):
-            for p, q in zip(all_params(x), all_params(y), strict=True):
-                assert_close(p, q, ULPS, f"step {t}")
-                for name, value in y.state[q].items():
-                    if name != "step" and isinstance(value, Tensor):
-                        assert_close(x.state[p][name], value, ULPS, f"step {t}, {name}")
-    if ours is AdamW:
-        assert [float(a.state[p]["step"]) for p in all_params(a)] == [float(d.state[p]["step"]) for p in all_params(d)]
-
-
-@quiet
-@pytest.mark.parametrize(
-    ("decay", "flag", "expected"),
-    [
-        ("l2", True, "lr_scaled"),
-        ("independent", True, "independent"),
-        ("proximal", True, "proximal"),
-        ("independent", False, "l2"),
-        ("l2", False, "l2"),
-        ("independent", None, "independent"),
-    ],
-)
-def test_decoupled_weight_decay_is_read(decay: str, flag: bool | None, expected: str) -> None:
-    """torch's flag decides between coupled and not; which form of not, the live group does. Also in added groups."""
-    (p,) = parameters([(3,)])
-    opt = AdamW([p], decay=decay)
-    saved = torch.optim.Adam([p]).state_dict()
-    if flag is None:
-        del saved["param_groups"][0]["decoupled_weight_decay"]
-    else:
-        saved["param_groups"][0]["decoupled_weight_decay"] = flag
-    opt.load_state_dict(saved)
-    assert opt.param_groups[0]["decay"] == expected
-    added: dict[str, Any] = {"params": parameters([(4,)])}
-    other = AdamW(parameters([(3,)]), decay=decay)
-    other.add_param_group(added if flag is None else {**added, "decoupled_weight_decay": flag})
-    assert other.param_groups[1]["decay"] == expected
-    assert other.param_groups[0]["decay"] == decay
-
-
-@quiet
-def test_decoupled_weight_decay_is_written() -> None:
-    """From what the groups say when saved, not when made."""
-    opt = AdamW([{"params": [p], "decay": mode} for p, mode in zip(parameters(), MODES, strict=True)])
-    assert [g["decoupled_weight_decay"] for g in opt.state_dict()["param_groups"]] == [m != "l2" for m in MODES]
-    for group, mode in zip(opt.param_groups, reversed(MODES), strict=True):
-        group["decay"] = mode
-    assert [g["decoupled_weight_decay"] for g in opt.state_dict()["param_groups"]] == [m != "l2" for m in MODES[::-1]]
-    assert [g["decay"] for g in opt.state_dict()["param_groups"]] == list(MODES[::-1])
-    assert "decoupled_weight_decay" not in SGDW(parameters()).state_dict()["param_groups"][0]
-
-
-def test_a_momentum_buffer_without_count_has_been_started(walk: str) -> None:
-    """torch.optim.SGD saves none: the next step is dampened as torch's, not taken for the first."""
-    a = torch.optim.SGD(parameters(), 0.05, 0.8, 0.5, 0.1)
-    b = SGDW(parameters(), 0.05, 0.8, 0.5, 0.1, decay="l2")
-    train(a, range(3), lambda t: [0])
-    assert all("step" not in own for own in a.state.values())
-    copy_weights(a, b)
-    b.load_state_dict(a.state_dict())
-    for t in range(3, 6):
-        for opt in (a, b):
-            set_gradients(all_params(opt), t)
-            opt.step()
-        for p, q in zip(all_params(b), all_params(a), strict=True):
-            assert_close(b.state[p]["momentum_buffer"], a.state[q]["momentum_buffer"], ULPS)
-            assert_close(p, q, ULPS)
-    assert [float(b.state[p]["step"]) for p in all_params(b)] == [3.0] + [4.0] * 4
-
-
-LOST: list[Any] = [
-    ("adamw", {"decay": "independent"}, "decay='independent'.*torch.optim.AdamW"),
-    ("adamw", {"decay": "proximal"}, "decay='proximal'"),
-    ("adamw", {"decay": "metric_proximal"}, "decay='metric_proximal'"),
-    ("adamw", {"eta": 0.5}, "eta != 1"),
-    ("sgdw", {}, r"decay='lr_scaled'.*torch\.optim\.SGD"),
-    ("sgdw", {"decay": "l2", "form": "paper"}, "form='paper'"),
-    ("sgdw", {"decay": "l2", "eta": torch.tensor(2.0)}, "eta != 1"),
-]
-KEPT: list[Any] = [
-    ("adamw", {}),
-    ("adamw", {"decay": "l2"}),
-    ("adamw", {"decay": "proximal", "weight_decay": 0.0}),
-    ("sgdw", {"decay": "l2"}),
-    ("sgdw", {"weight_decay": 0.0}),
-]
-
-
-@pytest.mark.parametrize(("rule", "options", "pattern"), LOST)
-def test_one_warning_for_what_torch_cannot_express(rule: str, options: dict[str, Any], pattern: str) -> None:
-    opt = build(rule, parameters(), **options)
-    with pytest.warns(UserWarning, match=pattern) as seen:
-        opt.state_dict()
-    assert len(seen) == 1
-    assert seen[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        opt.state_dict()
-
-
-@pytest.mark.parametrize(("rule", "options"), KEPT)
-def test_no_warning_for_what_torch_can_express(rule: str, options: dict[str, Any]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        opt = build(rule, parameters(), **options)
-        opt.state_dict()
-        copy.deepcopy(opt)
-    opt.param_groups[0].update(decay="independent", weight_decay=0.3)
-    with pytest.warns(UserWarning, match="decay='independent'"):
-        opt.state_dict()
+    assert_same_optimizers(old, twin)
 
 
 # Hooks ----------------------------------------------------------------------------------------------------------------
@@ -561,7 +238,7 @@ def test_hooks(rule: str) -> None:
     a.param_groups[0].update(weight_decay=0.75, eta=0.5)
     for opt in (a, b):
         train(opt, range(3, 5))
-    assert_same(a, b)
+    assert_same_optimizers(a, b)
 
 
 @quiet

@@ -1,53 +1,30 @@
 """What the Triton kernels compile to, against the budgets; no GPU is needed (bench/codegen.py reads it back).
 
-Each Triton compiles in a process of its own: this one interprets, and holds one version. The oldest that is supported
-lies where the Makefile puts it.
+What is compiled is compiled once for all tests (compiled.py).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import codegen
+import compiled
 import disassembly
 import pytest
 from budgets import assert_in_budget
+from compiled import ROOT, environment
 
-ROOT = Path(__file__).parent.parent
-OLDEST = Path(sys.prefix) / "triton-oldest"
-VERSIONS = [pytest.param("newest"), pytest.param("oldest", marks=pytest.mark.slow)]
-
-
-def environment(version: str) -> dict[str, str]:
-    """Of a process that compiles with that Triton."""
-    found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "bench")])
-    if version == "oldest":
-        assert OLDEST.is_dir(), f"{OLDEST} is not there: `make test-slow` installs the oldest supported Triton in it"
-        found["PYTHONPATH"] = os.pathsep.join([str(OLDEST), found["PYTHONPATH"]])
-    return found
-
-
-_reports: dict[str, dict[str, Any]] = {}
+VERSIONS = ["newest", "oldest"]
 
 
 @pytest.fixture
-def report(version: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def report(version: str) -> dict[str, Any]:
     """All costs with one version, compiled once."""
-    if version not in _reports:
-        path = tmp_path_factory.mktemp("codegen") / f"{version}.json"
-        command = [sys.executable, str(ROOT / "bench" / "codegen.py"), "--json", str(path)]
-        done = subprocess.run(command, env=environment(version), capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        _reports[version] = {**json.loads(path.read_text()), "text": done.stdout}
-    return _reports[version]
+    return compiled.report(version)
 
 
 @pytest.mark.parametrize("target", codegen.TARGETS)

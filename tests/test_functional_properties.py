@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import semantics
 import torch
+from bits import assert_same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from semantics import all_params, assert_bits
+from semantics import all_params
 from test_properties import GRADIENTS, OPTIONS, laid_out, make_parameter, other_dtype, parameter, random_values, seeds
 from torch import Tensor
 
@@ -63,11 +64,11 @@ def life(rule: str, data: st.DataObject) -> None:
         CALLS[rule](*roles, step=step, backend=backend, **said)
         opt.step()
         for i, (p, q) in enumerate(zip(own, all_params(opt), strict=True)):
-            assert_bits(p, q.detach())
+            assert_same_bits(p, q.detach())
             shown = opt.state.get(q) or {"step": 0}
             assert float(shown["step"]) == counts[i]
             for name, role in states.items():
-                assert_bits(role[i], shown.get(name, torch.zeros_like(role[i])))
+                assert_same_bits(role[i], shown.get(name, torch.zeros_like(role[i])))
 
 
 @pytest.mark.parametrize("rule", list(CALLS))

@@ -1,4 +1,4 @@
-"""The native extension: what its objects hold, what its operator refuses, its walk beside Python's, and its absence."""
+"""The native extension: its objects, its operator, and the package without it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import BIG, PIECES, Case, assert_same, cases, f32, f64, gradient, ids, make_params, optimizer, run, snapshot
+from cases import BIG, f32, f64, make_params
 from torch import Tensor
 
 import wd_kernels
-from wd_kernels import native, walking
+from wd_kernels import native
 
 ROOT = Path(wd_kernels.__file__).resolve().parent.parent
 SETS = ("baseline", "avx2", "avx512")
@@ -180,261 +179,6 @@ def test_operator_is_for_the_cpu_alone() -> None:
         torch.ops.wd_kernels.step_(*(a.to("meta") if isinstance(a, Tensor) else a for a in arguments()))
 
 
-# walk and assign in two forms -----------------------------------------------------------------------------------------
-
-
-def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switches the native forms of walk and assign off; the kernels stay."""
-    monkeypatch.setattr(native, "WALKS", False)
-    monkeypatch.setattr(native, "C", None)
-
-
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What walk and assign return from here on."""
-    notes: list[Any] = []
-    for name in ("walk", "assign"):
-        plain = getattr(walking, name)
-
-        def noting(*args: Any, plain: Callable[..., Any] = plain, name: str = name) -> Any:
-            found = plain(*args)
-            if name == "walk":
-                notes.append((name, found if found is None else (list(found[0]), bool(found[1]))))
-            else:
-                notes.append((name, [(int(g), int(t), bool(fresh)) for g, t, fresh in found]))
-            return found
-
-        monkeypatch.setattr(walking, name, noting)
-    return notes
-
-
-def both(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[], dict[str, Tensor]]) -> None:
-    """Runs a scenario with each form of walk and assign: same results, same findings, same row keys."""
-    assert native.WALKS
-    outcomes = []
-    for python in (False, True):
-        with monkeypatch.context() as patch:
-            if python:
-                in_python(patch)
-            notes = recorded(patch)
-            outcomes.append((scenario(), notes))
-    (a, notes_a), (b, notes_b) = outcomes
-    assert_same(a, b)
-    assert notes_a == notes_b
-    assert {name for name, _ in notes_a} == {"walk", "assign"}
-
-
-@pytest.mark.parametrize("case", cases(names=["amsgrad", "dampening", "no-momentum"], decays=["independent"]), ids=ids)
-def test_walks_agree_on_the_matrix(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    both(monkeypatch, lambda: run(case, "cpu"))
-    both(monkeypatch, lambda: run(case, "cpu", groups=7, pieces=PIECES[::-1]))
-
-
-ADAMW = Case("adamw", "scenario", {"betas": (0.8, 0.9), "decay": "independent"})
-SGDW = Case("sgdw", "scenario", {"momentum": 0.9, "dampening": 0.2, "decay": "proximal"})
-
-
-class Scene:
-    """Three groups under way, for something to change."""
-
-    def __init__(self, case: Case) -> None:
-        self.params = make_params(PIECES[:9], f32, f32)
-        groups = [{"params": self.params[:4]}, {"params": self.params[4:8]}, {"params": self.params[8:]}]
-        for k, group in enumerate(groups):
-            group["weight_decay"] = 0.1 * (k + 1)
-        self.opt = optimizer(case, groups, "cpu")
-        self.count = 0
-        self.step(5)
-
-    def step(self, times: int = 2, absent: tuple[int, ...] = ()) -> None:
-        for _ in range(times):
-            self.count += 1
-            self.opt.param_groups[1]["lr"] = 0.01 * self.count
-            for k, (p, piece) in enumerate(zip(self.params, PIECES, strict=False)):
-                p.grad = None if k in absent else gradient(piece, f32, 100 * self.count + k)
-            self.opt.step()
-
-    def state(self, k: int) -> dict[str, Any]:
-        return self.opt.state[self.params[k]]
-
-
-def swap_data(s: Scene) -> None:
-    for k in (0, 4):
-        s.params[k].data = s.params[k].detach().clone() * 2
-
-
-def replace_states(s: Scene) -> None:
-    for k in (0, 5, 8):
-        own = s.state(k)
-        for name in [n for n in own if n != "step"]:
-            own[name] = own[name].clone()
-
-
-def replace_state_dicts(s: Scene) -> None:
-    for k in (0, 5):
-        s.opt.state[s.params[k]] = dict(s.state(k))
-
-
-def foreign_counts(s: Scene) -> None:
-    s.state(4)["step"] = torch.tensor(40.0)
-    s.state(0)["step"] = 7
-
-
-def counts_in_place(s: Scene) -> None:
-    s.state(4)["step"].fill_(20)
-
-
-def forget_states(s: Scene) -> None:
-    del s.opt.state[s.params[4]]
-    s.state(5).clear()
-
-
-def forget_buffer(s: Scene) -> None:
-    for k in (0, 4, 6):
-        s.state(k).pop("momentum_buffer", None)
-
-
-def forget_all(s: Scene) -> None:
-    s.opt.state.clear()
-
-
-def reorder_state(s: Scene) -> None:
-    items = list(s.opt.state.items())[::-1]
-    s.opt.state.clear()
-    s.opt.state.update(items)
-
-
-def move_parameter(s: Scene) -> None:
-    first, second = s.opt.param_groups[0]["params"], s.opt.param_groups[1]["params"]
-    second.append(first.pop())
-
-
-def replace_list(s: Scene) -> None:
-    s.opt.param_groups[0]["params"] = list(s.opt.param_groups[0]["params"])
-
-
-def add_group(s: Scene) -> None:
-    p = torch.nn.Parameter(torch.linspace(-1, 1, 9))
-    s.opt.add_param_group({"params": [p], "weight_decay": 0.5})
-    s.params.append(p)
-
-
-def switch_states(s: Scene) -> None:
-    for group in s.opt.param_groups[:2]:
-        if "amsgrad" in group:
-            group["amsgrad"] = True
-        else:
-            group["momentum"] = 0.0
-
-
-def strange_gradient(s: Scene) -> None:
-    s.params[5].grad = torch.randn(2 * 1023, generator=torch.Generator().manual_seed(0))[::2]
-    s.params[0].grad = torch._neg_view(torch.ones(31))
-    s.params[2].grad = torch.ones(1).expand(1)
-    s.opt.step()
-
-
-def other_dtype(s: Scene) -> None:
-    s.params[4].grad_dtype = None
-    s.params[4].grad = torch.ones(33, dtype=torch.bfloat16)
-    s.opt.step()
-
-
-def same_gradient_again(s: Scene) -> None:
-    s.opt.step()
-    s.params[0].grad.mul_(2)
-    s.opt.step()
-
-
-def narrow(s: Scene) -> None:
-    state = {name: v[:20].clone() for name, v in s.state(4).items() if name != "step"}
-    s.params[4].data = s.params[4].detach()[:20].clone()
-    s.params[4].grad = torch.ones(20)
-    s.opt.state[s.params[4]] = {"step": torch.tensor(3.0), **state}
-    for k in range(len(s.params)):
-        if k != 4:
-            s.params[k].grad = None
-    s.opt.step()
-    s.params[4].data = torch.ones(33)
-    del s.opt.state[s.params[4]]
-
-
-CHANGES = [
-    swap_data, replace_states, replace_state_dicts, foreign_counts, counts_in_place, forget_states, forget_buffer,
-    forget_all, reorder_state, move_parameter, replace_list, switch_states, strange_gradient, other_dtype,
-    same_gradient_again, narrow,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("case", [ADAMW, SGDW], ids=lambda case: case.rule)
-def test_walks_agree_on_a_change(case: Case, change: Callable[[Scene], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    def scenario() -> dict[str, Tensor]:
-        scene = Scene(case)
-        scene.step(2, absent=(1, 4))
-        change(scene)
-        scene.step(2, absent=(5,))
-        scene.step(2)
-        return snapshot(scene.params, scene.opt)
-
-    both(monkeypatch, scenario)
-    plain = Scene(case)
-    plain.step(2, absent=(1, 4))
-    plain.step(2, absent=(5,))
-    plain.step(2)
-    same = (replace_states, replace_state_dicts, reorder_state, replace_list)
-    if change not in same and not (change is forget_buffer and case is ADAMW):
-        with pytest.raises(AssertionError):  # the change changes something
-            assert_same(scenario(), snapshot(plain.params, plain.opt))
-    else:
-        assert_same(scenario(), snapshot(plain.params, plain.opt))
-
-
-@pytest.mark.parametrize("case", [ADAMW, SGDW], ids=lambda case: case.rule)
-def test_walks_agree_on_a_new_group(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scenario() -> dict[str, Tensor]:
-        scene = Scene(case)
-        add_group(scene)
-        for _ in range(3):
-            for p in scene.params:
-                p.grad = torch.full_like(p, 0.25)
-            scene.opt.step()
-        return snapshot(scene.params, scene.opt)
-
-    both(monkeypatch, scenario)
-    assert float(scenario()["9 step"]) == 3
-
-
-@pytest.mark.parametrize("case", [ADAMW, SGDW], ids=lambda case: case.rule)
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda s: s.state(0).update(step=torch.tensor(-1.0)),
-        lambda s: s.state(0)["step"].fill_(1.5),
-        lambda s: s.state(0).update(exp_avg=torch.ones(3), momentum_buffer=torch.ones(3)),
-        lambda s: s.state(0).update(exp_avg="text", momentum_buffer="text"),
-        lambda s: s.opt.state.update({s.params[0]: 5}),
-    ],
-    ids=["negative-count", "half-count", "shape", "text", "number"],
-)
-def test_walks_refuse_alike(case: Case, spoil: Callable[[Scene], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same error from both, and no tensor is written."""
-    found = []
-    for python in (False, True):
-        with monkeypatch.context() as patch:
-            if python:
-                in_python(patch)
-            scene = Scene(case)
-            spoil(scene)
-            before = [p.detach().clone() for p in scene.params]
-            for p in scene.params:
-                p.grad = torch.ones_like(p)
-            with pytest.raises((TypeError, ValueError), match="parameter 0 of group 0") as error:
-                scene.opt.step()
-            assert all(torch.equal(p, b) for p, b in zip(scene.params, before, strict=True))
-            found.append((error.type, str(error.value)))
-    assert found[0] == found[1]
-
-
 # Without the extension ------------------------------------------------------------------------------------------------
 
 BLOCKED = """
@@ -466,50 +210,55 @@ def train(cls, backend, **options):
 """
 
 
-def in_a_process(code: str) -> str:
+NAMED = """
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+opt = wd_kernels.AdamW([p], backend="reference", weight_decay=0.5)
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    opt.step()
+try:
+    wd_kernels.AdamW([p], backend="cpu").step()
+except RuntimeError as error:
+    print(error)
+print(p.tolist() == torch.full((3,), 1 - 1e-3 * 1.5).tolist(), p.tolist())
+"""
+
+AUTO = """
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    found = train(wd_kernels.AdamW, "auto"), train(wd_kernels.SGDW, "auto", momentum=0.9)
+fallbacks = [w for w in caught if w.category is wd_kernels.FallbackWarning]
+assert len(fallbacks) == 1, caught
+assert "blocked for a test" in str(fallbacks[0].message)
+assert "reference" in str(fallbacks[0].message)
+print(found)
+"""
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """What a process prints, line by line, in which the extension cannot be imported."""
+    code = BLOCKED + NAMED + STEPS + AUTO
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.splitlines()
 
 
-def test_without_the_extension_auto_warns_once_and_steps() -> None:
-    code = STEPS + (
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
-        "    found = train(wd_kernels.AdamW, 'auto'), train(wd_kernels.SGDW, 'auto', momentum=0.9)\n"
-        "fallbacks = [w for w in caught if w.category is wd_kernels.FallbackWarning]\n"
-        "assert len(fallbacks) == 1, caught\n"
-        "assert 'blocked for a test' in str(fallbacks[0].message)\n"
-        "assert 'reference' in str(fallbacks[0].message)\n"
-        "print(found)"
-    )
-    missing = in_a_process(BLOCKED + code)
+def test_without_the_extension_cpu_is_an_error_that_says_why(said: list[str]) -> None:
+    error, step, _ = said
+    assert re.search(r"backend='cpu' cannot be used: the native extension is not there \(blocked for a test\)", error)
+    assert "pip install" in error
+    assert step.startswith("True"), step
+
+
+def test_without_the_extension_auto_warns_once_and_steps(said: list[str]) -> None:
     there: dict[str, Any] = {"torch": torch}
     exec(STEPS, there)
     for backend in ("cpu", "reference"):
         train = there["train"]
         found = train(wd_kernels.AdamW, backend), train(wd_kernels.SGDW, backend, momentum=0.9)
-        assert missing.strip() == str(found)
-
-
-def test_without_the_extension_cpu_is_an_error_that_says_why() -> None:
-    code = BLOCKED + (
-        "p = torch.nn.Parameter(torch.ones(3))\n"
-        "p.grad = torch.ones(3)\n"
-        "opt = wd_kernels.AdamW([p], backend='reference', weight_decay=0.5)\n"
-        "with warnings.catch_warnings():\n"
-        "    warnings.simplefilter('error')\n"
-        "    opt.step()\n"
-        "try:\n"
-        "    wd_kernels.AdamW([p], backend='cpu').step()\n"
-        "except RuntimeError as error:\n"
-        "    print(error)\n"
-        "print(p.tolist() == torch.full((3,), 1 - 1e-3 * 1.5).tolist(), p.tolist())"
-    )
-    first, *rest = in_a_process(code).splitlines()
-    assert re.search(r"backend='cpu' cannot be used: the native extension is not there \(blocked for a test\)", first)
-    assert "pip install" in first
-    assert rest[0].startswith("True"), rest
+        assert said[-1] == str(found)
 
 
 def test_explicit_cpu_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

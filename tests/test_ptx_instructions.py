@@ -766,7 +766,7 @@ def test_narrow_accesses_extend() -> None:
         ("setp.eq.s32 %p1, %r1, 0; @%p1 st.global.b32 [%rd1], %r4; ld.global.b32 %r4, [%rd1];", {}, "loads x at"),
         ("ld.global.b32 %r4, [%rd1]; setp.eq.s32 %p1, %r1, 3; @%p1 st.global.b32 [%rd1], %r4;", {}, "stores x at"),
         ("st.global.b32 [%rd2], %r4; ld.global.nc.b32 %r4, [%rd2];", {}, r"a load of x past coherence \(.nc\)"),
-        ("mov.b64 %rd3, -2; ld.global.b16 %h1, [%rd3];", {}, "a load of 2 bytes at 0xfffffffffffffffe .* out of bounds"),
+        ("mov.b64 %rd3, -2; ld.global.b16 %h1, [%rd3];", {}, "a load of 2 bytes at 0xf+e .* out of bounds"),
         ("LOOP: bra LOOP;", {}, "the launch does not end"),
         ("shfl.sync.bfly.b32 %r4, %r1, 1, 31, 7;", {}, "the mask does not name exactly the threads"),
         ("setp.lt.s32 %p1, %r1, 5; @%p1 bar.sync 0;", {}, "threads wait at barrier 0 for others, which never come"),

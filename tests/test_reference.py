@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CLASSES, VARIANTS, Case, assert_same_bits, bf16, c128, cases, f16, f32, f64, ids, optimizer
+from bits import assert_same_bits
+from cases import CLASSES, VARIANTS, Case, bf16, c128, cases, f16, f32, f64, ids, optimizer
 from torch import Tensor
 
 import wd_kernels

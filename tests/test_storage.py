@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from cases import assert_same_bits, bf16, f16, f32
+from bits import assert_same_bits
+from cases import bf16, f16, f32
 from torch import Tensor
 
 import wd_kernels
