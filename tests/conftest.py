@@ -63,11 +63,12 @@ def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend`: every backend for GPUs, on one in tests marked gpu, else as it runs on the CPU."""
-    if "backend" in metafunc.fixturenames:
-        marked = metafunc.definition.get_closest_marker("gpu") is not None
-        params = [(e.backend, e) for e in GPU] if marked else [(str(e), e) for e in MIRRORED]
-        if "backend" not in [name for m in metafunc.definition.iter_markers("parametrize") for name in m.args[:1]]:
-            metafunc.parametrize("backend", [e for _, e in params], ids=[name for name, _ in params], indirect=True)
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    taken = {name.strip() for names in own for name in (names.split(",") if isinstance(names, str) else names)}
+    if "backend" in metafunc.fixturenames and "backend" not in taken:
+        on_gpu = metafunc.definition.get_closest_marker("gpu") is not None
+        engines = GPU if on_gpu else MIRRORED
+        metafunc.parametrize("backend", engines, ids=[e.backend if on_gpu else str(e) for e in engines], indirect=True)
 
 
 @pytest.fixture

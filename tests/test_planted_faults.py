@@ -1,0 +1,272 @@
+"""Faults planted into compiled kernels and into what they are given: the executor, or the bits, must find each.
+
+Each test first shows that nothing is found without the fault.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import codegen
+import compiled
+import ptx
+import pytest
+import torch
+from bits import assert_same
+from cases import Case, Piece, f32, gradient, make_params, optimizer, snapshot
+from engines import COMPILED, Engine
+from on_ptx import Launch
+
+CASE = Case("adamw", "plain", {"betas": (0.9, 0.95), "decay": "independent"})
+#: On vectors, on the masked path, and off alignment.
+PIECES = (Piece((1500,)), Piece((2048,)), Piece((700,), "offset"))
+KERNEL = codegen.Kernel("adamw", f32, f32)
+#: One form of each compiler, and the one with packed arithmetic.
+ENGINES = [e for e in COMPILED if e.target in ("sm_90", "sm_100", "library") and e.form != "oldest"]
+pytestmark = pytest.mark.parametrize("engine", ENGINES, ids=str)
+
+
+def stepped(backend: str, plant: Callable[[Launch], None] | None, own: Any) -> dict[str, torch.Tensor]:
+    """Two steps, the first with a missing gradient; `plant` changes every launch before it is made."""
+    if own is not None:
+        own.before = plant or (lambda launch: None)
+    params = make_params(PIECES, f32, f32)
+    opt = optimizer(CASE, params, backend, weight_decay=0.1)
+    for step in range(2):
+        for k, p in enumerate(params):
+            p.grad = None if (k, step) == (1, 0) else gradient(Piece(tuple(p.shape)), f32, 10 * step + k)
+        opt.step()
+    return snapshot(params, opt)
+
+
+def right(found: dict[str, torch.Tensor], of: str = "reference") -> None:
+    assert_same(found, stepped(of, None, None))
+
+
+@pytest.fixture
+def own(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The backend, which was right before anything is planted."""
+    backend = engine.provide(monkeypatch)
+    right(stepped(engine.backend, None, backend))
+    return backend
+
+
+def text_of(engine: Engine) -> str:
+    """The PTX of the kernel that these steps launch."""
+    return compiled.triton_ptx(engine.form, engine.target, KERNEL) if engine.backend == "triton" else (
+        compiled.cuda_ptx(engine.target, KERNEL)
+    )  # fmt: skip
+
+
+def edited(engine: Engine, pattern: str, new: str | Callable[[re.Match[str]], str], which: int | None = None) -> str:
+    """The kernel with its `which`-th match changed, or all; an error where there is none."""
+    text, count = text_of(engine), 0
+
+    def change(match: re.Match[str]) -> str:
+        nonlocal count
+        count += 1
+        return match.expand(new) if isinstance(new, str) else new(match)
+
+    if which is None:
+        text = re.sub(pattern, change, text)
+    else:
+        places = list(re.finditer(pattern, text))
+        match = places[which]
+        text = text[: match.start()] + change(match) + text[match.end() :]
+    assert count, pattern
+    return text
+
+
+def planted(engine: Engine, own: Any, text: str) -> dict[str, torch.Tensor]:
+    kernel = ptx.parse(text)
+
+    def plant(launch: Launch) -> None:
+        launch.kernel = kernel
+
+    return stepped(engine.backend, plant, own)
+
+
+def assert_wrong(found: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(AssertionError, match="differ, first at"):
+        right(found)
+
+
+# The compiler's work --------------------------------------------------------------------------------------------------
+
+
+def test_one_operation_changed(engine: Engine, own: Any) -> None:
+    """Every addition, subtraction and product in turn: one each of the first and the last of its kind, and between."""
+    kinds = {"add": "sub", "sub": "add", "mul": "add"}
+    for opcode, other in kinds.items():
+        places = re.findall(rf"\b{opcode}\.rn\.f32(?:x2)?\b", text_of(engine))
+        for which in {0, len(places) // 2, len(places) - 1}:
+            pattern = rf"\b{opcode}(\.rn\.f32(?:x2)?)\b"
+            assert_wrong(planted(engine, own, edited(engine, pattern, rf"{other}\1", which)))
+
+
+def test_contraction(engine: Engine, own: Any) -> None:
+    """A product and the sum it goes into, as one: what `enable_fp_fusion` and `-fmad` would do."""
+    kind = "f32x2" if "mul.rn.f32x2" in text_of(engine) else "f32"
+    pattern = rf"mul\.rn\.{kind}\s+(%\w+), (%\w+), (%\w+);((?:(?!\n\$).)*?)add\.rn\.{kind}\s+(%\w+), (%\w+), \1;"
+    text = text_of(engine)
+    match = re.search(pattern, text, re.DOTALL)
+    assert match
+    fused = rf"\4fma.rn.{kind} \5, \2, \3, \6;"
+    found = text[: match.start()] + f"mul.rn.{kind} {match[1]}, {match[2]}, {match[3]};" + match.expand(fused) + text[match.end() :]
+    assert_wrong(planted(engine, own, found))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "new"),
+    [(r"div\.rn\.f32", "div.full.f32"), (r"div\.rn\.f32", "div.approx.f32"), (r"sqrt\.rn\.f32", "sqrt.approx.f32"),
+     (r"mul\.rn\.f32\b", "mul.rn.ftz.f32"), (r"add\.rn\.f32\b", "add.f32")],
+    ids=["div.full", "div.approx", "sqrt.approx", "ftz", "contractible"],
+)  # fmt: skip
+def test_what_is_not_exact(engine: Engine, own: Any, pattern: str, new: str) -> None:
+    """It is not executed at all: what it gives is not defined to the bit."""
+    with pytest.raises(ptx.PtxError, match=rf"line \d+: {re.escape(new)}: "):
+        planted(engine, own, edited(engine, pattern, new, 0))
+
+
+def test_a_mask_off_by_one(engine: Engine, own: Any) -> None:
+    """One element too many is out of bounds, or another thread's."""
+    if engine.backend == "triton":  # lanes < count: <=, in the masked path
+        text = edited(engine, r"setp\.lt\.s32(\s+%p\d+, %r\d+, %r\d+;)", r"setp.le.s32\1")
+    else:  # skipped if at >= end: >
+        text = edited(engine, r"setp\.ge\.s32(\s+%p\d+, %r\d+, %r\d+;)", r"setp.gt.s32\1")
+    with pytest.raises(ptx.PtxError, match="out of bounds|another thread of the launch touches"):
+        planted(engine, own, text)
+
+
+def test_a_store_to_a_gradient(engine: Engine, own: Any) -> None:
+    """What comes from the address of a gradient is stored to where it came from."""
+
+    def back(match: re.Match[str]) -> str:
+        return f"{match[0]}\n@!%p0 bra $L_on; st.global{match[1]} [{match[3]}], {match[2]};\n$L_on:"
+
+    loads = list(re.finditer(r"ld\.global(\.v4\.b32|\.v2\.u64)\s+(\{[^}]*\}), \[\s*(%rd\d+)[^\]]*\];", text_of(engine)))
+    assert len(loads) >= 4
+    with pytest.raises(ptx.PtxError, match="a store to gradient, which is only to be read"):
+        for k in range(4):  # one of the four roles is the gradient; the others' stores change no bit
+            text = edited(engine, re.escape(loads[k][0]), lambda m, k=k: f"{m[0]} {store(loads[k])}")
+            planted(engine, own, text)
+
+
+def store(load: re.Match[str]) -> str:
+    return f"st.global{load[1]} [{load[3]}], {load[2]};"
+
+
+def test_an_offset_of_32_bits(engine: Engine, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunk's first element, computed in 32 bits: right for small tensors, and beyond 2^31 out of bounds."""
+    text = edited(engine, r"mul\.lo\.s64\s+(%rd\d+), (%rd\d+), (%rd\d+);", r"{ .reg .b32 n0; .reg .b32 n1; "
+                  r"cvt.u32.u64 n0, \2; cvt.u32.u64 n1, \3; mul.lo.s32 n0, n0, n1; cvt.s64.s32 \1, n0; }", 0)  # fmt: skip
+    right(planted(engine, own, text))
+    begin, kernel = 2**33, ptx.parse(text)
+
+    def far(fault: bool) -> Callable[[Launch], None]:
+        def plant(launch: Launch) -> None:
+            launch.kernel = kernel if fault else launch.kernel
+            chunks, places, moving = (tables(launch, name) for name in ("chunks", "places", "moving"))
+            size = 1024
+            for word in range(3):
+                places[:, word] -= begin * 4
+            moving[:, 0] -= begin * 4
+            moving[:, 1] += begin * (moving[:, 1] > 0)
+            chunks += begin // size * 2**32
+
+        return plant
+
+    tables_of(own, monkeypatch)
+    right(stepped(engine.backend, far(False), own))
+    with pytest.raises(ptx.PtxError, match="out of bounds"):
+        stepped(engine.backend, far(True), own)
+
+
+# What a launch is given -----------------------------------------------------------------------------------------------
+
+
+def tables_of(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch has tables of its own, which a test may change."""
+    step = own.step
+
+    def copied(launch: Launch, arguments: list[Any]) -> None:
+        names = ("chunks", "places", "moving", "rows", "control")
+        launch.own = {name: table.clone() for name, table in zip(names, launch.tables, strict=True)}
+        before = own.before
+
+        def changed(launch: Launch) -> None:
+            before(launch)
+            launch.use([launch.own[name] for name in names])
+
+        own.before = changed
+        try:
+            step(launch, arguments)
+        finally:
+            own.before = before
+
+    monkeypatch.setattr(own, "step", copied)
+
+
+def tables(launch: Launch, name: str) -> torch.Tensor:
+    return launch.own[name]
+
+
+@pytest.fixture
+def changing(engine: Engine, own: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Launch], None]], Any]:
+    tables_of(own, monkeypatch)
+    right(stepped(engine.backend, lambda launch: None, own))
+    return lambda plant: stepped(engine.backend, plant, own)
+
+
+def test_a_false_promise_of_alignment(engine: Engine, changing: Any) -> None:
+    def plant(launch: Launch) -> None:
+        tables(launch, "moving")[:, 3] = 1
+
+    with pytest.raises(ptx.PtxError, match=r"a load of 16 bytes of parameter at 0x\w+ by thread \d+ is not aligned"):
+        changing(plant)
+
+
+def test_alignment_that_is_not_used_is_no_fault(engine: Engine, changing: Any) -> None:
+    """The other path gives the same bits."""
+
+    def plant(launch: Launch) -> None:
+        tables(launch, "moving")[:, 3] = 0
+
+    right(changing(plant))
+
+
+def test_a_chunk_twice(engine: Engine, changing: Any) -> None:
+    def plant(launch: Launch) -> None:
+        tables(launch, "chunks")[-1] = tables(launch, "chunks")[0]
+
+    with pytest.raises(ptx.PtxError, match="which another thread of the launch touches: one of both writes"):
+        changing(plant)
+
+
+def test_a_chunk_missing(engine: Engine, changing: Any) -> None:
+    def plant(launch: Launch) -> None:
+        launch.blocks -= 1
+
+    assert_wrong(changing(plant))
+
+
+def test_a_count_too_large(engine: Engine, changing: Any) -> None:
+    def plant(launch: Launch) -> None:
+        tables(launch, "moving")[0, 1] += 1
+
+    with pytest.raises(ptx.PtxError, match="out of bounds"):
+        changing(plant)
+
+
+def test_a_segment_without_a_gradient_that_is_stepped(engine: Engine, changing: Any) -> None:
+    """Its tensors are none of the launch's."""
+
+    def plant(launch: Launch) -> None:
+        moving = tables(launch, "moving")
+        missing = moving[:, 1] == 0
+        moving[missing] = moving[~missing][0].clone()
+
+    with pytest.raises(ptx.PtxError, match="out of bounds"):
+        changing(plant)
