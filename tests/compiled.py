@@ -21,7 +21,7 @@ import codegen_cuda
 import ptx
 from filelock import FileLock
 
-__all__ = ["OLDEST", "ROOT", "cuda_kernel", "environment", "report", "triton_kernel"]
+__all__ = ["OLDEST", "ROOT", "cuda_kernel", "cuda_ptx", "environment", "report", "triton_kernel", "triton_ptx"]
 
 ROOT = Path(__file__).parent.parent
 OLDEST = Path(sys.prefix) / "triton-oldest"
@@ -70,10 +70,15 @@ def report(version: str) -> dict[str, Any]:
     return {**json.loads((path / "costs.json").read_text()), "text": (path / "text").read_text()}
 
 
+def triton_ptx(version: str, target: str, kernel: codegen.Kernel) -> str:
+    """Triton's PTX of a kernel for "sm_80", "sm_90" or "sm_100"."""
+    return (_triton(version) / target / f"{kernel}.ptx").read_text()
+
+
 @cache
 def triton_kernel(version: str, target: str, kernel: codegen.Kernel) -> ptx.Kernel:
-    """Triton's PTX of a kernel for "sm_80", "sm_90" or "sm_100", to be executed."""
-    return ptx.parse((_triton(version) / target / f"{kernel}.ptx").read_text())
+    """The same, to be executed."""
+    return ptx.parse(triton_ptx(version, target, kernel))
 
 
 @cache
@@ -95,7 +100,12 @@ def _cuda(target: str) -> dict[str, str]:
     return found
 
 
+def cuda_ptx(target: str, kernel: codegen.Kernel) -> str:
+    """nvcc's PTX of a kernel for "sm_80" or "sm_90", or what the library carries ("library")."""
+    return _cuda(target)[codegen_cuda.name(kernel)]
+
+
 @cache
 def cuda_kernel(target: str, kernel: codegen.Kernel) -> ptx.Kernel:
-    """nvcc's PTX of a kernel for "sm_80" or "sm_90", or what the library carries ("library"), to be executed."""
-    return ptx.parse(_cuda(target)[codegen_cuda.name(kernel)])
+    """The same, to be executed."""
+    return ptx.parse(cuda_ptx(target, kernel))

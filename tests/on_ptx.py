@@ -55,16 +55,22 @@ class Launch:
 
     def __init__(self, kernel: ptx.Kernel, table: Table, bucket: Bucket, tables: list[Tensor]) -> None:
         self.kernel, self.table, self.bucket = kernel, table, bucket
+        self.blocks = tables[0].numel()
+        self.arguments: Callable[[list[Tensor]], list[Any]] = lambda tables: []
+        self.report: ptx.Report | None = None
+        self.use(tables)
+
+    def use(self, tables: list[Tensor]) -> None:
+        """Chunks, places, moving, rows, control: what describes the launch, as the kernel is given it."""
+        self.tables = tables
         self.memory = ptx.Memory()
-        _allow(self.memory, table, bucket)
+        _allow(self.memory, self.table, self.bucket)
         for name, tensor in zip(("chunks", "places", "moving", "rows", "control"), tables, strict=True):
             self.memory.add(name, tensor.data_ptr(), tensor.nbytes, 8)
-        self.blocks = tables[0].numel()
-        self.arguments: list[Any] = []
-        self.report: ptx.Report | None = None
 
     def run(self) -> None:
-        self.report = ptx.launch(self.kernel, self.blocks, self.arguments, self.memory, threads=THREADS)
+        arguments = self.arguments(self.tables)
+        self.report = ptx.launch(self.kernel, self.blocks, arguments, self.memory, threads=THREADS)
 
 
 def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
@@ -108,7 +114,7 @@ class OnPTX:
     def refuses(self, spec: Spec) -> str | None:
         return None if spec.device.type == "cpu" else "only CPU tensors"
 
-    def step(self, launch: Launch, arguments: list[Any]) -> None:
+    def step(self, launch: Launch, arguments: Callable[[list[Tensor]], list[Any]]) -> None:
         launch.arguments = arguments
         self.before(launch)
         self.launches.append(launch)
@@ -175,7 +181,7 @@ class _TritonKernel:
             launch = Launch(self.kernel, self.table, self.bucket, tables)
             launch.blocks = grid[0]
             scratch = [0] * (len(self.kernel.parameters) - 6)  # Triton's own, which these kernels do not use
-            self.backend.step(launch, [*(t.data_ptr() for t in tables), size, *scratch])
+            self.backend.step(launch, lambda tables: [*(t.data_ptr() for t in tables), size, *scratch])
 
         return go
 
@@ -203,7 +209,8 @@ class CUDAOnPTX(OnPTX, CUDA):
             *tables, size, rule, codes = given
             assert (rule, list(codes)) == (table.rule.code, bucket.codes)
             launch = Launch(kernel, table, bucket, tables)
-            pointers = [tensor.data_ptr() for tensor in tables]
-            self.step(launch, [struct.pack("<5Qii", *pointers, table.rule.width, size)])  # device.h: Launch
+            sizes = table.rule.width, size
+            # The struct Launch of csrc/cuda/device.h, by value.
+            self.step(launch, lambda tables: [struct.pack("<5Qii", *(t.data_ptr() for t in tables), *sizes)])
 
         return SimpleNamespace(cuda_load=lambda *given: "", cuda_step_=SimpleNamespace(default=step))
