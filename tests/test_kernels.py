@@ -2,7 +2,7 @@
 
 Cases are covering arrays (covering.py) whose first option is the engine (engines.py): every engine meets every kernel
 (rule with and without its optional state x dtypes of parameter and gradient), and every pair of the other options meets
-somewhere. What a step of one engine was seen to do wrong once has a case of its own below.
+somewhere.
 """
 
 from __future__ import annotations
@@ -93,16 +93,11 @@ def case_of(of: Mapping[str, Any]) -> Case:
 def rows(**options: Sequence[Any]) -> list[Any]:
     """A covering array over all engines, kernels, decay modes, variants and `options`, as parameters of a test."""
     found = covering({"engine": ENGINES, "kernel": KERNELS, "decay": DECAY_MODES, "variant": range(4), **options})
-    found += GIVEN
     params = []
-    for of in found:
+    for of in sorted(found, key=lambda of: ENGINES.index(of["engine"])):
         words = [str(of["engine"]), str(case_of(of)), *(str(v) for k, v in of.items() if k in options)]
         params.append(pytest.param(of, id="-".join(words), marks=[pytest.mark.gpu] * (of["engine"].form == "gpu")))
     return params
-
-
-#: Cases that are there whatever a covering array finds: what failed once.
-GIVEN: list[dict[str, Any]] = []
 
 
 @pytest.fixture
@@ -279,7 +274,7 @@ def few(**options: Sequence[Any]) -> list[Any]:
     own = {"engine": ENGINES, "body": tuple(BODIES), "dtypes": REAL, "decay": DECAY_MODES, "variant": range(4)}
     found = covering({**own, **options})
     params = []
-    for of in found:
+    for of in sorted(found, key=lambda of: ENGINES.index(of["engine"])):
         of = {"engine": of.pop("engine"), "kernel": (of.pop("body"), of.pop("dtypes")), **of}
         words = [str(of["engine"]), str(case_of(of)), *(str(v) for k, v in of.items() if k in options)]
         params.append(pytest.param(of, id="-".join(words), marks=[pytest.mark.gpu] * (of["engine"].form == "gpu")))

@@ -1,0 +1,1043 @@
+"""Faults that the tests must find: small, realistic bugs of the product, each a text of a source file and another.
+
+A fault changes what the package does: numbers, what is written, what is refused, what is sent or kept. Nothing is here
+that a reader of the result could not tell from the right program. `sees` hints at the test files that are likely to
+find it, by how their names go on after "test_"; files of these names that are not there are passed over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["FAULTS", "Fault"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One wrong change of one file.
+
+    Attributes:
+        name: how it is called.
+        file: the file, from the root of the repository.
+        old, new: a text that stands in the file, and what takes its place.
+        sees: beginnings of the names of test files (without "test_") that should find it, the likeliest first.
+        nth: which of several places is meant, from 0; None where the text stands there once.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    sees: tuple[str, ...]
+    nth: int | None = None
+
+    @property
+    def native(self) -> bool:
+        """Must something be compiled again?"""
+        return self.file == "setup.py" or self.file.startswith("csrc/")
+
+    def applied(self, text: str) -> str:
+        """The file's text with the fault. Raises ValueError if the place is not there, or not one."""
+        count = text.count(self.old)
+        if count == 0 or (self.nth is None and count > 1) or (self.nth or 0) >= count:
+            which = "once" if self.nth is None else f"{self.nth + 1} times or more"
+            raise ValueError(f"fault {self.name}: {self.old!r} stands {count} times in {self.file}: expected {which}")
+        pieces, at = text.split(self.old), (self.nth or 0) + 1
+        return self.old.join(pieces[:at]) + self.new + self.old.join(pieces[at:])
+
+    def check(self, root: Path) -> None:
+        """Raises ValueError if it does not fit the files below `root`."""
+        self.applied((root / self.file).read_text(encoding="utf-8"))
+
+
+def _of(file: str, sees: str, *faults: tuple[str, str, str] | tuple[str, str, str, int]) -> list[Fault]:
+    """Faults (name, old, new[, nth]) of one file."""
+    return [Fault(name, file, old, new, tuple(sees.split()), *nth) for name, old, new, *nth in faults]
+
+
+RULES_H = _of(
+    "csrc/rules.h",
+    "kernels backends reference movers",
+    ("c++: a weight of one half is lerped from the far end", "w < T(0.5) ?", "w <= T(0.5) ?"),
+    (
+        "c++: lerp always from the old value",
+        "return w < T(0.5) ? x + w * (y - x) : y + beta * (x - y);",
+        "(void)beta;\n  return x + w * (y - x);",
+    ),
+    (
+        "c++: lerp always from the new value",
+        "return w < T(0.5) ? x + w * (y - x) : y + beta",
+        "(void)w;\n  return y + beta",
+    ),
+    (
+        "c++: the gradient's factor also scales the l2 term",
+        "g = g * grad_scale;\n    g = g + l2 * theta;\n    m =",
+        "g = (g + l2 * theta) * grad_scale;\n    m =",
+    ),
+    (
+        "c++: the second moment as a weighted sum, which rounds otherwise",
+        "v = lerp(v, g * g, beta2, one_minus_beta2);",
+        "v = beta2 * v + one_minus_beta2 * (g * g);",
+    ),
+    ("c++: amsgrad loses a NaN", "(v > v_max || v != v) ? v : v_max", "v > v_max ? v : v_max"),
+    ("c++: amsgrad keeps its maximum and does not use it", "second = v_max;", "second = v;"),
+    (
+        "c++: eps inside the bias correction",
+        "root(second) * inv_sqrt_bias2 + eps",
+        "(root(second) + eps) * inv_sqrt_bias2",
+    ),
+    (
+        "c++: the bias correction inside the root, which rounds otherwise",
+        "root(second) * inv_sqrt_bias2",
+        "root(second * inv_sqrt_bias2 * inv_sqrt_bias2)",
+    ),
+    (
+        "c++: the quotient taken apart, which rounds otherwise",
+        "(step_size * m + metric * theta) / (d + metric)",
+        "step_size * (m / (d + metric)) + metric * theta / (d + metric)",
+    ),
+    (
+        "c++: AdamW's decay is rounded into the weight before the update",
+        "theta = theta - (decay * theta + u);",
+        "theta = (theta - decay * theta) - u;",
+        0,
+    ),
+    (
+        "c++: SGDW's decay is rounded into the weight before the update",
+        "theta = theta - (decay * theta + u);",
+        "theta = (theta - decay * theta) - u;",
+        1,
+    ),
+    (
+        "c++: 1 - beta2 is taken in the arithmetic type",
+        "one_minus_beta2(T(row[7]))",
+        "one_minus_beta2(T(1) - T(row[6]))",
+    ),
+    ("c++: AdamW reads decay where metric stands", "metric(T(row[12]))", "metric(T(row[11]))"),
+    ("c++: the buffer's part is scaled by the momentum", "+ update_buf * b)", "+ momentum * b)"),
+    (
+        "c++: the step size is multiplied in first, which rounds otherwise",
+        "u = step_size * (update_grad * g + update_buf * b);",
+        "u = step_size * update_grad * g + step_size * update_buf * b;",
+    ),
+)
+
+STORAGE_H = _of(
+    "csrc/storage.h",
+    "storage kernels backends movers",
+    ("c++: bfloat16 ties are rounded up", "bits + 0x7fffu + ((bits >> 16) & 1u)", "bits + 0x8000u"),
+    (
+        "c++: a bfloat16 NaN keeps sign and payload",
+        "value != value ? 0x7fc0u :",
+        "value != value ? (bits >> 16) | 0x40u :",
+    ),
+    ("c++: float16 ties are rounded up", "0xfffu + ((magnitude >> 13) & 1u)", "0x1000u"),
+    (
+        "c++: float16 subnormals are rounded to half their precision",
+        "+ 0.5f) - bits_to<uint32_t>(0.5f)",
+        "+ 1.0f) - bits_to<uint32_t>(1.0f)",
+    ),
+    (
+        "c++: the largest float16 subnormals are taken as normal",
+        "magnitude < (113u << 23) ?",
+        "magnitude < (112u << 23) ?",
+    ),
+    ("c++: 65504 overflows in float16", "magnitude >= 0x477ff000u", "magnitude >= 0x477fe000u"),
+    (
+        "c++: a float16 NaN keeps its sign",
+        "magnitude > 0x7f800000u ? 0x7e00u : (sign | half)",
+        "sign | (magnitude > 0x7f800000u ? 0x7e00u : half)",
+    ),
+    (
+        "c++: float16 infinity is read as 65536",
+        "magnitude >= 0x7c00u ? 0x7f800000u",
+        "magnitude > 0x7c00u ? 0x7f800000u",
+    ),
+)
+
+CPU_MOVER = _of(
+    "csrc/cpu/mover.inc",
+    "kernels backends optim native",
+    ("cpu: frozen weights move", "row[kFrozen] != 0", "row[kFrozen] < 0"),
+    ("cpu: a thread goes on to the end of its segment", "rest < end - begin ? rest : end - begin", "rest"),
+    ("cpu: a later thread takes a whole segment's length", "segment.numel - offset;", "segment.numel;"),
+    ("cpu: subnormals are flushed as the caller has set", "_mm_setcsr(0x1f80)", "_mm_setcsr(saved_)"),
+    ("cpu: the caller's flushing of subnormals is not put back", "{ _mm_setcsr(saved_); }", "{ (void)saved_; }"),
+    ("cpu: the gradients' factor is ignored", "rule(row, plan.grad_factor)", "rule(row, 1.0)"),
+    ("cpu: all segments use the first row", "plan.rows + segment.row * plan.row_width", "plan.rows"),
+)
+
+CPU_OPS = _of(
+    "csrc/ops.cpp",
+    "native backends",
+    ("cpu: skip is ignored", "switches->skip != 0 || total == 0", "total == 0"),
+    ("cpu: a row just past the end is accepted", "table[i].row < rows.size(0),", "table[i].row <= rows.size(0),"),
+    (
+        "cpu: a range past the last segment is accepted",
+        "count <= segments.size(0) - first,",
+        "count <= segments.size(0),",
+    ),
+    (
+        "cpu: elements by the last segment's start alone",
+        "table[count - 1].start + table[count - 1].numel",
+        "table[count - 1].start",
+    ),
+    (
+        "cpu: the instruction set is chosen once for all",
+        "  const char* forced = std::getenv",
+        "  static const char* const forced = std::getenv",
+    ),
+)
+
+CUDA_CHUNK = _of(
+    "csrc/cuda/chunk.h",
+    "kernels movers cuda",
+    (
+        "cuda: the last round writes one element too many",
+        "if (masked && at >= end) continue;",
+        "if (masked && at > end) continue;",
+        1,
+    ),
+    (
+        "cuda: offsets have 32 bits",
+        "const int64_t begin = (chunk >> 32) * launch.chunk_size;",
+        "const int64_t begin = int32_t((chunk >> 32) * launch.chunk_size);",
+    ),
+    ("cuda: alignment is not asked for", "moving.aligned ? count - count % of_round : 0", "count - count % of_round"),
+    (
+        "cuda: 16-bit rounds are counted twice as long",
+        "kThreads * vectors * Own::kWidth",
+        "kThreads * kVectors * Own::kWidth",
+    ),
+    (
+        "cuda: the rest begins one element late",
+        "for (int from = done; from < count;",
+        "for (int from = done + (done > 0); from < count;",
+    ),
+    ("cuda: frozen weights move", "row[kFrozen] != 0", "row[kFrozen] < 0"),
+    ("cuda: skip is ignored", "if (rest <= 0 || launch.control->skip != 0) return;", "if (rest <= 0) return;"),
+    (
+        "cuda: a chunk goes on to the end of its segment",
+        "rest < launch.chunk_size ? int(rest) : launch.chunk_size",
+        "int(rest)",
+    ),
+    ("cuda: a step has 65536 segments at most", "launch.moving[chunk & 0xffffffff]", "launch.moving[chunk & 0xffff]"),
+    ("cuda: states are not moved on to the chunk", "memory<S>(place.state[i], begin)", "memory<S>(place.state[i], 0)"),
+    ("cuda: the gradients' factor is ignored", "rule(row, launch.control->grad_factor)", "rule(row, 1.0)"),
+)
+
+CUDA_OPS = _of(
+    "csrc/cuda/ops.cpp",
+    "kernels cuda movers",
+    ("cuda: chunks of any size are accepted", "chunk_size > 0 && chunk_size % 1024 == 0", "chunk_size > 0"),
+    (
+        "cuda: rows of another rule are accepted",
+        'check(rows, "rows", ScalarType::Double, width, device);',
+        'check(rows, "rows", ScalarType::Double, rows.size(1), device);',
+    ),
+)
+
+WALK = _of(
+    "csrc/walk.cpp",
+    "table walks properties native flat",
+    (
+        "walk: strides are not compared",
+        "shape[d] > 1 && e.numel > 0) return false;",
+        "shape[d] > 1 && e.numel < 0) return false;",
+    ),
+    ("walk: shapes are not compared", "if (t.shape[d] != shape[d]) return false;", ""),
+    ("walk: dtypes are not compared", "wd::dtype_of(t) != dtype || ", "(void(dtype), false) || "),
+    (
+        "walk: the parameter's address is kept unchecked",
+        "if (wd::address(t) != segment.address[wd::kParam]) return 0;",
+        "",
+    ),
+    (
+        "walk: the states' addresses are kept unchecked",
+        "if (wd::address(t) != segment.address[wd::kState + s - 1]) return 0;",
+        "",
+    ),
+    ("walk: another step count is not seen", "if (value != view) return 0;", "(void)view;"),
+    (
+        "walk: addresses are aligned by 8 bytes",
+        "reinterpret_cast<uintptr_t>(grad_address) % 16 == 0",
+        "reinterpret_cast<uintptr_t>(grad_address) % 8 == 0",
+    ),
+    (
+        "walk: a parameter without a gradient is stepped with its last",
+        "      segments[e.segment].numel = 0;",
+        "      (void)0;",
+    ),
+    ("walk: it says nothing of gradients that came or went", "changed |= now != (active[i] != 0);", ""),
+    ("walk: the border between groups is not seen", "i >= total || expected[i].group != g", "i >= total"),
+    ("walk: states in another order are taken for those before", "if (key != params[order[i]]) return 0;", ""),
+    (
+        "walk: the negative bit of single elements is not seen",
+        "t.code == wd::kComplexCode || e.numel == 1;",
+        "t.code == wd::kComplexCode;",
+    ),
+    ("walk: a conjugate is not seen", "t.code == wd::kComplexCode || e.numel == 1;", "e.numel == 1;"),
+    ("walk: gradients may die before the launch", "if (PyList_Append(keep, grad) < 0) return -1;", "(void)keep;"),
+    ("walk: a count below 0 is taken", "steps[i] >= 0 && steps[i] < 0x1p53f", "steps[i] < 0x1p53f"),
+    (
+        "walk: gradients are known by their address alone",
+        "always || grad != seen.grad || grad_address",
+        "always || grad_address",
+    ),
+)
+
+HELD = _of(
+    "csrc/held.cpp",
+    "flat_tensors flat native",
+    (
+        "flat walk: the states' addresses are kept unchecked",
+        "role < kState + e.states; ++role)\n    if",
+        "role < kState; ++role)\n    if",
+    ),
+    (
+        "flat walk: the gradient's shape is not compared",
+        " || !is_as_held(held[kGrad], e, dims)) return 0;",
+        ") return 0;",
+    ),
+    ("flat walk: dtypes are not compared", "if (dtype_of(tensor) != held.dtype) return false;", ""),
+    (
+        "flat walk: strides are not compared",
+        "(strides[d] != dims[e.dims + ndim + d] && shape[d] > 1)",
+        "(strides[d] != dims[e.dims + ndim + d] && shape[d] < 0)",
+    ),
+    (
+        "flat walk: any gradient object will do",
+        "if (grad != held[kGrad].object || own == nullptr",
+        "if (grad == Py_None || own == nullptr",
+    ),
+    (
+        "flat walk: any state under the name will do",
+        "    if (found <= 0) return found;",
+        "    if (found < 0) return found;",
+    ),
+)
+
+ASSIGN = _of(
+    "csrc/assign.cpp",
+    "table walks flat properties",
+    (
+        "rows: a fresh buffer shares the row of others",
+        "steps[leader] == steps[i] && (made[leader] != 0) == fresh",
+        "steps[leader] == steps[i]",
+    ),
+    ("rows: groups of the same count share a row", "      of_group = count;\n", "      (void)0;\n"),
+    (
+        "rows: counts that differ by 4096 share a row",
+        "steps[leader] == steps[i] &&",
+        "int(steps[leader]) % 4096 == int(steps[i]) % 4096 &&",
+    ),
+    ("runs: neighbours of different rows are one", " &&\n        runs[count - 1].row == segment.row) {", ") {"),
+    ("runs: parameters with others between them are one", " && before->end == lie.offset", ""),
+    ("runs: neighbours of different buffers are one", "before->buffer == lie.buffer && ", ""),
+    (
+        "runs: gradients elsewhere are taken for flat ones",
+        " && reinterpret_cast<int64_t>(segment.address[kGrad]) == lie.grad;",
+        ";",
+    ),
+    (
+        "runs: the padding is not stepped over",
+        "lie.offset - offset + segment.numel",
+        "runs[count - 1].numel + segment.numel",
+    ),
+)
+
+GATHER = _of(
+    "csrc/gather.cpp",
+    "functional",
+    (
+        "lists: a gradient that shares a parameter's memory is taken",
+        "span.begin < (span.written ? any : written)",
+        "span.begin < written",
+    ),
+    ("lists: dtypes are not compared", " || dtype_of(t) != dtypes[role]", ""),
+    (
+        "lists: strides are not compared",
+        "(t.strides[d] != strides[d] && shape[d] > 1)",
+        "(t.strides[d] != strides[d] && shape[d] < 0)",
+    ),
+    ("lists: a gradient's negative bit is not seen", "role == kGrad || t.code", "t.code"),
+    (
+        "lists: alignment is that of the last role",
+        "segment.aligned &= begin % 16 == 0;",
+        "segment.aligned = begin % 16 == 0;",
+    ),
+    ("lists: parameters with gaps are stepped as dense", "if (numel > 0 && !dense(t)) return 0;", ""),
+    (
+        "lists: a complex element counts as one",
+        "segment.numel = numel * (t.code == kComplexCode ? 2 : 1);",
+        "segment.numel = numel;",
+    ),
+)
+
+REFERENCE = _of(
+    "wd_kernels/reference.py",
+    "reference kernels backends storage",
+    ("reference: lerp always from the old value", "if bool(w < 0.5):", "if bool(w <= 1):"),
+    ("reference: a weight of one half is lerped from the far end", "if bool(w < 0.5):", "if bool(w <= 0.5):"),
+    (
+        "reference: torch's inexact root",
+        "return torch.from_numpy(np.asarray(np.sqrt(x.contiguous().numpy()))).view_as(x)",
+        "return x.sqrt() if np else x",
+    ),
+    (
+        "reference: frozen weights move",
+        "if memory is theta and float(row[1]) != 0:",
+        "if memory is theta and float(row[1]) < 0:",
+    ),
+    ("reference: bfloat16 ties are rounded up", "(bits + 0x7FFF + ((bits >> 16) & 1))", "(bits + 0x8000)"),
+    ("reference: amsgrad loses a NaN", "(v > v_max) | (v != v)", "v > v_max"),
+    (
+        "reference: a float16 NaN is left as it comes",
+        "memory.view(torch.int16).masked_fill_(value.isnan(), 0x7E00)",
+        "pass",
+    ),
+    (
+        "reference: subnormals are flushed as the caller has set",
+        "@torch.no_grad()\n@subnormals()\n",
+        "@torch.no_grad()\n",
+    ),
+    (
+        "reference: eps inside the bias correction",
+        "d = sqrt(second) * inv_sqrt_bias2 + eps",
+        "d = (sqrt(second) + eps) * inv_sqrt_bias2",
+    ),
+    (
+        "reference: the gradients' factor is multiplied in after the l2 term",
+        "    g = g * (grad_sign * factor)\n    g = g + l2 * theta\n    m =",
+        "    g = (g + l2 * theta) * (grad_sign * factor)\n    m =",
+    ),
+    (
+        "reference: SGDW's decay is rounded into the weight before the update",
+        "theta = theta - (decay * theta + u)",
+        "theta = (theta - decay * theta) - u",
+        1,
+    ),
+)
+
+TRITON_KERNELS = _of(
+    "wd_kernels/backends/triton_kernels.py",
+    "kernels movers triton interpreter codegen",
+    (
+        "triton: lerp always from the new value",
+        "tl.where(w < 0.5, x + w * (y - x), y + beta * (x - y))",
+        "y + beta * (x - y)",
+    ),
+    ("triton: a weight of one half is lerped from the far end", "tl.where(w < 0.5,", "tl.where(w <= 0.5,"),
+    ("triton: amsgrad loses a NaN", "(v > v_max) | (v != v)", "v > v_max"),
+    ("triton: an inexact quotient", "return tl.div_rn(x, y)", "return x / y"),
+    ("triton: an inexact root", "return tl.sqrt_rn(x)", "return tl.sqrt(x)"),
+    (
+        "triton: AMD's root scales small numbers wrongly",
+        "tl.where(small, x * 4294967296.0, x)",
+        "tl.where(small, x * 2147483648.0, x)",
+    ),
+    (
+        "triton: offsets have 32 bits",
+        "begin = (chunk >> 32) * chunk_size",
+        "begin = (chunk >> 32).to(tl.int32) * chunk_size",
+    ),
+    ("triton: the last block writes one element too many", "mask = lanes < count", "mask = lanes <= count"),
+    ("triton: alignment is not asked for", "aligned = tl.load(moved + 3) != 0", "aligned = tl.load(moved + 3) >= 0"),
+    ("triton: skip is ignored", "ended = skip | (begin >= numel)", "ended = begin >= numel"),
+    ("triton: frozen weights move", "frozen = tl.load(row + 1) != 0", "frozen = tl.load(row + 1) < 0"),
+    ("triton: a bfloat16 NaN is another", "0x7FC00000", "0x7FC10000"),
+    (
+        "triton: a float16 NaN is left as it comes",
+        "tl.where(value != value, 0x7E00, value.to(tl.float16).to(tl.int16, bitcast=True)).to(tl.int16)",
+        "value.to(tl.float16).to(tl.int16, bitcast=True)",
+    ),
+    ("triton: bfloat16 is cut off, not rounded", "((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)", "(bits >> 16)"),
+    ("triton: a chunk goes on to the end of its segment", "tl.minimum(numel - begin, chunk_size)", "(numel - begin)"),
+    (
+        "triton: a rest of one element is not stepped",
+        "for offset in range(done, count, REST_BLOCK):",
+        "for offset in range(done, count - 1, REST_BLOCK):",
+    ),
+    (
+        "triton: scalars in float32 for float64",
+        "        return tl.load(row + position)\n",
+        "        return tl.load(row + position).to(tl.float32).to(tl.float64)\n",
+    ),
+    (
+        "triton: AdamW's decay is rounded into the weight before the update",
+        "theta = theta - (decay * theta + u)",
+        "theta = (theta - decay * theta) - u",
+        0,
+    ),
+    (
+        "triton: float32 vectors are promised to be twice as long",
+        "size = {1: 8, 2: 4, 3: 2, 4: 2}",
+        "size = {1: 8, 2: 8, 3: 2, 4: 2}",
+    ),
+)
+
+TRITON = _of(
+    "wd_kernels/backends/triton.py",
+    "triton codegen interpreter",
+    ("triton: products and sums are fused", '"enable_fp_fusion": False', '"enable_fp_fusion": True'),
+    (
+        "triton: a kernel of other formats is taken as compiled",
+        "key = (device, table.rule.name, formats)",
+        "key = (device, table.rule.name)",
+    ),
+    ("triton: the interpreter takes GPU tensors", 'if device.type != "cpu":', 'if device.type == "meta":'),
+    ("triton: a version too old is taken", "< OLDEST:", "< (0, 0):"),
+)
+
+BACKENDS = [
+    *_of(
+        "wd_kernels/backends/__init__.py",
+        "cuda interpreter errors",
+        ("auto prefers cuda to triton", '("triton", "cuda")', '("cuda", "triton")'),
+        ("auto falls back every time with a warning", "        _warned = True\n", ""),
+    ),
+    *_of(
+        "wd_kernels/backends/cuda.py",
+        "cuda movers",
+        (
+            "cuda: a kernel of other formats is taken as loaded",
+            "key = (device, table.rule.code, *bucket.codes)",
+            "key = (device, table.rule.code)",
+        ),
+        (
+            "cuda: a failure to load is remembered as none",
+            "        if not wrong:\n            self._fine.add(device)",
+            "        self._fine.add(device)\n        if not wrong:",
+        ),
+    ),
+    *_of(
+        "wd_kernels/backends/device.py",
+        "triton movers",
+        ("gpu: a step can be captured in a graph", "                _refuse_capture(device)", "                pass"),
+        ("gpu: one launch for a bucket without elements", " and mirror.chunks(bucket).numel():", ":"),
+    ),
+    *_of(
+        "wd_kernels/backends/reference.py",
+        "backends functional",
+        ("reference: skip is ignored", "        if skip:", "        if skip < 0:"),
+    ),
+]
+
+RULES = _of(
+    "wd_kernels/rules.py",
+    "rules reference propositions optim",
+    ("rules: lr_scaled decay without lr", "return 0.0, a * lam, 1.0, 0.0", "return 0.0, eta * lam, 1.0, 0.0"),
+    ("rules: independent decay ignores the schedule", "return 0.0, eta * lam, 1.0, 0.0", "return 0.0, lam, 1.0, 0.0"),
+    ("rules: proximal does not shrink the step", "1.0 / (1.0 + eta * lam), 0.0", "1.0, 0.0"),
+    ("rules: metric_proximal without lr", "return 0.0, 0.0, 1.0, a * lam", "return 0.0, 0.0, 1.0, eta * lam"),
+    (
+        "rules: powers as the machine has them, which round otherwise",
+        "    r = 1.0\n    while t:",
+        "    return x**t\n    r = 1.0\n    while t:",
+    ),
+    ("rules: the bias correction is a step ahead", "(1.0 - ipow(beta1, t), 1.0", "(1.0 - ipow(beta1, t + 1), 1.0"),
+    (
+        "rules: the root of the quotient, which rounds otherwise",
+        "1.0 / math.sqrt(1.0 - ipow(beta2, t))",
+        "math.sqrt(1.0 / (1.0 - ipow(beta2, t)))",
+    ),
+    (
+        "rules: the scale is multiplied in last, which rounds otherwise",
+        "step_size = (scale * a) / bias1",
+        "step_size = scale * (a / bias1)",
+    ),
+    (
+        "rules: AdamW freezes where the schedule is 0",
+        "frozen = 1.0 if lr == 0.0 else 0.0",
+        "frozen = 1.0 if a == 0.0 else 0.0",
+        0,
+    ),
+    (
+        "rules: SGDW freezes where the schedule is 0",
+        "frozen = 1.0 if lr == 0.0 else 0.0",
+        "frozen = 1.0 if a == 0.0 else 0.0",
+        1,
+    ),
+    ("rules: a new buffer is dampened", "(1.0 if fresh else 1.0 - dampening)", "(1.0 - dampening)"),
+    ("rules: nesterov without momentum's factor", "(1.0, momentum) if nesterov", "(1.0, 1.0) if nesterov"),
+    ("rules: the paper's form without momentum takes no lr", "if paper and momentum:", "if paper:"),
+    (
+        "rules: the paper's form is not scaled by proximal",
+        "grad_coef, step_size = a, scale",
+        "grad_coef, step_size = a, 1.0",
+    ),
+    (
+        "rules: SGDW's metric_proximal without lr",
+        '_place_decay("proximal", lam, a, a)',
+        '_place_decay("proximal", lam, eta, a)',
+    ),
+    ("rules: -0.0 stays -0.0", "return number + 0.0  # -0.0", "return number  # -0.0", 0),
+    (
+        "rules: what tensors held is remembered",
+        "if all(type(v) in (float, bool, str) for",
+        "if all(type(v) in (float, bool, str, torch.Tensor) for",
+    ),
+    ("rules: bias corrections are remembered by beta2 alone", "key = (beta1, beta2, t)", "key = (beta2, beta2, t)"),
+    ("rules: a beta of 1 is accepted", "if not 0.0 <= beta < 1.0:", "if not 0.0 <= beta <= 1.0:"),
+    ("rules: l2 decays at the schedule's rate", "return lam, 0.0, 1.0, 0.0", "return eta * lam, 0.0, 1.0, 0.0"),
+)
+
+MIRROR = _of(
+    "wd_kernels/mirror.py",
+    "mirror triton flat movers",
+    ("mirror: chunks are twice as long", "2 * size * processors * PER_PROCESSOR", "size * processors * PER_PROCESSOR"),
+    ("mirror: a chunk too many for whole multiples", "(numels + (size - 1)) // size", "numels // size + 1"),
+    ("mirror: what did not change is sent", "if k not in sent or not torch.equal(sent[k], b)", "if b is not None"),
+    ("mirror: what has the same shape is not sent", "not torch.equal(sent[k], b)", "sent[k].shape != b.shape"),
+    ("mirror: another stream trusts what one before it sent", "if stream != self._stream:", "if self._stream is None:"),
+    ("mirror: chunks of other sizes stay", " or not torch.equal(table.capacities, self._capacities)", ""),
+    ("mirror: chunks of other buckets stay", "if table.buckets is not self._buckets or not", "if not"),
+    ("mirror: capacities are noted and not copied", "table.capacities.clone()", "table.capacities"),
+    (
+        "mirror: what failed to be sent is noted as sent",
+        "        lines = [-(-part.numel()",
+        "        self._sent.update({k: part.view(torch.int64).clone() for k, part in parts.items()})\n"
+        "        lines = [-(-part.numel()",
+    ),
+)
+
+TABLE = _of(
+    "wd_kernels/table.py",
+    "table properties flat failures optim surroundings",
+    ("table: autograd is not told", "            torch.autograd.graph.increment_version(self.stepped)\n", ""),
+    (
+        "table: counts stay advanced when a launch fails",
+        "                self.steps -= counted\n                raise",
+        "                raise",
+    ),
+    (
+        "table: a skipped step is counted",
+        "counted = self.active if skip == 0 else torch.zeros_like(self.active)",
+        "counted = self.active",
+    ),
+    ("table: a stand-in is not copied back", "self.params[i].detach().copy_(slot.param_copy)", "pass"),
+    (
+        "table: an old stand-in is copied back without a step",
+        "slot.param_copy is not None and self.active[i]:",
+        "slot.param_copy is not None:",
+    ),
+    ("table: buffers stay fresh", "            self.fresh.zero_()\n", ""),
+    ("table: memory of dead buffers is trusted", " or any(ref() is None for ref in self.buffers)", ""),
+    ("table: flattening is not noticed", "self.generation != flat.generation() or ", ""),
+    (
+        "table: states are made in the caller's inference mode",
+        "with torch.inference_mode(False):  # what",
+        "with torch.inference_mode(torch.is_inference_mode_enabled()):  # what",
+    ),
+    (
+        "table: other states than before are not noticed",
+        "walking.walk(self) if needs == self.needs else None",
+        "walking.walk(self) if self.needs else None",
+    ),
+    (
+        "table: it goes on after a failed refresh",
+        "        except BaseException:\n            self.forget()\n            raise\n\n    def _take_runs",
+        "        except BaseException:\n            raise\n\n    def _take_runs",
+    ),
+    (
+        "table: its memory follows the default device's dtype",
+        "self.steps = torch.zeros(n, dtype=torch.float32, device=CPU)",
+        "self.steps = torch.zeros(n, device=CPU)",
+    ),
+)
+
+MENDING = _of(
+    "wd_kernels/mending.py",
+    "table properties flat checkpoint",
+    ("mending: an old view of a count moves on", "superseded.data = superseded.clone()", "pass"),
+    (
+        "mending: states that come to overlap are not seen",
+        "return table.words[at : at + len(f.states)] != [t.data_ptr() for t in f.states]",
+        "return False",
+    ),
+    (
+        "mending: one aligned role makes all aligned",
+        "int(all(address % 16 == 0 for address in addresses))",
+        "int(any(address % 16 == 0 for address in addresses))",
+    ),
+    ("mending: flat complex elements count as one", "scale = 2 if p.is_complex() else 1", "scale = 1"),
+    (
+        "mending: neighbours in a buffer are not sorted",
+        "        members.sort(key=lambda i: table.lie_of[i][:2])",
+        "        members.sort(reverse=True)",
+    ),
+    (
+        "mending: flat parameters end before their padding",
+        "end = offset + flat.padded(f.place.numel)",
+        "end = offset + f.place.numel",
+    ),
+    (
+        "mending: a new state is noted and not put into the optimizer",
+        "        f.own.update(f.put)\n",
+        "        f.own.update({k: t for k, t in f.put.items() if k not in f.own})\n",
+    ),
+)
+
+WALKING = _of(
+    "wd_kernels/walking.py",
+    "native flat table",
+    ("python walk: another step count is not seen", ' or own.get("step") is not view:', ":"),
+    (
+        "python walk: the parameter's address is kept unchecked",
+        "if p.data_ptr() != words[at + Segment.PARAM] or any(",
+        "if any(",
+    ),
+    (
+        "python walk: the states' addresses are kept unchecked",
+        "        if value.data_ptr() != words[at + Segment.STATE + s]:\n            return False\n",
+        "",
+    ),
+    (
+        "walking: the parameter's alignment is that of all",
+        "for t in found.written)),\n        group,",
+        "for t in found.written[:1])),\n        group,",
+    ),
+    (
+        "walking: complex parameters are compared by handles",
+        "native.WALKS and not p.is_complex() and",
+        "native.WALKS and",
+    ),
+    (
+        "walking: parameters that refer to the optimizer are held",
+        "not p.is_complex() and not refers",
+        "not p.is_complex()",
+    ),
+    (
+        "python rows: neighbours of different rows are one",
+        "follows and runs[count - 1, Segment.ROW] == words[Segment.ROW]:",
+        "follows:",
+    ),
+)
+
+SLOTS = _of(
+    "wd_kernels/slots.py",
+    "table errors optim surroundings flat",
+    ("slots: a negated gradient is read as it lies", "grad.is_conj() or grad.is_neg():", "grad.is_conj():"),
+    (
+        "slots: a gradient of other strides is read as it lies",
+        "if not same_layout(grad, theta) or grad.is_conj()",
+        "if grad.is_conj()",
+    ),
+    ("slots: a buffer without a count has not been started", "count = 1.0 if present else 0.0", "count = 0.0"),
+    ("slots: a buffer that is there is fresh", ' and "momentum_buffer" not in present', ""),
+    ("slots: 16-bit gradients are taken for flat ones", " or grad.dtype != p.dtype:", ":"),
+    ("slots: a stand-in of another dtype is used again", " and old.dtype == dtype and same_layout", " and same_layout"),
+    (
+        "slots: states that are missing are made anew",
+        "    if missing and (count or present):",
+        "    if missing and count < 0:",
+    ),
+)
+
+CHECKS = _of(
+    "wd_kernels/checks.py",
+    "errors table checkpoint optim",
+    (
+        "checks: a conjugated state is taken as it lies",
+        "same_layout(value, like) and not (value.is_conj() or value.is_neg())",
+        "same_layout(value, like)",
+    ),
+    ("checks: neighbours in memory overlap", "if o[1] > span[0]]", "if o[1] >= span[0]]"),
+    (
+        "checks: an overlap by one element is not seen",
+        "begin + (last + 1) * t.element_size()",
+        "begin + last * t.element_size()",
+    ),
+    ("checks: a count of 2**53 is taken", "0 <= float(value) < 2**53", "0 <= float(value) <= 2**53"),
+    (
+        "checks: interleaved slices overlap",
+        "    if all(is_dense(e.tensor) for e in pair) or bool(",
+        "    if any(is_dense(e.tensor) for e in pair) or bool(",
+    ),
+    (
+        "checks: a state is laid out as it came",
+        "return torch.empty_like(like, dtype=dtype).copy_(value)",
+        "return value.to(dtype)",
+    ),
+    (
+        "checks: sizes of 1 make a layout another",
+        "all(n == 1 or s == t for n, s, t in zip(a.shape",
+        "all(s == t for n, s, t in zip(a.shape",
+    ),
+)
+
+CHECKPOINT = _of(
+    "wd_kernels/checkpoint.py",
+    "checkpoint schedules",
+    ("checkpoint: a saved schedule's name replaces the schedule", 'LIVE = (*HOW, "schedule")', "LIVE = HOW"),
+    ("checkpoint: saved counts go on counting", '"step": value["step"].clone()}', '"step": value["step"]}'),
+    (
+        "checkpoint: loaded states are not copied",
+        "loaded.clone(memory_format=torch.preserve_format) if loaded is value else loaded",
+        "loaded",
+    ),
+    ("checkpoint: decoupled_weight_decay=True leaves l2", "elif decoupled is True and", "elif decoupled is None and"),
+    (
+        "checkpoint: loaded settings are shared with the saved state",
+        "settings = {k: deepcopy(v) for",
+        "settings = {k: v for",
+    ),
+    ("checkpoint: bad hyperparameters load", "    optimizer.rule.hypers(groups)\n    for", "    for"),
+    (
+        "checkpoint: groups of other lengths load",
+        '        if len(own["params"]) != len(other["params"]):',
+        '        if len(own["params"]) < len(other["params"]):',
+    ),
+    (
+        "checkpoint: loaded states of flat parameters lie anywhere",
+        "            if place is not None:\n                own[name]",
+        "            if place is None and not p.numel():\n                own[name]",
+    ),
+    ("checkpoint: l2 is not told to torch", 'group["decay"] != "l2"', 'group["decay"] != ""'),
+    ("checkpoint: the eta of a schedule stays where there is none", 'lost.add("eta")', "pass"),
+)
+
+FLAT = [
+    *_of(
+        "wd_kernels/flat.py",
+        "flat flat_tensors",
+        ("flat: a parameter of another dtype is taken for flat", "            and p.dtype == self.dtype\n", ""),
+        ("flat: padding of 16 elements", "PADDING = 32", "PADDING = 16"),
+        (
+            "flat: tensors are views of the whole buffer",
+            "    return dlpack.from_dlpack(dlpack.to_dlpack(view))  # type: ignore[attr-defined]",
+            "    return view",
+        ),
+    ),
+    *_of(
+        "wd_kernels/flat_states.py",
+        "flat_tensors flat",
+        ("flat: zeroing spares nobody", "if sum(map(stretches, memory)) != sum(a != 0 for a in lie):", "if not lie:"),
+        ("flat: memory of old states is given out again", " or place.offset in base.given:", ":"),
+        (
+            "flat: gradients of another optimizer are zeroed too",
+            "if any(count != buffer.numel for buffer, count in taken.items()):",
+            "if not taken:",
+        ),
+    ),
+    *_of(
+        "wd_kernels/flatten.py",
+        "flat_tensors flat",
+        ("flatten: gradients are lost", "grad.zero_() if p.grad is None else grad.copy_(p.grad)", "grad.zero_()"),
+        (
+            "flatten: views of other memory are moved",
+            "if place is None and p.untyped_storage().nbytes() != p.numel() * p.itemsize:",
+            "if place is None and p.untyped_storage().nbytes() < p.numel() * p.itemsize:",
+        ),
+        (
+            "flatten: a gradient that somebody else has is taken",
+            "        if stretches(grad) != others:",
+            "        if stretches(grad) < others:",
+        ),
+        (
+            "unflatten: parameters stay neighbours",
+            "                p.data = p.data.clone(memory_format=torch.preserve_format)",
+            "                p.data = p.data.view_as(p)",
+        ),
+    ),
+]
+
+FUNCTIONAL = [
+    *_of(
+        "wd_kernels/operators.py",
+        "functional",
+        ("operators: autograd is not told of states", "if role != 1 for t in own]", "if role == 0 for t in own]"),
+        ("operators: the buffer is never dampened", "starts and t == 1)", "starts)"),
+        (
+            "operators: counts follow the arguments and not the buckets",
+            "row_of[counts[i]] for i in table.order",
+            "row_of[count] for count in counts",
+        ),
+        ("operators: a step of 0 is taken", "if not (1 <= count < 2**53", "if not (0 <= count < 2**53"),
+    ),
+    *_of(
+        "wd_kernels/functional.py",
+        "functional",
+        ("functional: modes do not see the operator", "torch._C._len_torch_dispatch_stack() > 0 or ", ""),
+        (
+            "functional: maximize is not handed on in buffers",
+            '_run("adamw_flat_", roles, numbers, (decay, maximize, backend))',
+            '_run("adamw_flat_", roles, numbers, (decay, False, backend))',
+        ),
+    ),
+    *_of(
+        "wd_kernels/lists.py",
+        "functional",
+        (
+            "lists: a mixed list reads a negated gradient as it lies",
+            "if same_layout(grad, p) and not (grad.is_conj() or grad.is_neg()):",
+            "if same_layout(grad, p):",
+        ),
+        (
+            "lists: in a mixed list one aligned role makes all aligned",
+            "= all(address % 16 == 0",
+            "= any(address % 16 == 0",
+        ),
+        (
+            "lists: a state of other strides is taken",
+            "    if not same_layout(state, p):",
+            "    if state.dim() != p.dim():",
+        ),
+        ("lists: overlaps in a mixed list are not seen", "written=role != 1)", "written=False)"),
+    ),
+]
+
+SCHEDULES = [
+    *_of(
+        "wd_kernels/schedules/shapes.py",
+        "schedules",
+        ("schedules: a warm-up begins at 0", "min((t + 1) / self.steps, 1.0)", "min(t / self.steps, 1.0)"),
+        ("schedules: a cosine rises again after its end", "(min(t, self.steps) / self.steps)", "(t / self.steps)"),
+        ("schedules: a restart comes a step late", "while t >= length:", "while t > length:"),
+        ("schedules: a drop comes a step late", "milestone <= t for", "milestone < t for"),
+        (
+            "schedules: the decay begins a step early",
+            "max(t - self.warmup - self.stable, 0)",
+            "max(t + 1 - self.warmup - self.stable, 0)",
+        ),
+    ),
+    *_of(
+        "wd_kernels/schedules/composed.py",
+        "schedules normalized",
+        ("schedules: a product ends with its shortest part", "else max(ends))", "else min(ends))"),
+        (
+            "schedules: the first period of a sequence forgets its lead",
+            "if done < t - lead else (t, lead + length)",
+            "if done < t - lead else (t, length)",
+        ),
+        ("schedules: every part counts from the first step", "self.parts[k](t - self.firsts[k])", "self.parts[k](t)"),
+    ),
+    *_of(
+        "wd_kernels/schedules/normalized.py",
+        "normalized schedules",
+        (
+            "normalised decay: over the number of steps, not its root",
+            "return 1.0 / math.sqrt(self.where(t)[1])",
+            "return 1.0 / self.where(t)[1]",
+        ),
+    ),
+    *_of(
+        "wd_kernels/schedules/stepping.py",
+        "schedules",
+        (
+            "stepping: a group that joins starts its schedule anew",
+            'group["schedule_step"] = next(shared, 0)',
+            'group["schedule_step"] = 0',
+        ),
+        (
+            "stepping: from_lr scales the lr too",
+            "result[i] = static, lr, _ratio(lr, base_lr, eta, i), lr",
+            "result[i] = static, lr, _ratio(lr, base_lr, eta, i), lr * _ratio(lr, base_lr, eta, i)",
+        ),
+        (
+            "stepping: eta is written before the step",
+            "        ticks.append((group, eta, t + 1))",
+            '        group["eta"] = eta\n        ticks.append((group, eta, t + 1))',
+        ),
+        (
+            "stepping: groups of other counts share an eta",
+            "found = seen.get((id(schedule), t)) if",
+            "found = next((v for (k, _), v in seen.items() if k == id(schedule)), None) if",
+        ),
+    ),
+]
+
+AROUND = [
+    *_of(
+        "wd_kernels/base.py",
+        "schedules checkpoint optim surroundings",
+        (
+            "optimizer: a skipped step advances its schedule",
+            "if not keys or table.launch(self.rule.rows(hypers, keys)):",
+            "if not keys or table.launch(self.rule.rows(hypers, keys)) is not None:",
+        ),
+        (
+            "optimizer: pickles hold the whole vector of counts",
+            '        packed["state"] = checkpoint.with_own_counts(packed["state"])\n',
+            "",
+        ),
+        ("optimizer: a refused group stays", "            del self.param_groups[index:]\n", ""),
+        ("optimizer: a closure runs without gradients", "with torch.enable_grad():", "with torch.no_grad():"),
+        (
+            "optimizer: groups added later may overlap",
+            '            if "_table" in self.__dict__:',
+            '            if "_table" not in self.__dict__:',
+        ),
+    ),
+    *_of(
+        "wd_kernels/conversion.py",
+        "conversion",
+        (
+            "conversion: to hyperbolic with the sign of the way back",
+            "c / (1.0 - etas[0] * c) if",
+            "c / (1.0 + etas[0] * c) if",
+        ),
+        ("conversion: the buffer's root with the wrong sign", "b = 1.0 - momentum + x", "b = 1.0 - momentum - x"),
+        ("conversion: small decays lose digits", "-sum(math.log1p(-taken) for", "-sum(math.log(1 - taken) for"),
+        (
+            "conversion: steps without decay count as a changing schedule",
+            "return [eta for eta in etas if eta]",
+            "return etas",
+        ),
+    ),
+    *_of(
+        "wd_kernels/groups.py",
+        "groups",
+        (
+            "groups: shared parameters are excluded by one name alone",
+            "model.named_parameters(remove_duplicate=False)",
+            "model.named_parameters()",
+        ),
+        (
+            "groups: names that only contain a bias decay",
+            '"bias" in name.rpartition(".")[2].split("_")',
+            'name.endswith("bias")',
+        ),
+    ),
+    *_of(
+        "setup.py",
+        "native backends",
+        ("build: products and sums are fused on the CPU", "-ffp-contract=off", "-ffp-contract=fast"),
+    ),
+    *_of(
+        "setup.py",
+        "codegen_cuda dist",
+        ("build: nvcc fuses products and sums", "-fmad=false", "-fmad=true"),
+        ("build: nvcc takes an inexact quotient", "-prec-div=true", "-prec-div=false"),
+    ),
+]
+
+FAULTS: tuple[Fault, ...] = (
+    *RULES,
+    *REFERENCE,
+    *SCHEDULES,
+    *AROUND,
+    *TABLE,
+    *MENDING,
+    *SLOTS,
+    *CHECKS,
+    *CHECKPOINT,
+    *FLAT,
+    *FUNCTIONAL,
+    *MIRROR,
+    *WALKING,
+    *TRITON,
+    *BACKENDS,
+    *TRITON_KERNELS,
+    *WALK,
+    *HELD,
+    *ASSIGN,
+    *GATHER,
+    *CPU_OPS,
+    *CPU_MOVER,
+    *CUDA_CHUNK,
+    *CUDA_OPS,
+    *STORAGE_H,
+    *RULES_H,
+)
