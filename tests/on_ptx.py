@@ -98,7 +98,7 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
         formats = bucket.spec.formats
         part = {"parameter": formats[0], "gradient": formats[1]}.get(name, formats[-1]).dtype.itemsize
         end = min(address + padded, following) if padded > size else address + size
-        memory.add(name, address, end - address, part, writable)
+        memory.add(name, address, end - address, part, writable, noted=True)
 
 
 class OnPTX:

@@ -349,4 +349,5 @@ def test_bytes_are_those_of_the_model(of: dict[str, Any], monkeypatch: pytest.Mo
         assert total == n * step_bytes(of["kernel"][0], case.dtype, case.grad_dtype, arithmetic(case))
         for name in names:
             assert memory.touched(name) == (n, n)
+        assert memory.touched("gradient") == (n, 0)
     assert len(backend.launches) == 2

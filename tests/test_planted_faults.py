@@ -107,7 +107,9 @@ def assert_wrong_somewhere(engine: Engine, own: Any, text: str) -> None:
     for case in CASES:
         try:
             right(planted(engine, own, text, case), case)
-        except AssertionError:
+        except AssertionError as error:
+            if "differ, first at" not in str(error):
+                raise
             return
     pytest.fail("the fault was not found")
 
@@ -116,7 +118,7 @@ def assert_wrong_somewhere(engine: Engine, own: Any, text: str) -> None:
 
 
 def test_one_operation_changed(engine: Engine, own: Any) -> None:
-    """Every addition, subtraction and product in turn: one each of the first and the last of its kind, and between."""
+    """The first addition, subtraction and product of the text, the last, and one between."""
     kinds = {"add": "sub", "sub": "add", "mul": "add"}
     for opcode, other in kinds.items():
         places = re.findall(rf"\b{opcode}\.rn\.f32(?:x2)?\b", text_of(engine))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import struct
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -44,6 +45,7 @@ def evaluate(instruction: str, result: str, kinds: Sequence[str], columns: Seque
         size = SIZES[kind] if kind != "pred" else 4
         arrays.append(np.zeros(threads, dtype=f"u{size}"))
         arrays[-1][:count] = values
+        arrays[-1][count:] = values[-1]
         memory.add(f"source {k}", arrays[-1].ctypes.data, arrays[-1].nbytes, size)
         parameters.append(f".param .u64 p{k}")
         place = f"ld.param.u64 %rd1, [p{k}]; mul.wide.u32 %rd2, %r1, {size}; add.s64 %rd1, %rd1, %rd2;"
@@ -511,7 +513,7 @@ def test_moves() -> None:
 FLOAT_TO_FLOAT = [
     ("cvt.f32.f16", "f32", "f16"), ("cvt.f32.bf16", "f32", "bf16"), ("cvt.f64.f32", "f64", "f32"),
     ("cvt.rn.f32.f64", "f32", "f64"), ("cvt.rn.f16.f32", "f16", "f32"), ("cvt.rn.bf16.f32", "bf16", "f32"),
-    ("cvt.rn.f16.f64", "f16", "f64"),
+    ("cvt.rn.f16.f64", "f16", "f64"), ("cvt.rn.f16.bf16", "f16", "bf16"), ("cvt.rn.bf16.f16", "bf16", "f16"),
 ]  # fmt: skip
 
 
@@ -550,13 +552,14 @@ def test_floats_to_integers(how: str, of: Callable[[Fraction], int], source: str
         -(Fraction(2) ** 33),
     ]
     own = [encoded(v, source) for v in numbers] + [encoded(v, source) for v in (math.inf, -math.inf, math.nan, -0.0)]
-    for to in ("s32", "u32", "s16"):
+    for to in ("s32", "u32", "s16", "s64", "u64"):
         low, high = (0, 2 ** WIDTHS[to] - 1) if to[0] == "u" else (-(2 ** (WIDTHS[to] - 1)), 2 ** (WIDTHS[to] - 1) - 1)
         expected = []
         for bits in own:
             v = decoded(bits, source)
             if isinstance(v, float):
-                value = 0 if math.isnan(v) or v == 0 else (high if v > 0 else low)
+                highest = 1 << (WIDTHS[to] - 1) if "64" in source + to else 0
+                value = highest if math.isnan(v) else 0 if v == 0 else (high if v > 0 else low)
             else:
                 value = min(max(of(v), low), high)
             expected.append(value & (2 ** WIDTHS[to] - 1))
@@ -627,9 +630,10 @@ def test_votes_and_reductions() -> None:
 
 
 def test_every_instruction_that_is_known_is_tested() -> None:
+    """By an opcode that is followed by a type, in this file's PTX, or named in its tables."""
     source = Path(__file__).read_text(encoding="utf-8")
     for opcode in KNOWN:
-        assert f"{opcode}." in source or f'"{opcode}"' in source, opcode
+        assert re.search(rf'\b{opcode}\.(?:\w+\.)*(?:[busf]\d+|[busf]?{{|pred|rn)|"{opcode}(?:\.\w+)?"', source), opcode
 
 
 @pytest.mark.parametrize(
@@ -653,9 +657,16 @@ def test_every_instruction_that_is_known_is_tested() -> None:
         ("ld.global.b32 D, [nobody]", "the address .* is not known here"),
         ("ld.param.b32 D, [nobody]", "is no parameter of the kernel"),
         ("atom.global.add.u32 D, [%rd1], A", "the instruction atom.global.add.u32 is not known here"),
-        ("bra nowhere", "no such label"),
+        ("bra nowhere", "bra to nowhere: no such label"),
+        ("L: mov.b32 D, A; L: mov.b32 D, A", "the label L is there twice"),
+        ("mul.f16 D, A, A", "mul.f16: without .rn it may be fused"),
+        ("setp.lo.s32 %p1, A, A", "setp.lo.s32: only unsigned integers are lower or higher"),
+        ("mov.b32 D, 010", "010 is not declared|the operand 010 is not known"),
+        ("mov.b32 D, foo", "mov.b32: foo is not declared, or is no operand"),
+        ("mov.b32 D, 0; rem.u32 D, A, D", "rem.u32: a division by zero, whose result is not specified"),
+        ("setp.ne.s32 %p1, %r1, 3; bar.sync 16", "bar.sync of 1 operands is not known here"),
         ("call foo", "the instruction call is not known here"),
-        ("setp.lo.s32 %p1, A, A; bar.red.popc.u32 D, 0, %p1", "is not known here"),
+        ("setp.lt.s32 %p1, A, A; bar.red.popc.u32 D, 0, %p1", "is not known here"),
         ("@A mov.b32 D, A", "A is no predicate"),
         (".local .b32 x", ".local is not known here"),
     ],
@@ -759,17 +770,19 @@ def test_narrow_accesses_extend() -> None:
     [
         ("ld.global.b32 %r4, [%rd2+4];", {}, r"a load of 4 bytes at 0x\w+ by thread 63 is out of bounds: .*, x, is"),
         ("ld.global.b32 %r4, [%rd2+-4];", {}, "by thread 0 is out of bounds"),
-        ("st.global.b32 [%rd2], %r4;", {"writable": False}, "a store to x, which is only to be read"),
+        ("mov.b32 %r4, 0; st.global.b32 [%rd2], %r4;", {"writable": False}, "a store to x, which is only to be read"),
         ("ld.global.v2.b32 {%r4, %r5}, [%rd1+4];", {}, "a load of 8 bytes of x at .* by thread 0 is not aligned"),
         ("ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%rd1];", {"skew": 1}, "a load of 16 bytes of x .* is not aligned"),
-        ("st.global.b32 [%rd1], %r4;", {}, "thread 0 stores x at .*, which another thread of the launch touches"),
-        ("setp.eq.s32 %p1, %r1, 0; @%p1 st.global.b32 [%rd1], %r4; ld.global.b32 %r4, [%rd1];", {}, "loads x at"),
+        ("mov.b32 %r4, 0; st.global.b32 [%rd1], %r4;", {}, "thread 0 stores x at .*, which another thread"),
+        ("setp.eq.s32 %p1, %r1, 0; @%p1 st.global.b32 [%rd1], %r1; ld.global.b32 %r4, [%rd1];", {}, "loads x at"),
         ("ld.global.b32 %r4, [%rd1]; setp.eq.s32 %p1, %r1, 3; @%p1 st.global.b32 [%rd1], %r4;", {}, "stores x at"),
-        ("st.global.b32 [%rd2], %r4; ld.global.nc.b32 %r4, [%rd2];", {}, r"a load of x past coherence \(.nc\)"),
+        ("st.global.b32 [%rd2], %r1; ld.global.nc.b32 %r4, [%rd2];", {}, r"a load of x past coherence \(.nc\)"),
         ("mov.b64 %rd3, -2; ld.global.b16 %h1, [%rd3];", {}, "a load of 2 bytes at 0xf+e .* out of bounds"),
         ("LOOP: bra LOOP;", {}, "the launch does not end"),
         ("shfl.sync.bfly.b32 %r4, %r1, 1, 31, 7;", {}, "the mask does not name exactly the threads"),
-        ("setp.lt.s32 %p1, %r1, 5; @%p1 bar.sync 0;", {}, "threads wait at barrier 0 for others, which never come"),
+        ("setp.lt.s32 %p1, %r1, 32; @%p1 bar.sync 0;", {}, "32 threads wait at barrier 0 for others, which never come"),
+        ("setp.lt.s32 %p1, %r1, 5; @%p1 bar.sync 0;", {}, "bar.sync: some threads of a warp take it and others do not"),
+        ("setp.lt.s32 %p1, %r1, 5; @%p1 bra.uni ON; ON:", {}, "bra.uni: some threads of a warp take it"),
     ],
 )  # fmt: skip
 def test_what_no_kernel_may_do(
@@ -777,7 +790,7 @@ def test_what_no_kernel_may_do(
 ) -> None:
     monkeypatch.setattr("ptx.machine.MOST", 1000)
     if "barrier" in message:  # the others wait elsewhere
-        body += " setp.ge.s32 %p2, %r1, 5; @%p2 bar.sync 1;"
+        body += " setp.ge.s32 %p2, %r1, 32; @%p2 bar.sync 1;"
     with pytest.raises(ptx.PtxError, match=message):
         ran(body, **options)
 
@@ -827,9 +840,16 @@ def test_shared_memory_and_barriers() -> None:
         ran(body.replace("BARRIER", "bar.sync 0;").replace("st.shared.b32 [%r4]", "st.shared.b32 [%r4+-4]"))
 
 
-def test_a_register_that_was_never_written_is_no_zero() -> None:
-    room, _, _ = ran("st.global.b32 [%rd2], %r8;")
-    assert set(room.view(np.uint32).tolist()) == {0xDEADBEEF}
+@pytest.mark.parametrize(
+    "body",
+    ["st.global.b32 [%rd2], %r8;", "@%p3 mov.b32 %r4, 1;", "@%p3 bra ON; ON:", "max.s32 %r4, %r1, %r8;",
+     "setp.ne.s32 %p1, %r1, 7; @%p1 mov.b32 %r8, 0; add.s32 %r4, %r8, 1;"],
+)  # fmt: skip
+def test_a_register_that_was_never_written_is_an_error(body: str) -> None:
+    with pytest.raises(ptx.PtxError, match=r"thread \d+ reads the register %[rp]\d, which it has never written"):
+        ran(body)
+    room, _, _ = ran("mov.b32 %r8, 0; setp.ne.s32 %p3, %r8, 0;" + body)
+    assert room[0] == 0
 
 
 def test_memory_that_is_none() -> None:

@@ -47,6 +47,14 @@ class Own:
     def wrong(self, message: str) -> PtxError:
         return PtxError(f"{self.instruction.name}: {message}", self.line)
 
+    def quotient(self, a: Any, b: Any) -> Any:
+        """Of integers, towards zero."""
+        a, b = np.broadcast_arrays(np.asarray(a), np.asarray(b))
+        if bool((b == 0).any()):
+            raise self.wrong("a division by zero, whose result is not specified")
+        q = a // b
+        return (q + ((a % b != 0) & ((a < 0) != (b < 0))).astype(q.dtype) if a.dtype.kind == "i" else q).astype(a.dtype)
+
     def take(self, *allowed: str) -> str | None:
         """The next modifier, if it is one of these."""
         if self.left and self.left[0] in allowed:
@@ -72,13 +80,21 @@ class Own:
         dtype: Any = UNSIGNED[width]
         if isinstance(operand, Register):
             index, own = operand.index, operand.width
+            name, line = operand.name, self.line
             if own == width:
-                return lambda s, at: s.registers[index][at]
+
+                def read(s: Any, at: Any) -> Any:
+                    if not s.whole[index]:
+                        s.check(index, at, name, line)
+                    return s.registers[index][at]
+
+                return read
             if wider and own > width:
-                return lambda s, at: s.registers[index][at].astype(dtype)
+                whole = self.read(operand, own)
+                return lambda s, at: whole(s, at).astype(dtype)
             raise self.wrong(f"{operand.name} has {own} bits, {width} are wanted")
         if isinstance(operand, Immediate):
-            if operand.kind != "int" and width != {"f32": 32, "f64": 64}[operand.kind]:
+            if operand.kind != "int" and width != {"f32": 32, "f64": 64}.get(operand.kind):
                 raise self.wrong(f"a number of {operand.kind} where {width} bits are wanted")
             number = dtype(operand.value & ((1 << width) - 1)) if width > 1 else np.bool_(operand.value)
             return lambda s, at: number
@@ -90,7 +106,8 @@ class Own:
         if isinstance(operand, Symbol) and operand.name in self.kernel.shared:
             place = dtype(self.kernel.shared[operand.name][0])
             return lambda s, at: place
-        raise self.wrong(f"the operand {operand} is not known here")
+        name = getattr(operand, "name", operand)
+        raise self.wrong(f"{name} is not declared, or is no operand that is known here")
 
     def write(self, operand: Operand | None, width: int, wider: bool = False, signed: bool = False) -> Write:
         """Writes unsigned integers of `width` bits; `wider`: to a register that may have more, extended."""
@@ -101,6 +118,8 @@ class Own:
 
             def write(s: Any, at: Any, value: Any) -> None:
                 s.registers[index][at] = value
+                if not s.whole[index]:
+                    s.wrote(index, at)
 
             return write
         if wider and own > width:
@@ -108,6 +127,8 @@ class Own:
 
             def extend(s: Any, at: Any, value: Any) -> None:
                 s.registers[index][at] = np.asarray(value).view(narrow).astype(to)
+                if not s.whole[index]:
+                    s.wrote(index, at)
 
             return extend
         raise self.wrong(f"{operand.name} has {own} bits, {width} are written")
@@ -150,10 +171,10 @@ def translate(instruction: Instruction, kernel: Kernel) -> Run:
     run = _BUILDERS[instruction.opcode](Own(instruction, kernel))
     if instruction.predicate is None:
         return run
-    index, wanted = instruction.predicate.index, not instruction.negated
+    read, wanted = Own(instruction, kernel).read(instruction.predicate, 1), not instruction.negated
 
     def predicated(s: Any, at: Any) -> None:
-        true = s.registers[index][at] == wanted
+        true = read(s, at) == wanted
         if true.all():
             run(s, at)
         elif true.any():
@@ -192,7 +213,7 @@ def _arithmetic(own: Own) -> Run:
         raise own.wrong("its result is not one that is rounded once, to nearest, with subnormals")
     if rounding not in (None, "rn") or (rounding is None and opcode in ("div", "fma", "mad")):
         raise own.wrong(f"rounding {rounding} is not known here")
-    if rounding is None and opcode in _FLOAT and kind in (*REAL, *PACKED):
+    if rounding is None and opcode in _FLOAT and kind in (*REAL, *HALF, *PACKED):
         raise own.wrong("without .rn it may be fused with its neighbours")
     kind = own.need(*REAL, *HALF, *PACKED)
     if opcode == "div" and kind not in REAL:
@@ -244,7 +265,7 @@ def _integer(own: Own, opcode: str) -> Run:
         return elementwise(own, kinds, to, lambda a, b, c=0: _product(a, b, kind, part) + c)
     if opcode == "fma":
         raise own.wrong("integers are not fused")
-    compute = {"add": np.add, "sub": np.subtract, "div": _quotient}[opcode]
+    compute = {"add": np.add, "sub": np.subtract, "div": own.quotient}[opcode]
     return elementwise(own, [kind, kind], kind, compute)
 
 
@@ -260,19 +281,10 @@ def _product(a: Any, b: Any, kind: str, part: str) -> Any:
     return np.asarray((exact >> 64) & (2**64 - 1), dtype=np.uint64).view(np.asarray(a).dtype)
 
 
-def _quotient(a: Any, b: Any) -> Any:
-    """Towards zero; what a division by zero gives is not specified: all ones here."""
-    a, b = np.broadcast_arrays(np.asarray(a), np.asarray(b))
-    safe = np.where(b == 0, 1, b).astype(b.dtype)
-    q = a // safe
-    q = q + ((a % safe != 0) & ((a < 0) != (safe < 0))).astype(q.dtype) if a.dtype.kind == "i" else q
-    return np.where(b == 0, np.asarray(-1).astype(b.dtype), q).astype(a.dtype)
-
-
 @builds("rem")
 def _remainder(own: Own) -> Run:
     kind = own.need(*INTEGERS)
-    return elementwise(own, [kind, kind], kind, lambda a, b: a - _quotient(a, b) * b)
+    return elementwise(own, [kind, kind], kind, lambda a, b: a - own.quotient(a, b) * b)
 
 
 @builds("min", "max")
@@ -501,6 +513,8 @@ def _compare(own: Own) -> Run:
     of_float = kind in REAL or kind in HALF
     if not of_float and (name in ("num", "nan") or (name.endswith("u") and name[:-1] in _ORDERED)):
         raise own.wrong("integers are always ordered")
+    if name in _SAME_AS_UNSIGNED and kind[0] != "u":
+        raise own.wrong("only unsigned integers are lower or higher")
     if kind in BITS and name not in ("eq", "ne"):
         raise own.wrong("bits are equal or not")
     d, a, b, *more = own.done(4 if combine else 3)
@@ -617,7 +631,7 @@ def _convert(own: Own) -> Run:
     to = own.need(*kinds, "f16x2", "bf16x2")
     source = own.need(*kinds)
     if to in PACKED:
-        if rounding != "rn" or source != "f32":
+        if rounding != "rn" or source != "f32" or saturate:
             raise own.wrong("only float32 is rounded to two halves, to nearest")
         half = PACKED[to][0]
 
@@ -659,12 +673,15 @@ def _conversion(own: Own, to: str, source: str, rounding: str | None, saturate: 
         info = np.iinfo((SIGNED if to[0] == "s" else UNSIGNED)[WIDTHS[to]])
         whole = _TO_INTEGER[rounding]
 
-        def to_integer(x: Any) -> Any:  # out of range: the nearest end; NaN: 0, or the least of 64 bits... of f64
+        # Out of range: the nearest end. NaN: 0, but the highest bit alone where f64 or 64 bits are on either side.
+        missing = after(1 << (WIDTHS[to] - 1) if "64" in source or "64" in to else 0)
+
+        def to_integer(x: Any) -> Any:
             value = whole(floating(x).astype(np.float64))
             inside = (value > float(info.min) - 1) & (value < float(info.max) + 1)
             found = np.where(inside, value, 0).astype(info.dtype)
             found = np.where(value >= float(info.max), info.max, np.where(value <= float(info.min), info.min, found))
-            return np.where(value != value, 0, found).astype(info.dtype).view(after)
+            return np.where(value != value, missing, found.astype(info.dtype).view(after))
 
         return to_integer
     sizes = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
@@ -676,7 +693,7 @@ def _conversion(own: Own, to: str, source: str, rounding: str | None, saturate: 
     if (rounding is None) != exact or rounding not in (None, "rn"):
         raise own.wrong(f"rounding {rounding} from {source} to {to} is not known here")
     if to in HALF:
-        return lambda x: x.view(after) if to == source else numbers.narrow(x, to)
+        return lambda x: x.view(after) if to == source else numbers.narrow(floating(x), to)
     return lambda x: numbers.canonical(floating(x).astype(numbers.FLOATS[to]), to)
 
 
@@ -862,7 +879,9 @@ def _reduce(own: Own) -> Run:
         whole = np.zeros(s.blocks * s.threads, dtype=np.uint32)
         whole[ids] = read(s, at)
         values = typed(whole, kind)
-        found = np.array([gate.reduce(values[w][there[w]]) for w in lanes], dtype=values.dtype).view(np.uint32)
+        found = np.array(
+            [gate.reduce(values[w][there[w]], dtype=values.dtype) for w in lanes], dtype=values.dtype
+        ).view(np.uint32)
         write(s, at, found[np.searchsorted(lanes[:, 0], ids // 32 * 32)])
 
     return run

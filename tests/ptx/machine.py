@@ -21,7 +21,7 @@ from .program import JUMPS, Instruction, Kernel, Symbol
 
 __all__ = ["Report", "launch", "translated"]
 
-#: What a register holds before it is written: nothing that a kernel could mean.
+#: What a register holds before it is written; reading it is an error.
 POISON = 0xA5C3_5A3C_DEAD_BEEF
 #: Blocks of instructions that a launch may execute: more is taken for a loop without an end.
 MOST = 1_000_000
@@ -80,13 +80,31 @@ class _State:
 
     def __init__(self, kernel: Kernel, blocks: int, threads: int, shared: int, memory: Memory) -> None:
         count = blocks * threads
-        self.blocks, self.threads, self.memory = blocks, threads, memory
+        self.kernel, self.blocks, self.threads, self.memory = kernel, blocks, threads, memory
         self.ids = np.arange(count, dtype=np.int32)
         self.registers = [
             np.full(count, POISON & ((1 << width) - 1), dtype=UNSIGNED[width]) for width in kernel.registers
         ]
         self.shared = _Shared(blocks, shared, threads)
+        self.whole = [False] * len(kernel.registers)  # has every thread written it?
+        self.written: dict[int, Any] = {}  # which threads have, until then
         self.arguments: dict[str, bytes] = {}
+
+    def wrote(self, index: int, at: Any) -> None:
+        """Notes that threads have written a register."""
+        if isinstance(at, slice):
+            self.whole[index] = True
+        else:
+            self.written.setdefault(index, np.zeros(len(self.ids), dtype=bool))[at] = True
+
+    def check(self, index: int, at: Any, name: str, line: int) -> None:
+        """An error where a thread reads what it has not written."""
+        if self.whole[index]:
+            return
+        known = self.written.get(index)
+        missing = self.ids[at] if known is None else self.ids[at][~known[at]]
+        if len(missing):
+            raise PtxError(f"thread {int(missing[0])} reads the register {name}, which it has never written", line)
 
 
 def launch(
@@ -201,7 +219,11 @@ def _run(kernel: Kernel, code: Sequence[Sequence[Any]], state: _State, report: R
         if last is None or last.opcode not in JUMPS:
             go(place + 1, ids, last.line if last else 0)
             continue
+        if last.predicate is not None:
+            state.check(last.predicate.index, ids, last.predicate.name, last.line)
         taken = ids if last.predicate is None else ids[state.registers[last.predicate.index][ids] != last.negated]
+        if last.modifiers == ("uni",) or last.opcode in ("bar", "barrier"):
+            _together(taken, ids, state, last)
         if last.predicate is not None:
             left = ids[state.registers[last.predicate.index][ids] == last.negated]
             go(place + 1, left, last.line)
@@ -217,12 +239,20 @@ def _run(kernel: Kernel, code: Sequence[Sequence[Any]], state: _State, report: R
             waiting.append((_barrier(last), place + 1, taken))
 
 
+def _together(taken: Any, ids: Any, state: _State, instruction: Instruction) -> None:
+    """An error where not all threads of a warp that stand here do the same: these instructions promise it."""
+    warps = np.bincount(ids // 32, minlength=len(state.ids) // 32 + 1)
+    own = np.bincount(taken // 32, minlength=len(warps))
+    if bool(((own != 0) & (own != warps)).any()):
+        raise PtxError(f"{instruction.name}: some threads of a warp take it and others do not", instruction.line)
+
+
 def _barrier(instruction: Instruction) -> int:
     """The number of a barrier of the whole block."""
     known = (("sync",), ("sync", "aligned"), ("cta", "sync"), ("cta", "sync", "aligned"))
     number = instruction.operands[0] if len(instruction.operands) == 1 else None
     value = getattr(number, "value", None)
-    if instruction.modifiers not in known or not isinstance(value, int):
+    if instruction.modifiers not in known or not isinstance(value, int) or not 0 <= value < 16:
         raise PtxError(
             f"{instruction.name} of {len(instruction.operands)} operands is not known here", instruction.line
         )
@@ -237,7 +267,9 @@ def _release(waiting: list[tuple[int, int, Any]], alive: Any, state: _State, go:
         own += np.bincount(ids // state.threads, minlength=state.blocks)
     full = {number: (own == alive) & (own > 0) for number, own in arrived.items()}
     if not any(bool(own.any()) for own in full.values()):
-        raise PtxError(f"threads wait at barrier {waiting[0][0]} for others, which never come")
+        number, place, ids = waiting[0]
+        line = state.kernel.blocks[place - 1].instructions[-1].line
+        raise PtxError(f"{len(ids)} threads wait at barrier {number} for others, which never come", line)
     kept = []
     for number, place, ids in waiting:
         free = full[number][ids // state.threads]

@@ -65,6 +65,7 @@ class Buffer:
     end: int
     itemsize: int
     writable: bool
+    noted: bool  # are reads noted though nothing can be written?
     shift: int
 
 
@@ -75,8 +76,10 @@ class Memory:
         self.buffers: list[Buffer] = []
         self._sealed = False
 
-    def add(self, name: str, address: int, nbytes: int, itemsize: int = 1, writable: bool = False) -> None:
-        """Lets a launch read `nbytes` from `address` on, and write them if `writable`.
+    def add(
+        self, name: str, address: int, nbytes: int, itemsize: int = 1, writable: bool = False, noted: bool = False
+    ) -> None:
+        """Lets a launch read `nbytes` from `address` on, and write them if `writable`; `noted`: for `touched`, too.
 
         Raises:
             ValueError: the memory is part of another buffer, or is no memory.
@@ -88,7 +91,7 @@ class Memory:
         if itemsize not in (1, 2, 4, 8):
             raise ValueError(f"itemsize={itemsize} of {name}: allowed are 1, 2, 4, 8")
         shift = itemsize.bit_length() - 1
-        self.buffers.append(Buffer(name, address, address + nbytes, itemsize, writable, shift))
+        self.buffers.append(Buffer(name, address, address + nbytes, itemsize, writable, noted, shift))
         self._sealed = False
 
     def seal(self) -> None:
@@ -100,6 +103,7 @@ class Memory:
         self._begins = np.array([b.begin for b in self.buffers], dtype=np.uint64)
         self._ends = np.array([b.end for b in self.buffers], dtype=np.uint64)
         self._writable = np.array([b.writable for b in self.buffers], dtype=bool)
+        self._noted = np.array([b.writable or b.noted for b in self.buffers], dtype=bool)
         self._shifts = np.array([b.shift for b in self.buffers], dtype=np.uint64)
         granules = [(b.end - b.begin + b.itemsize - 1) >> b.shift for b in self.buffers]
         self._bases = np.concatenate([[0], np.cumsum(granules)]).astype(np.uint64)
@@ -114,7 +118,7 @@ class Memory:
             where = self.buffers[int(k[self._writable[k]][0])].name
             raise PtxError(f"a load of {where} past coherence (.nc), which the launch may write", line)
         self.loaded += np.bincount(k, minlength=len(self.buffers)) * (size * count)
-        own = self._writable[k]
+        own = self._noted[k]
         if bool(own.any()):
             self._race(self.races.load, k, address, size * count, threads, line, "loads", own)
         room = process(size)
@@ -135,7 +139,7 @@ class Memory:
             room[at + i] = value
 
     def touched(self, name: str) -> tuple[int, int]:
-        """(elements that were read, elements that were written) of the writable buffers of a name."""
+        """(elements that were read, elements that were written) of the buffers of a name, writable or noted."""
         read = written = 0
         for k, buffer in enumerate(self.buffers):
             if buffer.name == name:

@@ -139,9 +139,11 @@ def parse(text: str, name: str | None = None) -> Kernel:
         names = [m[1] for m in re.finditer(r"\.entry\s+([\w$]+)", text)]
         raise PtxError(f"one kernel is expected{f' of a name with {name!r}' if name else ''}, found are {names}")
     kernel = Kernel(found[0][1])
-    for dynamic in re.finditer(r"\.extern\s+\.shared\s+(?:\.align\s+\d+\s+)?\.\w+\s+([\w$]+)\[\]", text):
-        kernel.shared[dynamic[1]] = (0, 0)
+    dynamic = re.findall(r"\.extern\s+\.shared\s+(?:\.align\s+\d+\s+)?\.\w+\s+([\w$]+)\[\]", text)
+    kernel.shared = dict.fromkeys(dynamic, (0, 0))
     _Reader(kernel, text, found[0].end()).read()
+    if dynamic and kernel.shared_size:
+        raise PtxError(f"shared memory of the kernel's own beside that of the launch ({dynamic[0]}) is not known here")
     return kernel
 
 
@@ -166,6 +168,8 @@ class _Reader:
                 if block.instructions:
                     block = Block()
                     self.kernel.blocks.append(block)
+                if label[1] in self.kernel.labels:
+                    raise PtxError(f"the label {label[1]} is there twice", line)
                 self.kernel.labels[label[1]] = len(self.kernel.blocks) - 1
                 statement = statement[label.end() :].strip()
                 label = re.match(r"([\w$%]+)\s*:(?!:)", statement)
@@ -184,7 +188,8 @@ class _Reader:
                 if instruction.opcode == "bra":
                     (target,) = instruction.operands
                     if not isinstance(target, Symbol) or target.name not in self.kernel.labels:
-                        raise PtxError(f"{instruction.name} to {target}: no such label", instruction.line)
+                        name = getattr(target, "name", target)
+                        raise PtxError(f"{instruction.name} to {name}: no such label", instruction.line)
 
     def _head(self, head: str, line: int) -> None:
         inside = re.search(r"\((.*?)\)", head, re.DOTALL)
@@ -304,7 +309,8 @@ class _Reader:
             if not inside:
                 raise PtxError(f"the address {text} is not known here", line)
             base = self._operand(inside[1], line)
-            assert isinstance(base, (Register, Symbol, Immediate))
+            if not isinstance(base, (Register, Symbol, Immediate)):
+                raise PtxError(f"the address {text} is not known here", line)
             return Address(base, int(inside[2] or "0", 0))
         if "|" in text:
             first, second = (part.strip() for part in text.split("|"))
@@ -312,7 +318,7 @@ class _Reader:
             if predicate is None:
                 raise PtxError(f"{second} is no register", line)
             return Pair(None if first == "_" else self._register(first), predicate)
-        number = re.fullmatch(r"(-?)(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?", text)
+        number = re.fullmatch(r"(-?)(0[xX][0-9a-fA-F]+|0[bB][01]+|0|[1-9]\d*)U?", text)
         if number:
             return Immediate(int(number[1] + number[2], 0), "int")
         bits = re.fullmatch(r"0([fFdD])([0-9a-fA-F]{8}|[0-9a-fA-F]{16})", text)
