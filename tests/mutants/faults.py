@@ -33,9 +33,9 @@ class Fault:
     nth: int | None = None
 
     @property
-    def native(self) -> bool:
-        """Must something be compiled again?"""
-        return self.file == "setup.py" or self.file.startswith("csrc/")
+    def of_nvcc(self) -> bool:
+        """May its tests need the CUDA library? It takes a minute to build, and is left out for all other faults."""
+        return self.file in ("setup.py", "csrc/cuda/kernels.cu")
 
     def applied(self, text: str) -> str:
         """The file's text with the fault. Raises ValueError if the place is not there, or not one."""
@@ -158,7 +158,7 @@ STORAGE_H = _of(
 
 CPU_MOVER = _of(
     "csrc/cpu/mover.inc",
-    "kernels backends optim native",
+    "backends kernels optim native",
     ("cpu: frozen weights move", "row[kFrozen] != 0", "row[kFrozen] < 0"),
     ("cpu: a thread goes on to the end of its segment", "rest < end - begin ? rest : end - begin", "rest"),
     ("cpu: a later thread takes a whole segment's length", "segment.numel - offset;", "segment.numel;"),
@@ -192,7 +192,7 @@ CPU_OPS = _of(
 
 CUDA_CHUNK = _of(
     "csrc/cuda/chunk.h",
-    "kernels movers cuda",
+    "movers kernels cuda",
     (
         "cuda: the last round writes one element too many",
         "if (masked && at >= end) continue;",
@@ -229,7 +229,7 @@ CUDA_CHUNK = _of(
 
 CUDA_OPS = _of(
     "csrc/cuda/ops.cpp",
-    "kernels cuda movers",
+    "cuda movers kernels",
     ("cuda: chunks of any size are accepted", "chunk_size > 0 && chunk_size % 1024 == 0", "chunk_size > 0"),
     (
         "cuda: rows of another rule are accepted",
@@ -349,7 +349,7 @@ ASSIGN = _of(
 
 GATHER = _of(
     "csrc/gather.cpp",
-    "functional",
+    "functional operators compile",
     (
         "lists: a gradient that shares a parameter's memory is taken",
         "span.begin < (span.written ? any : written)",
@@ -420,9 +420,16 @@ REFERENCE = _of(
     ),
 )
 
+TRITON_ROUNDING = _of(
+    "wd_kernels/backends/triton_kernels.py",
+    "codegen triton movers kernels",
+    ("triton: an inexact quotient", "return tl.div_rn(x, y)", "return x / y"),
+    ("triton: an inexact root", "return tl.sqrt_rn(x)", "return tl.sqrt(x)"),
+)
+
 TRITON_KERNELS = _of(
     "wd_kernels/backends/triton_kernels.py",
-    "kernels movers triton interpreter codegen",
+    "movers kernels triton interpreter codegen",
     (
         "triton: lerp always from the new value",
         "tl.where(w < 0.5, x + w * (y - x), y + beta * (x - y))",
@@ -430,8 +437,6 @@ TRITON_KERNELS = _of(
     ),
     ("triton: a weight of one half is lerped from the far end", "tl.where(w < 0.5,", "tl.where(w <= 0.5,"),
     ("triton: amsgrad loses a NaN", "(v > v_max) | (v != v)", "v > v_max"),
-    ("triton: an inexact quotient", "return tl.div_rn(x, y)", "return x / y"),
-    ("triton: an inexact root", "return tl.sqrt_rn(x)", "return tl.sqrt(x)"),
     (
         "triton: AMD's root scales small numbers wrongly",
         "tl.where(small, x * 4294967296.0, x)",
@@ -585,7 +590,7 @@ RULES = _of(
 
 MIRROR = _of(
     "wd_kernels/mirror.py",
-    "mirror triton flat movers",
+    "mirror flat movers kernels",
     ("mirror: chunks are twice as long", "2 * size * processors * PER_PROCESSOR", "size * processors * PER_PROCESSOR"),
     ("mirror: a chunk too many for whole multiples", "(numels + (size - 1)) // size", "numels // size + 1"),
     ("mirror: what did not change is sent", "if k not in sent or not torch.equal(sent[k], b)", "if b is not None"),
@@ -649,7 +654,7 @@ TABLE = _of(
 
 MENDING = _of(
     "wd_kernels/mending.py",
-    "table properties flat checkpoint",
+    "table properties walks flat checkpoint",
     ("mending: an old view of a count moves on", "superseded.data = superseded.clone()", "pass"),
     (
         "mending: states that come to overlap are not seen",
@@ -681,7 +686,7 @@ MENDING = _of(
 
 WALKING = _of(
     "wd_kernels/walking.py",
-    "native flat table",
+    "native flat table walks",
     ("python walk: another step count is not seen", ' or own.get("step") is not view:', ":"),
     (
         "python walk: the parameter's address is kept unchecked",
@@ -1029,6 +1034,7 @@ FAULTS: tuple[Fault, ...] = (
     *WALKING,
     *TRITON,
     *BACKENDS,
+    *TRITON_ROUNDING,
     *TRITON_KERNELS,
     *WALK,
     *HELD,

@@ -133,7 +133,12 @@ class Copy:
         named = re.search(r"^(?:FAILED|ERROR) (\S+(?:.*?\])?)", output, re.MULTILINE)
         if named is None and status > 0:
             raise SystemExit(f"pytest ended with {status}:\n{output[-3000:]}")
-        return named[1] if named else f"a crash in {_last_test(output)}"
+        if named is not None:
+            return named[1]
+        name = signal.Signals(-status).name
+        if name in ("SIGTERM", "SIGKILL", "SIGINT", "SIGHUP"):
+            raise SystemExit(f"somebody ended pytest by {name}: nothing is known of this fault")
+        return f"{name} in {_last_test(output)}"
 
     @contextmanager
     def with_fault(self, fault: Fault) -> Iterator[None]:
@@ -153,6 +158,7 @@ class Copy:
         def result(verdict: str, by: str) -> Result:
             return Result(fault.name, verdict, time.monotonic() - begin, fault.file, by)
 
+        self.environment["WD_KERNELS_CUDA"] = "" if fault.of_nvcc else "0"
         with self.with_fault(fault):
             wrong = self._compiles(fault)
             if wrong:
