@@ -1,4 +1,7 @@
-"""backend="cpu" against backend="reference": parameters and states equal to the bit, however they lie."""
+"""backend="cpu": what must not change the bits (threads, order, grouping, layouts, flushing), and what it refuses.
+
+What every kernel computes, on every instruction set, is in test_kernels.py.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The kernels for GPUs, run on the CPU, against backend="reference": parameters and states equal to the bit.
+"""What the backends for GPUs do around their kernels (chunks, buckets, launches, failures), to the reference's bits.
 
-Triton's in its interpreter; CUDA's as the test build whose grid is plain loops (on_cpu.py). What is false about
-alignment is a fault on a device: here every hint that a Triton kernel gives is checked, and the test build traps.
+On the CPU: Triton's interpreter, CUDA's test build, and one compiled form of each (engines.py). What every kernel
+computes is in test_kernels.py.
 """
 
 from __future__ import annotations

@@ -142,8 +142,12 @@ def launch(
     state.arguments = _arguments(kernel, arguments)
     memory.seal()
     report = Report(blocks, threads)
-    with np.errstate(all="ignore"):
-        _run(kernel, translated(kernel), state, report)
+    try:
+        with np.errstate(all="ignore"):
+            _run(kernel, translated(kernel), state, report)
+    except PtxError as error:
+        error.add_note(f"in {kernel.name}, launched with {blocks} blocks of {threads} threads")
+        raise
     return report
 
 
