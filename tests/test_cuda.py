@@ -1,4 +1,4 @@
-"""backend="cuda": its operators and the choice of it, where there is no GPU. What it computes is in test_movers.py."""
+"""backend="cuda": its operators and the choice of it, where there is no GPU. What it computes is in test_kernels.py."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ print("stepped")
 
 @pytest.mark.parametrize(("offset", "aligned", "ends"), [(0, 1, False), (1, 0, False), (1, 1, True)])
 def test_a_false_promise_of_alignment_traps(offset: int, aligned: int, ends: bool) -> None:
-    """So what runs in test_movers.py is aligned where it says so, and 16-byte accesses are taken there."""
+    """So what runs in test_kernels.py is aligned where it says so, and 16-byte accesses are taken there."""
     code = ONE.format(tests=str(ROOT / "tests"), root=str(ROOT), offset=offset, aligned=aligned)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == (-signal.SIGILL if ends else 0), done.stderr

@@ -1,4 +1,4 @@
-"""backend="triton" in Triton's interpreter: what is its own. What the kernels compute is in test_movers.py."""
+"""backend="triton" in Triton's interpreter: what is its own. What the kernels compute is in test_kernels.py."""
 
 from __future__ import annotations
 
