@@ -254,3 +254,16 @@ def test_memory_that_is_no_longer_the_buffers(walk: str, monkeypatch: pytest.Mon
     assert count_runs(opt) == 5
     between = memory[:320].view(10, 32)[:, 20:]
     assert torch.equal(between, canaries[:320].view(10, 32)[:, 20:])
+
+
+@both
+def test_a_square_parameter_is_transposed_where_it_lies(rule: str, walk: str) -> None:
+    """Its address and shape stay: only strides tell it."""
+    params = parameters(((3,), (4, 4), (5, 2)))
+    flatten_(params)
+    opt = build(rule, params)
+    for step in range(4):
+        fill(params, step)
+        if step == 2:
+            params[1].data = params[1].data.t()
+        checked_step(opt, f"step {step}")

@@ -191,6 +191,27 @@ def test_a_bucket_without_elements_is_not_launched(backend: str, launches: list[
     assert params[1].tolist() == [-0.5625] * 3  # 1 - (0.25 + 0.5) = 0.25; 0.25 - (0.0625 + 0.5 * 1.5)
 
 
+def test_a_parameter_moves_from_one_bucket_to_another(backend: str) -> None:
+    """Two of float32 and one of bfloat16, then one and two: all runs are as long as before."""
+    results = []
+    for which in (backend, "reference"):
+        (p, q), (r,) = make_params([Piece((40,))] * 2, f32, f32), make_params([Piece((40,))], bf16, bf16, 1)
+        opt = wd_kernels.SGDW([p, q, r], lr=0.1, momentum=0.9, weight_decay=0.1, backend=which)
+        found = {}
+        for step in range(4):
+            if step == 2:
+                q.grad = None
+                q.data = q.data.to(bf16)
+                opt.state[q] = {}
+            for k, t in enumerate((p, q, r)):
+                t.grad_dtype = t.dtype
+                t.grad = gradient(Piece((40,)), t.dtype, 10 * step + k)
+            opt.step()
+            found.update({f"{step} {name}": value for name, value in snapshot([p, q, r], opt).items()})
+        results.append(found)
+    assert_same(*results)
+
+
 def test_465_groups_in_one_launch(backend: str, launches: list[int]) -> None:
     results = []
     for which in (backend, "reference"):

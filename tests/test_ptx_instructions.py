@@ -852,6 +852,13 @@ def test_a_register_that_was_never_written_is_an_error(body: str) -> None:
     assert room[0] == 0
 
 
+def test_half_of_a_register_may_be_left_unwritten() -> None:
+    """As compilers do for the unused half of a packed operation; the half that is used is right, the other no zero."""
+    packed = "mov.b64 %rd3, {%r1, %r8}; add.rn.f32x2 %rd4, %rd3, %rd3; mov.b64 {%r4, %r5}, %rd4;"
+    assert set(ran(f"{packed} st.global.b32 [%rd2], %r4;")[0].view(np.uint32)) == {2 * k for k in range(64)}
+    assert 0 not in ran(f"{packed} st.global.b32 [%rd2], %r5;")[0]
+
+
 def test_memory_that_is_none() -> None:
     memory = ptx.Memory()
     with pytest.raises(ValueError, match="x of 4 bytes at 0x0 is no memory of a process"):

@@ -333,3 +333,26 @@ def test_alignment_is_told_truly(rule: str, walk: str) -> None:
             assert segment[11] == all(address % 16 == 0 for address in addresses)
             flags.add(segment[11])
         assert flags == ({0, 1} if t % 3 != 1 and (t < 6 or t % 4 != 1) else {0})
+
+
+@both
+def test_fewer_rows_at_the_same_place(rule: str, walk: str) -> None:
+    """Address, strides and dtype of every role stay; what lies behind the rows that are left is not written."""
+    whole, grads = SQUARE.clone(), BUFFER[16:32].view(4, 4)
+    p = nn.Parameter(whole)
+    opt = build(rule, [p])
+    for _ in range(2):
+        p.grad = grads
+        opt.step()
+    own = opt.state[p]
+    states = {name: own[name] for name in STATES[rule]}
+    p.grad = None
+    p.data = p.data[:3]
+    p.grad = grads[:3]
+    for name, state in states.items():
+        own[name] = state[:3]
+    behind = [t[3:].clone() for t in (whole, *states.values())]
+    for _ in range(2):
+        checked_step(opt)
+    for t, before in zip((whole, *states.values()), behind, strict=True):
+        assert_untouched(t[3:], before)

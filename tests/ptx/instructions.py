@@ -75,12 +75,18 @@ class Own:
             raise self.wrong(f"{len(self.instruction.operands)} operands, {operands} are known")
         return self.instruction.operands
 
-    def read(self, operand: Operand, width: int, wider: bool = False) -> Read:
-        """Reads `width` bits as unsigned integers; `wider`: of a register that may have more."""
+    def read(self, operand: Operand, width: int, wider: bool = False, unwritten: bool = False) -> Read:
+        """Reads `width` bits as unsigned integers; `wider`: of a register that may have more.
+
+        `unwritten`: of one that may never have been written, too. Compilers pack such a one beside another where half
+        of a register is not used; what it holds (machine.POISON) is copied.
+        """
         dtype: Any = UNSIGNED[width]
         if isinstance(operand, Register):
             index, own = operand.index, operand.width
             name, line = operand.name, self.line
+            if own == width and unwritten:
+                return lambda s, at: s.registers[index][at]
             if own == width:
 
                 def read(s: Any, at: Any) -> Any:
@@ -577,7 +583,7 @@ def _move(own: Own) -> Run:
     if isinstance(d, Vector):
         part = width // len(d.parts)
         writes = [own.write(x, part) if x is not None else None for x in d.parts]
-        read = own.read(a, width)
+        read = own.read(a, width, unwritten=True)
 
         def unpack(s: Any, at: Any) -> None:
             value = np.asarray(read(s, at))
@@ -590,7 +596,8 @@ def _move(own: Own) -> Run:
         part = width // len(a.parts)
         if None in a.parts:
             raise own.wrong("a source cannot be _")
-        reads, write, to = [own.read(x, part) for x in a.parts if x is not None], own.write(d, width), UNSIGNED[width]
+        reads = [own.read(x, part, unwritten=True) for x in a.parts if x is not None]
+        write, to = own.write(d, width), UNSIGNED[width]
 
         def pack(s: Any, at: Any) -> None:
             found = to(0)
@@ -603,7 +610,7 @@ def _move(own: Own) -> Run:
 
 
 def _copy(own: Own, d: Operand, a: Operand, width: int) -> Run:
-    read, write = own.read(a, width), own.write(d, width)
+    read, write = own.read(a, width, unwritten=True), own.write(d, width)
     return lambda s, at: write(s, at, read(s, at))
 
 
