@@ -240,7 +240,7 @@ CUDA_OPS = _of(
 
 WALK = _of(
     "csrc/walk.cpp",
-    "table walks properties native flat",
+    "table walks properties native flat kernels",
     (
         "walk: strides are not compared",
         "shape[d] > 1 && e.numel > 0) return false;",
@@ -609,7 +609,7 @@ MIRROR = _of(
 
 TABLE = _of(
     "wd_kernels/table.py",
-    "table properties flat failures optim surroundings",
+    "table properties flat failures optim surroundings kernels",
     ("table: autograd is not told", "            torch.autograd.graph.increment_version(self.stepped)\n", ""),
     (
         "table: counts stay advanced when a launch fails",
