@@ -148,7 +148,7 @@ class TritonOnPTX(OnPTX, Triton):
 def _patched(names: Any) -> Iterator[None]:
     """The Triton backend as it is beside a GPU, with other kernels."""
     kept = triton_backend._kernels, triton_backend.interpreted, triton_backend.current
-    triton_backend._kernels = lambda: names  # type: ignore[assignment]
+    triton_backend._kernels = lambda: names
     triton_backend.interpreted = lambda: False
     triton_backend.current = lambda device: nullcontext()
     try:

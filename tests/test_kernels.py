@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import pytest
@@ -90,14 +89,19 @@ def case_of(of: Mapping[str, Any]) -> Case:
     return Case(rule, f"{name}-{of['decay']}", options, *pair)
 
 
-def rows(**options: Sequence[Any]) -> list[Any]:
-    """A covering array over all engines, kernels, decay modes, variants and `options`, as parameters of a test."""
-    found = covering({"engine": ENGINES, "kernel": KERNELS, "decay": DECAY_MODES, "variant": range(4), **options})
+def params_of(found: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> list[Any]:
+    """The rows of a covering array as parameters of a test, in the order of engines; those of a GPU are marked."""
     params = []
     for of in sorted(found, key=lambda of: ENGINES.index(of["engine"])):
-        words = [str(of["engine"]), str(case_of(of)), *(str(v) for k, v in of.items() if k in options)]
+        words = [str(of["engine"]), str(case_of(of)), *(str(of[name]) for name in options)]
         params.append(pytest.param(of, id="-".join(words), marks=[pytest.mark.gpu] * (of["engine"].form == "gpu")))
     return params
+
+
+def rows(**options: Sequence[Any]) -> list[Any]:
+    """A covering array over all engines, kernels, decay modes, variants and `options`, as parameters of a test."""
+    own = {"engine": ENGINES, "kernel": KERNELS, "decay": DECAY_MODES, "variant": range(4)}
+    return params_of(covering({**own, **options}), options)
 
 
 @pytest.fixture
@@ -113,12 +117,6 @@ def of_size(size: int | None, patch: pytest.MonkeyPatch) -> None:
     """Chunks of that many elements."""
     if size is not None:
         patch.setattr(mirror, "chunk_size", lambda elements, processors: size)
-
-
-@cache
-def expected(of: Callable[..., Any], case: Case, *args: Any, **more: Any) -> Any:
-    """What the reference gives."""
-    return of(case, "reference", *args, **more)
 
 
 # The matrix -----------------------------------------------------------------------------------------------------------
@@ -273,12 +271,9 @@ def few(**options: Sequence[Any]) -> list[Any]:
     """A smaller covering array: engines, bodies and dtypes meet in pairs."""
     own = {"engine": ENGINES, "body": tuple(BODIES), "dtypes": REAL, "decay": DECAY_MODES, "variant": range(4)}
     found = covering({**own, **options})
-    params = []
-    for of in sorted(found, key=lambda of: ENGINES.index(of["engine"])):
-        of = {"engine": of.pop("engine"), "kernel": (of.pop("body"), of.pop("dtypes")), **of}
-        words = [str(of["engine"]), str(case_of(of)), *(str(v) for k, v in of.items() if k in options)]
-        params.append(pytest.param(of, id="-".join(words), marks=[pytest.mark.gpu] * (of["engine"].form == "gpu")))
-    return params
+    for of in found:
+        of["kernel"] = of.pop("body"), of.pop("dtypes")
+    return params_of(found, options)
 
 
 @pytest.mark.parametrize("of", few())
@@ -297,7 +292,7 @@ def test_peculiar_numbers(of: dict[str, Any], engine: Engine) -> None:
 @pytest.mark.parametrize("of", [pytest.param({"engine": e}, id=str(e), marks=[pytest.mark.gpu] * (e.form == "gpu"))
                                 for e in ENGINES])  # fmt: skip
 def test_every_16_bit_number_and_every_rounding_between(of: dict[str, Any], engine: Engine, dtype: torch.dtype) -> None:
-    assert_same(rounding_run(dtype, engine.backend, engine.device), expected(rounding_run, dtype))
+    assert_same(rounding_run(dtype, engine.backend, engine.device), rounding_run(dtype, "reference"))
 
 
 @pytest.mark.parametrize("of", few())

@@ -303,7 +303,7 @@ class _Reader:
         if text.startswith("{"):
             parts = [part.strip() for part in text[1:-1].split(",")]
             own = tuple(None if part == "_" else self._operand(part, line) for part in parts)
-            return Vector(own)  # type: ignore[arg-type]
+            return Vector(own)
         if text.startswith("["):
             inside = re.fullmatch(r"\[\s*([\w$%.]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)
             if not inside:
