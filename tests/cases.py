@@ -97,6 +97,11 @@ SMALL = (
     Piece((12, 9), grad="expanded"), Piece((1030,), grad="offset"), Piece((9, 11), "gaps", "sliced"),
     Piece((29,), grad="conjugate"), Piece((5, 6), "transposed", "negative"),
 )  # fmt: skip
+#: At, before and after the ends of blocks and chunks, aligned and not.
+EDGES = tuple(
+    Piece((n,), layout)
+    for n, layout in itertools.product((511, 512, 1023, 1024, 1025, 2048, 2049, 3584), ("contiguous", "offset"))
+)
 BIG = (Piece((5,)), Piece((2**20 + 3,)), Piece((0,)), Piece((1023,)))
 
 

@@ -7,7 +7,6 @@ GPU, with less of everything: in Triton's interpreter, and as the test build of 
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import pickle
 import shutil
@@ -24,6 +23,7 @@ from cases import (
     BIG,
     BODIES,
     DTYPES,
+    EDGES,
     PIECES,
     REAL,
     SMALL,
@@ -152,13 +152,6 @@ def test_what_the_backend_refuses(gpu: None) -> None:
 
 
 # Addresses and sizes --------------------------------------------------------------------------------------------------
-
-
-#: At, before and after the ends of blocks and chunks, aligned and not.
-EDGES = tuple(
-    Piece((n,), layout)
-    for n, layout in itertools.product((511, 512, 1023, 1025, 2048, 2049, 3584, 5000), ("contiguous", "offset"))
-)
 
 
 @pytest.mark.parametrize("size", some([1024, 2048, 4096, 8192, 16384], 2))

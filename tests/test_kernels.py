@@ -16,6 +16,7 @@ import pytest
 import torch
 from cases import (
     DTYPES,
+    EDGES,
     REAL,
     SMALL,
     VARIANTS,
@@ -71,11 +72,6 @@ BODIES: dict[str, tuple[str, tuple[str, ...]]] = {
 KERNELS = [(body, dtypes) for body in BODIES for dtypes in REAL]
 COMPLEX = {(f32, f32): (c64, c64), (f64, f64): (c128, c128)}
 
-#: At, before and after the ends of blocks and chunks, aligned and not.
-EDGES = tuple(
-    Piece((n,), layout)
-    for n, layout in itertools.product((511, 512, 1023, 1024, 1025, 2048, 2049, 3584), ("contiguous", "offset"))
-)
 PIECES = {"small": SMALL, "layouts": LAYOUTS, "edges": EDGES}
 
 

@@ -6,7 +6,6 @@ computes is in test_kernels.py.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from cases import (
     BODIES,
     DTYPES,
+    EDGES,
     REAL,
     SMALL,
     Case,
@@ -82,12 +82,6 @@ def test_split_tensor(backend: str, case: Case) -> None:
 
 # Chunks ---------------------------------------------------------------------------------------------------------------
 
-#: At, before and after the ends of blocks and chunks, aligned and not.
-EDGES = tuple(
-    Piece((n,), layout)
-    for n, layout in itertools.product((511, 512, 1023, 1024, 1025, 2048, 2049, 3584, 5000), ("contiguous", "offset"))
-)
-
 
 def of_size(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror, "chunk_size", lambda elements, processors: size)
@@ -99,11 +93,12 @@ def test_several_chunks_a_segment(
     backend: str, case: Case, size: int, launches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of_size(size, monkeypatch)
-    found = run(case, backend, pieces=EDGES, steps=2)
-    came = [min(step for step in range(9) if has_gradient(k, step)) for k in range(len(EDGES))]
-    chunks = [-(-piece.shape[0] // size) for piece in EDGES]
+    pieces = (*EDGES, Piece((5000,)), Piece((5000,), "offset"))
+    found = run(case, backend, pieces=pieces, steps=2)
+    came = [min(step for step in range(9) if has_gradient(k, step)) for k in range(len(pieces))]
+    chunks = [-(-piece.shape[0] // size) for piece in pieces]
     assert launches == [sum(n for n, c in zip(chunks, came, strict=True) if c <= step) for step in range(2)]
-    assert_same(found, run(case, "reference", pieces=EDGES, steps=2))
+    assert_same(found, run(case, "reference", pieces=pieces, steps=2))
 
 
 @pytest.mark.parametrize("dtype", [f32, f64])
