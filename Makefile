@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 
 # A stamp, not the extension itself: without a compiler the package is there without it.
 NATIVE  := $(VENV)/built
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+SOURCES := $(wildcard csrc/*.h csrc/*/*)
 CPP     := $(SOURCES) bench/stream.cpp
 
 # How tests are spread over processes; PARALLEL= runs them in one.

@@ -176,7 +176,7 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 def ninja_rules(home: Path, library: Path) -> list[str]:
     """How ninja builds the library that is always there, and the CUDA kernels as the tests run them on the CPU."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("ops", "tensors", "walk", "held", "assign", "gather")]
+    sources = [ROOT / "csrc" / "cpu" / "ops.cpp", *sorted((ROOT / "csrc" / "python").glob("*.cpp"))]
     sets = INSTRUCTION_SETS if x86 else {"baseline": ""}
     sources += [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in sets]
     includes = f"-isystem {_word(home / 'include')} -isystem {_word(sysconfig.get_paths()['include'])}"

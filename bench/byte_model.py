@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from wd_kernels.storage import state_dtype
+from wd_kernels.formats import state_dtype
 
 __all__ = [
     "STATES",

@@ -36,7 +36,7 @@ import torch
 from wd_kernels.__main__ import aligned
 from wd_kernels.backends.triton import THREADS, block, options
 from wd_kernels.rules import ADAMW, SGDW, Rule
-from wd_kernels.storage import Format, format_of, state_dtype
+from wd_kernels.formats import Format, parameter_format, state_dtype
 
 __all__ = ["IN_FLIGHT", "TARGETS", "Cost", "Kernel", "cost", "costs", "kept", "kernels", "render"]
 
@@ -75,7 +75,7 @@ class Kernel:
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        found = [format_of(d) for d in (self.param, self.grad, *[state_dtype(self.param)] * _RULES[self.rule][1])]
+        found = [parameter_format(d) for d in (self.param, self.grad, *[state_dtype(self.param)] * _RULES[self.rule][1])]
         return tuple(fmt for fmt in found if fmt is not None)
 
     @property

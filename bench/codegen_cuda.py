@@ -16,7 +16,7 @@ import torch
 from byte_model import step_bytes
 from codegen import Cost, Kernel, kernels
 
-from wd_kernels.storage import state_dtype
+from wd_kernels.formats import state_dtype
 
 __all__ = ["LIBRARY", "carried_ptx", "compiler", "costs", "cubins", "name", "no_toolkit", "ptx", "whole_ptx"]
 

@@ -11,7 +11,7 @@ import torch
 from peers import FLAT, FUSED, OURS
 
 import wd_kernels
-from wd_kernels.storage import state_dtype
+from wd_kernels.formats import state_dtype
 
 __all__ = [
     "BARE_LOOP",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from byte_model import STATES
 
-from wd_kernels.storage import state_dtype
+from wd_kernels.formats import state_dtype
 
 __all__ = [
     "BILLION",

@@ -22,7 +22,8 @@ from gpu_around import about, say, write
 from gpu_measure import Contender, Timer
 from peers import first_line
 
-from wd_kernels import AdamW, mirror
+from wd_kernels import AdamW
+from wd_kernels.backends import device_copy
 from wd_kernels.__main__ import aligned
 from wd_kernels.backends import triton as backend
 
@@ -80,8 +81,8 @@ def patched(variant: Variant) -> Iterator[None]:
 
     launch: dict[str, Any] = {"block": own_block, "options": own_options}
     chunks: dict[str, Any] = {
-        "LONGEST": variant.longest or mirror.LONGEST,
-        "PER_PROCESSOR": variant.per_processor or mirror.PER_PROCESSOR,
+        "LONGEST": variant.longest or device_copy.LONGEST,
+        "PER_PROCESSOR": variant.per_processor or device_copy.PER_PROCESSOR,
     }
     with mock.patch.multiple(backend, **launch), mock.patch.multiple(mirror, **chunks):
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codegen
 from byte_model import step_bytes
 
-from wd_kernels.storage import state_dtype
+from wd_kernels.formats import state_dtype
 
 
 def assert_in_budget(kernel: codegen.Kernel, cost: codegen.Cost) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import wd_kernels
-from wd_kernels.records import Segment
+from wd_kernels.layout import Moving
 from wd_kernels.rules import DECAY_MODES
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -357,7 +357,7 @@ def placed_run(
         for role, (buffer, view) in own.items():
             assert_canaries(buffer, view, f"{role}, {what}, {backend}")
         assert float(opt.state[p]["step"]) == 6
-    flags = set(opt._table.segments[:, Segment.ALIGNED].tolist())
+    flags = set(opt._table.segments.moving[:, Moving.ALIGNED].tolist())
     return snapshot(params, opt), flags
 
 

@@ -93,8 +93,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
 
     def counted(launch: Any) -> Any:
-        def prepared(self: Any, table: Any, bucket: Any, mirror: Any) -> Any:
-            go, programs = launch(self, table, bucket, mirror), mirror.chunks(bucket).numel()
+        def prepared(self: Any, table: Any, bucket: Any, size: int, copy: Any) -> Any:
+            go, programs = launch(self, table, bucket, size, copy), copy.there[bucket.index].numel()
 
             def counting() -> None:
                 found.append(programs)

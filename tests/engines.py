@@ -23,7 +23,7 @@ import torch
 from on_cpu import OnCPU
 
 from wd_kernels.backends import BACKENDS
-from wd_kernels.slots import Spec
+from wd_kernels.layout import Spec
 
 __all__ = ["COMPILED", "CPU", "ENGINES", "GPU", "MIRRORED", "TEST_DEVICE", "Engine", "absent", "engine_params"]
 

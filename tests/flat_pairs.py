@@ -10,9 +10,10 @@ from bits import assert_same_optimizers
 from semantics import build, parameters, plain
 from torch import Tensor, nn
 
-from wd_kernels import flat, flatten_
+from wd_kernels import flatten_
+from wd_kernels.flat import buffers as flat
 from wd_kernels.flat import place_of
-from wd_kernels.records import Segment
+from wd_kernels.layout import Moving
 
 SHAPES = ((4, 4), (7, 5), (33,), (), (2, 3, 2, 3), (1,), (129,))
 ALIKE = ((16,),) * 5
@@ -78,7 +79,7 @@ class Pair:
 
 def count_runs(opt: Any) -> int:
     """How many pieces the launches of the last step had."""
-    return int((opt._table.runs[:, Segment.NUMEL] != 0).sum())
+    return int((opt._table.segments.moving[:, Moving.NUMEL] != 0).sum())
 
 
 def attached(p: Tensor) -> bool:

@@ -21,10 +21,10 @@ from torch import Tensor
 from wd_kernels.backends import triton as triton_backend
 from wd_kernels.backends.cuda import CUDA
 from wd_kernels.backends.triton import THREADS, Triton
-from wd_kernels.flat import PADDING, attached, place_of
-from wd_kernels.mirror import Mirror
-from wd_kernels.rules import Rule
-from wd_kernels.slots import Bucket, Spec, Table
+from wd_kernels.flat.buffers import PADDING, attached, place_of
+from wd_kernels.backends.device_copy import DeviceCopy
+from wd_kernels.rules import RULES, Rule, code_of
+from wd_kernels.layout import Bucket, Spec, Table
 
 __all__ = ["ENGINES", "CUDAOnPTX", "Launch", "OnPTX", "TritonOnPTX", "kernel_of"]
 
@@ -33,18 +33,12 @@ ENGINES = (
     *(("triton", version, target) for version in ("newest", "oldest") for target in ("sm_80", "sm_90", "sm_100")),
     *(("cuda", "nvcc", target) for target in ("sm_80", "sm_90", "library")),
 )
-_KINDS = {
-    ("adamw", 2): "adamw",
-    ("adamw", 3): "adamw amsgrad",
-    ("sgdw", 1): "sgdw",
-    ("sgdw", 0): "sgdw without momentum",
-}
 
 
 def kernel_of(rule: Rule, spec: Spec) -> codegen.Kernel:
     """Which of the compiled kernels steps a bucket."""
-    param, grad, *states = spec.formats
-    return codegen.Kernel(_KINDS[rule.name, len(states)], param.dtype, grad.dtype)
+    param, grad, *_ = spec.formats
+    return codegen.Kernel(codegen.kind_of(rule, spec.states), param.dtype, grad.dtype)
 
 
 class Launch:
@@ -79,13 +73,13 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
     The padding between neighbours in a flat buffer may be touched too: they are stepped as one.
     """
     found: dict[int, tuple[str, int, int, bool]] = {}  # by address: name, bytes, bytes with padding, writable
-    for i in bucket.slots:
+    for i in bucket.members:
         if not table.active[i]:
             continue
         theta, grad, states, _ = table.tensors(i)
         place = place_of(theta) if isinstance(theta, torch.nn.Parameter) else None
         roles = [("parameter", theta, True), ("gradient", grad, False)]
-        roles += [(f"state {k}", state, True) for k, state in enumerate(states)]
+        roles += [(f"state {k}", state, True) for k, state in enumerate(states.values())]
         for name, tensor, writable in roles:
             size = padded = tensor.numel() * tensor.element_size()
             if place is not None and (name != "gradient" or attached(theta)):
@@ -129,13 +123,15 @@ class TritonOnPTX(OnPTX, Triton):
         Triton.__init__(self)
         self.version, self.target = version, target
 
-    def launch(self, table: Table, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
+    def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
         """The product's own, whose kernels are these."""
         kernel = kernel_of(table.rule, bucket.spec)
         own = _TritonKernel(self, triton_kernel(self.version, self.target, kernel), kernel, table, bucket)
-        names = SimpleNamespace(step_kernel=own, root="root", scaled_root="scaled_root", adamw="adamw", sgdw="sgdw")
+        names = SimpleNamespace(
+            step_kernel=own, root="root", scaled_root="scaled_root", **{rule: rule for rule in RULES}
+        )
         with _patched(names):
-            go = super().launch(table, bucket, mirror)
+            go = super().launch(table, bucket, size, copy)
 
         def launched() -> None:
             with _patched(names):
@@ -170,9 +166,11 @@ class _TritonKernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def go(*arguments: Any, **how: Any) -> None:
-            tables, (size, rule, root, width, formats, block) = list(arguments[:5]), arguments[5:]
+            tables, (words, size, rule, root, scalars, states, formats, block) = list(arguments[:5]), arguments[5:]
             # What the PTX was compiled for (bench/codegen.py) is what the launch says.
-            assert (rule, root, width) == (self.table.rule.name, "root", self.table.rule.width)
+            own = self.table.rule
+            assert (rule, root, scalars, states) == (own.name, "root", own.scalars, self.bucket.spec.states)
+            assert words == tables[1].shape[1]
             assert formats == tuple(fmt.code for fmt in self.which.formats)
             assert block == triton_backend.block(self.which.formats)
             assert how == {"num_warps": THREADS // 32, "enable_fp_fusion": False}
@@ -180,8 +178,8 @@ class _TritonKernel:
             assert size % 16 == 0
             launch = Launch(self.kernel, self.table, self.bucket, tables)
             launch.blocks = grid[0]
-            scratch = [0] * (len(self.kernel.parameters) - 6)  # Triton's own, which these kernels do not use
-            self.backend.step(launch, lambda tables: [*(t.data_ptr() for t in tables), size, *scratch])
+            scratch = [0] * (len(self.kernel.parameters) - 7)  # Triton's own, which these kernels do not use
+            self.backend.step(launch, lambda tables: [*(t.data_ptr() for t in tables), words, size, *scratch])
 
         return go
 
@@ -196,9 +194,9 @@ class CUDAOnPTX(OnPTX, CUDA):
         CUDA.__init__(self)
         self.target = target
 
-    def launch(self, table: Table, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
+    def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
         self._own = cuda_kernel(self.target, kernel_of(table.rule, bucket.spec)), table, bucket
-        return super().launch(table, bucket, mirror)
+        return super().launch(table, bucket, size, copy)
 
     @property
     def ops(self) -> Any:
@@ -206,11 +204,12 @@ class CUDAOnPTX(OnPTX, CUDA):
         kernel, table, bucket = self._own
 
         def step(*given: Any) -> None:
-            *tables, size, rule, codes = given
-            assert (rule, list(codes)) == (table.rule.code, bucket.codes)
-            launch = Launch(kernel, table, bucket, tables)
-            sizes = table.rule.width, size
-            # The struct Launch of csrc/cuda/device.h, by value.
-            self.step(launch, lambda tables: [struct.pack("<5Qii", *(t.data_ptr() for t in tables), *sizes)])
+            chunks, places, moving, control, size, number, variant, codes, rows = given
+            rule, spec = table.rule, bucket.spec
+            assert (number, variant, list(codes)) == (code_of(rule), rule.variant(spec.states), spec.codes)
+            launch = Launch(kernel, table, bucket, [chunks, places, moving, rows, control])
+            sizes = places.shape[1], len(rule.scalars), size
+            # The struct Launch of csrc/layout.h, by value.
+            self.step(launch, lambda tables: [struct.pack("<5Qiii4x", *(t.data_ptr() for t in tables), *sizes)])
 
         return SimpleNamespace(cuda_load=lambda *given: "", cuda_step_=SimpleNamespace(default=step))

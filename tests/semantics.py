@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import wd_kernels
 from wd_kernels import native
-from wd_kernels.checks import is_dense as is_dense
+from wd_kernels.validation import is_dense as is_dense
 
 CLASSES = {"adamw": wd_kernels.AdamW, "sgdw": wd_kernels.SGDW}
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -30,10 +30,10 @@ TWO_ALIKE = ((7, 5), (4, 4), (33,), (4, 4), ())
 def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test once with the native check of every step, once with its Python form."""
     if request.param == "python":
-        monkeypatch.setattr(native, "WALKS", False)
+        monkeypatch.setattr(native, "CHECKS", False)
         monkeypatch.setattr(native, "C", None)
     else:
-        assert native.WALKS
+        assert native.CHECKS
     return str(request.param)
 
 

@@ -204,23 +204,23 @@ def test_tests_and_build_keep_to_their_time_and_say_how_they_went(tmp_path):
 
 
 def test_a_variant_replaces_launch_parameters_for_its_time():
-    formats = tuple(wd_kernels.storage.FORMATS[1] for _ in range(4))
+    formats = tuple(wd_kernels.formats.FORMATS[1] for _ in range(4))
     before = triton_backend.block(formats), triton_backend.options(formats, 32, True)
-    longest = wd_kernels.mirror.LONGEST
+    longest = wd_kernels.device_copy.LONGEST
     with gpu_tune.patched(gpu_tune.Variant(8, 2048, 0, longest=4096, per_processor=7)):
         how = triton_backend.options(formats, 32, nvidia=True)
         assert how["num_warps"] == 8
         assert how["enable_fp_fusion"] is False
         assert "maxnreg" not in how
         assert triton_backend.block(formats) == 2048
-        assert (wd_kernels.mirror.LONGEST, wd_kernels.mirror.PER_PROCESSOR) == (4096, 7)
-        assert wd_kernels.mirror.chunk_size(10**9, 132) == 4096
+        assert (wd_kernels.device_copy.LONGEST, wd_kernels.device_copy.PER_PROCESSOR) == (4096, 7)
+        assert wd_kernels.device_copy.chunk_size(10**9, 132) == 4096
     with gpu_tune.patched(gpu_tune.Variant(registers=72)):
         assert triton_backend.options(formats, 32, nvidia=True)["maxnreg"] == 72
     with gpu_tune.patched(gpu_tune.Variant()):
         assert triton_backend.options(formats, 32, True) == before[1]
     assert (triton_backend.block(formats), triton_backend.options(formats, 32, True)) == before
-    assert longest == wd_kernels.mirror.LONGEST
+    assert longest == wd_kernels.device_copy.LONGEST
     assert len(set(map(str, gpu_tune.VARIANTS))) == len(gpu_tune.VARIANTS)
 
 
@@ -242,7 +242,7 @@ def test_tuning_notes_what_fails(tmp_path, monkeypatch):
     step = wd_kernels.AdamW.step
 
     def step_or_fail(self: Any, closure: Any = None) -> Any:
-        if triton_backend.block((wd_kernels.storage.FORMATS[1],)) == 512:
+        if triton_backend.block((wd_kernels.formats.FORMATS[1],)) == 512:
             raise RuntimeError("out of registers")
         return step(self, closure)
 

@@ -136,7 +136,7 @@ def test_contenders_share_tensors_and_move_what_the_byte_model_says(rule, param,
         assert {p.grad.dtype for p in params} == {contender.grad}
         places = tuple(p.data_ptr() for p in params)
         if contender.name == "wd_kernels flat":  # on tensors of its own
-            assert len(optimizer._table.runs) == 1
+            assert len(optimizer._table.segments.moving) == 1
             assert places not in shared[contender.grad]
         else:
             shared.setdefault(contender.grad, set()).add(places)

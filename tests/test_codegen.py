@@ -97,13 +97,13 @@ class Driver:  # enough of one to compile for a device that is not there
 
 driver.set_active(Driver())
 from wd_kernels.backends import triton
-from wd_kernels.storage import format_of
+from wd_kernels.formats import parameter_format
 kernels = triton._kernels()
 def known():
     return len(kernels.step_kernel.device_caches[0][0])
 words, numbers = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.float64)
 for dtype in (torch.float32, torch.bfloat16):
-    formats = tuple(format_of(d) for d in (dtype, dtype, torch.float32, torch.float32))
+    formats = tuple(parameter_format(d) for d in (dtype, dtype, torch.float32, torch.float32))
     for size, offset in ((1024, 0), (2048, 16), (16384, 32)):
         arguments = (words[offset:], words, words[16:], numbers, numbers[16:], size, kernels.adamw, kernels.root, 13,
                      tuple(f.code for f in formats), triton.block(formats))

@@ -13,7 +13,7 @@ from cases import BODIES, Case, Piece, bf16, covered, f32, f64, gradient, ids, m
 from torch import Tensor
 
 from wd_kernels import native
-from wd_kernels.operators import OPERATORS
+from wd_kernels.torch_ops import OPERATORS
 
 
 class Compiler:

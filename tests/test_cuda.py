@@ -18,8 +18,8 @@ import wd_kernels
 from wd_kernels import __main__ as program
 from wd_kernels import native
 from wd_kernels.backends import BACKENDS, FallbackWarning, cuda, resolve
-from wd_kernels.slots import Spec
-from wd_kernels.storage import format_of
+from wd_kernels.layout import Spec
+from wd_kernels.formats import parameter_format
 
 ROOT = Path(__file__).parent.parent
 FORMATS = [2, 2, 2, 2]  # AdamW, all float32
@@ -108,7 +108,7 @@ def test_a_false_promise_of_alignment_traps(offset: int, aligned: int, ends: boo
 
 
 def spec(device: str) -> Spec:
-    return Spec(torch.device(device), tuple(format_of(f32) for _ in range(4)))
+    return Spec(torch.device(device), tuple(parameter_format(f32) for _ in range(4)))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from semantics import all_params, build, checked_step, parameters, set_gradients
 
 import wd_kernels
 from wd_kernels import SGDW, AdamW, backends, native
-from wd_kernels.table import Spec
+from wd_kernels.layout import Spec
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:this state has"),
@@ -158,7 +158,7 @@ def test_a_backend_that_is_missing(rule: str, monkeypatch: pytest.MonkeyPatch) -
     opts = {name: build(rule, parameters(), backend=name) for name in ("auto", "cpu", "reference")}
     for opt in opts.values():
         set_gradients(all_params(opt), 0)
-    for name, value in (("C", None), ("WALKS", False), ("WHY_NOT", "it was not built (a test)")):
+    for name, value in (("C", None), ("CHECKS", False), ("WHY_NOT", "it was not built (a test)")):
         monkeypatch.setattr(native, name, value)
     monkeypatch.setattr(backends, "_warned", False)
     pattern = mentions("backend='cpu' cannot be used", "it was not built (a test)")

@@ -13,7 +13,8 @@ from flat_pairs import ALIKE, SHAPES, Pair, fill
 from semantics import STATES, parameters, plain, set_gradients, untouched
 from torch import Tensor, nn
 
-from wd_kernels import flat, flatten_, unflatten_
+from wd_kernels import flatten_, unflatten_
+from wd_kernels.flat import buffers as flat
 from wd_kernels.flat import place_of
 
 walk = semantics.walk

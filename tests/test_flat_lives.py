@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from semantics import all_params, checked_step, plain
 from torch import Tensor
 
-from wd_kernels import flat, flatten_, unflatten_
+from wd_kernels import flatten_, unflatten_
+from wd_kernels.flat import buffers as flat
 from wd_kernels.flat import place_of
 
 pytestmark = [

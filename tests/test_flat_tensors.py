@@ -14,7 +14,8 @@ from flat_pairs import ALIKE, SHAPES, Pair, attached, count_runs, fill, swap_sta
 from semantics import STATES, build, checked_step, parameters, plain, set_gradients
 from torch import Tensor, nn
 
-from wd_kernels import flat, flatten_, unflatten_
+from wd_kernels import flatten_, unflatten_
+from wd_kernels.flat import buffers as flat
 
 walk = semantics.walk
 pytestmark = pytest.mark.filterwarnings("ignore:this state has")

@@ -15,7 +15,7 @@ from cases import BODIES, Case, bf16, c64, covered, f16, f32, gradient, make_par
 from torch import Tensor
 
 from wd_kernels import functional
-from wd_kernels.operators import OPERATORS
+from wd_kernels.torch_ops import OPERATORS
 
 walk = semantics.walk
 

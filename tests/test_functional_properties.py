@@ -16,7 +16,7 @@ from test_properties import GRADIENTS, OPTIONS, laid_out, make_parameter, other_
 from torch import Tensor
 
 from wd_kernels import functional
-from wd_kernels.storage import state_dtype
+from wd_kernels.formats import state_dtype
 
 NAMES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgdw": ("momentum_buffer",)}
 CALLS = {"adamw": functional.adamw_, "sgdw": functional.sgdw_}

@@ -49,7 +49,7 @@ from engines import TEST_DEVICE
 from torch import Tensor, nn
 
 import wd_kernels
-from wd_kernels import mirror
+from wd_kernels.backends import device_copy
 from wd_kernels.backends import BACKENDS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]

@@ -69,7 +69,7 @@ def test_flat(
         plain.step()
         assert len(launches) == 1
         # From step 3 on the third has another step count, and so another row.
-        assert len(flat._table.runs) == (1, 1, 1, 5, 5, 3, 3)[step]
+        assert len(flat._table.segments.moving) == (1, 1, 1, 5, 5, 3, 3)[step]
     assert_same(snapshot(here, flat), snapshot(there, plain))
     assert buffer.data is not None
     flat.zero_grad(set_to_none=False)

@@ -15,8 +15,8 @@ from torch import nn
 from wd_kernels import native
 from wd_kernels.backends import BACKENDS, FallbackWarning, resolve
 from wd_kernels.backends import triton as backend_module
-from wd_kernels.slots import Spec
-from wd_kernels.storage import format_of
+from wd_kernels.layout import Spec
+from wd_kernels.formats import parameter_format
 
 pytest.importorskip("triton", reason="the backend under test needs triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow and NaN
@@ -142,7 +142,7 @@ def test_triton_that_is_too_old() -> None:
 
 
 def spec(device: str, *dtypes: torch.dtype) -> Spec:
-    return Spec(torch.device(device), tuple(format_of(dtype) for dtype in dtypes))
+    return Spec(torch.device(device), tuple(parameter_format(dtype) for dtype in dtypes))
 
 
 def test_the_interpreter_refuses_tensors_of_a_gpu() -> None:

@@ -52,9 +52,10 @@ from covering import covering, pairs_of
 from engines import COMPILED, CPU, ENGINES, Engine
 from torch import Tensor, nn
 
-from wd_kernels import mirror
-from wd_kernels.mirror import Mirror
+from wd_kernels.backends import device_copy
+from wd_kernels.backends.device_copy import DeviceCopy
 from wd_kernels.rules import DECAY_MODES
+from wd_kernels.layout import Chunks, Moving, Place
 from wd_kernels.table import TensorTable
 
 pytestmark = [
@@ -212,28 +213,28 @@ def test_offsets_beyond_32_bits(of: dict[str, Any], engine: Engine, far: Callabl
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, int], None]:
     """Makes the next step of an optimizer say "`begin` elements into a tensor that lies as much lower in memory"."""
-    kept: dict[Mirror, dict[str | int, Tensor]] = {}  # what they hold without it
+    kept: dict[DeviceCopy, dict[str | int, Tensor]] = {}  # what they hold without it
     begins: list[int] = []
-    update = Mirror.update
+    update = DeviceCopy.update
 
-    def updated(self: Mirror, table: TensorTable, rows: Tensor, processors: int) -> None:
+    def updated(self: DeviceCopy, table: TensorTable, chunks: dict[int, Chunks], rows: Tensor) -> None:
         self.there.update(kept.get(self, {}))
-        update(self, table, rows, processors)
+        update(self, table, chunks, rows)
         kept[self] = dict(self.there)
         begin = begins.pop()
         (bucket,) = table.buckets
-        size = self.size(bucket)
+        size = chunks[bucket.index].size
         assert begin % size == 0
         widths = [fmt.dtype.itemsize for fmt in bucket.spec.formats]
         places, moving = self.there["places"].clone(), self.there["moving"].clone()
-        for word, width in enumerate((widths[0], *widths[2:])):
+        for word, width in enumerate((widths[0], *widths[2:]), Place.ADDRESSES):
             places[:, word] -= begin * width
-        moving[:, 0] -= begin * widths[1]
-        moving[:, 1] += begin * (moving[:, 1] > 0)
+        moving[:, Moving.GRAD] -= begin * widths[1]
+        moving[:, Moving.NUMEL] += begin * (moving[:, Moving.NUMEL] > 0)
         self.there["places"], self.there["moving"] = places, moving
-        self.there[bucket.first] = self.there[bucket.first] + (begin // size * 2**32)
+        self.there[bucket.index] = self.there[bucket.index] + (begin // size * 2**32)
 
-    monkeypatch.setattr(Mirror, "update", updated)
+    monkeypatch.setattr(DeviceCopy, "update", updated)
     return lambda opt, begin: begins.append(begin)
 
 
@@ -241,14 +242,14 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, int], None]:
 @pytest.mark.parametrize("engine", ENGINES[len(CPU) : -2], indirect=True, ids=str)
 def test_chunks_beyond_the_end_do_nothing(engine: Engine, begin: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A count or an end in 32 bits would take them for the beginning."""
-    update = Mirror.update
+    update = DeviceCopy.update
 
-    def updated(self: Mirror, table: TensorTable, rows: Tensor, processors: int) -> None:
-        update(self, table, rows, processors)
+    def updated(self: DeviceCopy, table: TensorTable, chunks: dict[int, Chunks], rows: Tensor) -> None:
+        update(self, table, chunks, rows)
         (bucket,) = table.buckets
-        self.there[bucket.first] = self.there[bucket.first] + (begin // self.size(bucket) * 2**32)
+        self.there[bucket.index] = self.there[bucket.index] + (begin // chunks[bucket.index].size * 2**32)
 
-    monkeypatch.setattr(Mirror, "update", updated)
+    monkeypatch.setattr(DeviceCopy, "update", updated)
     case = Case("sgdw", "any", {"momentum": 0.9})
     params = make_params([Piece((2500,)), Piece((3,))], f32, f32)
     for p in params:

@@ -44,7 +44,7 @@ def flip_lowest_bit(role: int) -> Damage:
     """Flips the lowest bit of the first element of one role: 0 is the parameter, -1 the last state."""
 
     def damage(table, bucket, rows: Tensor) -> None:
-        theta, _, states = table.tensors(bucket.slots[0])[:3]
+        theta, _, states = table.tensors(bucket.members[0])[:3]
         memory = (theta, *states)[role]
         memory.detach().view(-1)[:1].view(self_check._INTEGERS[memory.element_size()]).bitwise_xor_(1)
 

@@ -45,9 +45,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import wd_kernels
-from wd_kernels import mirror
+from wd_kernels.backends import device_copy
 from wd_kernels.backends import BACKENDS
-from wd_kernels.mirror import Mirror
+from wd_kernels.backends.device_copy import DeviceCopy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of overflow and NaN
@@ -105,9 +105,9 @@ def test_several_chunks_a_segment(
 def test_the_longest_chunks(
     backend: str, dtype: torch.dtype, launches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_size(mirror.LONGEST, monkeypatch)
+    of_size(device_copy.LONGEST, monkeypatch)
     case = with_dtypes([BODIES[3]], [(dtype, dtype)])[0]
-    pieces = (Piece((5,)), Piece((2 * mirror.LONGEST + 1700,)))
+    pieces = (Piece((5,)), Piece((2 * device_copy.LONGEST + 1700,)))
     assert_same(run(case, backend, pieces=pieces, steps=2), run(case, "reference", pieces=pieces, steps=2))
     assert launches == [4, 4]
 

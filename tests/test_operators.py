@@ -15,7 +15,7 @@ from cases import BODIES, Case, Piece, bf16, c64, covered, f32, gradient, ids, m
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wd_kernels.operators import OPERATORS
+from wd_kernels.torch_ops import OPERATORS
 
 
 @pytest.mark.parametrize("overload", ["default", "tensor"])

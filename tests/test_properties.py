@@ -273,7 +273,7 @@ MUTATIONS = tuple(
 def live(rule: str, data: st.DataObject, mutations: tuple[str, ...], kind: type[Life] = Life) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans(), label="Python walk"):
-            patch.setattr(native, "WALKS", False)
+            patch.setattr(native, "CHECKS", False)
             patch.setattr(native, "C", None)
         life = kind(rule, data)
         for _ in range(data.draw(st.integers(2, 5), label="steps")):

@@ -251,7 +251,7 @@ def test_data_parallel(as_bucket_view: bool, set_to_none: bool, flat: bool, one_
         assert torch.equal(p, q)
         assert all(torch.equal(opt.state[p][name], truth.state[q][name]) for name in truth.state[q])
     whole = flat and not as_bucket_view and not set_to_none
-    assert len(opt._table.runs) == (1 if whole else 4)
+    assert len(opt._table.segments.moving) == (1 if whole else 4)
     assert all((place_of(p) is not None) == flat for p in model.parameters())
 
 
@@ -289,7 +289,7 @@ def test_a_parameter_that_refers_to_its_optimizer_is_collected() -> None:
     params[0].owner = optimizer
     for _ in range(3):
         optimizer.step()
-    assert len(optimizer._table.runs) == 1  # it is stepped as one all the same
+    assert len(optimizer._table.segments.moving) == 1  # it is stepped as one all the same
     dropped = [weakref.ref(optimizer), *map(weakref.ref, params)]
     del params, optimizer
     gc.collect()

@@ -25,7 +25,7 @@ from cases import (
 
 import wd_kernels
 import wd_kernels.__main__ as program
-from wd_kernels import mirror
+from wd_kernels.backends import device_copy
 from wd_kernels.backends import device, triton
 
 
@@ -107,10 +107,10 @@ def test_the_self_check_on_a_build_for_gpus_without_one(monkeypatch: pytest.Monk
 
 def test_options() -> None:
     """Registers so that the programs at once are 6 with two states, 5 with three, 4 of float64; for NVIDIA alone."""
-    from wd_kernels.storage import format_of
+    from wd_kernels.formats import parameter_format
 
     def of(dtype: torch.dtype, states: int, warp: int = 32, nvidia: bool = True) -> dict[str, Any]:
-        formats = tuple(format_of(d) for d in (dtype, dtype, *[f64 if dtype == f64 else f32] * states))
+        formats = tuple(parameter_format(d) for d in (dtype, dtype, *[f64 if dtype == f64 else f32] * states))
         return triton.options(formats, warp, nvidia)
 
     exact = {"num_warps": 4, "enable_fp_fusion": False}

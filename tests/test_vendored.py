@@ -14,7 +14,7 @@ PROGRAM = """
 import sys, torch, wd_kernels
 from their.vendored import functional, AdamW, native
 assert native.C is not None, native.WHY_NOT
-assert native.NAMESPACE == "their_kernels" and native.WALKS
+assert native.NAMESPACE == "their_kernels" and native.CHECKS
 original = [torch.ones(40), torch.ones(40) / 3, torch.zeros(40), torch.zeros(40)]
 copies = [t.clone() for t in original]
 for t in range(1, 4):

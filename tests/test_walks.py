@@ -16,7 +16,7 @@ from wd_kernels import native, walking
 
 def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switches the native forms of walk and assign off; the kernels stay."""
-    monkeypatch.setattr(native, "WALKS", False)
+    monkeypatch.setattr(native, "CHECKS", False)
     monkeypatch.setattr(native, "C", None)
 
 
@@ -40,7 +40,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def both(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[], dict[str, Tensor]]) -> None:
     """Runs a scenario with each form of walk and assign: same results, same findings, same row keys."""
-    assert native.WALKS
+    assert native.CHECKS
     outcomes = []
     for python in (False, True):
         with monkeypatch.context() as patch:

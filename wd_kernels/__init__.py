@@ -8,11 +8,10 @@
 
 from . import functional, schedules
 from .backends import FallbackWarning
-from .conversion import Conversion, convert_weight_decay
-from .flat import FlatBuffer
-from .flatten import flatten_, unflatten_
-from .groups import decay_groups
+from .decay_conversion import Conversion, convert_weight_decay
+from .flat import FlatBuffer, flatten_, unflatten_
 from .optim import SGDW, AdamW
+from .param_groups import decay_groups
 from .schedules import NormalizedDecay, normalized_weight_decay
 from .version import __version__
 

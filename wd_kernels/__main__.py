@@ -18,8 +18,8 @@ import torch
 
 from . import native
 from .backends import BACKENDS, triton
+from .layout import Spec
 from .self_check import LIMIT, STEPS, Outcome, all_cases, check, device_of
-from .slots import Spec
 from .version import __version__
 
 __all__ = ["main"]
@@ -28,7 +28,7 @@ __all__ = ["main"]
 def refusal(name: str) -> str | None:
     """Why a backend that is there does not step tensors of the GPU that it would be checked on."""
     device = device_of(name)
-    return None if device.type == "cpu" else BACKENDS[name].refuses(Spec(device, ()))
+    return None if device.type == "cpu" else BACKENDS[name].refuses(Spec(device, (), ()))
 
 
 def aligned(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
@@ -71,13 +71,13 @@ def choices() -> list[tuple[str, str]]:
             instructions = str(raised).splitlines()[0]
         forced = os.environ.get("WD_KERNELS_ISA")
         instructions += f" (WD_KERNELS_ISA={forced})" if forced else ""
-    walks = "native" if native.WALKS else "Python (slower: the extension or torch's DLPack exchange API is missing)"
+    check = "native" if native.CHECKS else "Python (slower: the extension or torch's DLPack exchange API is missing)"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     name = "none" if accelerator is None else str(accelerator)
     if name.startswith("cuda"):
         name = torch.cuda.get_device_name()
     threads = str(torch.get_num_threads())
-    chosen = [("instruction set", instructions), ("threads", threads), ("walk", walks), ("accelerator", name)]
+    chosen = [("instruction set", instructions), ("threads", threads), ("check", check), ("accelerator", name)]
     return chosen + ([("CUDA kernels", native.OPS.cuda_built())] if native.load_cuda() is None else [])
 
 

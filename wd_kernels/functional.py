@@ -4,7 +4,7 @@ r"""The step for who brings their own state: lists of tensors, or flat buffers. 
     adamw_flat_  sgdw_flat_     one flat buffer each, such as a shard of a ZeRO-style partition
 
 They do what `AdamW` and `SGDW` do, to the bit, in every decay mode and through every backend, and remember nothing:
-the caller keeps the states and counts the steps. Each is an operator of torch.ops too (`operators.py`), with the
+the caller keeps the states and counts the steps. Each is an operator of torch.ops too (`torch_ops.py`), with the
 scalars as numbers or as tensors of one element, and `torch.compile` traces these functions as that. A number of another
 value makes it compile again; a tensor of another value does not.
 """
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import native
-from .checks import is_plain
-from .operators import OPERATORS, Role
-from .operators import step as step_now
+from .torch_ops import OPERATORS, Role
+from .torch_ops import step as step_now
+from .validation import is_plain
 
 __all__ = ["adamw_", "adamw_flat_", "sgdw_", "sgdw_flat_"]
 

@@ -1,8 +1,8 @@
 """Loads the native libraries, once; the only module that does.
 
-`C` is the extension module or None, `WHY_NOT` says why it is None. `WALKS` is True where `C.walk` may be used: torch
-then offers DLPack's exchange API, and tensors are read without a Python call each. `NAMESPACE` is that of the operators
-in torch.ops, which a build may choose (WD_KERNELS_NAMESPACE), and `OPS` are they. `load_cuda` adds the CUDA
+`C` is the extension module or None, `WHY_NOT` says why it is None. `CHECKS` is True where `C.refresh` may be used:
+torch then offers DLPack's exchange API, and tensors are read without a Python call each. `NAMESPACE` is that of the
+operators in torch.ops, which a build may choose (WD_KERNELS_NAMESPACE), and `OPS` are they. `load_cuda` adds the CUDA
 library's, where they are asked for.
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAMESPACE", "OPS", "WALKS", "WHY_NOT", "C", "load_cuda"]
+__all__ = ["CHECKS", "NAMESPACE", "OPS", "WHY_NOT", "C", "load_cuda"]
 
 C: Any = None
 WHY_NOT: str | None = None
-WALKS = False
+CHECKS = False
 AGAIN = "mend that and build the package again, in its source folder: "
 PIP = "pip install --no-cache-dir --force-reinstall --no-deps ."
 
@@ -38,9 +38,9 @@ except ImportError as error:
 else:
     _capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     try:
-        WALKS = _capsule is not None and C.connect(_capsule, torch.Tensor, torch.nn.Parameter)
+        CHECKS = _capsule is not None and C.connect(_capsule, torch.Tensor, torch.nn.Parameter)
     except ValueError:  # a capsule of another name: an API that is not known here
-        WALKS = False
+        CHECKS = False
 
 NAMESPACE: str = C.NAMESPACE if C is not None else (__package__ or "wd_kernels").replace(".", "_")
 OPS = getattr(torch.ops, NAMESPACE)

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import DecoupledOptimizer
+from .optimizer import DecoupledOptimizer
 from .rules import ADAMW
 from .rules import SGDW as SGDW_RULE
 from .schedules.stepping import ScheduleLike

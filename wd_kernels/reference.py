@@ -1,25 +1,23 @@
-"""The normative rules in plain torch: NUMERICS sections 3 and 4, line for line.
+"""The normative arithmetic in plain torch (docs/numerics.md): the exact root, lerp, formats, and what all rules share.
 
-Every backend equals these functions to the bit. Run on float64 copies they are the accuracy oracle. They allocate
-freely and are slow; nothing here is a product path except `backend="reference"`.
-
-Each takes one row of scalars (`wd_kernels.rules`), the tensors of one parameter in any dtype, and returns the new
-parameter and states in the arithmetic type (`load` and `store` widen and round).
+Every backend equals `step_` to the bit, with the equations of `wd_kernels.rules`. Run on float64 copies it is the
+accuracy oracle. It allocates freely and is slow; nothing here is a product path except `backend="reference"`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import SimpleNamespace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .storage import arithmetic_dtype
+from .formats import arithmetic_dtype
 
-__all__ = ["adamw", "load", "sgdw", "sqrt", "step_", "store"]
+__all__ = ["Equation", "lerp", "load", "new_values", "sqrt", "step_", "store"]
 
 
 def sqrt(x: Tensor) -> Tensor:
@@ -66,58 +64,40 @@ def lerp(x: Tensor, y: Tensor, beta: Tensor, w: Tensor) -> Tensor:
     return y + beta * (x - y)
 
 
-def adamw(row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-    """One AdamW step on one tensor: (theta, m, v[, v_max]) after it, in the dtype of `theta`.
+class Equation(Protocol):
+    """What is needed of a rule (`wd_kernels.rules.Rule`)."""
+
+    @property
+    def scalars(self) -> tuple[str, ...]: ...
+
+    def equation(
+        self, s: SimpleNamespace, theta: Tensor, g: Tensor, states: Mapping[str, Tensor], /
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+def new_values(
+    rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """One step on one tensor: (theta after it, update u, states after it), in the dtype of `theta`.
 
     Args:
-        row: float64 [13], see `rules.ADAMW`.
+        rule: whose equation.
+        row: float64 [len(rule.scalars)].
         grad_factor: float64 factor of the gradient (1 unless gradients are unscaled or clipped).
-        theta, g, states: the loaded tensors, float32 or float64, of one shape; states are m, v and, for amsgrad,
-            v_max.
+        theta, g, states: the loaded tensors, float32 or float64, of one shape; states by name.
     """
-    scalars: Any = row.to(device=theta.device, dtype=theta.dtype)
-    _, _, grad_sign, l2, beta1, one_minus_beta1, beta2, one_minus_beta2 = scalars[:8]
-    step_size, inv_sqrt_bias2, eps, decay, metric = scalars[8:]
-    m, v = states[0], states[1]
+    scalars = row.to(device=theta.device, dtype=theta.dtype)
+    s = SimpleNamespace(**dict(zip(rule.scalars, scalars, strict=True)))
     factor = torch.tensor(grad_factor, dtype=torch.float64, device="cpu").to(theta)
 
-    g = g * (grad_sign * factor)
-    g = g + l2 * theta
-    m = lerp(m, g, beta1, one_minus_beta1)
-    v = lerp(v, g * g, beta2, one_minus_beta2)
-    new = [m, v]
-    second = v
-    if len(states) == 3:
-        v_max = states[2]
-        second = torch.where((v > v_max) | (v != v), v, v_max)
-        new.append(second)
-    d = sqrt(second) * inv_sqrt_bias2 + eps
-    u = (step_size * m + metric * theta) / (d + metric)
-    theta = theta - (decay * theta + u)
-    return [theta, *new]
-
-
-def sgdw(row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-    """One SGDW step on one tensor: (theta[, b]) after it, in the dtype of `theta`. Arguments as for `adamw`."""
-    scalars: Any = row.to(device=theta.device, dtype=theta.dtype)
-    _, _, grad_sign, l2, momentum, grad_coef, update_grad, update_buf, step_size, decay = scalars
-    factor = torch.tensor(grad_factor, dtype=torch.float64, device="cpu").to(theta)
-
-    g = g * (grad_sign * factor)
-    g = g + l2 * theta
-    new = []
-    if states:
-        b = momentum * states[0] + grad_coef * g
-        u = step_size * (update_grad * g + update_buf * b)
-        new.append(b)
-    else:
-        u = step_size * g
-    theta = theta - (decay * theta + u)
-    return [theta, *new]
+    g = g * (s.grad_scale * factor)
+    g = g + s.l2 * theta
+    u, new = rule.equation(s, theta, g, states)
+    theta = theta - (s.decay * theta + u)
+    return theta, u, new
 
 
 _TINY = (5e-324, 0.0)  # their sum is 0 where subnormals are flushed
-RULES = {"adamw": adamw, "sgdw": sgdw}
 
 
 @contextmanager
@@ -135,14 +115,14 @@ def subnormals() -> Iterator[None]:
 
 @torch.no_grad()
 @subnormals()
-def step_(rule: str, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Sequence[Tensor]) -> None:
-    """One step of `rule` ("adamw" or "sgdw") in place, on tensors as they are stored.
-
-    The second scalar of the row is `frozen`: 1 keeps the bits of theta while the states advance.
-    """
+def step_(
+    rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor]
+) -> None:
+    """One step of `rule` in place, on tensors as they are stored; a row's `frozen` keeps the bits of theta."""
     dtype = arithmetic_dtype(theta.dtype)
-    new = RULES[rule](row, grad_factor, load(theta, dtype), load(g, dtype), [load(s, dtype) for s in states])
-    for memory, value in zip([theta, *states], new, strict=True):
-        if memory is theta and float(row[1]) != 0:
-            continue
-        store(memory, value)
+    own = {name: load(state, dtype) for name, state in states.items()}
+    after, _, new = new_values(rule, row, grad_factor, load(theta, dtype), load(g, dtype), own)
+    if not float(row[rule.scalars.index("frozen")]):
+        store(theta, after)
+    for name, state in states.items():
+        store(state, new[name])

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import SGDW, AdamW, reference
+from . import optim, reference
 from .backends import triton
-from .rules import DECAY_MODES
+from .rules import DECAY_MODES, RULES
 
 __all__ = ["LIMIT", "STEPS", "Case", "Outcome", "all_cases", "check", "device_of"]
 
@@ -23,17 +23,8 @@ LIMIT = 8.0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES: tuple[tuple[int, ...], ...] = ((1,), (33,), (0,), (1025,), (3, 5, 7))
 WIDE_SHAPES = ((40_000,), (33,), (1025,))  # enough elements for more than one thread
-OPTIMIZERS: dict[str, Any] = {"AdamW": AdamW, "SGDW": SGDW}
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "AdamW": {"plain": {}, "amsgrad": {"amsgrad": True}, "maximize": {"maximize": True}},
-    "SGDW": {
-        "no momentum": {},
-        "momentum": {"momentum": 0.9},
-        "dampening": {"momentum": 0.9, "dampening": 0.3},
-        "nesterov": {"momentum": 0.9, "nesterov": True},
-        "paper form": {"momentum": 0.9, "form": "paper"},
-    },
-}
+OPTIMIZERS: dict[str, Any] = {rule.title: getattr(optim, rule.title) for rule in RULES.values()}
+VARIANTS = {rule.title: rule.variants for rule in RULES.values()}
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -85,7 +76,7 @@ def all_cases() -> list[Case]:
         for rule, variants in VARIANTS.items()
         for variant, decay, dtype in product(variants, DECAY_MODES, DTYPES)
     ]
-    wide = (("AdamW", "amsgrad"), ("SGDW", "nesterov"))
+    wide = [(rule, list(variants)[-1]) for rule, variants in VARIANTS.items()]
     return cases + [Case(rule, variant, "lr_scaled", d, WIDE_SHAPES) for (rule, variant), d in product(wide, DTYPES)]
 
 
@@ -98,10 +89,13 @@ def set_hyperparameters(optimizer: Any, t: int) -> None:
 
 
 def roles(optimizer: Any, group: int, p: Tensor) -> list[Tensor]:
-    """The parameter and its states, as the rule orders them; zeros for a state that is yet to be made."""
-    names = optimizer.rule.hypers(optimizer.param_groups)[group][0][-1]
-    state = optimizer.state.get(p, {})
-    return [p, *(state.get(name, torch.zeros_like(p, dtype=torch.float64)) for name in names)]
+    """The parameter and its states, as the rule orders them; their first values for those that are yet to be made."""
+    settings, own = optimizer.param_groups[group], optimizer.state.get(p, {})
+    found = [p]
+    for state in optimizer.rule.hypers([settings])[0][0].states:
+        first = 0.0 if state.initial is None else settings[state.initial]
+        found.append(own.get(state.name, torch.full_like(p, first, dtype=torch.float64)))
+    return found
 
 
 def flat_roles(tensors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -116,8 +110,9 @@ def exact_step(optimizer: Any, t: int, grads: Sequence[Tensor]) -> list[tuple[Te
     places = [(g, p) for g, group in enumerate(groups) for p in group["params"]]
     tensors = [[x.detach().to(torch.float64, copy=True) for x in roles(optimizer, g, p)] for g, p in places]
     before = flat_roles(tensors)
+    needs = [[state.name for state in settings.states] for settings, *_ in rule.hypers(groups)]
     for (g, _), grad, (theta, *states) in zip(places, grads, tensors, strict=True):
-        reference.step_(rule.name, rows[g], 1.0, theta, grad.double(), states)
+        reference.step_(rule, rows[g], 1.0, theta, grad.double(), dict(zip(needs[g], states, strict=True)))
     after = flat_roles(tensors)
     floors = (x.square().mean().sqrt().clamp(min=1e-300) for x in after)
     return [(x, x.abs().maximum(y.abs()).maximum(rms)) for x, y, rms in zip(after, before, floors, strict=True)]

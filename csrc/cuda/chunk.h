@@ -1,33 +1,44 @@
-// The CUDA mover: what one thread does for one chunk. A block of threads takes a chunk of one segment: chunk -> segment
-// -> row, by the records of ../table.h. Full rounds of an aligned segment take 16-byte accesses; the rest of it, and
-// all of any other segment, goes element by element, which promises nothing of addresses.
+// The CUDA mover: what a block of threads does for one chunk of one segment: chunk -> segment -> row, by the records of
+// ../layout.h. Full rounds of an aligned segment take 16-byte accesses; the rest of it, and all of any other segment,
+// goes element by element, which promises nothing of addresses.
 //
-// Threads share nothing, so plain loops over blocks and threads give the same bits: on_cpu.cpp compiles this file too.
+// It is written in phases over the lanes of a block (load, step, store; what combines lanes goes between two phases),
+// with what a lane keeps from phase to phase in `Lanes`. On a GPU a lane is a thread; on_cpu.cpp compiles this file
+// too, and a phase is a loop there.
 #pragma once
 
 #include <cstdint>
 
-#include "../table.h"
 #include "device.h"
-
-#ifdef __CUDACC__
-#define WD_HOST_DEVICE __host__ __device__
-#define WD_UNROLL _Pragma("unroll")
-#else
-#define WD_UNROLL
-#endif
 
 namespace wd {
 namespace cuda {
 
+#include "../formats.h"
 #include "../rules.h"
-#include "../storage.h"
 
 #include "../kernels.h"
 
-constexpr int kThreads = 128;  // of a block
+constexpr int kThreads = 128;  // lanes of a block
 // Accesses of a thread to each role that are on their way at once: of 16 bytes of the widest role, or of one element.
 constexpr int kVectors = 2, kSingles = 4;
+
+// A phase: `WD_EACH_LANE(lane) { ... }`.
+#ifdef __CUDA_ARCH__
+#define WD_EACH_LANE(lane) for (int lane = int(threadIdx.x), once = 1; once != 0; once = 0)
+template <class Registers>
+struct Lanes {
+  Registers own;
+  WD_HOST_DEVICE Registers& operator[](int) { return own; }
+};
+#else
+#define WD_EACH_LANE(lane) for (int lane = kThreads - 1; lane >= 0; --lane)  // in an order that no device takes
+template <class Registers>
+struct Lanes {
+  Registers of_lane[kThreads];
+  Registers& operator[](int lane) { return of_lane[lane]; }
+};
+#endif
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
@@ -77,85 +88,134 @@ WD_HOST_DEVICE inline void write(void* at, const V& value) {
 // The roles of a segment, from the chunk's first element on.
 template <class Rule, class P, class G, class S>
 struct Roles {
-  using T = typename Rule::Arithmetic;
-  static constexpr int kStates = Rule::kStates;
-  static constexpr int kWidest = larger(kStates > 0 ? sizeof(typename S::Memory) : 0,
+  static constexpr int kWidest = larger(Rule::kStates > 0 ? sizeof(typename S::Memory) : 0,
                                         larger(sizeof(typename P::Memory), sizeof(typename G::Memory)));
   static constexpr int kWidth = 16 / kWidest;  // elements of a vector access: 16 bytes of the widest role
 
   typename P::Memory* theta;
   const typename G::Memory* grad;
-  typename S::Memory* state[3];
+  typename S::Memory* state[Rule::kStates + 1];
+};
 
-  // Steps what a thread has of the round that begins at `from`; if `masked`, of that only what lies below `end`.
-  template <int width, int accesses, bool masked>
-  WD_HOST_DEVICE inline void round(const Rule& rule, bool frozen, int from, int end, int thread) const {
-    Vector<P, width> p[accesses];
-    Vector<G, width> g[accesses];
-    Vector<S, width> s[accesses][3];
+// What a lane has of one round, which begins at `from`: `accesses` of `width` neighbours of every role. If `masked`, of
+// that only what lies below `end`.
+template <class Rule, class P, class G, class S, int width, int accesses, bool masked>
+struct Round {
+  using T = typename Rule::Arithmetic;
+  static constexpr int kStates = Rule::kStates;
+
+  Vector<P, width> p[accesses];
+  Vector<G, width> g[accesses];
+  Vector<S, width> s[accesses][kStates + 1];
+
+  WD_HOST_DEVICE static int at(int from, int lane, int k) { return from + (k * kThreads + lane) * width; }
+
+  WD_HOST_DEVICE void load(const Roles<Rule, P, G, S>& roles, int from, int end, int lane) {
     WD_UNROLL
     for (int k = 0; k < accesses; ++k) {
-      const int at = from + (k * kThreads + thread) * width;
-      if (masked && at >= end) continue;
-      p[k] = read<Vector<P, width>>(theta + at);
-      g[k] = read<Vector<G, width>>(grad + at);
+      const int i = at(from, lane, k);
+      if (masked && i >= end) continue;
+      p[k] = read<Vector<P, width>>(roles.theta + i);
+      g[k] = read<Vector<G, width>>(roles.grad + i);
       WD_UNROLL
-      for (int i = 0; i < kStates; ++i) s[k][i] = read<Vector<S, width>>(state[i] + at);
+      for (int n = 0; n < kStates; ++n) s[k][n] = read<Vector<S, width>>(roles.state[n] + i);
     }
+  }
+
+  WD_HOST_DEVICE void step_and_store(const Roles<Rule, P, G, S>& roles, const Rule& rule, int from, int end, int lane) {
+    const bool frozen = rule.frozen != 0;
     WD_UNROLL
     for (int k = 0; k < accesses; ++k) {
-      const int at = from + (k * kThreads + thread) * width;
-      if (masked && at >= end) continue;
+      const int i = at(from, lane, k);
+      if (masked && i >= end) continue;
       WD_UNROLL
       for (int e = 0; e < width; ++e) {
-        T x = P::load(p[k].element + e), values[3];
+        T x = P::load(p[k].element + e), own[kStates + 1];
         WD_UNROLL
-        for (int i = 0; i < kStates; ++i) values[i] = S::load(s[k][i].element + e);
-        rule(x, G::load(g[k].element + e), values);
+        for (int n = 0; n < kStates; ++n) own[n] = S::load(s[k][n].element + e);
+        step(rule, x, T(G::load(g[k].element + e)), own);
         P::store(p[k].element + e, x);
         WD_UNROLL
-        for (int i = 0; i < kStates; ++i) S::store(s[k][i].element + e, values[i]);
+        for (int n = 0; n < kStates; ++n) S::store(s[k][n].element + e, own[n]);
       }
-      if (!frozen) write(theta + at, p[k]);
+      if (!frozen) write(roles.theta + i, p[k]);
       WD_UNROLL
-      for (int i = 0; i < kStates; ++i) write(state[i] + at, s[k][i]);
+      for (int n = 0; n < kStates; ++n) write(roles.state[n] + i, s[k][n]);
     }
   }
 };
 
 template <class Format>
-WD_HOST_DEVICE inline typename Format::Memory* memory(void* address, int64_t offset) {
+WD_HOST_DEVICE inline typename Format::Memory* memory(int64_t address, int64_t offset) {
+  void* const at = reinterpret_cast<void*>(address);
 #ifdef __CUDA_ARCH__
-  __builtin_assume(__isGlobal(address));  // so that its accesses are those of global memory
+  __builtin_assume(__isGlobal(at));  // so that its accesses are those of global memory
 #endif
-  return static_cast<typename Format::Memory*>(address) + offset;
+  return static_cast<typename Format::Memory*>(at) + offset;
 }
 
 template <class Rule, class P, class G, class S>
-WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block, int thread) {
+WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
   const int64_t chunk = launch.chunks[block];
-  const Place& place = launch.places[chunk & 0xffffffff];
+  const int64_t* place = launch.places + (chunk & 0xffffffff) * launch.place_words;
   const Moving& moving = launch.moving[chunk & 0xffffffff];
   const int64_t begin = (chunk >> 32) * launch.chunk_size;
   const int64_t rest = moving.numel - begin;  // numel is 0 without a gradient
   if (rest <= 0 || launch.control->skip != 0) return;
   const int count = rest < launch.chunk_size ? int(rest) : launch.chunk_size;
 
-  const double* row = launch.rows + moving.row * launch.row_width;
-  const Rule rule(row, launch.control->grad_factor);
-  const bool frozen = row[kFrozen] != 0;
+  const Rule rule = rule_of_row<Rule>(launch.rows + moving.row * launch.row_width, launch.control->grad_factor);
   using Own = Roles<Rule, P, G, S>;
-  Own roles = {memory<P>(place.param, begin), memory<G>(moving.grad, begin), {}};
+  Own roles = {
+      memory<P>(place[address_word(kParam)], begin), memory<G>(reinterpret_cast<int64_t>(moving.grad), begin), {}};
   WD_UNROLL
-  for (int i = 0; i < Own::kStates; ++i) roles.state[i] = memory<S>(place.state[i], begin);
+  for (int n = 0; n < Rule::kStates; ++n) roles.state[n] = memory<S>(place[address_word(kState + n)], begin);
 
-  constexpr int vectors = Own::kWidth == 8 ? kVectors / 2 : kVectors;  // 8 elements a thread are enough
+  constexpr int vectors = Own::kWidth == 8 ? kVectors / 2 : kVectors;  // 8 elements a lane are enough
   constexpr int of_round = kThreads * vectors * Own::kWidth;
   const int done = moving.aligned ? count - count % of_round : 0;
-  for (int from = 0; from < done; from += of_round)
-    roles.template round<Own::kWidth, vectors, false>(rule, frozen, from, done, thread);
-  for (int from = done; from < count; from += kThreads * kSingles)
-    roles.template round<1, kSingles, true>(rule, frozen, from, count, thread);
+  for (int from = 0; from < done; from += of_round) {
+    Lanes<Round<Rule, P, G, S, Own::kWidth, vectors, false>> lanes;
+    WD_EACH_LANE(lane) lanes[lane].load(roles, from, done, lane);
+    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, from, done, lane);
+  }
+  for (int from = done; from < count; from += kThreads * kSingles) {
+    Lanes<Round<Rule, P, G, S, 1, kSingles, true>> lanes;
+    WD_EACH_LANE(lane) lanes[lane].load(roles, from, count, lane);
+    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, from, count, lane);
+  }
+}
+
+// Have all states this format?
+inline bool all_are(int64_t code, const int64_t* formats, int roles) {
+  for (int role = kState; role < roles; ++role)
+    if (formats[role] != code) return false;
+  return true;
+}
+
+// A kernel whose code is `Of<Rule, P, G, S>::entry()`.
+template <template <class, class, class, class> class Of, class P, class G, class S>
+struct WithFormats {
+  template <class Rule>
+  struct Found {
+    static const Kernel* found() {
+      static const Kernel kernel = {Of<Rule, P, G, S>::entry(), Rule::kStates,
+                                    int(sizeof(Rule) / sizeof(typename Rule::Arithmetic))};
+      return &kernel;
+    }
+  };
+};
+
+// The kernel for a row of WD_EACH_RULE and a row of WD_EACH_FORMATS, or null where there is none.
+template <template <class, class, class, class> class Of>
+const Kernel* find_kernel(int64_t rule, int64_t variant, const int64_t* formats, int roles) {
+  const Kernel* kernel = nullptr;
+#define WD_ROW(P, G, S)                                                                               \
+  if (formats[kParam] == P::kCode && formats[kGrad] == G::kCode && all_are(S::kCode, formats, roles)) \
+    kernel = find_rule<typename P::Arithmetic, WithFormats<Of, P, G, S>::template Found>(rule, variant);
+  WD_EACH_FORMATS(WD_ROW)
+#undef WD_ROW
+  return kernel != nullptr && roles == kState + kernel->states ? kernel : nullptr;
 }
 
 }  // namespace cuda

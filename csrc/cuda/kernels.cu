@@ -23,29 +23,31 @@ constexpr int resident() {
 
 template <class Rule, class P, class G, class S>
 __global__ void __launch_bounds__(kThreads, (resident<Rule, P, G>())) step_kernel(const Launch launch) {
-  step_chunk<Rule, P, G, S>(launch, blockIdx.x, int(threadIdx.x));
+  step_chunk<Rule, P, G, S>(launch, blockIdx.x);
 }
 
 template <class Rule, class P, class G, class S>
 struct Step {
-  static const Kernel* kernel() { return reinterpret_cast<const Kernel*>(&step_kernel<Rule, P, G, S>); }
+  static const void* entry() { return reinterpret_cast<const void*>(&step_kernel<Rule, P, G, S>); }
 };
 
 const char* wrong(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 }  // namespace
 
-const Kernel* find(int64_t rule, const int64_t* formats, int roles) { return kernel_of<Step>(rule, formats, roles); }
+const Kernel* find(int64_t rule, int64_t variant, const int64_t* formats, int roles) {
+  return find_kernel<Step>(rule, variant, formats, roles);
+}
 
 const char* load(const Kernel* kernel) {
   cudaFuncAttributes attributes;
-  return wrong(cudaFuncGetAttributes(&attributes, kernel));
+  return wrong(cudaFuncGetAttributes(&attributes, kernel->entry));
 }
 
 const char* launch(const Kernel* kernel, int64_t blocks, const Launch& what, void* stream) {
   void* arguments[] = {const_cast<Launch*>(&what)};
   const dim3 grid{static_cast<unsigned>(blocks)}, block{kThreads};
-  return wrong(cudaLaunchKernel(kernel, grid, block, arguments, 0, static_cast<cudaStream_t>(stream)));
+  return wrong(cudaLaunchKernel(kernel->entry, grid, block, arguments, 0, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace cuda

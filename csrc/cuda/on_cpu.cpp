@@ -7,30 +7,27 @@
 namespace wd {
 namespace cuda {
 
-struct Kernel {
-  void (*step_chunk)(const Launch& launch, int64_t block, int thread);
-};
-
 namespace {
+
+using StepChunk = void (*)(const Launch& launch, int64_t block);
 
 template <class Rule, class P, class G, class S>
 struct Step {
-  static const Kernel* kernel() {
-    static constexpr Kernel found = {step_chunk<Rule, P, G, S>};
-    return &found;
-  }
+  static const void* entry() { return reinterpret_cast<const void*>(&step_chunk<Rule, P, G, S>); }
 };
 
 }  // namespace
 
-const Kernel* find(int64_t rule, const int64_t* formats, int roles) { return kernel_of<Step>(rule, formats, roles); }
+const Kernel* find(int64_t rule, int64_t variant, const int64_t* formats, int roles) {
+  return find_kernel<Step>(rule, variant, formats, roles);
+}
 
 const char* load(const Kernel*) { return nullptr; }
 
 const char* launch(const Kernel* kernel, int64_t blocks, const Launch& what, void*) {
   if (blocks <= 0 || blocks > 0x7fffffff) return "invalid configuration argument";  // as CUDA says
   for (int64_t block = blocks - 1; block >= 0; --block)  // in an order that no device takes: none is promised
-    for (int thread = kThreads - 1; thread >= 0; --thread) kernel->step_chunk(what, block, thread);
+    reinterpret_cast<StepChunk>(kernel->entry)(what, block);
   return nullptr;
 }
 

@@ -5,12 +5,8 @@
 #include <Python.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <limits>
-#include <string>
-#include <vector>
-
+#include "../check_launch.h"
 #include "device.h"
 
 #ifndef WD_ON_CPU  // in libtorch_cuda.so; a torch without CUDA lacks it, and its tensors never come here
@@ -20,9 +16,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace wd {
 namespace cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 #ifdef WD_ON_CPU
 #define WD_DEVICE CPU
@@ -53,59 +46,32 @@ class Device {
 };
 #endif
 
-void check(const Tensor& tensor, const char* name, ScalarType dtype, int64_t columns, int32_t device) {
-  STD_TORCH_CHECK(
-      is_here(tensor) && tensor.get_device_index() == device && tensor.is_contiguous() && tensor.scalar_type() == dtype,
-      "cuda_step_: ", name,
-      " must be a contiguous tensor on the device of chunks, int64 or, for rows and control, float64");
-  STD_TORCH_CHECK(columns == 0 ? tensor.dim() == 1 : tensor.dim() == 2 && tensor.size(1) == columns,
-                  "cuda_step_: ", name, " must have ",
-                  columns == 0 ? std::string("one dimension") : std::to_string(columns) + " columns");
-}
-
-const Kernel* known(int64_t rule, const std::vector<int64_t>& formats) {
-  STD_TORCH_CHECK(formats.size() >= kState && formats.size() <= kState + 3, "formats must name 2 to 5 roles");
-  const Kernel* kernel = find(rule, formats.data(), int(formats.size()));
+const Kernel* known(int64_t rule, int64_t variant, const std::vector<int64_t>& formats) {
+  check_roles("cuda_step_", formats.size());
+  const Kernel* kernel = find(rule, variant, formats.data(), int(formats.size()));
   STD_TORCH_CHECK(kernel != nullptr, "there is no CUDA kernel for this rule and these storage formats");
   return kernel;
 }
 
-// Steps the chunks of one bucket, on torch's current stream of their device, without waiting.
-//   chunks    int64 [c], `Chunk` of records.py;  places, moving: int64 [n, 4], `Place` and `Moving` by segment
-//   rows      float64 [r, width], the scalars;  control: float64 [2], grad_factor and skip
-//   rule      RuleCode;  formats: FormatCode of parameter, gradient and each state
-void step_(const Tensor chunks, const Tensor places, const Tensor moving, const Tensor rows, const Tensor control,
-           int64_t chunk_size, int64_t rule, std::vector<int64_t> formats) {
+// Steps the chunks of one bucket, on torch's current stream of their device, without waiting; `check_launch` has the
+// shapes. rule and variant: a row of kernels.h; formats: the FormatCode of parameter, gradient and each state.
+void step_(const Tensor chunks, const Tensor places, const Tensor moving, const Tensor control, int64_t chunk_size,
+           int64_t rule, int64_t variant, std::vector<int64_t> formats, const Tensor rows) {
   const int32_t device = chunks.get_device_index();
-  const int64_t width = rule == kAdamW ? kAdamWRow : kSGDWRow;
-  check(chunks, "chunks", ScalarType::Long, 0, device);
-  check(places, "places", ScalarType::Long, sizeof(Place) / sizeof(int64_t), device);
-  check(moving, "moving", ScalarType::Long, sizeof(Moving) / sizeof(int64_t), device);
-  check(rows, "rows", ScalarType::Double, width, device);
-  check(control, "control", ScalarType::Double, 0, device);
-  STD_TORCH_CHECK(control.numel() == 2, "cuda_step_: control must hold grad_factor and skip");
-  STD_TORCH_CHECK(chunk_size > 0 && chunk_size % 1024 == 0 && chunk_size <= std::numeric_limits<int32_t>::max() / 2,
-                  "cuda_step_: chunk_size=", chunk_size, ": expected a multiple of 1024");
+  const Kernel* kernel = known(rule, variant, formats);
+  const Launch what =
+      check_launch("cuda_step_", chunks, places, moving, rows, control, chunk_size, formats.size(), kernel->width,
+                   [&](const Tensor& tensor) { return is_here(tensor) && tensor.get_device_index() == device; });
   const int64_t blocks = chunks.numel();
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "cuda_step_: ", blocks, " chunks are too many");
-  const Kernel* kernel = known(rule, formats);
   if (blocks == 0) return;
-
-  const Launch what{static_cast<const int64_t*>(chunks.const_data_ptr()),
-                    static_cast<const Place*>(places.const_data_ptr()),
-                    static_cast<const Moving*>(moving.const_data_ptr()),
-                    static_cast<const double*>(rows.const_data_ptr()),
-                    static_cast<const Control*>(control.const_data_ptr()),
-                    int32_t(width),
-                    int32_t(chunk_size)};
   const Device current(device);
   const char* wrong = launch(kernel, blocks, what, current.stream());
   STD_TORCH_CHECK(wrong == nullptr, "a step on cuda:", device, " could not be launched: ", wrong);
 }
 
 // Brings a kernel to a device, where that fails before a step is begun; says why it cannot be, or "".
-std::string load_on(int64_t device, int64_t rule, std::vector<int64_t> formats) {
-  const Kernel* kernel = known(rule, formats);
+std::string load_on(int64_t device, int64_t rule, int64_t variant, std::vector<int64_t> formats) {
+  const Kernel* kernel = known(rule, variant, formats);
   const Device current(device);
   const char* wrong = load(kernel);
   return wrong == nullptr ? "" : wrong;
@@ -122,9 +88,9 @@ PyModuleDef module = {
 
 WD_EXPANDED(STABLE_TORCH_LIBRARY_FRAGMENT, WD_NAMESPACE, m) {
   m.def(
-      "cuda_step_(Tensor chunks, Tensor places, Tensor moving, Tensor rows, Tensor control, int chunk_size, int rule, "
-      "int[] formats) -> ()");
-  m.def("cuda_load(int device, int rule, int[] formats) -> str");
+      "cuda_step_(Tensor chunks, Tensor places, Tensor moving, Tensor control, int chunk_size, int rule, int variant, "
+      "int[] formats, Tensor rows) -> ()");
+  m.def("cuda_load(int device, int rule, int variant, int[] formats) -> str");
   m.def("cuda_built() -> str");
 }
 

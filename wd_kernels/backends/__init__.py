@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
+from ..layout import Bucket, Spec, Table
 from . import cpu, cuda, reference, triton
 
-if TYPE_CHECKING:
-    from ..slots import Bucket, Spec, Table
+__all__ = ["BACKENDS", "NAMES", "Backend", "FallbackWarning", "Prepared", "prepare", "resolve"]
 
-__all__ = ["BACKENDS", "NAMES", "Backend", "FallbackWarning", "prepare", "resolve"]
+#: What is called with the rows of a step (float64 [r, scalars]; segments name theirs) and gives its launches.
+Prepared: TypeAlias = Callable[[Tensor], list[Callable[[], None]]]
 
 
 class FallbackWarning(UserWarning):
@@ -31,10 +32,9 @@ class Backend(Protocol):
     def refuses(self, spec: Spec) -> str | None:
         """Why it cannot step such a bucket; None where it can."""
 
-    def prepare(self, table: Table, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
-        """The launches that step the buckets in place: everything that allocates or may fail is done here.
-
-        `rows` is float64 [r, width]; segments name theirs.
+    def prepare(self, table: Table, buckets: list[Bucket]) -> Prepared:
+        """What holds until the table is laid out anew. Called with the rows of a step it does all that allocates or may
+        fail, and returns the launches that step the buckets in place.
         """
 
 
@@ -82,12 +82,12 @@ def resolve(name: str, spec: Spec) -> Backend:
     return BACKENDS["reference"]
 
 
-def prepare(table: Table, rows: Tensor) -> list[Callable[[], None]]:
-    """The launches of a step, every bucket's: whatever allocates or may fail has been done."""
-    if len(table.buckets) == 1:
-        (bucket,) = table.buckets
-        return bucket.backend.prepare(table, table.buckets, rows)  # type: ignore[no-any-return]
-    launches: list[Callable[[], None]] = []
-    for backend in dict.fromkeys(bucket.backend for bucket in table.buckets):
-        launches += backend.prepare(table, [b for b in table.buckets if b.backend is backend], rows)
-    return launches
+def prepare(table: Table) -> Prepared:
+    """The launches of every bucket, to be given the rows of a step."""
+    of_backend = [
+        backend.prepare(table, [bucket for bucket in table.buckets if bucket.backend is backend])
+        for backend in dict.fromkeys(bucket.backend for bucket in table.buckets)
+    ]
+    if len(of_backend) == 1:
+        return of_backend[0]  # type: ignore[no-any-return]
+    return lambda rows: [go for own in of_backend for go in own(rows)]

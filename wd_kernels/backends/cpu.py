@@ -1,19 +1,20 @@
-"""The native CPU backend: one call into csrc/ops.cpp a bucket."""
+"""The native CPU backend: one call into csrc/cpu/ops.cpp a bucket."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .. import native
-
-if TYPE_CHECKING:
-    from ..slots import Bucket, Spec, Table
+from ..layout import Bucket, Spec, Table, cut
+from ..rules import code_of
 
 __all__ = ["CPU"]
+
+#: Elements of a chunk: a scalar row is read once in so many.
+CHUNK = 8192
 
 
 class CPU:
@@ -30,7 +31,13 @@ class CPU:
         native.OPS.instruction_set()  # raises if WD_KERNELS_ISA names one that is not here
         return None
 
-    def prepare(self, table: Table, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
-        step_ = native.OPS.step_.default
-        common = (table.runs, rows, table.control, table.rule.code)
-        return [partial(step_, *common, bucket.codes, *table.span(bucket)) for bucket in buckets]
+    def prepare(self, table: Table, buckets: list[Bucket]) -> Callable[[Tensor], list[Callable[[], None]]]:
+        step_, segments, rule = native.OPS.step_.default, table.segments, table.rule
+        calls = []
+        for bucket in buckets:
+            chunks = cut(table, bucket, CHUNK)
+            kernel = (code_of(rule), rule.variant(bucket.spec.states), bucket.spec.codes)
+            calls.append(
+                partial(step_, chunks.words, segments.places, segments.moving, table.control, chunks.size, *kernel)
+            )
+        return lambda rows: [partial(call, rows) for call in calls]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .. import native
-from ..mirror import Mirror
+from ..layout import Bucket, Spec, Table
+from ..rules import code_of
 from .device import OnDevice
-
-if TYPE_CHECKING:
-    from ..slots import Bucket, Spec, Table
+from .device_copy import DeviceCopy
 
 __all__ = ["CUDA"]
+
+#: Rule, variant and formats of a kernel that is always there: whether it loads tells it of all.
+ANY_KERNEL = (0, 0, [2, 2, 2, 2])
 
 
 class CUDA(OnDevice):
@@ -49,8 +51,7 @@ class CUDA(OnDevice):
         """Why the kernels do not load on a GPU, None where they do; only that is remembered: memory may come free."""
         if device in self._fine:
             return None
-        adamw, float32 = 0, 2  # any kernel tells it
-        wrong = self.ops.cuda_load(device.index, adamw, [float32] * 4)
+        wrong = self.ops.cuda_load(device.index, *ANY_KERNEL)
         if not wrong:
             self._fine.add(device)
             return None
@@ -61,15 +62,16 @@ class CUDA(OnDevice):
             f"them with TORCH_CUDA_ARCH_LIST={major}.{minor} and a CUDA toolkit no newer than the driver"
         )
 
-    def launch(self, table: Table, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
-        chunks, there, device = mirror.chunks(bucket), mirror.there, bucket.spec.device
-        key = (device, table.rule.code, *bucket.codes)
+    def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
+        there, spec = copy.there, bucket.spec
+        kernel = (code_of(table.rule), table.rule.variant(spec.states), spec.codes)
+        key = (spec.device, *kernel[:2], *spec.codes)
         if key not in self._loaded:  # here, where a failure leaves every tensor as it was
-            wrong = self.ops.cuda_load(device.index or 0, table.rule.code, bucket.codes)
+            wrong = self.ops.cuda_load(spec.device.index or 0, *kernel)
             if wrong:
-                raise RuntimeError(f"a CUDA kernel cannot be loaded on {device}: {wrong}")
+                raise RuntimeError(f"a CUDA kernel cannot be loaded on {spec.device}: {wrong}")
             self._loaded.add(key)
         return partial(
-            self.ops.cuda_step_.default, chunks, there["places"], there["moving"], there["rows"], there["control"],
-            mirror.size(bucket), table.rule.code, bucket.codes,
+            self.ops.cuda_step_.default, there[bucket.index], there["places"], there["moving"], there["control"], size,
+            *kernel, there["rows"],
         )  # fmt: skip

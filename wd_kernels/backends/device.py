@@ -1,20 +1,18 @@
-"""What the backends of GPUs share: the table is mirrored on the device, then a bucket is one launch there."""
+"""What the backends of GPUs share: the table is copied to the device, then a bucket is one launch there."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..mirror import Mirror
-
-if TYPE_CHECKING:
-    from ..slots import Bucket, Table
+from ..layout import Bucket, Chunks, Table, cut
+from .device_copy import DeviceCopy, chunk_size
 
 __all__ = ["OnDevice", "current", "machine"]
 
@@ -43,19 +41,27 @@ def _refuse_capture(device: torch.device) -> None:
 class OnDevice(ABC):
     """One launch a bucket, on the tensors' device and its current stream, never waiting for it."""
 
-    def prepare(self, table: Table, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
+    def prepare(self, table: Table, buckets: list[Bucket]) -> Callable[[Tensor], list[Callable[[], None]]]:
         """Uploads what changed and brings what is new to the device; the launches that are left are one a bucket."""
-        launches: list[Callable[[], None]] = []
-        for device in dict.fromkeys(bucket.spec.device for bucket in buckets):
-            if device.type == "cuda":
-                _refuse_capture(device)
-            mirror = table.mirrors.setdefault(device, Mirror(device))
-            mirror.update(table, rows, machine(device)[0])
-            for bucket in buckets:
-                if bucket.spec.device == device and mirror.chunks(bucket).numel():
-                    launches.append(self.launch(table, bucket, mirror))
-        return launches
+        on: dict[torch.device, dict[int, Chunks]] = {}
+        for bucket in buckets:
+            size = partial(chunk_size, processors=machine(bucket.spec.device)[0])
+            on.setdefault(bucket.spec.device, {})[bucket.index] = cut(table, bucket, size)
+
+        def ready(rows: Tensor) -> list[Callable[[], None]]:
+            launches: list[Callable[[], None]] = []
+            for device, chunks in on.items():
+                if device.type == "cuda":
+                    _refuse_capture(device)
+                copy = table.device_copies.setdefault(device, DeviceCopy(device))
+                copy.update(table, chunks, rows)
+                for bucket in buckets:
+                    if bucket.spec.device == device and chunks[bucket.index].words.numel():
+                        launches.append(self.launch(table, bucket, chunks[bucket.index].size, copy))
+            return launches
+
+        return ready
 
     @abstractmethod
-    def launch(self, table: Table, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
-        """The launch of a bucket; its kernel is on the device when this returns."""
+    def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
+        """The launch of a bucket, whose chunks have `size` elements; its kernel is on the device when this returns."""

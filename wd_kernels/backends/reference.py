@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .. import reference
-
-if TYPE_CHECKING:
-    from ..slots import Bucket, Spec, Table
+from ..layout import Bucket, Spec, Table
 
 __all__ = ["Reference"]
 
@@ -27,14 +24,14 @@ class Reference:
     def refuses(self, spec: Spec) -> str | None:
         return None
 
-    def prepare(self, table: Table, buckets: list[Bucket], rows: Tensor) -> list[Callable[[], None]]:
-        return [partial(self._step, table, bucket, rows) for bucket in buckets]
+    def prepare(self, table: Table, buckets: list[Bucket]) -> Callable[[Tensor], list[Callable[[], None]]]:
+        return lambda rows: [partial(self._step, table, bucket, rows) for bucket in buckets]
 
     def _step(self, table: Table, bucket: Bucket, rows: Tensor) -> None:
         grad_factor, skip = table.control.tolist()
         if skip:
             return
-        for i in bucket.slots:
+        for i in bucket.members:
             if table.active[i]:
                 theta, grad, states, row = table.tensors(i)
-                reference.step_(table.rule.name, rows[row], grad_factor, theta, grad, states)
+                reference.step_(table.rule, rows[row], grad_factor, theta, grad, states)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..mirror import BLOCK, Mirror
+from ..layout import BLOCK, Bucket, Spec, Table
 from .device import OnDevice, current, machine
-
-if TYPE_CHECKING:
-    from ..slots import Bucket, Spec, Table
+from .device_copy import DeviceCopy
 
 __all__ = ["OLDEST", "Triton", "block", "interpreted", "options", "version"]
 
@@ -117,25 +115,25 @@ class Triton(OnDevice):
             )
         return None
 
-    def launch(self, table: Table, bucket: Bucket, mirror: Mirror) -> Callable[[], None]:
-        kernels, formats, device = _kernels(), bucket.spec.formats, bucket.spec.device
-        chunks, there = mirror.chunks(bucket), mirror.there
+    def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
+        kernels, spec, there, chunks = _kernels(), bucket.spec, copy.there, copy.there[bucket.index]
         arguments = (
-            chunks, there["places"], there["moving"], there["rows"], there["control"], mirror.size(bucket),
+            chunks, there["places"], there["moving"], there["rows"], there["control"], there["places"].shape[1], size,
             getattr(kernels, table.rule.name), kernels.scaled_root if torch.version.hip else kernels.root,
-            table.rule.width, tuple(bucket.codes), block(formats),
+            table.rule.scalars, spec.states, tuple(spec.codes), block(spec.formats),
         )  # fmt: skip
-        how = options(formats, machine(device)[1], nvidia=device.type == "cuda" and not torch.version.hip)
+        nvidia = spec.device.type == "cuda" and not torch.version.hip
+        how = options(spec.formats, machine(spec.device)[1], nvidia)
         if interpreted():
             return partial(kernels.step_kernel[chunks.numel(),], *arguments, **how)
-        key = (device, table.rule.name, formats)
+        key = (spec.device, table.rule.name, spec)
         if key not in self._compiled:  # compiled and loaded here, where a failure leaves every tensor as it was
-            with current(device):
+            with current(spec.device):
                 _load(kernels.step_kernel.warmup(*arguments, grid=(1,), **how))
             self._compiled.add(key)
 
         def go() -> None:
-            with current(device):
+            with current(spec.device):
                 kernels.step_kernel[chunks.numel(),](*arguments, **how)
 
         return go

@@ -1,8 +1,8 @@
 """The step in Triton: rules, formats and movers (NUMERICS sections 3, 4 and 6), for CUDA and ROCm devices.
 
-A program takes one chunk of one segment: chunk -> segment -> row, by the records of `records.py` (`mirror.py` brings
-them to the device). Blocks of an aligned segment take the vector path; the rest of it, and all of any other segment,
-the masked path, which promises nothing of addresses.
+A program takes one chunk of one segment: chunk -> segment -> row, by the records of `layout.py` (`device_copy.py`
+brings them to the device). Blocks of an aligned segment take the vector path; the rest of it, and all of any other
+segment, the masked path, which promises nothing of addresses.
 
 The rules are transcriptions of `reference.py`: same names, same order, every operation rounded on its own. Launch with
 `enable_fp_fusion=False`. What is `constexpr` comes from what is there (formats, amsgrad, a momentum buffer), never from
@@ -14,18 +14,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..records import Moving, Place
+from ..layout import Moving, Place
 
-# Codes of storage.py.
+# Codes of formats.py.
 FLOAT64 = tl.constexpr(1)
 FLOAT32 = tl.constexpr(2)
 BFLOAT16 = tl.constexpr(3)
 FLOAT16 = tl.constexpr(4)
 
-PLACE_WORDS = tl.constexpr(len(Place.OF_SEGMENT))
-MOVING_WORDS = tl.constexpr(len(Moving.OF_SEGMENT))
+MOVING_WORDS = tl.constexpr(Moving.WORDS)
+ADDRESSES = tl.constexpr(Place.ADDRESSES)
 # Elements of a block on the masked path.
 REST_BLOCK = tl.constexpr(512)
+
+
+@triton.constexpr_function
+def has(names, name):
+    """Is there a state of that name?"""
+    return name in names
+
+
+@triton.constexpr_function
+def position(names, name):
+    """Of a scalar in a row."""
+    return list(names).index(name)
 
 
 @triton.constexpr_function
@@ -128,52 +140,58 @@ def lerp(x, y, beta, w):
 
 
 @triton.jit
-def adamw(theta, g, states, scalars, root: tl.constexpr):
-    """NUMERICS section 3 on a block: (theta, states) after the step; the third state, for amsgrad, is v_max."""
+def adamw(theta, g, states, names: tl.constexpr, scalars, root: tl.constexpr):
+    """Section 3 on a block: (update, states); `names` are those of the states."""
     (
-        grad_scale, l2, beta1, one_minus_beta1, beta2, one_minus_beta2,
-        step_size, inv_sqrt_bias2, eps, decay, metric,
+        frozen, grad_scale, l2, decay, metric, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, scaled_lr,
+        t, step_size, inv_sqrt_bias2,
     ) = scalars  # fmt: skip
     m, v = states[0], states[1]
-    g = g * grad_scale
-    g = g + l2 * theta
     m = lerp(m, g, beta1, one_minus_beta1)
     v = lerp(v, g * g, beta2, one_minus_beta2)
     new = (m, v)
     second = v
-    if len(states) == 3:
+    if has(names, "max_exp_avg_sq"):
         v_max = states[2]
         second = tl.where((v > v_max) | (v != v), v, v_max)
         new = (m, v, second)
     d = root(second) * inv_sqrt_bias2 + eps
-    u = divide(step_size * m + metric * theta, d + metric)
-    theta = theta - (decay * theta + u)
-    return theta, new
+    return divide(step_size * m + metric * theta, d + metric), new
 
 
 @triton.jit
-def sgdw(theta, g, states, scalars, root: tl.constexpr):
-    """NUMERICS section 4 on a block: (theta, states) after the step; the state is the buffer, if there is momentum."""
-    grad_scale, l2, momentum, grad_coef, update_grad, update_buf, step_size, decay = scalars
-    g = g * grad_scale
-    g = g + l2 * theta
-    if len(states) == 1:
+def sgdw(theta, g, states, names: tl.constexpr, scalars, root: tl.constexpr):
+    """Section 4 on a block: (update, states)."""
+    (
+        frozen, grad_scale, l2, decay, momentum, update_grad, update_buf, step_size, first_grad_coef, later_grad_coef,
+        t, grad_coef,
+    ) = scalars  # fmt: skip
+    if has(names, "momentum_buffer"):
         b = momentum * states[0] + grad_coef * g
         u = step_size * (update_grad * g + update_buf * b)
         new = (b,)
     else:
         u = step_size * g
         new = ()
-    theta = theta - (decay * theta + u)
-    return theta, new
+    return u, new
+
+
+@triton.jit
+def step(theta, g, states, names: tl.constexpr, scalars, scalar_names: tl.constexpr, rule: tl.constexpr,
+         root: tl.constexpr):  # fmt: skip
+    """The step that all rules share: (theta, states) after it."""
+    g = g * scalars[position(scalar_names, "grad_scale")]
+    g = g + scalars[position(scalar_names, "l2")] * theta
+    u, new = rule(theta, g, states, names, scalars, root)
+    return theta - (scalars[position(scalar_names, "decay")] * theta + u), new
 
 
 # Mover ----------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def move(at, count, scalars, frozen, rule: tl.constexpr, root: tl.constexpr, formats: tl.constexpr,
-         block: tl.constexpr, full: tl.constexpr):  # fmt: skip
+def move(at, count, scalars, frozen, rule: tl.constexpr, root: tl.constexpr, scalar_names: tl.constexpr,
+         states: tl.constexpr, formats: tl.constexpr, block: tl.constexpr, full: tl.constexpr):  # fmt: skip
     """Steps `count` elements from `at` on, a block at most; `full`: a whole block, and every address is aligned."""
     if full:
         lanes = tl.arange(0, block)
@@ -184,11 +202,11 @@ def move(at, count, scalars, frozen, rule: tl.constexpr, root: tl.constexpr, for
     values = ()
     for role in tl.static_range(len(formats)):
         values += (load(at[role], lanes, mask, formats[role]),)
-    theta, states = rule(values[0], values[1], values[2:], scalars, root)
+    theta, new = step(values[0], values[1], values[2:], states, scalars, scalar_names, rule, root)
     if not frozen:
         store(at[0], lanes, theta, mask, formats[0])
     for role in tl.static_range(2, len(formats)):
-        store(at[role], lanes, states[role - 2], mask, formats[role])
+        store(at[role], lanes, new[role - 2], mask, formats[role])
 
 
 @triton.jit
@@ -203,21 +221,21 @@ def ahead(at, offset, formats: tl.constexpr, full: tl.constexpr):
     return further
 
 
-@triton.jit
-def step_kernel(chunks, places, moving, rows, control, chunk_size,
-                rule: tl.constexpr, root: tl.constexpr, width: tl.constexpr, formats: tl.constexpr,
-                block: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["place_words"])
+def step_kernel(chunks, places, moving, rows, control, place_words, chunk_size,
+                rule: tl.constexpr, root: tl.constexpr, scalar_names: tl.constexpr, states: tl.constexpr,
+                formats: tl.constexpr, block: tl.constexpr):  # fmt: skip
     """Steps one chunk.
 
-    Compile-time arguments: the rule, the root that is exact on the target, the scalars of a row, the formats' codes
-    (parameter, gradient, states), the elements of a block.
+    Compile-time arguments: the rule, the root that is exact on the target, the names of a row's scalars and of the
+    states, the formats' codes (parameter, gradient, states), the elements of a block.
     """
     chunk = tl.load(chunks + tl.program_id(0))
-    place = places + (chunk & 0xFFFFFFFF) * PLACE_WORDS
+    place = places + (chunk & 0xFFFFFFFF) * place_words + ADDRESSES
     moved = moving + (chunk & 0xFFFFFFFF) * MOVING_WORDS
     begin = (chunk >> 32) * chunk_size
     numel = tl.load(moved + 1)  # 0 without a gradient
-    row = rows + tl.load(moved + 2) * width
+    row = rows + tl.load(moved + 2) * len(scalar_names)
     aligned = tl.load(moved + 3) != 0
     skip = tl.load(control + 1) != 0
     ended = skip | (begin >= numel)
@@ -226,15 +244,20 @@ def step_kernel(chunks, places, moving, rows, control, chunk_size,
     at = (pointer(tl.load(place), formats[0]) + begin, pointer(tl.load(moved), formats[1]) + begin)
     for role in tl.static_range(2, len(formats)):
         at += (pointer(tl.load(place + role - 1), formats[role]) + begin,)
-    frozen = tl.load(row + 1) != 0
-    scalars = (scalar(row, 2, formats) * scalar(control, 0, formats),)
-    for position in tl.static_range(3, width):
-        scalars += (scalar(row, position, formats),)
+    frozen = tl.load(row + position(scalar_names, "frozen")) != 0
+    scalars = ()
+    for i in tl.static_range(len(scalar_names)):
+        if i == position(scalar_names, "grad_scale"):
+            scalars += (scalar(row, i, formats) * scalar(control, 0, formats),)
+        else:
+            scalars += (scalar(row, i, formats),)
 
     done = 0
     if aligned:
         done = count - count % block
         for offset in range(0, done, block):
-            move(ahead(at, offset, formats, True), block, scalars, frozen, rule, root, formats, block, True)
+            move(ahead(at, offset, formats, True), block, scalars, frozen, rule, root, scalar_names, states, formats,
+                 block, True)  # fmt: skip
     for offset in range(done, count, REST_BLOCK):
-        move(ahead(at, offset, formats, False), count - offset, scalars, frozen, rule, root, formats, REST_BLOCK, False)
+        move(ahead(at, offset, formats, False), count - offset, scalars, frozen, rule, root, scalar_names, states,
+             formats, REST_BLOCK, False)  # fmt: skip

@@ -95,10 +95,10 @@ def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[l
     for i, (group, schedule) in enumerate(zip(groups, schedules, strict=True)):
         if schedule is None:
             continue
-        static, lr, eta, _ = result[i]
+        settings, lr, eta, _ = result[i]
         t, base_lr = group.get("schedule_step", 0), group.get("base_lr")
         if follows_lr(group):
-            result[i] = static, lr, _ratio(lr, base_lr, eta, i), lr
+            result[i] = settings, lr, _ratio(lr, base_lr, eta, i), lr
             continue
         found = seen.get((id(schedule), t)) if type(t) is int and base_lr is None else None
         if found is None:
@@ -106,9 +106,8 @@ def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[l
             found = seen[id(schedule), t] = _multipliers(schedule, t, f"param group {i}")
         eta, factor = found
         if factor != 1.0:
-            mode, weight_decay, *rest = static
-            static = mode, weight_decay * factor, *rest
-        result[i] = static, lr, eta, eta * lr
+            settings = settings._replace(weight_decay=settings.weight_decay * factor)
+        result[i] = settings, lr, eta, eta * lr
         ticks.append((group, eta, t + 1))
     return result, ticks
 

@@ -1,0 +1,32 @@
+// A step on the CPU as its operator sees it: chosen once, given chunks to step.
+#pragma once
+
+#include "../layout.h"
+
+namespace wd {
+
+struct Kernel {
+  const void* rule;  // of the instruction set's own types, as are the formats
+  const void* formats[kMaxRoles];
+  int64_t sizes[kMaxRoles];  // bytes of an element of each role
+  int roles;
+  int width;  // scalars in a row
+  // Steps the chunks [first, last) of a launch.
+  void (*step_chunks)(const Kernel& kernel, const Launch& launch, int64_t first, int64_t last);
+};
+
+// The kernel for a rule with its states and the format of every role (parameter, gradient, states); false where there
+// is none. One for each file of this directory.
+namespace baseline {
+bool find(int64_t rule, int64_t variant, const int64_t* formats, int roles, Kernel* found);
+}
+#if defined(__x86_64__)
+namespace avx2 {
+bool find(int64_t rule, int64_t variant, const int64_t* formats, int roles, Kernel* found);
+}
+namespace avx512 {
+bool find(int64_t rule, int64_t variant, const int64_t* formats, int roles, Kernel* found);
+}
+#endif
+
+}  // namespace wd

@@ -1,0 +1,79 @@
+// Storage formats: how one element of one role lies in memory. `load` widens to the arithmetic type, `store` rounds
+// once, to nearest even, and writes every NaN as the canonical one. Conversions are integer and float32 operations on
+// bits, so that every compiler can vectorise them and every machine gives the same result.
+//
+// Include inside the namespace of one instruction set (see cpu/mover.inc); it needs layout.h.
+
+template <class To, class From>
+WD_HOST_DEVICE inline To bits_to(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bits_to changes the type, not the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+struct Float64 {
+  static constexpr int64_t kCode = kFloat64;
+  using Arithmetic = double;
+  using Memory = double;
+  WD_HOST_DEVICE static double load(const Memory* at) { return *at; }
+  WD_HOST_DEVICE static void store(Memory* at, double value) { *at = value; }
+};
+
+struct Float32 {
+  static constexpr int64_t kCode = kFloat32;
+  using Arithmetic = float;
+  using Memory = float;
+  WD_HOST_DEVICE static float load(const Memory* at) { return *at; }
+  WD_HOST_DEVICE static void store(Memory* at, float value) { *at = value; }
+};
+
+struct BFloat16 {
+  static constexpr int64_t kCode = kBFloat16;
+  using Arithmetic = float;
+  using Memory = uint16_t;
+  WD_HOST_DEVICE static float load(const Memory* at) { return bits_to<float>(uint32_t(*at) << 16); }
+  WD_HOST_DEVICE static void store(Memory* at, float value) {
+    const uint32_t bits = bits_to<uint32_t>(value);
+    const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    *at = uint16_t(value != value ? 0x7fc0u : nearest);
+  }
+};
+
+struct Float16 {
+  static constexpr int64_t kCode = kFloat16;
+  using Arithmetic = float;
+  using Memory = uint16_t;
+#ifdef __CUDA_ARCH__  // the same in one instruction each
+  WD_HOST_DEVICE static float load(const Memory* at) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(*at));
+    return value;
+  }
+  WD_HOST_DEVICE static void store(Memory* at, float value) {
+    Memory nearest;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(nearest) : "f"(value));
+    *at = value != value ? Memory(0x7e00u) : nearest;
+  }
+#else
+  WD_HOST_DEVICE static float load(const Memory* at) {
+    const uint32_t magnitude = *at & 0x7fffu;
+    const uint32_t sign = uint32_t(*at & 0x8000u) << 16;
+    // Shifted into place the exponent is 112 too small; the product mends it, for subnormals too.
+    const float finite = bits_to<float>(magnitude << 13) * 0x1p112f;
+    const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+    return bits_to<float>(sign | special | bits_to<uint32_t>(finite));
+  }
+  WD_HOST_DEVICE static void store(Memory* at, float value) {
+    const uint32_t bits = bits_to<uint32_t>(value);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Below 2^-14: a sum with 0.5 has the last place of a half's subnormal, so the addition rounds as wanted.
+    const uint32_t subnormal = bits_to<uint32_t>(bits_to<float>(magnitude) + 0.5f) - bits_to<uint32_t>(0.5f);
+    uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
+    *at = uint16_t(magnitude > 0x7f800000u ? 0x7e00u : (sign | half));
+  }
+#endif
+};

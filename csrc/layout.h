@@ -1,0 +1,70 @@
+// The records that native code, kernels and Python share, by position (wd_kernels/table/layout.py).
+//
+// A segment is one tensor of a bucket, or a run of neighbours in a flat buffer: what a step may change of it
+// (`Moving`), and its place, which stays for many steps. A chunk is a stretch of one segment; a launch steps a list of
+// them.
+#pragma once
+
+#include <cstdint>
+
+// The operators' namespace in torch.ops: a build that vendors this package chooses another.
+#ifndef WD_NAMESPACE
+#define WD_NAMESPACE wd_kernels
+#endif
+// Expands it before torch's macros see it: those of torch 2.10 take a name as it is written.
+#define WD_EXPANDED(macro, ...) macro(__VA_ARGS__)
+#define WD_LITERAL(x) #x
+#define WD_TEXT(x) WD_LITERAL(x)
+
+#ifdef __CUDACC__
+#define WD_HOST_DEVICE __host__ __device__
+#define WD_UNROLL _Pragma("unroll")
+#else
+#define WD_HOST_DEVICE
+#define WD_UNROLL
+#endif
+
+namespace wd {
+
+enum Role : int { kParam = 0, kGrad = 1, kState = 2 };
+constexpr int kMaxRoles = 16;
+
+// What a step may change of a segment.
+struct Moving {
+  void* grad;
+  int64_t numel;    // elements in this step: 0 without a gradient
+  int64_t row;      // index into the matrix of scalar rows
+  int64_t aligned;  // 1: every address is a multiple of 16 bytes
+};
+constexpr int64_t kMovingWords = 4;
+static_assert(sizeof(Moving) == kMovingWords * sizeof(int64_t), "layout.py writes 4 words");
+
+// The words of a place: the segment's origin (its first element's number among all of the optimizer's), where the sums
+// of its blocks go, then the address of every role but the gradient: parameter, states, and what else a pass writes.
+enum PlaceWord : int { kOrigin = 0, kOutput = 1, kAddresses = 2 };
+
+// The word that holds the address of a role. Of internal linkage, as it is compiled for several instruction sets.
+WD_HOST_DEVICE static inline int address_word(int role) { return kAddresses + (role == kParam ? 0 : role - 1); }
+
+// What every launch reads from memory besides its segments and rows.
+struct Control {
+  double grad_factor;
+  double skip;
+};
+
+// The storage format of one role. wd_kernels/formats.py holds the same codes.
+enum FormatCode : int64_t { kFloat64 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4 };
+
+// What a launch is given; all of it lies on the device that steps.
+struct Launch {
+  const int64_t* chunks;  // the segment in the low half of a word, above it which of the segment's chunks
+  const int64_t* places;
+  const Moving* moving;
+  const double* rows;
+  const Control* control;
+  int32_t place_words;
+  int32_t row_width;
+  int32_t chunk_size;
+};
+
+}  // namespace wd

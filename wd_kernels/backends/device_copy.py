@@ -1,0 +1,89 @@
+"""The table on another device: chunks, segments and rows, in one pinned, asynchronous copy a step.
+
+What a step changes is sent, in one buffer that nothing writes again; what did not change stays in the buffer of the
+step that sent it. So no copy waits for the device, and none can overtake a kernel that still reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..layout import BLOCK, Chunks, Table
+
+__all__ = ["DeviceCopy", "chunk_size"]
+
+#: The longest chunk: reading the table is then under 1% of what a chunk moves.
+LONGEST = 16 * BLOCK
+#: Chunks wanted for each processor of the device: several waves of what it runs at once.
+PER_PROCESSOR = 32
+
+_LINE = 16  # parts of the buffer begin at multiples of 128 bytes
+
+
+def chunk_size(elements: int, processors: int) -> int:
+    """Elements of a chunk: small ones, so that a small model fills the device; longer ones as it grows.
+
+    >>> chunk_size(10**5, 132), chunk_size(10**7, 132), chunk_size(10**9, 132)
+    (1024, 2048, 16384)
+    """
+    size = BLOCK
+    while size < LONGEST and 2 * size * processors * PER_PROCESSOR <= elements:
+        size *= 2
+    return size
+
+
+class DeviceCopy:
+    """What a device has of a table.
+
+    Attributes:
+        device: where.
+        there: the parts on the device, by name: "places", "moving" (layout.py), "rows" (float64 [r, scalars]),
+            "control" (float64 [2]), and of each bucket, by its index, the chunks (int64 [c]).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.there: dict[str | int, Tensor] = {}
+        self._sent: dict[str | int, Tensor] = {}  # host copies of `there`
+        self._stream: int | None = None
+
+    def update(self, table: Table, chunks: Mapping[int, Chunks], rows: Tensor) -> None:
+        """Brings the device up to date with this step's table, on the current stream, without waiting for it."""
+        parts: dict[str | int, Tensor] = {
+            **{index: own.words for index, own in chunks.items()},
+            "places": table.segments.places,
+            "moving": table.segments.moving,
+            "control": table.control,
+            "rows": rows,
+        }
+        # What was sent on another stream may still be on its way: a new stream is sent everything anew. So memory also
+        # returns to the stream that it came from.
+        stream = 0 if self.device.type == "cpu" else torch.accelerator.current_stream(self.device).stream_id
+        if stream != self._stream:
+            self._stream, self._sent, self.there = stream, {}, {}
+        sent = self._sent
+        bits = {name: part.view(torch.int64) for name, part in parts.items()}
+        self._send({k: parts[k] for k, b in bits.items() if k not in sent or not torch.equal(sent[k], b)})
+        for stale in self.there.keys() - parts.keys():
+            del self.there[stale], sent[stale]
+
+    def _send(self, parts: Mapping[str | int, Tensor]) -> None:
+        """One copy to the device, whatever the number of parts; their elements have 8 bytes."""
+        lines = [-(-part.numel() // _LINE) for part in parts.values()]
+        to_device = self.device.type != "cpu"
+        # Pinned memory that is freed while a copy of it is under way is kept by torch until that is done.
+        here = torch.empty(sum(lines) * _LINE, dtype=torch.int64, device="cpu", pin_memory=to_device)
+        there = torch.empty_like(here, device=self.device) if to_device else here
+        sent, arrived, begin = {}, {}, 0
+        for (name, part), own in zip(parts.items(), lines, strict=True):
+            at = slice(begin, begin + part.numel())
+            sent[name] = here[at].view(part.shape).copy_(part.view(torch.int64))
+            arrived[name] = there[at].view(part.dtype).view(part.shape)
+            begin += own * _LINE
+        if to_device:
+            there.copy_(here, non_blocking=True)
+        self._sent.update(sent)  # now, not before: what is noted as sent is there
+        self.there.update(arrived)

@@ -1,0 +1,185 @@
+"""flatten_ and unflatten_: they move parameters and gradients into buffers, and out of them (`buffers.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..validation import Extent, check_disjoint, check_roles, is_dense, label
+from .buffers import FlatBuffer, FlatPlace, attached, changed, known_places, padded, place_of, stretch, stretches
+
+__all__ = ["flatten_", "unflatten_"]
+
+Params: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+def flatten_(params: Params) -> list[FlatBuffer]:
+    """Moves parameters and their gradients into one buffer per device and dtype, in place.
+
+    Every parameter keeps its identity, name, hooks, shape and strides, and begins at a multiple of 32 elements. A
+    parameter that requires a gradient gets one that lies likewise: its values so far, or zeros. `AdamW` and `SGDW` then
+    make states that lie likewise (those from before stay where they are; `load_state_dict` lays them flat). While
+    gradients stay (`zero_grad(set_to_none=False)` keeps them, and is one memset), what shares a group and a step count
+    is stepped as one long tensor. Where a gradient is set to None or replaced, by a framework's `zero_grad()`, say,
+    its parameter is stepped like any other: nothing is lost but speed. Flattening again brings gradients back.
+
+    Keeping gradients has torch's meaning: a parameter that takes no part in a loss has a gradient of zeros, and is
+    decayed.
+
+    Args:
+        params: as an optimizer takes them: parameters, (name, parameter) pairs, or dicts of parameter groups. Buffers
+            follow this order, so give the groups that the optimizer will have. A parameter may come twice (tied
+            weights). Empty ones are left as they are.
+
+    Returns:
+        The buffers. They own no memory; `buffer.grad` is there for one all-reduce or one norm of all gradients.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the parameter: a DTensor or another subclass with memory of its own
+            kind, sparse, expanded or with gaps, a view of other memory, not a leaf, overlapping another, or with a
+            gradient of another dtype; or some of them are flat already and others not. Nothing was moved.
+
+    Example:
+        >>> import torch, wd_kernels
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1))
+        >>> wd_kernels.flatten_(model.parameters())
+        [FlatBuffer(128 elements of torch.float32 on cpu, gradients attached)]
+        >>> opt = wd_kernels.AdamW(model.parameters(), lr=1e-3)
+        >>> opt.zero_grad(set_to_none=False)
+    """
+    named = _named(params)
+    by_kind: dict[tuple[torch.device, torch.dtype], dict[FlatBuffer | None, list[tuple[Tensor, str]]]] = {}
+    for p, what in named:
+        place = _check(p, what)
+        by_buffer = by_kind.setdefault((p.device, p.dtype), {})
+        by_buffer.setdefault(None if place is None else place.buffer, []).append((p, what))
+    for by_buffer in by_kind.values():
+        if None in by_buffer and len(by_buffer) > 1:
+            flat, other = (by_buffer[b][0][1] for b in (next(b for b in by_buffer if b), None))
+            raise ValueError(f"{flat} is flat already, and {other} is not: unflatten_ all of them first")
+    check_disjoint(Extent(p.detach(), what) for p, what in named)
+    with torch.no_grad(), torch.inference_mode(False):
+        plans = [_plan(*item) for by_buffer in by_kind.values() for item in by_buffer.items()]
+        for plan in plans:
+            for p, theta, grad, place in plan.moves:
+                if theta is not None:
+                    theta.copy_(p)
+                    p.data = theta
+                    known_places[p] = place
+                if grad is not None:
+                    p.grad = grad.zero_() if p.grad is None else grad.copy_(p.grad)
+    changed()
+    return [plan.buffer for plan in plans]
+
+
+@dataclass
+class _Plan:
+    """A buffer, and for every parameter its new memory, that of its gradient (None: they stay), and its place."""
+
+    buffer: FlatBuffer
+    moves: list[tuple[Tensor, Tensor | None, Tensor | None, FlatPlace]]
+
+
+def _plan(buffer: FlatBuffer | None, members: Sequence[tuple[Tensor, str]]) -> _Plan:
+    """Allocates what the parameters need: all of it, or gradients alone where they are flat already."""
+    params = [p for p, _ in members]
+    if buffer is not None:
+        places = [place_of(p) for p in params]
+        size, data = buffer.numel, None
+    else:
+        offsets, size = [], 0
+        for p in params:
+            offsets.append(size)
+            size += padded(p.numel())
+        data = torch.zeros(size, dtype=params[0].dtype, device=params[0].device)
+    grad = buffer.grad if buffer is not None else None
+    if buffer is not None and grad is not None and not all(attached(p) for p in params if p.requires_grad):
+        others = sum(place.buffer is buffer and attached(p) for p, place in known_places.items())
+        if stretches(grad) != others:  # a gradient that is nobody's now, or another's: it keeps what it shows
+            grad = None
+    if grad is None and any(p.requires_grad for p in params):
+        grad = torch.zeros(size, dtype=params[0].dtype, device=params[0].device)
+    if buffer is None:
+        assert data is not None
+        buffer = FlatBuffer(data, grad)
+        places = [FlatPlace(buffer, offset, p.numel()) for p, offset in zip(params, offsets, strict=True)]
+    elif grad is not buffer.grad:
+        buffer.attach(grad)
+    moves: list[tuple[Tensor, Tensor | None, Tensor | None, FlatPlace]] = []
+    for p, place in zip(params, places, strict=True):
+        assert place is not None
+        theta = None if data is None else stretch(data, place.offset, p)
+        own = stretch(grad, place.offset, p) if p.requires_grad and grad is not None else None
+        if own is not None and data is None and attached(p):
+            own = None
+        moves.append((p, theta, own, place))
+    return _Plan(buffer, moves)
+
+
+def unflatten_(params: Params) -> None:
+    """Gives flat parameters and gradients memory of their own again, in place; others are left as they are.
+
+    States stay where they are: they are ordinary tensors too. So do gradients that lie elsewhere, in a bucket of DDP's.
+
+    Args:
+        params: as for :func:`flatten_`.
+    """
+    with torch.no_grad(), torch.inference_mode(False):
+        for p, _ in _named(params):
+            lies, place = place_of(p), known_places.pop(p, None)
+            if lies is not None:
+                p.data = p.data.clone(memory_format=torch.preserve_format)
+            if place is not None and p.grad is not None and place.buffer.has_gradient(p.grad):
+                p.grad = p.grad.clone(memory_format=torch.preserve_format)
+    changed()
+
+
+def _named(params: Params) -> list[tuple[Tensor, str]]:
+    """Parameters with what errors call them; a repeated one once, empty ones not."""
+    if isinstance(params, Tensor):
+        raise TypeError("params is a Tensor: expected an iterable of parameters, (name, parameter) pairs or dicts")
+    entries: list[tuple[Any, str]] = []
+    for index, entry in enumerate(params):
+        if isinstance(entry, dict):
+            own = entry["params"]
+            own = [own] if isinstance(own, Tensor) else list(own)
+            entries += [(q, label(entry, index, k)) for k, q in enumerate(own)]
+        else:
+            entries.append((entry, f"parameter {index}"))
+    found: dict[int, tuple[Tensor, str]] = {}
+    for p, what in entries:
+        if isinstance(p, tuple) and len(p) == 2:
+            p, what = p[1], f"parameter {p[0]!r}"
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{what} is a {type(p).__name__}: expected a tensor")
+        found.setdefault(id(p), (p, what))
+    return [(p, what) for p, what in found.values() if p.layout != torch.strided or p.numel()]
+
+
+def _check(p: Tensor, what: str) -> FlatPlace | None:
+    """The place of `p` if it is flat already. Raises if it and its gradient cannot be made flat."""
+    check_roles(p, p.grad, what, f"the gradient of {what}")
+    if not p.is_leaf:
+        raise ValueError(f"{what} is not a leaf of the autograd graph: a parameter is one")
+    if p.is_inference():
+        raise ValueError(f"{what} is an inference tensor: its memory cannot be exchanged")
+    if not is_dense(p):
+        raise ValueError(
+            f"{what} of shape {tuple(p.shape)} and strides {p.stride()} has gaps: it is a view of other memory"
+        )
+    place = place_of(p)
+    if place is None and p.untyped_storage().nbytes() != p.numel() * p.itemsize:
+        raise ValueError(
+            f"{what} is a view: its {p.numel() * p.itemsize} bytes lie in a storage of {p.untyped_storage().nbytes()}, "
+            "which would be left behind; give it memory of its own first: p.data = p.data.clone()"
+        )
+    if p.grad is not None and p.grad.dtype != p.dtype:
+        raise TypeError(
+            f"the gradient of {what} has dtype {p.grad.dtype}: flat gradients have their parameter's, {p.dtype}; "
+            "set it to None first"
+        )
+    return place

@@ -1,0 +1,210 @@
+"""How a table lies in memory: the records that Python, native code and kernels share by position, and buckets.
+
+csrc/layout.h and csrc/python/changes.h have the same records. All are int64 words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import native
+from .formats import Format, gradient_formats, parameter_format, state_format
+from .rules import Rule, State
+
+__all__ = [
+    "BLOCK",
+    "Bucket",
+    "Chunk",
+    "Chunks",
+    "Moving",
+    "Place",
+    "Segments",
+    "Spec",
+    "Table",
+    "address_word",
+    "cut",
+    "numel_of",
+    "spec_of",
+    "write_segment",
+]
+
+#: Chunks are multiples of this many elements, and so begin where their segment's alignment holds.
+BLOCK = 1024
+CPU = torch.device("cpu")  # a table's own memory, whatever the default device
+
+
+class Moving:
+    """What a step may change of a segment: the address of its gradient, how many elements it has, row, alignment."""
+
+    GRAD, NUMEL, ROW, ALIGNED = 0, 1, 2, 3
+    WORDS = 4
+
+
+class Place:
+    """What stays of a segment for many steps: origin, where its sums go, the addresses of all roles but the gradient.
+
+    The origin is the number of its first element among all of the optimizer's.
+    """
+
+    ORIGIN, OUTPUT, ADDRESSES = 0, 1, 2
+
+
+class Chunk:
+    """What one program of a device steps, in one word: the segment below, above it which of the segment's chunks."""
+
+    ORDINAL_SHIFT = 32
+
+
+#: The roles that every bucket has, before its states.
+PARAM, GRAD, STATE = 0, 1, 2
+
+
+def address_word(role: int) -> int:
+    """The word of a place that has the address of a role: parameter, states, ... (the gradient's moves)."""
+    return Place.ADDRESSES + (0 if role == PARAM else role - 1)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Segments, in order: `moving` int64 [n, 4], `places` int64 [n, words], `capacities` int64 [n].
+
+    A capacity is the most elements that a segment may have until they are laid out anew.
+    """
+
+    moving: Tensor
+    places: Tensor
+    capacities: Tensor
+
+    @classmethod
+    def empty(cls, n: int, states: int) -> Segments:
+        """Room for `n` segments with so many states."""
+        words = Place.ADDRESSES + 1 + states
+        moving, places, capacities = (
+            torch.zeros(shape, dtype=torch.int64, device=CPU) for shape in ((n, Moving.WORDS), (n, words), (n,))
+        )
+        return cls(moving, places, capacities)
+
+
+def numel_of(p: Tensor) -> int:
+    """Elements that a step writes: a complex one is two."""
+    return p.numel() * (2 if p.is_complex() else 1)
+
+
+def write_segment(segments: Segments, k: int, roles: Sequence[Tensor]) -> None:
+    """Writes segment `k`: the addresses of parameter, gradient and states, how many elements, and their alignment."""
+    addresses = [t.data_ptr() for t in roles]
+    aligned = int(all(address % 16 == 0 for address in addresses))
+    segments.moving[k] = torch.tensor([addresses[GRAD], numel_of(roles[PARAM]), 0, aligned], device=CPU)
+    del addresses[GRAD]
+    segments.places[k, Place.ADDRESSES : Place.ADDRESSES + len(addresses)] = torch.tensor(addresses, device=CPU)
+
+
+# Buckets --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the segments of a bucket share: the device, the states, and the format of every role.
+
+    Attributes:
+        states: by name, in the rule's order.
+        formats: of parameter, gradient and each state.
+    """
+
+    device: torch.device
+    states: tuple[str, ...]
+    formats: tuple[Format, ...]
+
+    @property
+    def codes(self) -> list[int]:
+        return [fmt.code for fmt in self.formats]
+
+
+@lru_cache
+def spec_of(device: torch.device, dtype: torch.dtype, grad: torch.dtype, states: tuple[State, ...]) -> Spec | None:
+    """The bucket of a parameter and a gradient of these dtypes; None where there is none."""
+    param, gradient = parameter_format(dtype), gradient_formats(dtype).get(grad) if parameter_format(dtype) else None
+    if param is None or gradient is None:
+        return None
+    formats = (param, gradient, *(state_format(dtype) for _ in states))
+    return Spec(device, tuple(state.name for state in states), formats)
+
+
+@dataclass
+class Bucket:
+    """What one launch steps: the segments from `first` on are those of the parameters `members`, in order."""
+
+    spec: Spec
+    backend: Any
+    index: int
+    first: int
+    members: Sequence[int]
+
+
+class Table(Protocol):
+    """What a backend reads: of a TensorTable, and of the lists of a caller."""
+
+    rule: Rule
+    control: Tensor
+    buckets: list[Bucket]
+
+    @property
+    def segments(self) -> Segments:
+        """What launches step: a segment a parameter, or one for neighbours in flat buffers."""
+
+    @property
+    def device_copies(self) -> dict[torch.device, Any]:
+        """What other devices have of the table."""
+
+    @property
+    def active(self) -> Tensor:
+        """1 for a parameter that is stepped."""
+
+    def span(self, bucket: Bucket) -> tuple[int, int]:
+        """(first, count) of the segments of a bucket."""
+
+    def tensors(self, i: int) -> tuple[Tensor, Tensor, Mapping[str, Tensor], int]:
+        """Parameter, gradient, states and row of parameter `i`, for a backend that works on tensors."""
+
+
+# Chunks ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of a bucket: int64 [c], and the elements of one. They hold in a step that lacks gradients too."""
+
+    words: Tensor
+    size: int
+
+
+def cut(table: Table, bucket: Bucket, size: int | Callable[[int], int]) -> Chunks:
+    """The chunks of a bucket, of `size` elements, or of what it gives for the bucket's elements."""
+    first, count = table.span(bucket)
+    numels = table.segments.capacities[first : first + count]
+    if not isinstance(size, int):
+        size = size(int(numels.sum()))
+    return Chunks(chunk_words(first, numels, size), size)
+
+
+def chunk_words(first: int, numels: Tensor, size: int) -> Tensor:
+    """The Chunk records of segments `first`, `first + 1`, ... of `numels` elements: int64 [chunks].
+
+    >>> [(c & 0xFFFFFFFF, c >> 32) for c in chunk_words(7, torch.tensor([5, 0, 9]), 4).tolist()]
+    [(7, 0), (7, 1), (9, 0), (9, 1), (9, 2)]
+    """
+    if native.C is not None:
+        at, n = numels.data_ptr(), numels.numel()
+        words = torch.empty(native.C.cut(at, n, first, size, 0), dtype=torch.int64, device=CPU)
+        native.C.cut(at, n, first, size, words.data_ptr())
+        return words
+    counts = (numels + (size - 1)) // size
+    segment = torch.arange(numels.numel(), device=CPU).repeat_interleave(counts)
+    ordinal = torch.arange(segment.numel(), device=CPU) - (counts.cumsum(0) - counts)[segment]
+    return segment + first + (ordinal << Chunk.ORDINAL_SHIFT)

@@ -1,0 +1,223 @@
+"""What a rule declares, and what follows from it: states, scalar rows, the arguments of operators.
+
+Everything that depends on lr, step, schedule or decay mode becomes a row of float64 scalars, once per distinct (group,
+step count); kernels know no lr and no mode (numerics, section 2). A row is a group part (made from hyperparameters
+alone) and a count part (made from the group part, the parameter's own step count t, and whether its buffer is fresh),
+end to end.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from operator import itemgetter
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .scalars import at_least_zero
+
+__all__ = ["Hyper", "Hyperparameter", "Part", "Rule", "Settings", "State", "TorchTwin"]
+
+#: The group part or the count part of a row.
+Part = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """One state of a rule: a tensor beside each parameter.
+
+    Attributes:
+        name: its key in `optimizer.state[p]`.
+        plural: what the functional API calls a list of them.
+        asked_by: the hyperparameter whose truth asks for it; None: it is always there.
+        initial: the hyperparameter that is its first value; None: 0.
+        late: it may begin at any step count, as what is asked for later does.
+        fresh: the count part of the step that makes it is told so.
+    """
+
+    name: str
+    plural: str
+    asked_by: str | None = None
+    initial: str | None = None
+    late: bool = False
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A key of a group that a row depends on, besides "lr" and "eta".
+
+    Attributes:
+        kind: "float", "bool" or "str".
+        parts: the arguments that operators have for it, where it is several numbers.
+        of_states: it says which states there are, or how they begin: whoever holds the states needs it not.
+    """
+
+    name: str
+    kind: str = "float"
+    parts: tuple[str, ...] = ()
+    of_states: bool = False
+
+
+@dataclass(frozen=True)
+class TorchTwin:
+    """The class of torch that a rule equals, whose states it exchanges.
+
+    Attributes:
+        name: of the class.
+        decays: the decay modes that it has.
+        decoupled_flag: its groups have `decoupled_weight_decay`, which is False for "l2".
+        counts_steps: its states have step counts; without one, states that are there have begun.
+        fixed: hyperparameters of ours that it has not, and what they are there.
+    """
+
+    name: str
+    decays: tuple[str, ...]
+    decoupled_flag: bool = False
+    counts_steps: bool = True
+    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class Settings(NamedTuple):
+    """A group's hyperparameters but lr and eta, checked, as plain numbers."""
+
+    decay: str
+    weight_decay: float
+    states: tuple[State, ...]
+    own: tuple[Any, ...]
+
+
+#: All that a row takes from a group: (settings, lr, eta, a), where a, the scaled learning rate, is eta * lr.
+Hyper = tuple[Settings, float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """One update rule, declared. All but `check`, the parts of a row and the equation is data.
+
+    Attributes:
+        name: of its equation in every backend.
+        title: of its class.
+        hyperparameters, states: in order.
+        group_scalars, count_scalars: the names of a row's two parts. "frozen", "grad_scale", "l2", "decay" and "t"
+            are among them: movers read these.
+        check: (group, where) to Settings, or an error that names the hyperparameter and the group.
+        group_part: (settings, lr, eta, a) to the values of `group_scalars`.
+        count_part: (group part, t, fresh) to the values of `count_scalars`.
+        equation: the normative arithmetic: (scalars by name, theta, g, states by name) to (u, new states), where g has
+            its factor and its share of "l2", and the step is theta - (decay * theta + u).
+        torch: the class of torch that it equals.
+        adaptive: its steps are divided by a metric of the gradients.
+        variants: options that between them show all it can do, by name; the self-check runs them.
+    """
+
+    name: str
+    title: str
+    hyperparameters: tuple[Hyperparameter, ...]
+    states: tuple[State, ...]
+    group_scalars: tuple[str, ...]
+    count_scalars: tuple[str, ...]
+    check: Callable[[Mapping[str, Any], str], Settings]
+    group_part: Callable[[Settings, float, float, float], Part]
+    count_part: Callable[[Part, int, bool], Part]
+    equation: Callable[[SimpleNamespace, Tensor, Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+    torch: TorchTwin
+    adaptive: bool
+    variants: Mapping[str, Mapping[str, Any]]
+    _memo: dict[tuple[Any, ...], Settings] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scalars", self.group_scalars + self.count_scalars)
+        object.__setattr__(self, "keys", tuple(own.name for own in self.hyperparameters))
+        object.__setattr__(self, "_key_of", itemgetter("lr", "eta", *self.keys))
+
+    #: The names of a row's scalars.
+    scalars: tuple[str, ...] = field(init=False)
+    #: The keys of `hyperparameters`.
+    keys: tuple[str, ...] = field(init=False)
+    _key_of: Callable[[Mapping[str, Any]], tuple[Any, ...]] = field(init=False, repr=False)
+
+    # States -----------------------------------------------------------------------------------------------------------
+
+    def variant(self, states: Iterable[str]) -> int:
+        """Which of the states that need not be there are: a bit for each, in order."""
+        there = set(states)
+        optional = [state.name for state in self.states if state.asked_by is not None]
+        return sum(1 << bit for bit, name in enumerate(optional) if name in there)
+
+    def sets_of_states(self) -> list[tuple[State, ...]]:
+        """Every set of states that a group may ask for, the smallest first: there is a kernel for each."""
+        optional = [state for state in self.states if state.asked_by is not None]
+        asked = [set(own) for n in range(len(optional) + 1) for own in combinations(optional, n)]
+        return [tuple(s for s in self.states if s.asked_by is None or s in own) for own in asked]
+
+    # Rows -------------------------------------------------------------------------------------------------------------
+
+    def hypers(self, groups: Sequence[Mapping[str, Any]], first: int = 0, where: str = "param group {}") -> list[Hyper]:
+        """The checked hyperparameters of every group. Raises before anything was written.
+
+        Args:
+            first: the number of the first of `groups`.
+            where: what errors call a group, by its number.
+
+        Raises:
+            KeyError, TypeError, ValueError: naming the hyperparameter, the group, what was found and what is allowed.
+        """
+        result = []
+        memo = self._memo
+        try:
+            keys = list(map(self._key_of, groups))
+        except KeyError:
+            for i, group in enumerate(groups, first):
+                for name in ("lr", "eta", *self.keys):
+                    if name not in group:
+                        raise KeyError(f"{where.format(i)} has no {name!r}; it has {sorted(map(str, group))}") from None
+            raise
+        for i, (lr, eta, *own) in enumerate(keys, first):
+            key = tuple(own)
+            try:
+                settings = memo.get(key)
+            except TypeError:  # an unhashable value: betas as a list, say
+                settings = None
+            if settings is None:
+                settings = self._checked(groups[i - first], key, where.format(i))
+            if type(lr) is not float or not 0.0 <= lr < math.inf:
+                lr = at_least_zero("lr", lr, where.format(i))
+            if type(eta) is not float or not 0.0 <= eta < math.inf:
+                eta = at_least_zero("eta", eta, where.format(i))
+            result.append((settings, lr, eta, eta * lr))
+        return result
+
+    def _checked(self, group: Mapping[str, Any], key: tuple[Any, ...], where: str) -> Settings:
+        settings = self.check(group, where)
+        # A tensor may hold another number under the same key: only plain values are remembered.
+        if all(type(v) in (float, bool, str) for k in key for v in (k if type(k) is tuple else (k,))):
+            if len(self._memo) >= 4096:  # a schedule that moves weight_decay makes a new key a step
+                self._memo.clear()
+            self._memo[key] = settings
+        return settings
+
+    def asked(self, **truths: Any) -> tuple[State, ...]:
+        """The states of a group whose hyperparameters have these values."""
+        return tuple(s for s in self.states if s.asked_by is None or truths[s.asked_by])
+
+    def rows(self, hypers: Sequence[Hyper], keys: Iterable[tuple[int, int, bool]]) -> Tensor:
+        """The rows of the given (group, step count, fresh) keys: float64 [len(keys), len(scalars)]."""
+        flat: list[float] = []
+        group_part, count_part = self.group_part, self.count_part
+        part: Part = ()
+        last = -1
+        for group, t, fresh in keys:
+            if group != last:
+                last, part = group, group_part(*hypers[group])
+            flat += part
+            flat += count_part(part, t, fresh)
+        if not flat:
+            return torch.empty(0, len(self.scalars), dtype=torch.float64, device="cpu")
+        return torch.frombuffer(array("d", flat), dtype=torch.float64).view(-1, len(self.scalars))

@@ -1,0 +1,6 @@
+"""Tables: every tensor of a step end to end in one virtual flat index space, checked in every step."""
+
+from .lists import Lists
+from .table import TensorTable
+
+__all__ = ["Lists", "TensorTable"]

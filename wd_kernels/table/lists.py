@@ -1,0 +1,177 @@
+"""Tensors that a caller holds, as a table: what a backend steps where there is no optimizer.
+
+A list of tensors for every role (parameters, gradients, states) becomes segments and buckets like those of a
+TensorTable, made anew for one step. Nothing is copied but gradients that lie otherwise than their parameters, and
+nothing is remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, native
+from ..formats import state_dtype
+from ..layout import CPU, GRAD, PARAM, Bucket, Moving, Segments, Spec, spec_of, write_segment
+from ..rules import Rule, State
+from ..validation import (
+    Extent,
+    check_address,
+    check_disjoint,
+    check_gradient,
+    check_parameter,
+    check_roles,
+    check_type,
+    is_dense,
+    same_layout,
+)
+from .changes import device_code, dtype_code
+
+__all__ = ["Lists", "examine"]
+
+Roles = Sequence[list[Tensor]]
+_CONTROL = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
+
+
+class Lists:
+    """The table of one step. It has what a backend reads of a TensorTable (`layout.Table`).
+
+    Args:
+        rule, states: what is stepped, and the states that are there.
+        label: how errors call the i-th tensor of a role.
+        roles: lists of equal length: parameters, gradients, and each state.
+        backend: by name.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the tensor; nothing was written.
+    """
+
+    def __init__(
+        self, rule: Rule, states: tuple[State, ...], label: Callable[[int, int], str], roles: Roles, backend: str
+    ) -> None:
+        self.rule, self.states, self.roles = rule, states, list(roles)
+        self.device_copies: dict[torch.device, Any] = {}
+        self.control = _CONTROL
+        self.order: Sequence[int] = range(len(roles[PARAM]))  # segment k is of the tensors order[k]
+        self.segments = Segments.empty(len(self.order), len(states))
+        self.buckets: list[Bucket] = []
+        firsts = [own[0] for own in roles]
+        spec = self._spec(firsts) if all(isinstance(t, Tensor) for t in firsts) else None
+        if spec is not None and self._gather(spec):
+            self.buckets.append(Bucket(spec, _resolve(backend, spec), 0, 0, self.order))
+        else:
+            examine(label, roles)
+            self._sort(backend)
+
+    def _spec(self, own: Sequence[Tensor]) -> Spec | None:
+        """What a bucket's segments share, of a parameter and its gradient; None for what no bucket has."""
+        return spec_of(own[PARAM].device, own[PARAM].dtype, own[GRAD].dtype, self.states)
+
+    def _gather(self, spec: Spec) -> bool:
+        """Fills the segments of tensors that are all of one kind and as they should be; False if some are not."""
+        device = device_code(spec.device)
+        if not native.CHECKS or device < 0:
+            return False
+        state = state_dtype(self.roles[PARAM][0].dtype)
+        kinds = (self.roles[PARAM][0].dtype, self.roles[GRAD][0].dtype, *(state for _ in self.states))
+        dtypes = tuple([dtype_code(dtype) for dtype in kinds])
+        own = self.segments
+        memory = (own.moving.data_ptr(), own.places.data_ptr(), own.capacities.data_ptr(), own.places.shape[1])
+        return bool(native.C.gather(tuple(self.roles), dtypes, device, *memory) == -1)
+
+    def _sort(self, backend: str) -> None:
+        """Fills the segments of tensors of several kinds, which have been examined."""
+        self.roles[GRAD] = [_like(*pair) for pair in zip(*self.roles[:2], strict=True)]
+        by_spec: dict[Spec, list[int]] = {}
+        for i, tensors in enumerate(zip(*self.roles, strict=True)):
+            spec = self._spec(tensors)
+            assert spec is not None
+            by_spec.setdefault(spec, []).append(i)
+        for spec, members in by_spec.items():
+            first = sum(len(bucket.members) for bucket in self.buckets)
+            self.buckets.append(Bucket(spec, _resolve(backend, spec), len(self.buckets), first, members))
+        self.order = list(chain(*by_spec.values()))
+        for segment, i in enumerate(self.order):
+            write_segment(self.segments, segment, [own[i] for own in self.roles])
+        self.segments.capacities.copy_(self.segments.moving[:, Moving.NUMEL])
+
+    # What a backend reads ---------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> Tensor:
+        return torch.ones(len(self.order), device=CPU)
+
+    def span(self, bucket: Bucket) -> tuple[int, int]:
+        return bucket.first, len(bucket.members)
+
+    def tensors(self, i: int) -> tuple[Tensor, Tensor, Mapping[str, Tensor], int]:
+        theta, grad, *states = (own[i] for own in self.roles)
+        own = {state.name: t for state, t in zip(self.states, states, strict=True)}
+        return theta.detach(), grad, own, int(self.segments.moving[self.order.index(i), Moving.ROW])
+
+
+def _like(p: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, or a copy that lies in memory as its parameter."""
+    if same_layout(grad, p) and not (grad.is_conj() or grad.is_neg()):
+        return grad
+    return torch.empty_like(p, dtype=grad.dtype, requires_grad=False).copy_(grad.detach())
+
+
+@lru_cache
+def _resolve(backend: str, spec: Spec) -> backends.Backend:
+    return backends.resolve(backend, spec)
+
+
+def examine(label: Callable[[int, int], str], roles: Roles, memory: bool = True) -> None:
+    """Raises if the tensors of the roles do not belong together.
+
+    Args:
+        label: how errors call the i-th tensor of a role.
+        roles: lists of equal length: parameters, gradients, and each state.
+        memory: look at addresses too, which fake tensors have not.
+    """
+    for i, own in enumerate(zip(*roles, strict=True)):
+        names = [label(role, i) for role in range(len(own))]
+        for what, t in zip(names, own, strict=True):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{what} is a {type(t).__name__}: expected a tensor")
+            if memory:
+                check_type(t, what)
+        p, grad = own[PARAM], own[GRAD]
+        check_parameter(p, names[PARAM])
+        if not is_dense(p):
+            raise ValueError(
+                f"{names[PARAM]} of shape {tuple(p.shape)} has strides {p.stride()}: allowed are layouts without gaps"
+            )
+        if memory:
+            check_roles(p, grad, names[PARAM], names[GRAD])
+        else:
+            check_gradient(p, grad, names[GRAD])
+        for what, state in zip(names[2:], own[2:], strict=True):
+            _check_state(p, state, what, names[PARAM])
+            if memory:
+                check_address(state, what)
+    if memory:
+        check_disjoint(
+            Extent(t.detach(), label(role, i), written=role != GRAD)
+            for role, tensors in enumerate(roles)
+            for i, t in enumerate(tensors)
+        )
+
+
+def _check_state(p: Tensor, state: Tensor, what: str, owner: str) -> None:
+    """Raises if `state` cannot be a state of `p`, as it is: a state is written, so no copy will do."""
+    found = (tuple(state.shape), state.dtype, state.device)
+    allowed = (tuple(p.shape), state_dtype(p.dtype), p.device)
+    for name, a, b in zip(("shape", "dtype", "device"), found, allowed, strict=True):
+        if a != b:
+            raise (TypeError if name == "dtype" else ValueError)(f"{what} has {name} {a}: {owner} needs {b}")
+    if not same_layout(state, p):
+        raise ValueError(f"{what} has strides {state.stride()}; allowed are those of {owner}, {p.stride()}")
+    if state.is_conj() or state.is_neg():
+        raise ValueError(f"{what} is a lazily conjugated or negated view: pass a tensor of its own")

@@ -1,0 +1,230 @@
+"""What one parameter's tensors must be: layouts, dtypes, devices, overlaps. Errors name the parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .formats import FORMATS, exact_in, gradient_formats, parameter_format, state_dtype
+
+__all__ = [
+    "Extent",
+    "check_address",
+    "check_disjoint",
+    "check_gradient",
+    "check_memory",
+    "check_parameter",
+    "check_roles",
+    "check_type",
+    "conform_state",
+    "is_dense",
+    "is_plain",
+    "label",
+    "local",
+    "same_layout",
+    "step_count",
+]
+
+_ALLOWED_DTYPES = ", ".join([*(f.name for f in FORMATS), "complex64", "complex128"])
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of a tensor that lies in this process: the tensor itself."""
+    return t
+
+
+def label(group: dict[str, Any], group_index: int, index: int) -> str:
+    """How errors call a parameter: by its name where the group has names, else by its place."""
+    names = group.get("param_names")
+    place = f"group {group_index}, index {index}"
+    if isinstance(names, (list, tuple)) and index < len(names):
+        return f"parameter {names[index]!r} ({place})"
+    return f"parameter {index} of group {group_index}"
+
+
+def is_dense(t: Tensor) -> bool:
+    """True if the elements fill a stretch of memory without gaps or overlap, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n != 1):
+        if stride != expected and t.numel():
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """True if equal indices lie at equal offsets: shapes, and strides where they matter."""
+    if a.shape != b.shape:
+        return False
+    if a.stride() == b.stride() or a.numel() == 0:
+        return True
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def is_plain(t: Tensor) -> bool:
+    """False for subclasses that dispatch for themselves: their memory is not their own."""
+    return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def check_type(t: Tensor, what: str) -> None:
+    """Raises TypeError for a tensor whose memory is not its own: subclasses that dispatch, sparse layouts, fakes."""
+    if not is_plain(t):
+        raise TypeError(
+            f"{what} is a {type(t).__name__}: subclasses that dispatch for themselves are not known to the table; "
+            "allowed are torch.Tensor, torch.nn.Parameter and plain subclasses of them"
+        )
+    if t.layout != torch.strided:
+        raise RuntimeError(f"{what} has layout {t.layout}: sparse tensors are not supported; allowed is torch.strided")
+
+
+def check_parameter(p: Tensor, what: str) -> None:
+    """Raises if `p` cannot be stepped at all, whatever its gradient."""
+    if parameter_format(p.dtype) is None:
+        raise TypeError(
+            f"{what} has dtype {p.dtype}: allowed are {_ALLOWED_DTYPES}. "
+            "Leave out what is not trained: [p for p in model.parameters() if p.requires_grad]"
+        )
+    if p.layout != torch.strided:
+        check_type(p, what)
+    if not p.is_contiguous() and not is_dense(p) and _overlaps_itself(p):
+        raise ValueError(
+            f"{what} of shape {tuple(p.shape)} and strides {p.stride()} overlaps itself (an expanded view?): each "
+            "element must have memory of its own; pass a contiguous copy"
+        )
+    if p.is_conj() or p.is_neg():
+        raise ValueError(f"{what} is a lazily conjugated or negated view: pass p.resolve_conj().resolve_neg()")
+
+
+def check_address(t: Tensor, what: str) -> None:
+    """Raises if the elements of `t` lie nowhere."""
+    if t.numel() and t.data_ptr() == 0:
+        raise ValueError(f"{what} of shape {tuple(t.shape)} on {t.device} has no memory (address 0)")
+
+
+def check_memory(p: Tensor, what: str) -> None:
+    """Raises if the parameter's elements have no address."""
+    if p.device.type == "meta":
+        raise ValueError(f"{what} is on the meta device: it has no memory to step")
+    check_address(p, what)
+
+
+def check_gradient(p: Tensor, grad: Tensor, what: str) -> None:
+    """Raises if `grad` cannot be the gradient of `p`, by its shape, device and dtype."""
+    if grad.shape != p.shape:
+        raise ValueError(f"{what} has shape {tuple(grad.shape)}; allowed is that of the parameter, {tuple(p.shape)}")
+    if grad.device != p.device:
+        raise ValueError(f"{what} is on {grad.device}; allowed is the parameter's device, {p.device}")
+    allowed = gradient_formats(p.dtype)
+    if grad.dtype not in allowed:
+        raise TypeError(
+            f"{what} has dtype {grad.dtype}; allowed for a parameter of {p.dtype} are "
+            f"{', '.join(sorted(map(str, allowed)))}"
+        )
+
+
+def check_roles(p: Tensor, grad: Tensor | None, what: str, of_grad: str) -> None:
+    """Raises if `p`, with `grad` as its gradient, cannot be stepped: what every way to a step checks of its tensors."""
+    check_type(p, what)
+    check_parameter(p, what)
+    check_memory(p, what)
+    if grad is not None:
+        check_type(grad, of_grad)
+        check_gradient(p, grad, of_grad)
+        check_address(grad, of_grad)
+
+
+def conform_state(p: Tensor, like: Tensor, value: Any, what: str) -> Tensor:
+    """`value` as a state of `p`: itself, or a copy widened or laid out as `like`. Raises where that would lose."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} is a {type(value).__name__}: expected a tensor")
+    check_type(value, what)
+    if value.shape != p.shape:
+        raise ValueError(f"{what} has shape {tuple(value.shape)}; allowed is that of the parameter, {tuple(p.shape)}")
+    if value.device != p.device:
+        raise ValueError(f"{what} is on {value.device}; allowed is the parameter's device, {p.device}")
+    dtype = state_dtype(p.dtype)
+    if not exact_in(value.dtype, dtype):
+        raise TypeError(
+            f"{what} has dtype {value.dtype}, which does not fit the {dtype} that a parameter of {p.dtype} keeps its "
+            "states in: cast it yourself, or load it with load_state_dict into a parameter of that precision"
+        )
+    check_address(value, what)
+    if value.dtype == dtype and same_layout(value, like) and not (value.is_conj() or value.is_neg()):
+        return value
+    return torch.empty_like(like, dtype=dtype).copy_(value)
+
+
+def step_count(value: Any, what: str) -> float:
+    """A step count as a number: a non-negative integer, in a tensor of one element or by itself."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{what} has shape {tuple(value.shape)}: expected one number")
+        value = value.item()
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{what} is {value!r}: expected a whole number >= 0")
+    if not 0 <= float(value) < 2**53 or not float(value).is_integer():
+        raise ValueError(f"{what} is {value!r}: allowed are whole numbers >= 0 and < 2**53")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The memory of a tensor of a step."""
+
+    tensor: Tensor
+    what: str
+    written: bool = True
+
+    def span(self) -> tuple[int, int]:
+        t = self.tensor
+        begin = t.data_ptr()
+        last = sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))
+        return begin, begin + (last + 1) * t.element_size()
+
+    def addresses(self) -> Tensor:
+        """The address of every element: for tensors with gaps, whose spans may cross without a common element."""
+        t = self.tensor
+        at = torch.tensor(0 if t.device.type == "meta" else t.data_ptr(), device="cpu")
+        for stride, size in zip(t.stride(), t.shape, strict=True):
+            at = at.unsqueeze(-1) + torch.arange(size, device="cpu") * stride * t.element_size()
+        return at.flatten()
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    span, nested = 1, True
+    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+        if stride == 0:
+            return True
+        nested = nested and stride >= span
+        span += stride * (size - 1)
+    if nested:  # every stride steps over all that the smaller ones reach, as in any slice
+        return False
+    return len(set(Extent(t, "").addresses().tolist())) < t.numel()
+
+
+def check_disjoint(extents: Iterable[Extent]) -> None:
+    """Raises ValueError if two of the tensors share an element that is written."""
+    by_device: dict[torch.device, list[tuple[int, int, Extent]]] = {}
+    for extent in extents:
+        t = extent.tensor
+        if is_plain(t) and t.numel() and t.device.type != "meta" and t.data_ptr():
+            by_device.setdefault(t.device, []).append((*extent.span(), extent))
+    for spans in by_device.values():
+        spans.sort(key=lambda span: span[:2])
+        open_spans: list[tuple[int, int, Extent]] = []
+        for span in spans:
+            open_spans = [o for o in open_spans if o[1] > span[0]]
+            for other in open_spans:
+                if other[2].written or span[2].written:
+                    _check_pair(other[2], span[2])
+            open_spans.append(span)
+
+
+def _check_pair(a: Extent, b: Extent) -> None:
+    pair: Sequence[Extent] = (a, b)
+    if all(is_dense(e.tensor) for e in pair) or bool(torch.isin(a.addresses(), b.addresses()).any()):
+        raise ValueError(f"{a.what} and {b.what} overlap in memory: each element must belong to one of them")
