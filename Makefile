@@ -30,7 +30,7 @@ mutants: $(NATIVE) $(OLDEST)  ## plants 253 faults in copies of the product: do 
 	$(RUN) tests/mutants/run.py --hints-only $(MUTANTS)
 
 bench: $(NATIVE)  ## against every peer that is installed; those that are missing are named
-	$(RUN) -m pytest bench --benchmark-json=bench.json
+	$(RUN) -m pytest bench --benchmark-quiet --benchmark-json=bench.json
 	$(RUN) bench/report.py bench.json
 
 peers: $(VENV)/ready  ## the other libraries that the benchmark compares with; torch stays as it is

@@ -18,41 +18,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["stream", "why_not"]
-
 SOURCE = Path(__file__).parent / "stream.cpp"
 
 
 @cache
-def _library() -> tuple[Callable[..., int] | None, str | None]:
+def library() -> Callable[..., int] | str:
     """The compiled function, or why it is not there."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
-        return None, "no C++ compiler is there"
+        return "no C++ compiler is there"
     # A second OpenMP runtime would have threads of its own, waiting beside torch's: take torch's, if it has one.
     runtimes = sorted((Path(torch.__file__).parent / "lib").glob("lib[gi]*omp*.so*"))
     with tempfile.TemporaryDirectory() as folder:
-        half, whole = Path(folder) / "stream.o", Path(folder) / "stream.so"
-        flags = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
-        link = [str(runtimes[0])] if runtimes else ["-fopenmp"]
+        half, whole = f"{folder}/stream.o", f"{folder}/stream.so"
+        compiling = [compiler, "-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-c", str(SOURCE), "-o", half]
+        linking = [compiler, "-shared", half, str(runtimes[0]) if runtimes else "-fopenmp", "-o", whole]
         try:
-            for command in (
-                [compiler, *flags, "-c", str(SOURCE), "-o", str(half)],
-                [compiler, "-shared", str(half), *link, "-o", str(whole)],
-            ):
+            for command in (compiling, linking):
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            function = ctypes.CDLL(str(whole)).wd_bench_stream
+            function: Callable[..., int] = ctypes.CDLL(whole).wd_bench_stream
         except subprocess.CalledProcessError as error:
-            return None, f"{compiler} failed: {(error.stderr.strip() or 'it does not say why').splitlines()[0][:160]}"
+            return f"{compiler} failed: {(error.stderr.strip() or 'it does not say why').splitlines()[0][:160]}"
         except (OSError, subprocess.TimeoutExpired, AttributeError) as error:
-            return None, f"{compiler}: {str(error).splitlines()[0][:160]}"
-    function.restype = ctypes.c_int
-    return function, None
-
-
-def why_not() -> str | None:
-    """Why nothing can be measured here; None where it can."""
-    return _library()[1]
+            return f"{compiler}: {str(error).splitlines()[0][:160]}"
+    return function
 
 
 def stream(param: Tensor, grad: Tensor, states: Sequence[Tensor], threads: int) -> Callable[[], None]:
@@ -61,26 +50,19 @@ def stream(param: Tensor, grad: Tensor, states: Sequence[Tensor], threads: int) 
     Raises:
         RuntimeError: there is no compiler, or the mix of widths is not in stream.cpp.
     """
-    function, why = _library()
-    if function is None:
-        raise RuntimeError(why)
+    function = library()
+    if isinstance(function, str):
+        raise RuntimeError(function)
     tensors = (param.detach(), grad, *states)
     if any(t.numel() != param.numel() or not t.is_contiguous() for t in tensors):
         raise RuntimeError("the tensors are not contiguous, or not of one size")
     width = states[0].element_size() if states else param.element_size()
     addresses = (ctypes.c_void_p * 3)(*(s.data_ptr() for s in states), *([None] * (3 - len(states))))
-    arguments = (
-        *map(ctypes.c_int, (param.element_size(), grad.element_size(), width, len(states))),
-        ctypes.c_void_p(param.data_ptr()),
-        ctypes.c_void_p(grad.data_ptr()),
-        addresses,
-        ctypes.c_int64(param.numel()),
-        ctypes.c_uint(0),
-        ctypes.c_int(threads),
-    )
+    places = ctypes.c_void_p(param.data_ptr()), ctypes.c_void_p(grad.data_ptr()), addresses
+    size = ctypes.c_int64(param.numel())
 
     def run(held: Sequence[Tensor] = tensors) -> None:  # which are known only by address below
-        if function(*arguments):
+        if function(param.element_size(), grad.element_size(), width, len(states), *places, size, 0, threads):
             raise RuntimeError(f"no stream of {param.dtype}, {grad.dtype} and {[s.dtype for s in states]} is there")
 
     return run

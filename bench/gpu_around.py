@@ -1,4 +1,4 @@
-"""What is around the measurements of bench/gpu.py: the build, the tests, the machine, files. It needs no package."""
+"""What is around the measurements of bench/gpu.py: the build, the tests, files. It needs no package."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-
-__all__ = ["ROOT", "about", "build", "commit", "count", "run_tests", "say", "write"]
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = (sys.executable, "setup.py", "build_ext", "--inplace")
@@ -93,19 +89,6 @@ def count(output: str) -> dict[str, int]:
     return {outcome: found.get(outcome, 0) for outcome in OUTCOMES}
 
 
-def about(device: torch.device) -> dict[str, str]:
-    """What decides the numbers: device, driver, versions."""
-    from wd_kernels.__main__ import choices, versions
-
-    machine = {"device": "CPU", "driver": "none"}
-    if device.type != "cpu":
-        properties = torch.cuda.get_device_properties(device)
-        machine["device"] = str(properties.name)
-        machine["memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
-        machine["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {**machine, **dict(versions()), **dict(choices())}
-
-
 def output_of(*arguments: str) -> str:
     """The first line that a command prints, or "unknown"."""
     try:
@@ -115,7 +98,7 @@ def output_of(*arguments: str) -> str:
     return done.stdout.strip().split("\n")[0] or "unknown"
 
 
-def commit() -> str:
-    name = output_of("git", "rev-parse", "HEAD")[:12]
+def commit() -> dict[str, Any]:
+    """As pytest-benchmark notes it."""
     dirty = output_of("git", "status", "--porcelain", "--untracked-files=no")
-    return name + (" and uncommitted changes" if name != "unknown" != dirty else "")
+    return {"id": output_of("git", "rev-parse", "HEAD"), "dirty": dirty != "unknown"}

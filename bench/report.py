@@ -2,11 +2,11 @@
 
     python bench/report.py bench.json                   # the tables
     python bench/report.py bench.json --save --readme   # keeps all of it in bench/results, rewrites the section
+    python bench/report.py gpu/gpu.json --save --readme # the same, of what bench/gpu.py measured
     python bench/report.py --readme                     # the section again, of what is kept
-    python bench/report.py bench.json --gpu gpu.json    # with what bench/gpu.py measured
 
-The first JSON is pytest-benchmark's (make bench). What is kept of it are the figures of every round, machine, versions
-and date; the statistics that pytest-benchmark makes of them are not.
+A JSON is pytest-benchmark's (make bench), or bench/gpu.py's, which has the same parts. What is kept of it are the
+figures of every round, machine, versions and date; the statistics that pytest-benchmark makes of them are not.
 """
 
 from __future__ import annotations
@@ -14,55 +14,49 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import gpu_plots
-import gpu_report
-from report_figures import gpu_stem_of, stem_of
-from report_readme import rewritten
-from report_tables import render
-
-__all__ = ["kept", "main", "newest", "save", "slim"]
+from figures import Report, of_gpu, stem_of
+from readme import rewritten
+from tables import render
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
+RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 GPU = "-gpu.json"
+#: What pytest-benchmark adds, and nobody reads.
+LEFT = {"version", "benchmarks"}
 
 
-def slim(report: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of pytest-benchmark's JSON: nothing is lost that a table says."""
-    machine, cpu = report["machine_info"], report["machine_info"].get("cpu", {})
-    return {
-        "datetime": report["datetime"],
-        "commit_info": {key: report.get("commit_info", {}).get(key) for key in ("id", "dirty")},
-        "machine_info": {
-            "machine": machine.get("machine", "unknown"),
-            "system": machine.get("system", "unknown"),
-            "cpu": {key: cpu[key] for key in ("brand_raw", "count", "l3_cache_size") if key in cpu},
-            "wd_kernels": machine.get("wd_kernels", {}),
-        },
-        "missing": report.get("missing", {}),
-        "left_out": report.get("left_out", {}),
-        "benchmarks": [
-            {
-                "group": entry["group"],
-                "extra_info": entry["extra_info"] | {"launches": _short(entry["extra_info"].get("launches", []))},
-                "stats": {"data": _short(entry["stats"]["data"])},
-            }
-            for entry in report["benchmarks"]
-        ],
-    }
+def slim(report: Report) -> Report:
+    """What is kept of a report: nothing is lost that a table says."""
+    kept = {name: value for name, value in report.items() if name not in LEFT}
+    machine, commit = report["machine_info"], report.get("commit_info", {})
+    if not of_gpu(report):
+        cpu = {key: value for key, value in machine.get("cpu", {}).items() if key in CPU}
+        whose = {name: machine.get(name, "unknown") for name in ("machine", "system")}
+        kept["machine_info"] = {**whose, "cpu": cpu, "wd_kernels": machine.get("wd_kernels", {})}
+    kept["commit_info"] = {key: commit.get(key) for key in ("id", "dirty")}
+    kept["benchmarks"] = [
+        {
+            "group": entry["group"],
+            "extra_info": {key: _short(value) for key, value in entry["extra_info"].items()},
+            "stats": {"data": _short(entry["stats"]["data"])},
+        }
+        for entry in report["benchmarks"]
+    ]
+    return kept
 
 
-def _short(values: Sequence[float]) -> list[float]:
-    """To six digits: a clock has no more."""
-    return [float(f"{value:.6g}") for value in values]
+CPU = ("brand_raw", "count", "l3_cache_size")
 
 
-def dumped(report: dict[str, Any]) -> str:
+def _short(value: object) -> object:
+    """Seconds of rounds to six digits: a clock has no more."""
+    return [float(f"{v:.6g}") for v in value] if isinstance(value, list) else value
+
+
+def dumped(report: Report) -> str:
     """As JSON with a line for each contender."""
     rest = {key: value for key, value in report.items() if key != "benchmarks"}
     lines = ",\n  ".join(json.dumps(entry) for entry in report["benchmarks"])
@@ -74,16 +68,16 @@ def kept(folder: Path, gpu: bool = False) -> list[Path]:
     return sorted(p for p in folder.glob("[0-9]*.json") if p.name.endswith(GPU) == gpu)
 
 
-def newest(folder: Path, gpu: bool = False) -> dict[str, Any] | None:
+def newest(folder: Path, gpu: bool = False) -> Report | None:
     """What the newest of them says."""
     paths = kept(folder, gpu)
-    report: dict[str, Any] | None = json.loads(paths[-1].read_text()) if paths else None
+    report: Report | None = json.loads(paths[-1].read_text()) if paths else None
     return report
 
 
-def save(report: dict[str, Any], gpu: dict[str, Any] | None, folder: Path) -> list[Path]:
-    """Writes the JSON, the text and the plots, named by date and processor; returns the paths."""
-    from report_plots import plot
+def save(report: Report, folder: Path) -> list[Path]:
+    """Writes the JSON, the text and the plots, named by date and device; returns the paths."""
+    from plots import plot
 
     folder.mkdir(parents=True, exist_ok=True)
     report = slim(report)
@@ -91,57 +85,35 @@ def save(report: dict[str, Any], gpu: dict[str, Any] | None, folder: Path) -> li
     paths = [folder / f"{stem}.json", folder / f"{stem}.txt"]
     paths[0].write_text(dumped(report))
     paths[1].write_text(render(report))
-    paths += plot(report, folder, stem)
-    return paths + (save_gpu(gpu, folder) if gpu is not None else [])
-
-
-def save_gpu(gpu: dict[str, Any], folder: Path) -> list[Path]:
-    """The same of what bench/gpu.py measured."""
-    stem = gpu_stem_of(gpu)
-    paths = [folder / f"{stem}.json", folder / f"{stem}.txt"]
-    paths[0].write_text(json.dumps(gpu, indent=1) + "\n")
-    paths[1].write_text(gpu_report.render(gpu))
-    with tempfile.TemporaryDirectory() as drawn:
-        for path in gpu_plots.plot(gpu, Path(drawn)):
-            paths.append(folder / f"{stem}-{path.name}")
-            paths[-1].write_bytes(path.read_bytes())
-    return paths
+    return paths + plot(report, folder, stem)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables of a report; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("report", type=Path, nargs="?", help="what --benchmark-json wrote (default: the newest kept)")
-    parser.add_argument("--gpu", type=Path, metavar="JSON", help="what bench/gpu.py wrote")
+    parser.add_argument("report", type=Path, nargs="?", help="a benchmark's JSON (default: the newest of a CPU, kept)")
     parser.add_argument(
-        "--save", nargs="?", type=Path, const=RESULTS, metavar="FOLDER", help="keep it (default: bench/results)"
+        "--save", nargs="?", type=Path, const=RESULTS, metavar="FOLDER", help="keep it, in bench/results"
     )
-    parser.add_argument(
-        "--readme",
-        nargs="?",
-        type=Path,
-        const=ROOT / "README.md",
-        metavar="FILE",
-        help="rewrite its performance section",
-    )
+    parser.add_argument("--readme", nargs="?", type=Path, const=README, metavar="FILE", help="rewrite its section")
     arguments = parser.parse_args(argv)
     folder: Path = arguments.save or RESULTS
     report = json.loads(arguments.report.read_text()) if arguments.report else newest(RESULTS)
     if report is None:
         parser.error(f"no report is in {RESULTS}: give one")
-    gpu = json.loads(arguments.gpu.read_text()) if arguments.gpu else None
-    if gpu is not None and gpu.get("rehearsal"):
-        parser.error(f"{arguments.gpu} is of a rehearsal: no figure in it is a GPU's")
+    if report.get("rehearsal") and (arguments.save or arguments.readme):
+        parser.error(f"{arguments.report} is of a rehearsal: no figure in it is a GPU's")
     if arguments.report or not arguments.readme:
         print(render(report), end="")
-        if gpu is not None:
-            print("\n" + gpu_report.render(gpu), end="")
     if arguments.save:
-        for path in save(report, gpu, folder):
+        for path in save(report, folder):
             print(f"saved: {path}")
     if arguments.readme:
-        gpu = gpu or newest(folder, gpu=True)
-        arguments.readme.write_text(rewritten(arguments.readme.read_text(), slim(report), gpu, stem_of(report)))
+        gpu = slim(report) if of_gpu(report) else newest(folder, gpu=True)
+        cpu = newest(folder) or newest(RESULTS) if of_gpu(report) else slim(report)
+        if cpu is None:
+            parser.error(f"no report of a CPU is in {folder}")
+        arguments.readme.write_text(rewritten(arguments.readme.read_text(), cpu, gpu))
         print(f"rewritten: {arguments.readme}")
     return 0
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import study_train
 import torch
 from cpuinfo import get_cpu_info  # type: ignore[import-untyped]
-from report_readme import replaced
+from readme import replaced
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from study_figures import draw
 from study_findings import Errors, Findings

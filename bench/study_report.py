@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from report_readme import filled, markdown
+from readme import filled, markdown
 from study_findings import Findings, Mean
 from study_plan import BUDGET_LR, METHODS, RIVALS, SCHEDULES
 from study_ridge import Fit

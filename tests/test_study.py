@@ -13,7 +13,7 @@ import study
 import study_report
 import study_train
 import torch
-from report_readme import replaced
+from readme import replaced
 from rich.progress import Progress
 from study_findings import HELD_OUT, Errors, Findings, Mean
 from study_plan import METHODS, RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids

@@ -1,7 +1,8 @@
-"""What the turns of a CPU benchmark come to: medians, rates, shares of the ceiling, ratios, verdicts and slopes.
+"""What the turns of a benchmark come to, CPU's or GPU's: medians, rates, shares of the ceiling, ratios and slopes.
 
 A ratio is the median over rounds of the quotient of two contenders' turns in the same round, and so is the share of
-the ceiling. A contender whose steps are long has the first rounds only.
+the ceiling. A contender whose steps are long has the first rounds only. The ceiling is a contender of its own on the
+CPU, and the rate of a copy in the same run on a GPU.
 """
 
 from __future__ import annotations
@@ -13,26 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpu_cases import BARE_LOOP, CEILING, TIMED
 from peers import OURS
+from workloads import BARE_LOOP, CEILING, TIMED
 
-__all__ = [
-    "Behind",
-    "Cases",
-    "Result",
-    "behind",
-    "gpu_stem_of",
-    "group_costs",
-    "iqr",
-    "is_peer",
-    "line",
-    "neighbours",
-    "points",
-    "ratio",
-    "results",
-    "share",
-    "stem_of",
-]
+Report = dict[str, Any]
 
 
 def iqr(values: Sequence[float]) -> float:
@@ -50,12 +35,16 @@ def ratio(own: Sequence[float], other: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Result:
-    """One contender on one case: seconds per step of every round, and those of its launches where they were timed."""
+    """One contender on one case.
+
+    Attributes:
+        seconds: of a step on the wall clock, in every round.
+        info: what pytest-benchmark keeps as extra_info; "launches", "device" and "host" are seconds in every round too.
+    """
 
     case: str
     info: dict[str, Any]
-    seconds: tuple[float, ...]
-    launches: tuple[float, ...] = ()
+    seconds: Sequence[float]
 
     @property
     def contender(self) -> str:
@@ -79,37 +68,58 @@ class Result:
         return iqr(self.seconds)
 
     @property
+    def moving(self) -> Sequence[float]:
+        """Seconds that are held against the ceiling: those on the device, where there is one."""
+        return self.info["device"] or self.seconds
+
+    @property
     def rate(self) -> float:
         """GB/s of the byte model."""
-        return self.bytes / self.median / 1e9
+        return self.bytes / statistics.median(self.moving) / 1e9
 
     @property
     def kernel(self) -> float:
         """Seconds inside of the launches of a step."""
-        return statistics.median(self.launches)
+        return float(statistics.median(self.info["launches"]))
 
     @property
     def host(self) -> float:
         """Seconds of a step outside of its launches."""
-        return statistics.median(s - k for s, k in zip(self.seconds, self.launches, strict=True))
+        return float(statistics.median(s - k for s, k in zip(self.seconds, self.info["launches"], strict=True)))
 
     def ratio(self, other: Result) -> float:
         return ratio(self.seconds, other.seconds)
+
+    def device_ratio(self, other: Result) -> float:
+        return ratio(self.moving, other.moving)
 
 
 #: Results by case, and there by (contender, groups), in the order of the report.
 Cases = dict[str, dict[tuple[str, int], Result]]
 
 
-def results(report: dict[str, Any]) -> Cases:
-    """Of a report, as pytest-benchmark wrote it or as bench/results keeps it."""
+def copy_rate(report: Report) -> float | None:
+    """GB/s of the copy, median over rounds."""
+    rates = report.get("copy", {}).get("gb_per_s")
+    return statistics.median(rates) if rates else None
+
+
+def results(report: Report) -> Cases:
+    """Of a report, as pytest-benchmark or bench/gpu.py wrote it, or as bench/results keeps it."""
     threads = int(report["machine_info"].get("wd_kernels", {}).get("threads", 0))
-    absent = {"rule": "adamw", "threads": threads, "sweep": "", "launches": []}
+    absent = {"rule": "adamw", "threads": threads, "sweep": "", "launches": [], "device": [], "host": []}
     cases: Cases = {}
-    for entry in report["benchmarks"]:
-        info = absent | entry["extra_info"]
-        result = Result(entry["group"], info, tuple(entry["stats"]["data"]), tuple(info["launches"]))
+    for entry in report.get("benchmarks", []):
+        result = Result(entry["group"], absent | entry["extra_info"], entry["stats"]["data"])
         cases.setdefault(result.case, {})[result.contender, result.groups] = result
+    rate = copy_rate(report)
+    for case, them in cases.items():
+        if rate is None:
+            break
+        own = next(iter(them.values()))
+        seconds = [own.bytes / rate / 1e9] * max(len(r.seconds) for r in them.values())
+        info = own.info | {"contender": CEILING, "groups": 1, "device": seconds, "host": []}
+        them[CEILING, 1] = Result(case, info, seconds)
     return cases
 
 
@@ -122,21 +132,23 @@ def share(own: Result, ceiling: Result | None) -> float | None:
     """Percent of the ceiling's rate, round by round; None where there was no ceiling."""
     if ceiling is None:
         return None
-    return 100 * own.bytes / ceiling.bytes * ratio(own.seconds, ceiling.seconds)
+    return 100 * own.bytes / ceiling.bytes * own.device_ratio(ceiling)
 
 
-def _name(date: str, device: str) -> str:
-    return f"{date[:10]}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}"
+def device(report: Report) -> str:
+    """The processor, or the GPU."""
+    machine = report["machine_info"]
+    return str(machine.get("device") or machine.get("cpu", {}).get("brand_raw", "unknown"))
 
 
-def stem_of(report: dict[str, Any]) -> str:
-    """How the files of a report are named: by date and processor."""
-    return _name(str(report["datetime"]), str(report["machine_info"].get("cpu", {}).get("brand_raw", "unknown")))
+def of_gpu(report: Report) -> bool:
+    return "device" in report["machine_info"]
 
 
-def gpu_stem_of(gpu: dict[str, Any]) -> str:
-    """And those of what bench/gpu.py measured: by date and device."""
-    return _name(str(gpu["date"]), str(gpu["machine"]["device"])) + "-gpu"
+def stem_of(report: Report) -> str:
+    """How the files of a report are named: by date and device."""
+    name = re.sub(r"[^a-z0-9]+", "-", device(report).lower()).strip("-")
+    return f"{str(report['datetime'])[:10]}-{name}" + "-gpu" * of_gpu(report)
 
 
 # Verdicts -------------------------------------------------------------------------------------------------------------
@@ -163,9 +175,8 @@ def behind(cases: Cases, own: str = OURS) -> tuple[list[Behind], int]:
             if mine is None or not is_peer(name):
                 continue
             pairs += 1
-            quotient = mine.ratio(other)
-            if quotient < 1:
-                found.append(Behind(case, groups, own, name, quotient))
+            if mine.ratio(other) < 1:
+                found.append(Behind(case, groups, own, name, mine.ratio(other)))
     return sorted(found, key=lambda b: b.ratio), pairs
 
 
@@ -173,7 +184,7 @@ def behind(cases: Cases, own: str = OURS) -> tuple[list[Behind], int]:
 
 
 def points(cases: Cases, sweep: str) -> dict[int, dict[str, Result]]:
-    """Of a sweep: the results by what it varies (a key of cpu_cases.SWEEPS), and there by contender."""
+    """Of a sweep: the results by what it varies (a key of workloads.SWEEPS), and there by contender."""
     found: dict[int, dict[str, Result]] = {}
     for them in cases.values():
         of_sweep = [r for r in them.values() if r.info["sweep"] == sweep]
@@ -186,8 +197,7 @@ def points(cases: Cases, sweep: str) -> dict[int, dict[str, Result]]:
 
 def host_times(at: dict[int, dict[str, Result]], own: str) -> list[tuple[int, float]]:
     """(what the sweep varies, seconds of the host) of one of ours."""
-    timed = TIMED[own]
-    return [(n, them[timed].host) for n, them in at.items() if timed in them]
+    return [(n, them[TIMED[own]].host) for n, them in at.items() if TIMED[own] in them]
 
 
 def line(values: Sequence[tuple[float, float]]) -> tuple[float, float]:

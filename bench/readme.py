@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
-import gpu_report
-from cpu_cases import CEILING, FLAT, LEAD
-from peers import FUSED, OURS
-from report_figures import Cases, behind, gpu_stem_of, group_costs, host_times, is_peer, line, points, results, share
-from report_tables import percent, rule_name, size
-
-__all__ = ["filled", "markdown", "markers", "replaced", "rewritten", "section"]
+from figures import (
+    Cases,
+    Report,
+    behind,
+    copy_rate,
+    device,
+    group_costs,
+    host_times,
+    is_peer,
+    line,
+    points,
+    results,
+    share,
+    stem_of,
+)
+from peers import FLAT, FUSED, OURS
+from tables import filled_columns, percent, rule_name, size
+from workloads import CEILING, LEAD
 
 IN_CACHE = 1000  # tensors; the objects of ten times as many are larger than a core's caches
 HEADER = (
-    "tensors × elements", "rule", "dtype", "gradients", "ours, ms", "flat, ms", "torch fused, ms",
-    "best of the others, ms", "against the best", "of the ceiling",
+    "tensors × elements", "rule", "dtype", "gradients", "ours, ms", "ours, device ms", "flat, ms", "torch fused, ms",
+    "best of the others, ms", "against the best", "fused takes, device", "of the ceiling",
 )  # fmt: skip
 
 
@@ -39,26 +50,28 @@ def replaced(text: str, part: str, content: str) -> str:
     return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
-def rewritten(text: str, report: dict[str, Any], gpu: dict[str, Any] | None, stem: str) -> str:
+def rewritten(text: str, report: Report, gpu: Report | None) -> str:
     """A text with its plot and its section made anew. Raises as `replaced` does."""
     drawn = set(LEAD) & set(results(report))
-    plot = f"![Time of a step, ours and others'](bench/results/{stem}-lead.png)" if drawn else ""
-    for part, content in (("plot", plot), ("performance", section(report, gpu, stem))):
-        text = replaced(text, part, content)
-    return text
+    plot = f"![Time of a step, ours and others'](bench/results/{stem_of(report)}-lead.png)" if drawn else ""
+    return replaced(replaced(text, "plot", plot), "performance", section(report, gpu))
 
 
-def section(report: dict[str, Any], gpu: dict[str, Any] | None, stem: str) -> str:
+def section(report: Report, gpu: Report | None) -> str:
     """What stands between the markers."""
-    cases = results(report)
+    cases, results_of = results(report), f"bench/results/{stem_of(report)}"
     parts = [opening(report, cases), table(cases), legend(cases), *lost(cases), *scaling(cases)]
-    parts.append(f"![All contenders side by side](bench/results/{stem}-peers.png)")
+    parts.append(f"![All contenders side by side]({results_of}-peers.png)")
     if points(cases, "tensors"):
-        parts.append(f"![Scaling over tensors, elements and groups](bench/results/{stem}-scaling.png)")
+        parts.append(f"![Scaling over tensors, elements and groups]({results_of}-scaling.png)")
     if gpu is not None:
-        parts += on_a_gpu(gpu)
+        rate = copy_rate(gpu)
+        copy = f"; a copy, the ceiling there, moves {rate:.0f} GB/s" if rate else ""
+        own = gpu["machine_info"].get("wd_kernels", {})
+        parts.append(filled(f"On a GPU: {device(gpu)}, torch {own.get('torch')}, {str(gpu['datetime'])[:10]}{copy}."))
+        parts += [table(results(gpu)), f"![Contenders on a GPU](bench/results/{stem_of(gpu)}-peers.png)"]
     parts.append(
-        f"All rows, with quartile ranges and rates, are in [bench/results](bench/results/{stem}.txt); to measure again:"
+        f"All rows, with quartile ranges and rates, are in [bench/results]({results_of}.txt); to measure again:"
         "\n\n    make peers  # optional: the other libraries; the benchmark names those that are missing\n"
         "    make bench\n    .venv/bin/python bench/report.py bench.json --save --readme"
     )
@@ -76,12 +89,12 @@ def digits(seconds: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def opening(report: dict[str, Any], cases: Cases) -> str:
+def opening(report: Report, cases: Cases) -> str:
     machine = report["machine_info"]
-    own, cpu = machine.get("wd_kernels", {}), machine.get("cpu", {})
+    own = machine.get("wd_kernels", {})
     names = dict.fromkeys(name for them in cases.values() for name, _ in them if is_peer(name))
     lines = [
-        f"Whole `opt.step()` on {own.get('threads', '?')} threads of {cpu.get('brand_raw', 'an unknown processor')} "
+        f"Whole `opt.step()` on {own.get('threads', '?')} threads of {device(report)} "
         f"({own.get('instruction set', '?')}), torch {own.get('torch', '?')}, {str(report['datetime'])[:10]}.",
         f"Contenders take turns in one run: ours, {', '.join(names)}.",
         "Times are medians over rounds, ratios medians of the quotients within a round.",
@@ -124,10 +137,12 @@ def table(cases: Cases) -> str:
                 info["dtype"] + threads,
                 info["gradients"],
                 digits(ours.median),
+                digits(statistics.median(ours.info["device"])) if ours.info["device"] else "",
                 digits(flat.median) if flat else "",
                 digits(fused.median) if fused else "",
                 f"{next_best.contender}: {digits(next_best.median)}" if next_best else "",
                 f"{min(ours.ratio(r) for r in peers):.2f}×",
+                f"{ours.device_ratio(fused):.2f}×" if fused and ours.info["device"] else "",
                 f"{percent(share(ours, ceiling))}%" if ceiling else "",
             )
         )
@@ -136,8 +151,7 @@ def table(cases: Cases) -> str:
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Rows as a table, without the columns that are empty."""
-    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
-    head, *rest = zip(*columns, strict=True) if columns else [rows[0]]
+    head, *rest = filled_columns(rows)
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
 
 
@@ -192,21 +206,3 @@ def scaling(cases: Cases) -> list[str]:
                 f"{percent(share(ours, them[CEILING]))}% of the ceiling."
             )
     return [filled(*sentences)] if sentences else []
-
-
-def on_a_gpu(gpu: dict[str, Any]) -> list[str]:
-    """What bench/gpu.py measured of ours, against torch's fused."""
-    copy = gpu_report.copy_rate(gpu)
-    rows: list[tuple[str, ...]] = [
-        ("case", "ours, device ms", "ours, wall ms", "of the copy", "fused takes, device", "fused takes, wall")
-    ]
-    for f in gpu_report.all_figures(gpu):
-        if f.contender == OURS:
-            against = ["" if r is None else f"{r:.2f}×" for r in (f.device_vs_fused, f.wall_vs_fused)]
-            share_of_copy = "" if f.percent is None else f"{f.percent:.1f}%"
-            where = gpu_report.label(f.case, f.groups)
-            rows.append((where, digits(f.device), digits(f.wall), share_of_copy, *against))
-    machine = gpu["machine"]
-    rate = "" if copy is None else f"; a copy moves {copy:.0f} GB/s"
-    where = f"On a GPU: {machine['device']}, torch {machine['torch']}, {str(gpu['date'])[:10]}{rate}."
-    return [where, markdown(rows), f"![Contenders on a GPU](bench/results/{gpu_stem_of(gpu)}-peers.png)"]

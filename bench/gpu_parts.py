@@ -1,0 +1,136 @@
+"""The parts of bench/gpu.py that need the package: its report, the copy, what a step launches, the steps."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import Contender
+from gpu_around import commit, output_of, say, write
+from internals import buckets, versions_and_choices
+from peers import LR, always_there, first_line, load, on
+from tables import render
+from torch.profiler import ProfilerActivity, profile
+from turns import Timer, measure
+from workloads import BARE_LOOP, CEILING, MODELS, REFERENCE, gpu_cases
+
+import wd_kernels
+
+WAYS = ("device", "wall", "host")
+MOST_OF_A_CASE = 15.0  # seconds; a hundredth in a rehearsal
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """What decides the numbers: device, driver, versions."""
+    machine: dict[str, Any] = {"device": "CPU", "driver": "none", "wd_kernels": versions_and_choices()}
+    if device.type != "cpu":
+        properties = torch.cuda.get_device_properties(device)
+        machine["device"] = str(properties.name)
+        machine["memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
+        machine["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return machine
+
+
+class Report:
+    """What is known so far, kept on disk; its parts are those of pytest-benchmark's JSON, and more."""
+
+    def __init__(self, out: Path, device: torch.device) -> None:
+        self.out = out
+        self.values: dict[str, Any] = {
+            "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            "commit_info": commit(),
+            "machine_info": about(device),
+            "rehearsal": device.type == "cpu",
+            "finished": False,
+            "missing": {},
+            "left_out": {},
+            "benchmarks": [],
+        }
+
+    def save(self) -> str:
+        """Writes the JSON and the text; returns the text."""
+        write(self.out / "gpu.json", json.dumps(self.values, indent=1) + "\n")
+        text = render(self.values)
+        write(self.out / "gpu.txt", text)
+        return text
+
+    def part(self, name: str, run: Callable[[], Any]) -> None:
+        """Notes what a part gives, or how it failed."""
+        try:
+            self.values[name] = run()
+        except Exception as error:
+            self.values[name] = {"says": f"FAILED: {type(error).__name__}: {error}"}
+        self.save()
+
+
+def measure_steps(report: Report, device: torch.device, small: bool, seconds: float, only: Sequence[str]) -> None:
+    """Measures the cases, one after another, as long as there is time."""
+    values = report.values
+    peers, values["missing"] = load(always_there() if device.type == "cpu" else on("cuda"))
+    peers = {peer: cls for peer, cls in peers.items() if device.type in peer.devices}
+    timer = Timer(device, WAYS)
+    timer.free()
+    free = 0 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    todo = [case for case in gpu_cases(small, free) if not only or any(part in str(case) for part in only)]
+    end = time.perf_counter() + seconds
+    values["left_out"] = {str(case): {"all": "the time was over"} for case in todo}
+    for k, case in enumerate(todo):
+        started = time.perf_counter()
+        if started >= end:
+            break
+        every = case.contenders(case.stepping(list(peers)))
+        names = [who for who in every if who[0] not in (REFERENCE, BARE_LOOP, CEILING)]  # the copy is the ceiling
+        share = min((end - started) / (len(todo) - k), MOST_OF_A_CASE / (100 if small else 1))
+        try:
+            entries, skipped = measure(case, peers, names, share, timer)
+        except Exception as error:
+            entries, skipped = [], {"all": f"FAILED: {first_line(error)}"}
+            timer.free()
+        values["benchmarks"] += entries
+        del values["left_out"][str(case)]
+        values["left_out"] |= {str(case): skipped} if skipped else {}
+        report.save()
+        say(f"{case}: {time.perf_counter() - started:.1f} s")
+
+
+def copy_bandwidth(device: torch.device, size: int, rounds: int = 9, copies: int = 5) -> dict[str, Any]:
+    """GB/s of device-to-device copies of `size` bytes, read and written bytes both counted, of each round."""
+    timer = Timer(device, WAYS, 0)
+    timer.cold = False
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)  # not zeros: they can run faster
+    target = torch.empty_like(source)
+    contender = Contender("copy", 1, 2, lambda: target.copy_(source))
+    timer.device(contender, 2)
+    return {"bytes": size, "gb_per_s": [2 * size / timer.device(contender, copies) / 1e9 for _ in range(rounds)]}
+
+
+def launches(device: torch.device, model: str) -> dict[str, Any]:
+    """What one step of ours runs on the device, by the profiler: on tensors of two dtypes, so in two buckets."""
+    params = []
+    for shape, dtype in product(MODELS[model](), (torch.float32, torch.bfloat16)):
+        params.append(torch.nn.Parameter(torch.randn(shape, dtype=dtype, device=device)))
+        params[-1].grad = torch.randn_like(params[-1])
+    optimizer = wd_kernels.AdamW(params, lr=LR)
+    timer = Timer(device, flush=0)
+    for _ in range(3):
+        optimizer.step()
+    timer.wait()
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * timer.on_device) as recorded:
+        optimizer.step()
+        timer.wait()
+    on_device: dict[str, int] = {}
+    for event in recorded.events() or []:
+        if event.device_type.name != "CPU":
+            on_device[event.name] = on_device.get(event.name, 0) + 1
+    return {
+        "tensors": len(params),
+        "buckets": buckets(optimizer),
+        "step_kernels": sum(n for name, n in on_device.items() if "step_kernel" in name) if timer.on_device else None,
+        "on_device": on_device,
+    }

@@ -1,0 +1,110 @@
+"""All that the benchmarks know of the inside of wd_kernels: elsewhere they use its public names alone.
+
+What code generation knows of it is in codegen_triton.py and codegen_cuda.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from wd_kernels import mirror
+from wd_kernels.__main__ import aligned, choices, versions
+from wd_kernels.backends import triton as backend
+
+__all__ = ["aligned", "bare_launch", "buckets", "launch_parameters", "time_launches", "versions_and_choices"]
+
+
+def versions_and_choices() -> dict[str, str]:
+    """Versions of what takes part, and what was chosen on this machine."""
+    return dict([*versions(), *choices()])
+
+
+def buckets(optimizer: Any) -> int:
+    """How many launches a step is."""
+    return len(optimizer._table.buckets)
+
+
+def bare_launch(optimizer: Any) -> Callable[[], None]:
+    """The launch alone of an optimizer that is one bucket and has taken a step; nothing is checked."""
+    table = optimizer._table
+    (bucket,) = table.buckets
+    rows = optimizer.rule.rows(optimizer.rule.hypers(optimizer.param_groups), [(0, 2, False)])
+    (launch,) = bucket.backend.prepare(table, [bucket], rows)
+
+    def go(held: Any = optimizer) -> None:  # of which the launch has only addresses
+        launch()
+
+    return go
+
+
+class _Watched:
+    """A backend whose launches are timed; else as the one that it stands for."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend, self.seconds = backend, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def prepare(self, *arguments: Any) -> list[Callable[[], None]]:
+        return [self._timed(launch) for launch in self.backend.prepare(*arguments)]
+
+    def _timed(self, launch: Callable[[], None]) -> Callable[[], None]:
+        def go() -> None:
+            started = time.perf_counter()
+            launch()
+            self.seconds += time.perf_counter() - started
+
+        return go
+
+
+def time_launches(optimizer: Any) -> Callable[[], float]:
+    """Times the launches of an optimizer that has taken no step yet; returns what tells their seconds so far."""
+    watched: dict[int, _Watched] = {}
+    table = optimizer._table
+    resolve = table.resolve
+
+    def resolve_watched(spec: Any) -> _Watched:
+        found = resolve(spec)
+        return watched.setdefault(id(found), _Watched(found))
+
+    table.resolve = resolve_watched
+    return lambda: sum(one.seconds for one in watched.values())
+
+
+@contextmanager
+def launch_parameters(
+    optimizer: Any,
+    warps: int | None = None,
+    block: int | None = None,
+    registers: int | None = None,
+    longest: int | None = None,
+    per_processor: int | None = None,
+) -> Iterator[None]:
+    """An optimizer of the Triton backend with other launch parameters; None leaves what the package has.
+
+    Args:
+        registers: the most that a thread may have (maxnreg); 0: no limit.
+        longest: elements of the longest chunk.
+        per_processor: chunks wanted for each processor.
+    """
+    own_block, own_options = backend.block, backend.options
+
+    def options(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+        how = own_options(*arguments, **keywords)
+        how["num_warps"] = warps or how["num_warps"]
+        how["maxnreg"] = how.get("maxnreg") if registers is None else registers
+        return {name: value for name, value in how.items() if name != "maxnreg" or value}
+
+    optimizer._table.mirrors.clear()  # they hold chunks
+    with (
+        mock.patch.multiple(backend, block=lambda formats: block or own_block(formats), options=options),
+        mock.patch.multiple(
+            mirror, LONGEST=longest or mirror.LONGEST, PER_PROCESSOR=per_processor or mirror.PER_PROCESSOR
+        ),
+    ):
+        yield

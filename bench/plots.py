@@ -1,0 +1,234 @@
+"""The plots of a report, CPU's or GPU's: peers side by side, shares of the ceiling, and the scaling sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from figures import Cases, Report, Result, copy_rate, device, is_peer, of_gpu, points, results, share
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
+from peers import CUDA, DEEPSPEED, FLAT, FOREACH, FUSED, OURS
+from tables import REHEARSAL, heading, rule_name, size
+from workloads import BARE_LOOP, CEILING, LEAD, REFERENCE, TARGETS, TIMED
+
+COLORS = {
+    OURS: "#1565c0", FLAT: "#5ba3e6", CUDA: "#00796b", REFERENCE: "#b4cfe8", FUSED: "#9a5b13", FOREACH: "#c08a4a",
+    "torch for-loop": "#dcb98c", DEEPSPEED: "#5a7d3c", "torch-optimi": "#7b4fa3", "torchao 8-bit": "#b03a5b",
+    "bitsandbytes 8-bit": "#3f8f8f", "bitsandbytes 32-bit": "#8fc4c4", "pytorch_optimizer": "#8a8a2a",
+    "apex": "#606060", "TransformerEngine": "#b0306b", "flashoptim": "#d08020", BARE_LOOP: "#909090",
+    CEILING: "#303030",
+}  # fmt: skip
+#: Ours are drawn over the others, with other marks.
+MARKS = {OURS: "D", FLAT: "d", CUDA: "s", BARE_LOOP: "|", CEILING: "|", REFERENCE: "x"}
+BUDGET = "#c62828"
+STYLE: Any = {
+    "font.size": 9, "axes.titlelocation": "left", "axes.titlesize": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "figure.constrained_layout.use": True, "legend.frameon": False,
+}  # fmt: skip
+Rows = dict[str, dict[str, Result]]
+
+
+def plot(report: Report, folder: Path, stem: str = "") -> list[Path]:
+    """Draws what there is to draw, into STEM-NAME.png; returns the paths."""
+    cases, machine = results(report), dict(heading(report))
+    title = f"{machine.get('processor', device(report))}, torch {machine.get('torch', '?')}, {machine['date'][:10]}"
+    rate = copy_rate(report)
+    title = REHEARSAL if report.get("rehearsal") else title + (f", a copy moves {rate:.0f} GB/s" if rate else "")
+    drawn = {"lead": lead, "peers": peers, "roofline": roofline, "scaling": scaling}
+    paths = []
+    with plt.rc_context(STYLE):
+        for name, draw in drawn.items():
+            if name == "lead" and of_gpu(report):
+                continue
+            figure = draw(cases)
+            if figure is None:
+                continue
+            figure.suptitle(title, x=0.01, ha="left", size=11)
+            paths.append(folder / "-".join(filter(None, (stem, f"{name}.png"))))
+            figure.savefig(paths[-1], dpi=110, metadata={"Software": None})
+            plt.close(figure)
+    return paths
+
+
+def lead(cases: Cases) -> Figure | None:
+    """What stands first in the README: a bar for every optimizer, with the time of its step, in a few cases."""
+    chosen = [sorted(_only(cases[name]), key=lambda r: r.median) for name in LEAD if (OURS, 1) in cases.get(name, {})]
+    if not chosen:
+        return None
+    size_of_all = (4.6 * len(chosen), 1.2 + 0.27 * max(map(len, chosen)))
+    figure, axes = plt.subplots(1, len(chosen), figsize=size_of_all, squeeze=False)
+    for axis, them in zip(axes[0], chosen, strict=True):
+        values = [r.median * 1e3 for r in them]
+        bars = axis.barh([r.contender for r in them], values, color=[_color(r.contender) for r in them], height=0.72)
+        axis.bar_label(bars, [f"{v:.3g}" for v in values], padding=3)
+        for label, r in zip(axis.get_yticklabels(), them, strict=True):
+            label.set_fontweight("bold" if r.contender in (OURS, FLAT) else "normal")
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.12 * max(values))
+        axis.set_title(f"{size(them[0].info)}, {them[0].info['dtype']}".replace(" x ", " × "))
+        axis.tick_params(axis="y", length=0)
+        axis.spines["left"].set_visible(False)
+    figure.supxlabel("ms, one step of AdamW: shorter is better", size=9)
+    return figure
+
+
+def _only(them: dict[tuple[str, int], Result]) -> list[Result]:
+    """Ours and the peers of a case of one group."""
+    return [r for (name, groups), r in them.items() if groups == 1 and (is_peer(name) or name in (OURS, FLAT))]
+
+
+def rows(cases: Cases) -> Rows:
+    """The contenders of every case that is no point of a sweep, by a label of case and number of groups."""
+    most = max((r.info["threads"] for them in cases.values() for r in them.values()), default=1)
+    found: Rows = {}
+    for them in cases.values():
+        for r in them.values():
+            if r.info["sweep"]:
+                continue
+            parts = [f"{size(r.info)}  {rule_name(r.info)}", r.info["dtype"], r.info["gradients"]]
+            if r.info["threads"] != most:
+                parts.append(f"{r.info['threads']} thread")
+            if any(groups > 1 for _, groups in them):
+                parts.append(f"{r.groups} group{'s' * (r.groups > 1)}")
+                parts += ["lr changing"] * (r.info["lr"] == "changing")
+            found.setdefault(", ".join(parts), {})[r.contender] = r
+    return {label: them for label, them in found.items() if OURS in them}
+
+
+def _dots(axis: Axes, labelled: Rows, title: str, value: Callable[[Rows, str, Result], float | None]) -> None:
+    """A row per label, a mark per contender."""
+    for y, (label, them) in enumerate(labelled.items()):
+        axis.axhline(y, color="#e4e4e4", linewidth=0.7, zorder=0)
+        for name, r in them.items():
+            x = value(labelled, label, r)
+            if x is not None:
+                own, mark = name in (OURS, FLAT, CUDA), MARKS.get(name, "o")
+                area, width = (46 if own else 90 if mark == "|" else 26), (1.6 if mark in "|x" else 0.0)
+                axis.scatter(x, y, s=area, marker=mark, color=_color(name), zorder=3 + own, linewidths=width)
+    axis.set_yticks(range(len(labelled)), list(labelled))
+    axis.set_ylim(len(labelled) - 0.4, -0.6)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.set_title(title)
+
+
+def _color(name: str) -> str:
+    return COLORS.get(name, "#c2703d")
+
+
+def _legend(figure: Figure, names: Iterable[str], columns: int = 7) -> None:
+    names = list(names)
+    handles = [
+        Line2D([], [], linestyle="", marker=MARKS.get(n, "o"), color=_color(n), markersize=7, markeredgewidth=1.5)
+        for n in names
+    ]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), columns))
+
+
+def peers(cases: Cases) -> Figure | None:
+    """Every contender of every case: time of a step, and how much longer than ours."""
+    labelled = rows(cases)
+    if not labelled:
+        return None
+    panels: dict[str, Callable[[Rows, str, Result], float | None]] = {
+        "Time of a step, ms": lambda _, label, r: r.median * 1e3,
+        "How many times longer than wd_kernels": lambda them, label, r: them[label][OURS].ratio(r),
+    }
+    if any(r.info["device"] for them in labelled.values() for r in them.values()):
+        panels["Device: times longer"] = lambda them, label, r: them[label][OURS].device_ratio(r)
+    height = 1.9 + 0.27 * len(labelled)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 + 5 * len(panels), height), sharey=True)
+    for axis, (title, value) in zip(axes, panels.items(), strict=True):
+        longer = title.endswith(("kernels", "longer"))
+
+        def shown(them: Rows, label: str, r: Result, value: Any = value, longer: bool = longer) -> float | None:
+            return None if longer and r.contender in (OURS, CEILING) else value(them, label, r)
+
+        _dots(axis, labelled, f"{title} (logarithmic)", shown)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        if longer:
+            axis.axvline(1, color=_color(OURS), linewidth=1.2)
+    _legend(figure, dict.fromkeys(name for them in labelled.values() for name in them))
+    return figure
+
+
+def roofline(cases: Cases) -> Figure | None:
+    """Rates against the measured ceiling: over the size of one tensor, and as percent of it in every case."""
+    labelled = {label: them for label, them in rows(cases).items() if CEILING in them}
+    at = {n: them for n, them in points(cases, "elements").items() if CEILING in them}
+    if not labelled and not at:
+        return None
+    height = max(4.6, 1.9 + 0.27 * len(labelled))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, height), width_ratios=(1, 1.1))
+    names = [n for n in dict.fromkeys(n for them in at.values() for n in them) if n not in TIMED.values()]
+    for name in names:
+        x, y = zip(*((them[name].bytes, them[name].rate) for them in at.values() if name in them), strict=True)
+        style, ceiling = "--" if name in (CEILING, BARE_LOOP) else "-", name == CEILING
+        left.plot(x, y, style, color=_color(name), linewidth=2.2 if ceiling else 1.4, marker="" if ceiling else "o",
+                  markersize=4, label="measured ceiling" if ceiling else name, zorder=2 if ceiling else 3)  # fmt: skip
+    if names:
+        left.set(xscale="log", yscale="log", xlabel="bytes that a step moves (one tensor, float32)", ylabel="GB/s")
+        left.yaxis.set_major_formatter("{x:g}")
+        left.set_title("Rate, by the byte model (logarithmic)")
+        left.grid(alpha=0.25)
+        left.legend(loc="lower right")
+    else:
+        left.remove()
+    _dots(right, labelled, "Percent of the ceiling",
+          lambda them, label, r: None if r.contender == CEILING else share(r, them[label][CEILING]))  # fmt: skip
+    for row, them in enumerate(labelled.values()):
+        budget = TARGETS.get(them[OURS].case) if them[OURS].info["device"] else None
+        if budget:
+            right.plot([budget] * 2, [row - 0.4, row + 0.4], color=BUDGET, linewidth=1.4)
+            right.annotate("budget", (budget, row - 0.4), color=BUDGET, size=7, ha="center")
+    right.axvline(100, color=_color(CEILING), linewidth=1.2)
+    right.set_xlim(left=0)
+    shown = [name for name in dict.fromkeys(n for them in labelled.values() for n in them) if name != CEILING]
+    if shown:
+        _legend(figure, shown)
+    return figure
+
+
+def scaling(cases: Cases) -> Figure | None:
+    """Time of a step over tensors, elements and groups; of ours, that of host and launches apart."""
+    titles = {
+        "tensors": "Over tensors, 10⁶ elements in all",
+        "elements": "Over elements of one tensor",
+        "groups": "Over groups, 1000 tensors of 1000, lr changing",
+    }
+    sweeps = {sweep: at for sweep in titles if len(at := points(cases, sweep)) > 1}
+    if not sweeps:
+        return None
+    figure, axes = plt.subplots(1, len(sweeps), figsize=(4.8 * len(sweeps), 4.9), squeeze=False)
+    known: dict[str, Any] = {}
+    for axis, (sweep, at) in zip(axes[0], sweeps.items(), strict=True):
+        lines: list[tuple[str, str, str, Callable[[Result], float]]] = []
+        for name in (FUSED, DEEPSPEED, BARE_LOOP, FLAT, OURS):
+            lines.append((name, name, "-o", lambda r: r.median))
+            if name in TIMED and sweep != "groups":
+                lines.append((TIMED[name], f"{name}, host alone", "--", lambda r: r.host))
+                lines.append((TIMED[name], f"{name}, launches alone", ":", lambda r: r.kernel))
+        for name, label, style, value in lines:
+            x, y = [n for n in at if name in at[n]], [value(at[n][name]) * 1e3 for n in at if name in at[n]]
+            if x:
+                color = _color(label.split(",")[0])
+                (known[label],) = axis.plot(x, y, style, markersize=4, color=color, linewidth=1.6)
+        axis.set(xscale="log", yscale="log", xlabel=sweep, ylabel="ms")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_title(titles[sweep])
+        axis.grid(alpha=0.25)
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=5 if len(known) > 6 else 6)
+    return figure
