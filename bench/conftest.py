@@ -36,14 +36,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def names(config: pytest.Config, case: Case) -> list[tuple[str, int]]:
     """The contenders of a case, by (name, groups)."""
     wanted = config.getoption("--contender")
-    every = case.contenders(case.stepping(list(peers()[0])))
-    return [(name, groups) for name, groups in every if not wanted or name in (*wanted, CEILING)]
+    return [who for who in case.stepping(list(peers()[0])) if not wanted or who[0] in (*wanted, CEILING)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for each contender of each case."""
-    cases = [Case.parse(text) for text in metafunc.config.getoption("--case")] or CASES
-    tests = [(case, *who) for case in cases for who in names(metafunc.config, case)]
+    cases = metafunc.config.getoption("--case") or CASES
+    tests = [(case, *who) for case in map(Case, cases) for who in names(metafunc.config, case)]
     metafunc.parametrize(("case", "contender", "groups"), tests, ids=lambda value: str(value).replace(" ", "_"))
 
 

@@ -134,7 +134,7 @@ class Maker:
             return self.floor(name)
         own = {longer: own for own, longer in TIMED.items()}.get(name, name)
         peer, cls = self.peers[OURS if own in (FLAT, REFERENCE) else own]
-        grad = peer.grad_dtype(self.case.dtype, self.case.grad_dtype)
+        grad = peer.grad_dtype(self.case.dtype, self.case.grad)
         tensors: Tensors = Tensors.of(self.case, grad, self.device) if own == FLAT else self.tensors(grad)
         split = [{"params": tensors.params[i::groups]} for i in range(groups)]
         if own == FLAT:  # laid end to end; their gradients are views, written and never replaced

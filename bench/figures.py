@@ -1,4 +1,4 @@
-"""What the turns of a benchmark come to, CPU's or GPU's: medians, rates, shares of the ceiling, ratios and slopes.
+"""What the turns of a benchmark come to, CPU's or GPU's: medians, rates, shares of the ceiling, ratios.
 
 A ratio is the median over rounds of the quotient of two contenders' turns in the same round, and so is the share of
 the ceiling. A contender whose steps are long has the first rounds only. The ceiling is a contender of its own on the
@@ -7,10 +7,9 @@ CPU, and the rate of a copy in the same run on a GPU.
 
 from __future__ import annotations
 
-import itertools
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,21 +37,17 @@ class Result:
     """One contender on one case.
 
     Attributes:
-        seconds: of a step on the wall clock, in every round.
+        seconds: of a step, by the wall clock, in every round.
+        device: the same on the device alone, where there is one; else `seconds`.
         info: what pytest-benchmark keeps as extra_info; "launches", "device" and "host" are seconds in every round too.
     """
 
     case: str
-    info: dict[str, Any]
+    contender: str
+    groups: int
     seconds: Sequence[float]
-
-    @property
-    def contender(self) -> str:
-        return str(self.info["contender"])
-
-    @property
-    def groups(self) -> int:
-        return int(self.info["groups"])
+    device: Sequence[float]
+    info: dict[str, Any]
 
     @property
     def bytes(self) -> float:
@@ -64,18 +59,9 @@ class Result:
         return statistics.median(self.seconds)
 
     @property
-    def iqr(self) -> float:
-        return iqr(self.seconds)
-
-    @property
-    def moving(self) -> Sequence[float]:
-        """Seconds that are held against the ceiling: those on the device, where there is one."""
-        return self.info["device"] or self.seconds
-
-    @property
     def rate(self) -> float:
         """GB/s of the byte model."""
-        return self.bytes / statistics.median(self.moving) / 1e9
+        return self.bytes / statistics.median(self.device) / 1e9
 
     @property
     def kernel(self) -> float:
@@ -91,7 +77,11 @@ class Result:
         return ratio(self.seconds, other.seconds)
 
     def device_ratio(self, other: Result) -> float:
-        return ratio(self.moving, other.moving)
+        return ratio(self.device, other.device)
+
+    def share(self, ceiling: Result | None) -> float | None:
+        """Percent of the ceiling's rate; None where there was no ceiling."""
+        return 100 * self.bytes / ceiling.bytes * self.device_ratio(ceiling) if ceiling else None
 
 
 #: Results by case, and there by (contender, groups), in the order of the report.
@@ -110,16 +100,16 @@ def results(report: Report) -> Cases:
     absent = {"rule": "adamw", "threads": threads, "sweep": "", "launches": [], "device": [], "host": []}
     cases: Cases = {}
     for entry in report.get("benchmarks", []):
-        result = Result(entry["group"], absent | entry["extra_info"], entry["stats"]["data"])
-        cases.setdefault(result.case, {})[result.contender, result.groups] = result
+        info, seconds = absent | entry["extra_info"], entry["stats"]["data"]
+        key = str(info["contender"]), int(info["groups"])
+        result = Result(entry["group"], *key, seconds, info["device"] or seconds, info)
+        cases.setdefault(result.case, {})[key] = result
     rate = copy_rate(report)
-    for case, them in cases.items():
-        if rate is None:
-            break
-        own = next(iter(them.values()))
-        seconds = [own.bytes / rate / 1e9] * max(len(r.seconds) for r in them.values())
-        info = own.info | {"contender": CEILING, "groups": 1, "device": seconds, "host": []}
-        them[CEILING, 1] = Result(case, info, seconds)
+    if rate is not None:
+        for case, them in cases.items():
+            own = next(iter(them.values()))
+            seconds = [own.bytes / rate / 1e9] * max(len(r.seconds) for r in them.values())
+            them[CEILING, 1] = Result(case, CEILING, 1, seconds, seconds, own.info | {"host": []})
     return cases
 
 
@@ -128,17 +118,10 @@ def is_peer(name: str) -> bool:
     return not name.startswith(OURS) and name not in (BARE_LOOP, CEILING)
 
 
-def share(own: Result, ceiling: Result | None) -> float | None:
-    """Percent of the ceiling's rate, round by round; None where there was no ceiling."""
-    if ceiling is None:
-        return None
-    return 100 * own.bytes / ceiling.bytes * own.device_ratio(ceiling)
-
-
 def device(report: Report) -> str:
     """The processor, or the GPU."""
     machine = report["machine_info"]
-    return str(machine.get("device") or machine.get("cpu", {}).get("brand_raw", "unknown"))
+    return str(machine.get("device") or machine.get("cpu", {}).get("brand_raw", "an unknown processor"))
 
 
 def of_gpu(report: Report) -> bool:
@@ -151,36 +134,15 @@ def stem_of(report: Report) -> str:
     return f"{str(report['datetime'])[:10]}-{name}" + "-gpu" * of_gpu(report)
 
 
-# Verdicts -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Behind:
-    """A peer that is faster than one of ours: `ratio` times our time is its time."""
-
-    case: str
-    groups: int
-    own: str
-    peer: str
-    ratio: float
-
-
-def behind(cases: Cases, own: str = OURS) -> tuple[list[Behind], int]:
-    """Every pair of a case and a peer in which one of ours is slower, the worst first; and how many pairs there are."""
-    found = []
-    pairs = 0
-    for case, them in cases.items():
-        for (name, groups), other in them.items():
-            mine = them.get((own, groups))
-            if mine is None or not is_peer(name):
-                continue
-            pairs += 1
-            if mine.ratio(other) < 1:
-                found.append(Behind(case, groups, own, name, mine.ratio(other)))
-    return sorted(found, key=lambda b: b.ratio), pairs
-
-
-# Sweeps ---------------------------------------------------------------------------------------------------------------
+def behind(cases: Cases, own: str = OURS) -> tuple[list[tuple[float, Result, Result]], int]:
+    """(ratio, ours, the peer) where one of ours is slower than a peer, worst first; and how many pairs there are."""
+    pairs = [
+        (them[own, groups].ratio(other), them[own, groups], other)
+        for them in cases.values()
+        for (name, groups), other in them.items()
+        if (own, groups) in them and is_peer(name)
+    ]
+    return sorted((pair for pair in pairs if pair[0] < 1), key=lambda pair: pair[0]), len(pairs)
 
 
 def points(cases: Cases, sweep: str) -> dict[int, dict[str, Result]]:
@@ -208,20 +170,3 @@ def line(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """
     slope, intercept = statistics.linear_regression(*zip(*values, strict=True))
     return intercept, slope
-
-
-def neighbours(values: Sequence[tuple[int, float]]) -> list[tuple[int, int, float]]:
-    """(from, to, slope) between each two neighbours."""
-    return [(a, b, (y - x) / (b - a)) for (a, x), (b, y) in itertools.pairwise(values)]
-
-
-def group_costs(cases: Iterable[dict[tuple[str, int], Result]]) -> list[tuple[Result, Result, float, float]]:
-    """Of contenders with one group and with many: both, and median and quartile range of seconds a further group."""
-    found = []
-    for them in cases:
-        for (name, groups), many in them.items():
-            one = them.get((name, 1))
-            if groups > 1 and one is not None:
-                costs = [(b - a) / (groups - 1) for a, b in zip(one.seconds, many.seconds, strict=False)]
-                found.append((one, many, statistics.median(costs), iqr(costs)))
-    return found

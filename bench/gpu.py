@@ -2,10 +2,10 @@
 
     python bench/gpu.py --out DIR                                    # all of it
     python bench/gpu.py --out DIR --only copy,steps --case gpt2      # parts, and cases by a part of their name
-    python bench/gpu.py --out DIR --only tune                        # launch parameters, into DIR/tune.json
+    python bench/gpu.py --out DIR --only tune                        # launch parameters, into DIR/tune.json and .txt
     python bench/gpu.py --out DIR --device cpu --scale small         # a rehearsal of this program, without a GPU
 
-DIR then has gpu.json (everything, written after every case), gpu.txt (the tables), tests.txt, peers.png, roofline.png.
+DIR then has gpu.json (everything, written after every case), gpu.txt (the tables), tests.txt, and a plot, peers.png.
 Each part has a budget of time; what fails is said in the report and ends nothing else. bench/report.py makes tables and
 plots of gpu.json again, and keeps them.
 """
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "tune" in parts:
         import tune
 
-        tune.tune(out, device, small, end - time.perf_counter())
+        say(tune.tune(gpu_parts.Report(out, device, "tune"), device, small, end - time.perf_counter()))
         return 0
     report = gpu_parts.Report(out, device)
     if built is not None:

@@ -40,8 +40,8 @@ def about(device: torch.device) -> dict[str, Any]:
 class Report:
     """What is known so far, kept on disk; its parts are those of pytest-benchmark's JSON, and more."""
 
-    def __init__(self, out: Path, device: torch.device) -> None:
-        self.out = out
+    def __init__(self, out: Path, device: torch.device, name: str = "gpu") -> None:
+        self.path = out / name
         self.values: dict[str, Any] = {
             "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
             "commit_info": commit(),
@@ -55,9 +55,9 @@ class Report:
 
     def save(self) -> str:
         """Writes the JSON and the text; returns the text."""
-        write(self.out / "gpu.json", json.dumps(self.values, indent=1) + "\n")
+        write(self.path.with_suffix(".json"), json.dumps(self.values, indent=1) + "\n")
         text = render(self.values)
-        write(self.out / "gpu.txt", text)
+        write(self.path.with_suffix(".txt"), text)
         return text
 
     def part(self, name: str, run: Callable[[], Any]) -> None:
@@ -84,8 +84,8 @@ def measure_steps(report: Report, device: torch.device, small: bool, seconds: fl
         started = time.perf_counter()
         if started >= end:
             break
-        every = case.contenders(case.stepping(list(peers)))
-        names = [who for who in every if who[0] not in (REFERENCE, BARE_LOOP, CEILING)]  # the copy is the ceiling
+        floors = (REFERENCE, BARE_LOOP, CEILING)  # the copy is the ceiling
+        names = [who for who in case.stepping(list(peers)) if who[0] not in floors]
         share = min((end - started) / (len(todo) - k), MOST_OF_A_CASE / (100 if small else 1))
         try:
             entries, skipped = measure(case, peers, names, share, timer)

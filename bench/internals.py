@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 from wd_kernels import mirror
 from wd_kernels.__main__ import aligned, choices, versions
@@ -77,34 +76,28 @@ def time_launches(optimizer: Any) -> Callable[[], float]:
 
 
 @contextmanager
-def launch_parameters(
-    optimizer: Any,
-    warps: int | None = None,
-    block: int | None = None,
-    registers: int | None = None,
-    longest: int | None = None,
-    per_processor: int | None = None,
-) -> Iterator[None]:
-    """An optimizer of the Triton backend with other launch parameters; None leaves what the package has.
+def launch_parameters(optimizer: Any) -> Iterator[Callable[..., None]]:
+    """Within it, what sets other launch parameters of the Triton backend for an optimizer (none: the package's own).
 
-    Args:
-        registers: the most that a thread may have (maxnreg); 0: no limit.
-        longest: elements of the longest chunk.
-        per_processor: chunks wanted for each processor.
+    They are `warps`, `block`, `registers` (the most that a thread may have; 0: no limit), and of chunks `longest`, in
+    elements, and `per_processor`, how many are wanted.
     """
-    own_block, own_options = backend.block, backend.options
+    own_block, own_options, chunks = backend.block, backend.options, (mirror.LONGEST, mirror.PER_PROCESSOR)
 
-    def options(*arguments: Any, **keywords: Any) -> dict[str, Any]:
-        how = own_options(*arguments, **keywords)
-        how["num_warps"] = warps or how["num_warps"]
-        how["maxnreg"] = how.get("maxnreg") if registers is None else registers
-        return {name: value for name, value in how.items() if name != "maxnreg" or value}
+    def use(
+        warps: int = 0, block: int = 0, registers: int | None = None, longest: int = 0, per_processor: int = 0
+    ) -> None:
+        def options(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+            how = own_options(*arguments, **keywords)
+            how["num_warps"] = warps or how["num_warps"]
+            how["maxnreg"] = how.get("maxnreg") if registers is None else registers
+            return {name: value for name, value in how.items() if name != "maxnreg" or value}
 
-    optimizer._table.mirrors.clear()  # they hold chunks
-    with (
-        mock.patch.multiple(backend, block=lambda formats: block or own_block(formats), options=options),
-        mock.patch.multiple(
-            mirror, LONGEST=longest or mirror.LONGEST, PER_PROCESSOR=per_processor or mirror.PER_PROCESSOR
-        ),
-    ):
-        yield
+        backend.block, backend.options = (lambda formats: block or own_block(formats)), options
+        mirror.LONGEST, mirror.PER_PROCESSOR = longest or chunks[0], per_processor or chunks[1]
+        optimizer._table.mirrors.clear()  # they hold chunks
+
+    try:
+        yield use
+    finally:
+        backend.block, backend.options, (mirror.LONGEST, mirror.PER_PROCESSOR) = own_block, own_options, chunks

@@ -1,17 +1,16 @@
-"""The plots of a report, CPU's or GPU's: peers side by side, shares of the ceiling, and the scaling sweeps."""
+"""The plots of a report, CPU's or GPU's: the leading cases, peers side by side, and the scaling sweeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 
 mpl.use("Agg")
-from figures import Cases, Report, Result, copy_rate, device, is_peer, of_gpu, points, results, share
+from figures import Cases, Report, Result, copy_rate, device, is_peer, points, results
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -42,12 +41,9 @@ def plot(report: Report, folder: Path, stem: str = "") -> list[Path]:
     title = f"{machine.get('processor', device(report))}, torch {machine.get('torch', '?')}, {machine['date'][:10]}"
     rate = copy_rate(report)
     title = REHEARSAL if report.get("rehearsal") else title + (f", a copy moves {rate:.0f} GB/s" if rate else "")
-    drawn = {"lead": lead, "peers": peers, "roofline": roofline, "scaling": scaling}
     paths = []
     with plt.rc_context(STYLE):
-        for name, draw in drawn.items():
-            if name == "lead" and of_gpu(report):
-                continue
+        for name, draw in {"lead": lead, "peers": peers, "scaling": scaling}.items():
             figure = draw(cases)
             if figure is None:
                 continue
@@ -103,99 +99,57 @@ def rows(cases: Cases) -> Rows:
     return {label: them for label, them in found.items() if OURS in them}
 
 
-def _dots(axis: Axes, labelled: Rows, title: str, value: Callable[[Rows, str, Result], float | None]) -> None:
-    """A row per label, a mark per contender."""
-    for y, (label, them) in enumerate(labelled.items()):
-        axis.axhline(y, color="#e4e4e4", linewidth=0.7, zorder=0)
-        for name, r in them.items():
-            x = value(labelled, label, r)
-            if x is not None:
-                own, mark = name in (OURS, FLAT, CUDA), MARKS.get(name, "o")
-                area, width = (46 if own else 90 if mark == "|" else 26), (1.6 if mark in "|x" else 0.0)
-                axis.scatter(x, y, s=area, marker=mark, color=_color(name), zorder=3 + own, linewidths=width)
-    axis.set_yticks(range(len(labelled)), list(labelled))
-    axis.set_ylim(len(labelled) - 0.4, -0.6)
-    axis.tick_params(axis="y", length=0)
-    axis.grid(axis="x", alpha=0.25)
-    axis.set_axisbelow(True)
-    axis.set_title(title)
-
-
 def _color(name: str) -> str:
     return COLORS.get(name, "#c2703d")
 
 
-def _legend(figure: Figure, names: Iterable[str], columns: int = 7) -> None:
-    names = list(names)
+def peers(cases: Cases) -> Figure | None:
+    """Every contender of every case: time of a step, how much longer than ours, and how near to the ceiling."""
+    labelled = rows(cases)
+    if not labelled:
+        return None
+    on_device = any(r.info["device"] for them in labelled.values() for r in them.values())
+    panels: dict[str, Callable[[Result, dict[str, Result]], float | None]] = {
+        "Time of a step, ms (logarithmic)": lambda r, them: r.median * 1e3,
+        "How many times longer than wd_kernels (logarithmic)": lambda r, them: them[OURS].ratio(r),
+        "The same on the device (logarithmic)": lambda r, them: them[OURS].device_ratio(r),
+        "Percent of the ceiling": lambda r, them: r.share(them.get(CEILING)),
+    }
+    if not on_device:
+        del panels["The same on the device (logarithmic)"]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3 + 5 * len(panels), 1.9 + 0.27 * len(labelled)), sharey=True)
+    for axis, (title, value) in zip(axes, panels.items(), strict=True):
+        for y, them in enumerate(labelled.values()):
+            axis.axhline(y, color="#e4e4e4", linewidth=0.7, zorder=0)
+            for name, r in them.items():
+                x, own, mark = value(r, them), name in (OURS, FLAT, CUDA), MARKS.get(name, "o")
+                if x is None or (name == CEILING and not title.startswith("Time")):
+                    continue
+                area, width = (46 if own else 90 if mark == "|" else 26), (1.6 if mark in "|x" else 0.0)
+                axis.scatter(x, y, s=area, marker=mark, color=_color(name), zorder=3 + own, linewidths=width)
+            budget = TARGETS.get(them[OURS].case) if on_device and title.startswith("Percent") else None
+            if budget:
+                axis.plot([budget] * 2, [y - 0.4, y + 0.4], color=BUDGET, linewidth=1.6)
+        axis.set_title(title)
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x", alpha=0.25)
+        axis.set_axisbelow(True)
+        if "logarithmic" in title:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+        if not title.startswith("Time"):
+            axis.axvline(*((100,) if title.startswith("Percent") else (1,)), color=_color(OURS), linewidth=1.2)
+    axes[0].set_yticks(range(len(labelled)), list(labelled))
+    axes[0].set_ylim(len(labelled) - 0.4, -0.6)
+    names = list(dict.fromkeys(name for them in labelled.values() for name in them))
     handles = [
         Line2D([], [], linestyle="", marker=MARKS.get(n, "o"), color=_color(n), markersize=7, markeredgewidth=1.5)
         for n in names
     ]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), columns))
-
-
-def peers(cases: Cases) -> Figure | None:
-    """Every contender of every case: time of a step, and how much longer than ours."""
-    labelled = rows(cases)
-    if not labelled:
-        return None
-    panels: dict[str, Callable[[Rows, str, Result], float | None]] = {
-        "Time of a step, ms": lambda _, label, r: r.median * 1e3,
-        "How many times longer than wd_kernels": lambda them, label, r: them[label][OURS].ratio(r),
-    }
-    if any(r.info["device"] for them in labelled.values() for r in them.values()):
-        panels["Device: times longer"] = lambda them, label, r: them[label][OURS].device_ratio(r)
-    height = 1.9 + 0.27 * len(labelled)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 + 5 * len(panels), height), sharey=True)
-    for axis, (title, value) in zip(axes, panels.items(), strict=True):
-        longer = title.endswith(("kernels", "longer"))
-
-        def shown(them: Rows, label: str, r: Result, value: Any = value, longer: bool = longer) -> float | None:
-            return None if longer and r.contender in (OURS, CEILING) else value(them, label, r)
-
-        _dots(axis, labelled, f"{title} (logarithmic)", shown)
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        if longer:
-            axis.axvline(1, color=_color(OURS), linewidth=1.2)
-    _legend(figure, dict.fromkeys(name for them in labelled.values() for name in them))
-    return figure
-
-
-def roofline(cases: Cases) -> Figure | None:
-    """Rates against the measured ceiling: over the size of one tensor, and as percent of it in every case."""
-    labelled = {label: them for label, them in rows(cases).items() if CEILING in them}
-    at = {n: them for n, them in points(cases, "elements").items() if CEILING in them}
-    if not labelled and not at:
-        return None
-    height = max(4.6, 1.9 + 0.27 * len(labelled))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, height), width_ratios=(1, 1.1))
-    names = [n for n in dict.fromkeys(n for them in at.values() for n in them) if n not in TIMED.values()]
-    for name in names:
-        x, y = zip(*((them[name].bytes, them[name].rate) for them in at.values() if name in them), strict=True)
-        style, ceiling = "--" if name in (CEILING, BARE_LOOP) else "-", name == CEILING
-        left.plot(x, y, style, color=_color(name), linewidth=2.2 if ceiling else 1.4, marker="" if ceiling else "o",
-                  markersize=4, label="measured ceiling" if ceiling else name, zorder=2 if ceiling else 3)  # fmt: skip
-    if names:
-        left.set(xscale="log", yscale="log", xlabel="bytes that a step moves (one tensor, float32)", ylabel="GB/s")
-        left.yaxis.set_major_formatter("{x:g}")
-        left.set_title("Rate, by the byte model (logarithmic)")
-        left.grid(alpha=0.25)
-        left.legend(loc="lower right")
-    else:
-        left.remove()
-    _dots(right, labelled, "Percent of the ceiling",
-          lambda them, label, r: None if r.contender == CEILING else share(r, them[label][CEILING]))  # fmt: skip
-    for row, them in enumerate(labelled.values()):
-        budget = TARGETS.get(them[OURS].case) if them[OURS].info["device"] else None
-        if budget:
-            right.plot([budget] * 2, [row - 0.4, row + 0.4], color=BUDGET, linewidth=1.4)
-            right.annotate("budget", (budget, row - 0.4), color=BUDGET, size=7, ha="center")
-    right.axvline(100, color=_color(CEILING), linewidth=1.2)
-    right.set_xlim(left=0)
-    shown = [name for name in dict.fromkeys(n for them in labelled.values() for n in them) if name != CEILING]
-    if shown:
-        _legend(figure, shown)
+    if on_device:
+        names.append("budget")
+        handles.append(Line2D([], [], color=BUDGET))
+    figure.legend(handles, names, loc="outside lower center", ncols=8)
     return figure
 
 

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import textwrap
 from collections.abc import Sequence
 
-from figures import (
-    Cases,
-    Report,
-    behind,
-    copy_rate,
-    device,
-    group_costs,
-    host_times,
-    is_peer,
-    line,
-    points,
-    results,
-    share,
-    stem_of,
-)
+from figures import Cases, Report, copy_rate, device, is_peer, points, results, stem_of
 from peers import FLAT, FUSED, OURS
-from tables import filled_columns, percent, rule_name, size
+from tables import digits, filled, filled_columns, lost, percent, rule_name, scaling, size
 from workloads import CEILING, LEAD
 
-IN_CACHE = 1000  # tensors; the objects of ten times as many are larger than a core's caches
 HEADER = (
     "tensors × elements", "rule", "dtype", "gradients", "ours, ms", "ours, device ms", "flat, ms", "torch fused, ms",
     "best of the others, ms", "against the best", "fused takes, device", "of the ceiling",
@@ -59,39 +43,27 @@ def rewritten(text: str, report: Report, gpu: Report | None) -> str:
 
 def section(report: Report, gpu: Report | None) -> str:
     """What stands between the markers."""
-    cases, results_of = results(report), f"bench/results/{stem_of(report)}"
-    parts = [opening(report, cases), table(cases), legend(cases), *lost(cases), *scaling(cases)]
-    parts.append(f"![All contenders side by side]({results_of}-peers.png)")
+    cases, files = results(report), f"bench/results/{stem_of(report)}"
+    parts = [opening(report, cases), table(cases), legend(cases), lost(cases), scaling(cases)]
+    parts.append(f"![All contenders side by side]({files}-peers.png)")
     if points(cases, "tensors"):
-        parts.append(f"![Scaling over tensors, elements and groups]({results_of}-scaling.png)")
+        parts.append(f"![Scaling over tensors, elements and groups]({files}-scaling.png)")
     if gpu is not None:
         rate = copy_rate(gpu)
         copy = f"; a copy, the ceiling there, moves {rate:.0f} GB/s" if rate else ""
-        own = gpu["machine_info"].get("wd_kernels", {})
-        parts.append(filled(f"On a GPU: {device(gpu)}, torch {own.get('torch')}, {str(gpu['datetime'])[:10]}{copy}."))
+        torch = gpu["machine_info"].get("wd_kernels", {}).get("torch")
+        parts.append(filled(f"On a GPU: {device(gpu)}, torch {torch}, {str(gpu['datetime'])[:10]}{copy}."))
         parts += [table(results(gpu)), f"![Contenders on a GPU](bench/results/{stem_of(gpu)}-peers.png)"]
     parts.append(
-        f"All rows, with quartile ranges and rates, are in [bench/results]({results_of}.txt); to measure again:"
+        f"All rows, with quartile ranges and rates, are in [bench/results]({files}.txt); to measure again:"
         "\n\n    make peers  # optional: the other libraries; the benchmark names those that are missing\n"
         "    make bench\n    .venv/bin/python bench/report.py bench.json --save --readme"
     )
-    return "\n\n".join(parts)
-
-
-def filled(*sentences: str) -> str:
-    """A paragraph, as wide as the README's others."""
-    return textwrap.fill(" ".join(sentences), 120, break_long_words=False, break_on_hyphens=False)
-
-
-def digits(seconds: float) -> str:
-    """Milliseconds, to three digits."""
-    value = seconds * 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+    return "\n\n".join(part for part in parts if part)
 
 
 def opening(report: Report, cases: Cases) -> str:
-    machine = report["machine_info"]
-    own = machine.get("wd_kernels", {})
+    own = report["machine_info"].get("wd_kernels", {})
     names = dict.fromkeys(name for them in cases.values() for name, _ in them if is_peer(name))
     lines = [
         f"Whole `opt.step()` on {own.get('threads', '?')} threads of {device(report)} "
@@ -99,9 +71,8 @@ def opening(report: Report, cases: Cases) -> str:
         f"Contenders take turns in one run: ours, {', '.join(names)}.",
         "Times are medians over rounds, ratios medians of the quotients within a round.",
     ]
-    missing = report.get("missing", {})
-    if missing:
-        lines.append(f"Missing: {', '.join(missing)}.")
+    if report.get("missing"):
+        lines.append(f"Missing: {', '.join(report['missing'])}.")
     return filled(*lines)
 
 
@@ -118,7 +89,7 @@ def legend(cases: Cases) -> str:
 
 
 def table(cases: Cases) -> str:
-    """A row per case of one group that is no point of a sweep; columns in which nothing stands are left out."""
+    """A row per case of one group that is no point of a sweep."""
     rows = [HEADER]
     most = max((r.info["threads"] for them in cases.values() for r in them.values()), default=1)
     for them in cases.values():
@@ -126,24 +97,24 @@ def table(cases: Cases) -> str:
         peers = [r for (name, _), r in them.items() if is_peer(name)]
         if ours is None or not peers or ours.info["sweep"] or any(groups > 1 for _, groups in them):
             continue
-        info = ours.info
-        threads = "" if info["threads"] == most else f", {info['threads']} thread"
-        fused, flat, ceiling = (them.get((name, 1)) for name in (FUSED, FLAT, CEILING))
+        info, on_device = ours.info, ours.info["device"]
+        fused, flat = (them.get((name, 1)) for name in (FUSED, FLAT))
+        share = ours.share(them.get((CEILING, 1)))
         next_best = min((r for r in peers if r is not fused), key=ours.ratio, default=None)
         rows.append(
             (
                 size(info).replace(" x ", " × "),
                 rule_name(info),
-                info["dtype"] + threads,
+                info["dtype"] + ("" if info["threads"] == most else f", {info['threads']} thread"),
                 info["gradients"],
                 digits(ours.median),
-                digits(statistics.median(ours.info["device"])) if ours.info["device"] else "",
+                digits(statistics.median(on_device)) if on_device else "",
                 digits(flat.median) if flat else "",
                 digits(fused.median) if fused else "",
                 f"{next_best.contender}: {digits(next_best.median)}" if next_best else "",
                 f"{min(ours.ratio(r) for r in peers):.2f}×",
-                f"{ours.device_ratio(fused):.2f}×" if fused and ours.info["device"] else "",
-                f"{percent(share(ours, ceiling))}%" if ceiling else "",
+                f"{ours.device_ratio(fused):.2f}×" if fused and on_device else "",
+                "" if share is None else f"{percent(share)}%",
             )
         )
     return markdown(rows)
@@ -153,56 +124,3 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Rows as a table, without the columns that are empty."""
     head, *rest = filled_columns(rows)
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
-
-
-def lost(cases: Cases) -> list[str]:
-    """Where we are behind, plainly."""
-    found, pairs = behind(cases)
-    if not pairs:
-        return []
-    if not found:
-        return [f"Ours is ahead in all {pairs} comparisons of a peer and a case."]
-    lines = [
-        f"Ours is ahead in {pairs - len(found)} of {pairs} comparisons of a peer and a case, and behind in these:\n"
-    ]
-    for b in found:
-        them = cases[b.case]
-        own, peer, flat = them[b.own, b.groups], them[b.peer, b.groups], them.get((FLAT, b.groups))
-        text = f"- `{b.case}`{f', {b.groups} groups' if b.groups > 1 else ''}: {b.peer}, {b.ratio:.2f}×"
-        if own.bytes != peer.bytes:
-            each = (f"{r.info['bytes_per_parameter']:g}" for r in (own, peer))
-            text += " (bytes a parameter: ours {}, theirs {})".format(*each)
-        lines.append(text + (f"; flat: {flat.ratio(peer):.2f}×" if flat else ""))
-    return ["\n".join(lines)]
-
-
-def scaling(cases: Cases) -> list[str]:
-    """What a tensor and a group cost, and how far the largest tensor gets."""
-    sentences = []
-    tensors, groups, elements = (points(cases, sweep) for sweep in ("tensors", "groups", "elements"))
-    for own, name in ((OURS, "Ours"), (FLAT, "Flat")):
-        values = host_times(tensors, own)
-        few = [(n, seconds) for n, seconds in values if n <= IN_CACHE]
-        if len(few) > 1:
-            start, slope = line(few)
-            text = f"{name}: a step costs the host {start * 1e6:.0f} µs and {slope * 1e6:.2f} µs a tensor"
-            if len(values) > len(few):
-                (n, before), (most, last) = few[-1], values[-1]
-                each = (last - before) / (most - n) * 1e6
-                text += f" up to {n} tensors, {each:.2f} from there to {most}, whose objects leave the caches"
-            sentences.append(f"{text} (10⁶ elements in all).")
-    steps = [(n, them[OURS].median) for n, them in groups.items() if OURS in them]
-    costs = [cost for one, _, cost, _ in group_costs(cases.values()) if one.contender == OURS]
-    if len(steps) > 1:
-        sentences.append(f"A parameter group adds {line(steps)[1] * 1e6:.2f} µs to a step, lr changing in each.")
-    elif costs:
-        sentences.append(f"A parameter group adds up to {max(costs) * 1e6:.2f} µs to a step.")
-    if elements:
-        most, them = list(elements.items())[-1]
-        if OURS in them and CEILING in them:
-            ours = them[OURS]
-            sentences.append(
-                f"One tensor of {most:.0e} elements takes {digits(ours.median)} ms, {ours.rate:.0f} GB/s, "
-                f"{percent(share(ours, them[CEILING]))}% of the ceiling."
-            )
-    return [filled(*sentences)] if sentences else []

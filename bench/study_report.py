@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-from readme import filled, markdown
+from readme import markdown
 from study_findings import Findings, Mean
 from study_plan import BUDGET_LR, METHODS, RIVALS, SCHEDULES
 from study_ridge import Fit
 from study_train import BATCH, NOISE, STEPS_AN_EPOCH, TRAIN
+from tables import filled
 
 from wd_kernels.__main__ import aligned
 

@@ -144,10 +144,10 @@ def entry(case: Case, contender: Contender, steps: int, turns: list[dict[str, fl
     return {
         "group": str(case),
         "extra_info": {
-            **({"model": case.size} if case.is_model else {}),
+            **({"model": case.size} if case.model else {}),
             "tensors": tensors,
             "elements": elements / tensors if elements % tensors else elements // tensors,  # of a tensor, on average
-            "dtype": case.dtype_name,
+            "dtype": "+".join(str(d).removeprefix("torch.") for d in dict.fromkeys((case.dtype, case.grad))),
             "gradients": case.gradients,
             "rule": case.rule,
             "threads": case.threads or torch.get_num_threads(),

@@ -1,6 +1,6 @@
 """What the benchmarks step: sizes, shapes of known models, dtypes, rules, threads, groups, and the scaling sweeps.
 
-A case is a text, such as 300x100000-float32-new or gpt2-bfloat16-kept; CPU and GPU step lists of such texts. Every
+A case is a text, such as 300x100000-float32-new or gpt2-bfloat16-kept; CPU and GPU have lists of such texts. Every
 model has the shapes that the published one has, so that its total is the published number of parameters.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,94 +102,61 @@ MODELS: dict[str, Callable[..., Shapes]] = {
 
 # Cases ----------------------------------------------------------------------------------------------------------------
 
-_SIZE = re.compile(rf"(\d+)x(\d+)(|Ki|Mi)|({'|'.join(MODELS)})(?::(\d+))?")
 _CASE = re.compile(
-    r"([^-]+)-(\w+?)(?:\+(\w+))?-(kept|new)"
+    rf"((\d+)x(\d+)(|Ki|Mi)|({'|'.join(MODELS)})(?::(\d+))?)-(\w+?)(?:\+(\w+))?-(kept|new)"
     rf"(?:-({'|'.join(RULES)}))?(?:-(\d+)threads?)?(?:-(\d+)groups?-(constant|changing))?(?:-by-({'|'.join(SWEEPS)}))?"
 )
 
 
-@dataclass(frozen=True)
 class Case:
-    """Tensors to step, and what happens between steps.
+    """Tensors to step, and what happens between steps, by a text such as gpt2-float32-kept or 4x256-bfloat16-new-sgdw.
+
+    Args:
+        text: TENSORSxELEMENTS (with Ki or Mi perhaps) or a model of MODELS, then
+            -DTYPE[+DTYPE of the gradients]-kept|new[-RULE][-Nthreads][-Ngroups-constant|changing][-by-SWEEP].
+        only: names of the peers that take part; empty: all.
 
     Attributes:
-        size: TENSORSxELEMENTS, with Ki or Mi perhaps, or a model of MODELS.
         dtype: of the parameters.
-        grad: the gradients' dtype, for a contender that takes it; None, and for all others: the parameters'.
+        grad: the gradients' dtype, for a contender that takes it; all others have the parameters'.
         gradients: "kept": the same tensors every step; "new": every step has new gradients at new addresses.
         rule: a key of peers.RULES.
         threads: of torch; 0: as many as it had.
         groups: where over 1, every optimizer runs with one group of all tensors and with this many groups.
         lr: "constant", or "changing" in every group before every step.
         sweep: a key of SWEEPS, where the case is a point of one; it then runs with its groups only.
-        only: names of the peers that take part; empty: all.
     """
 
-    size: str
-    dtype: torch.dtype = torch.float32
-    grad: torch.dtype | None = None
-    gradients: str = "kept"
-    rule: str = "adamw"
-    threads: int = 0
-    groups: int = 1
-    lr: str = "constant"
-    sweep: str = ""
-    only: tuple[str, ...] = ()
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        """The case that prints as `text`, such as gpt2-float32+bfloat16-kept or 4x256-float32-kept-2groups-changing."""
+    def __init__(self, text: str, only: tuple[str, ...] = ()) -> None:
         found = _CASE.fullmatch(text)
-        dtypes: list[Any] = [getattr(torch, name, None) for name in found.group(2, 3) if name] if found else [None]
-        if found is None or not _SIZE.fullmatch(found[1]) or not all(isinstance(d, torch.dtype) for d in dtypes):
-            raise ValueError(
-                f"case {text!r}: expected TENSORSxELEMENTS or one of {', '.join(MODELS)}, then -DTYPE[+DTYPE of the "
-                f"gradients]-kept|new[-{'|-'.join(RULES)}][-Nthreads][-Ngroups-constant|changing]"
-                f"[-by-{'|'.join(SWEEPS)}]"
-            )
-        size, _, _, gradients, rule, threads, groups, lr, sweep = found.groups()
-        grad = dtypes[1] if len(dtypes) > 1 else None
-        return cls(
-            size, dtypes[0], grad, gradients, rule or "adamw", int(threads or 0), int(groups or 1), lr or "constant",
-            sweep or "",
-        )  # fmt: skip
+        dtypes: list[Any] = [getattr(torch, name, None) for name in found.group(7, 8) if name] if found else [None]
+        if found is None or not all(isinstance(dtype, torch.dtype) for dtype in dtypes):
+            form = str(Case.__doc__).split("text: ")[1].split("only:")[0]
+            raise ValueError(f"case {text!r}: expected {' '.join(form.split())} Models: {', '.join(MODELS)}")
+        self.text, self.only, self.size, self.model = text, only, found[1], found[5] or ""
+        if self.model:
+            self.shapes = MODELS[self.model](*([int(found[6])] if found[6] else []))
+        else:
+            self.shapes = ((int(found[3]) * {"": 1, "Ki": 1 << 10, "Mi": 1 << 20}[found[4]],),) * int(found[2])
+        self.dtype, self.grad, self.mixed = dtypes[0], dtypes[-1], len(dtypes) > 1
+        self.gradients, self.rule, self.threads = found[9], found[10] or "adamw", int(found[11] or 0)
+        self.groups, self.lr, self.sweep = int(found[12] or 1), found[13] or "constant", found[14] or ""
+        self.elements = elements(self.shapes)
 
-    @cached_property
-    def shapes(self) -> Shapes:
-        found = _SIZE.fullmatch(self.size)
-        assert found is not None, self.size
-        if found[4]:
-            return MODELS[found[4]](*([int(found[5])] if found[5] else []))
-        return ((int(found[2]) * {"": 1, "Ki": 1 << 10, "Mi": 1 << 20}[found[3]],),) * int(found[1])
-
-    @property
-    def is_model(self) -> bool:
-        return not self.size[0].isdigit()
-
-    @property
-    def elements(self) -> int:
-        """Of all tensors."""
-        return elements(self.shapes)
-
-    @property
-    def grad_dtype(self) -> torch.dtype:
-        return self.grad or self.dtype
-
-    @property
-    def dtype_name(self) -> str:
-        return "+".join(str(d).removeprefix("torch.") for d in (self.dtype, self.grad) if d)
+    def __str__(self) -> str:
+        return self.text
 
     @property
     def bytes_needed(self) -> float:
         """Memory that it takes, about: parameters, gradients and states; twice that where there are flat copies too."""
-        each = self.dtype.itemsize + self.grad_dtype.itemsize + our_states(self.rule, self.dtype, None)
-        return self.elements * each * (1 if self.sweep == "elements" else 3)
+        each = self.dtype.itemsize + self.grad.itemsize + our_states(self.rule, self.dtype, None)
+        return float(self.elements * each) * (1 if self.sweep == "elements" else 3)
 
-    def contenders(self, peers: Sequence[str]) -> list[tuple[str, int]]:
-        """(name, number of groups) of all that step this case; `peers` are the optimizers that are there."""
-        names = [name for name in peers if not self.only or name in self.only]
-        if self.gradients == "kept" and len(self.shapes) > 1 and self.grad_dtype == self.dtype and not self.only:
+    def stepping(self, peers: Sequence[Peer]) -> list[tuple[str, int]]:
+        """(name, number of groups) of all that step this case, where `peers` are there."""
+        names = [peer.name for peer in peers if peer.rule == self.rule and self.dtype in peer.dtypes]
+        names = [name for name in names if not self.only or name in self.only]
+        if self.gradients == "kept" and len(self.shapes) > 1 and not self.mixed and not self.only:
             names.insert(1, FLAT)
         if self.sweep:
             names += [longer for name, longer in TIMED.items() if name in names]
@@ -202,64 +168,24 @@ class Case:
             names.append(REFERENCE)
         return [(name, 1) for name in (*names, BARE_LOOP, CEILING)]
 
-    def stepping(self, peers: Sequence[Peer]) -> list[str]:
-        """The names of those that can step it."""
-        return [peer.name for peer in peers if peer.rule == self.rule and self.dtype in peer.dtypes]
-
-    def __str__(self) -> str:
-        parts = [self.size, self.dtype_name, self.gradients]
-        if self.rule != "adamw":
-            parts.append(self.rule)
-        if self.threads:
-            parts.append(f"{self.threads}thread" + "s" * (self.threads > 1))
-        if self.groups > 1 or self.lr != "constant":
-            parts.append(f"{self.groups}group{'s' * (self.groups > 1)}-{self.lr}")
-        if self.sweep:
-            parts.append(f"by-{self.sweep}")
-        return "-".join(parts)
-
 
 #: The cases that the README begins with: large tensors, middling, small.
 LEAD = ("300x100000-float32-kept", "2000x4096-float32-kept", "1000x1000-float32-kept")
 #: On the CPU.
-CASES = [
-    *map(
-        Case.parse,
-        (
-            "1x64Mi-float32-kept",
-            "1x64Mi-bfloat16-kept",
-            "300x100000-float32-kept",
-            "300x100000-float32-new",
-            "300x100000-bfloat16-kept",
-            "2000x4096-float32-kept",
-            "2000x4096-float32-new",
-            "2000x256-float32-kept",
-            "2000x256-float32-new",
-            "1000x1000-float32-kept",
-            "1000x1000-float32-new",
-            "1000x1000-bfloat16-kept",
-            "1000x1000-bfloat16-new",
-            "1000x1000-float16-kept",
-            "1000x1000-float64-kept",
-            "100x1000-float32-kept",
-            "1x64Mi-float32-kept-sgdw",
-            "1x64Mi-bfloat16-kept-sgdw",
-            "300x100000-float32-kept-sgdw",
-            "300x100000-float32-new-sgdw",
-            "1000x1000-float32-kept-sgdw",
-            "1000x1000-float32-new-sgdw",
-            "1000x1000-bfloat16-kept-sgdw",
-            "1x64Mi-float32-kept-1thread",
-            "300x100000-float32-kept-1thread",
-            "1000x1000-float32-kept-1thread",
-            "465x256-float32-kept-465groups-constant",
-            "465x256-float32-kept-465groups-changing",
-        ),
-    ),
-    *(Case(f"{10**k}x{10 ** (6 - k)}", sweep="tensors") for k in range(5)),
-    *(Case(f"1x{10**k}", sweep="elements") for k in range(3, 10)),
-    *(Case("1000x1000", groups=10**k, lr="changing", sweep="groups") for k in range(4)),
-]
+CASES = (
+    "1x64Mi-float32-kept", "1x64Mi-bfloat16-kept", "300x100000-float32-kept", "300x100000-float32-new",
+    "300x100000-bfloat16-kept", "2000x4096-float32-kept", "2000x4096-float32-new", "2000x256-float32-kept",
+    "2000x256-float32-new", "1000x1000-float32-kept", "1000x1000-float32-new", "1000x1000-bfloat16-kept",
+    "1000x1000-bfloat16-new", "1000x1000-float16-kept", "1000x1000-float64-kept", "100x1000-float32-kept",
+    "1x64Mi-float32-kept-sgdw", "1x64Mi-bfloat16-kept-sgdw", "300x100000-float32-kept-sgdw",
+    "300x100000-float32-new-sgdw", "1000x1000-float32-kept-sgdw", "1000x1000-float32-new-sgdw",
+    "1000x1000-bfloat16-kept-sgdw", "1x64Mi-float32-kept-1thread", "300x100000-float32-kept-1thread",
+    "1000x1000-float32-kept-1thread", "465x256-float32-kept-465groups-constant",
+    "465x256-float32-kept-465groups-changing",
+    *(f"{10**k}x{10 ** (6 - k)}-float32-kept-by-tensors" for k in range(5)),
+    *(f"1x{10**k}-float32-kept-by-elements" for k in range(3, 10)),
+    *(f"1000x1000-float32-kept-{n}-changing-by-groups" for n in ("1group", "10groups", "100groups", "1000groups")),
+)  # fmt: skip
 
 # On a GPU -------------------------------------------------------------------------------------------------------------
 
@@ -273,6 +199,11 @@ TARGETS = {
 }
 #: Cases of many tensors, which should take a sixth of torch's fused at most.
 MANY = ("10000x1000-float32-kept", "10000x1000-float32-new")
+#: What a rehearsal has instead.
+TINY = {
+    "1x1000000000": "1x100000", "10000x": "30x", "465": "20", "gpt2": "tiny_gpt2", "vit_l16": "tiny_vit",
+    "lora_7b": "tiny_lora",
+}  # fmt: skip
 
 
 def fitting_layers(free: float, bytes_per_parameter: float, most: int = 32) -> int:
@@ -284,13 +215,11 @@ def fitting_layers(free: float, bytes_per_parameter: float, most: int = 32) -> i
 def gpu_cases(small: bool, free: int) -> list[Case]:
     """Those that budgets need first; `free` bytes of the device's memory decide what Llama is cut to."""
     models = [f"{model}-float32-{how}" for model in ("gpt2", "vit_l16", "lora_7b") for how in ("kept", "new")]
-    texts = [*TARGETS, *MANY, *models, "465x256-float32-kept-465groups-changing"]
-    if small:
-        for whole, tiny in (("1x1000000000", "1x100000"), ("10000x", "30x"), ("465", "20"), ("gpt2", "tiny_gpt2"),
-                            ("vit_l16", "tiny_vit"), ("lora_7b", "tiny_lora")):  # fmt: skip
-            texts = [text.replace(whole, tiny) for text in texts]
+    texts = "\n".join([*TARGETS, *MANY, *models, "465x256-float32-kept-465groups-changing"])
+    for whole, tiny in TINY.items() if small else ():
+        texts = texts.replace(whole, tiny)
     # Ours and torch's fused alone, in the memory that both need beside shared parameters and gradients.
     half = torch.bfloat16
     needed = 2 * half.itemsize + our_states("adamw", half, None) + STATES["adamw"] * half.itemsize
     size = "tiny_llama3" if small else f"llama3_8b:{fitting_layers(0.92 * free, needed)}"
-    return [*map(Case.parse, texts), replace(Case(size, half), only=(OURS, FUSED))]
+    return [*map(Case, texts.split()), Case(f"{size}-bfloat16-kept", only=(OURS, FUSED))]

@@ -46,8 +46,12 @@ def loaded(names: list[str] = HERE) -> dict[peers.Peer, Any]:
     return there
 
 
-def built(case: Case, names: list[str] = HERE) -> list[contenders.Contender]:
-    them, skipped = contenders.build(case, loaded(names), case.contenders(names), CPU)
+def who(case: Case, names: list[str] = HERE) -> list[tuple[str, int]]:
+    return case.stepping([peer for peer in peers.on("cpu") if peer.name in names])
+
+
+def built(case: Case) -> list[contenders.Contender]:
+    them, skipped = contenders.build(case, loaded(), who(case), CPU)
     assert not skipped
     return them
 
@@ -123,16 +127,24 @@ def test_bytes_are_those_of_the_tensors_that_optimizers_really_keep(rule, numel)
 # Cases and peers ------------------------------------------------------------------------------------------------------
 
 
-def test_every_case_prints_as_what_it_parses_from():
-    assert len(set(map(str, workloads.CASES))) == len(set(workloads.CASES)) == len(workloads.CASES)
-    for case in (*workloads.CASES, *workloads.gpu_cases(False, 80 << 30)[:-1], *workloads.gpu_cases(True, 0)[:-1]):
-        assert Case.parse(str(case)) == case
-    assert Case.parse("1x64Mi-bfloat16-kept").elements == 64 << 20
-    whole = "1000x10-float16-new-sgdw-1thread-10groups-changing-by-groups"
-    expected = Case("1000x10", F16, None, "new", "sgdw", 1, 10, "changing", "groups")
-    assert Case.parse(whole) == expected
-    assert str(expected) == whole
-    assert Case.parse("llama3_8b:2-float32+bfloat16-kept") == Case("llama3_8b:2", F32, BF16)
+def test_a_case_is_what_its_text_says():
+    assert len(set(workloads.CASES)) == len(workloads.CASES) == 44
+    assert [str(Case(text)) for text in workloads.CASES] == list(workloads.CASES)
+    case = Case("1000x10-float16-new-sgdw-1thread-10groups-changing-by-groups")
+    assert (case.shapes, case.elements, case.dtype, case.grad) == (((10,),) * 1000, 10_000, F16, F16)
+    assert (case.gradients, case.rule, case.threads, case.groups) == ("new", "sgdw", 1, 10)
+    assert (case.lr, case.sweep, case.mixed) == ("changing", "groups", False)
+    assert Case("1x64Mi-bfloat16-kept").elements == 64 << 20
+    case = Case("llama3_8b:2-float32+bfloat16-kept")
+    assert (case.model, case.shapes, case.dtype, case.grad) == ("llama3_8b", workloads.llama(2), F32, BF16)
+    assert (case.rule, case.threads, case.groups, case.lr, case.sweep, case.mixed) == (
+        "adamw",
+        0,
+        1,
+        "constant",
+        "",
+        True,
+    )
     for text in (
         "1x64Mi",
         "1x64Mi-float33-kept",
@@ -142,7 +154,7 @@ def test_every_case_prints_as_what_it_parses_from():
         "gpt-float32-kept",
     ):
         with pytest.raises(ValueError, match="expected TENSORSxELEMENTS"):
-            Case.parse(text)
+            Case(text)
 
 
 def sizes(cases: list[Case]) -> set[tuple[int, int]]:
@@ -151,47 +163,49 @@ def sizes(cases: list[Case]) -> set[tuple[int, int]]:
 
 
 def test_the_suite_has_the_shapes_that_matter():
-    main = [c for c in workloads.CASES if not c.sweep and c.groups == 1]
+    every = list(map(Case, workloads.CASES))
+    main = [c for c in every if not c.sweep and c.groups == 1]
     expected = {(1, 64 << 20), (300, 100_000), (1000, 1000)}
     assert sizes([c for c in main if c.rule == "sgdw"]) == expected
     assert sizes(main) == expected | {(2000, 4096), (2000, 256), (100, 1000)}
     assert sizes([c for c in main if c.threads == 1]) == expected
     assert {c.dtype for c in main} == {F32, BF16, F16, F64}
-    assert {c.rule for c in main if c.gradients == "new"} == {"adamw", "sgdw"}
-    assert {c.lr for c in workloads.CASES if c.groups == 465} == {"constant", "changing"}
-    sweeps = {name: [c for c in workloads.CASES if c.sweep == name] for name in workloads.SWEEPS}
+    assert {c.rule for c in main if c.gradients == "new"} == set(peers.RULES)
+    assert {c.lr for c in every if c.groups == 465} == {"constant", "changing"}
+    sweeps = {name: [c for c in every if c.sweep == name] for name in workloads.SWEEPS}
     assert [(len(c.shapes), c.elements) for c in sweeps["tensors"]] == [(10**k, 10**6) for k in range(5)]
     assert [(len(c.shapes), c.elements) for c in sweeps["elements"]] == [(1, 10**k) for k in range(3, 10)]
     assert [(c.groups, c.size) for c in sweeps["groups"]] == [(10**k, "1000x1000") for k in range(4)]
+    assert set(workloads.LEAD) < set(workloads.CASES)
 
 
 def test_who_steps_a_case():
-    def names(text: str) -> list[str]:
-        return [name for name, _ in Case.parse(text).contenders(["wd_kernels", "torch fused", "slow"])]
+    def names(text: str, **more: Any) -> list[str]:
+        return [name for name, _ in who(Case(text, **more), ["wd_kernels", "torch fused", "torch foreach"])]
 
-    ends = ["bare loop", "ceiling"]
-    assert names("2x200000-float32-new") == ["wd_kernels", "torch fused", "slow", *ends]
-    assert names("2x200000-float32-kept") == ["wd_kernels", FLAT, "torch fused", "slow", *ends]
+    ends, three = ["bare loop", "ceiling"], ["wd_kernels", "torch fused", "torch foreach"]
+    assert names("2x200000-float32-new") == [*three, *ends]
+    assert names("2x200000-float32-kept") == ["wd_kernels", FLAT, *three[1:], *ends]
     assert workloads.REFERENCE in names("2x50000-float32-new")
     assert workloads.REFERENCE not in names("2x50001-float32-new")
     timed = "wd_kernels, launches timed"
     assert names("1x1000-float32-kept-by-elements") == ["wd_kernels", timed, "torch fused", *ends]
-    assert Case("4x3", groups=2, lr="changing").contenders(["wd_kernels", "slow"]) == [
-        *((name, groups) for groups in (1, 2) for name in ("wd_kernels", FLAT, "slow")),
+    assert who(Case("4x3-float32-kept-2groups-changing"), ["wd_kernels", "torch foreach"]) == [
+        *((name, groups) for groups in (1, 2) for name in ("wd_kernels", FLAT, "torch foreach")),
         ("ceiling", 1),
     ]
-    only = Case("gpt2", only=("wd_kernels",)).contenders(["wd_kernels", "slow"])
-    assert [name for name, _ in only] == ["wd_kernels", *ends]
-    half = Case("4x3", BF16)
-    assert half.stepping([p for p in peers.on("cpu") if p.name in (*HERE, "DeepSpeed CPU")]) == [*HERE, "DeepSpeed CPU"]
-    assert "DeepSpeed CPU" not in Case("4x3", F64).stepping(peers.on("cpu"))
+    assert names("gpt2-float32-kept", only=("wd_kernels",)) == ["wd_kernels", *ends]
+    with_deepspeed = [*HERE, "DeepSpeed CPU"]
+    assert ("DeepSpeed CPU", 1) in who(Case("4x3-bfloat16-kept"), with_deepspeed)
+    assert ("DeepSpeed CPU", 1) not in who(Case("4x3-float64-kept"), with_deepspeed)
+    assert ("DeepSpeed CPU", 1) not in who(Case("4x3-float32-kept-sgdw"), with_deepspeed)
 
 
 def test_flat_takes_part_where_gradients_stay():
-    assert (FLAT, 1) in Case("2x3").contenders(["wd_kernels"])
-    assert (FLAT, 1) not in Case("1x3").contenders(["wd_kernels"])  # one tensor is flat
-    assert (FLAT, 1) not in Case("2x3", gradients="new").contenders(["wd_kernels"])
-    assert (FLAT, 1) not in Case("2x3", F32, BF16).contenders(["wd_kernels"])
+    assert (FLAT, 1) in who(Case("2x3-float32-kept"))
+    assert (FLAT, 1) not in who(Case("1x3-float32-kept"))  # one tensor is flat
+    assert (FLAT, 1) not in who(Case("2x3-float32-new"))
+    assert (FLAT, 1) not in who(Case("2x3-float32+bfloat16-kept"))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +245,7 @@ def test_the_cases_of_a_gpu_are_those_that_matter():
     assert list(map(str, named)) == list(workloads.TARGETS)
     assert all(case.shapes == ((10**9,),) for case in named)
     half = {("adamw", BF16, BF16), ("sgdw", BF16, BF16), ("adamw", F32, BF16)}
-    least = {(c.rule, c.dtype, c.grad_dtype): workloads.TARGETS[str(c)] for c in named}
+    least = {(c.rule, c.dtype, c.grad): workloads.TARGETS[str(c)] for c in named}
     assert least == dict.fromkeys(half, 88) | {("adamw", F32, F32): 92, ("sgdw", F32, F32): 92}
     for size, tensors in (("10000x1000", 10_000), ("gpt2", 148), ("vit_l16", 296), ("lora_7b", 448)):
         own = [case for case in full if case.size == size]
@@ -307,7 +321,7 @@ def parameters(contender: contenders.Contender) -> list[Any]:
     ],
 )
 def test_contenders_step_the_same_memory_and_agree(text):
-    case = Case.parse(text)
+    case = Case(text)
     them = [c for c in built(case) if c.name not in (*FLOORS, FLAT)]
     assert {c.name for c in them} == set(HERE)
     start = [p.detach().clone() for p in parameters(them[0])]
@@ -342,7 +356,7 @@ def test_contenders_step_the_same_memory_and_agree(text):
 
 
 def test_plain_states_are_shared_and_other_peers_have_their_own():
-    them = [c for c in built(Case("2x64")) if c.name in HERE]
+    them = [c for c in built(Case("2x64-float32-kept")) if c.name in HERE]
     states = []
     for contender in them:
         (p, _) = contender.step.__self__.param_groups[0]["params"]
@@ -350,22 +364,22 @@ def test_plain_states_are_shared_and_other_peers_have_their_own():
         states.append((own["exp_avg"].data_ptr(), own["exp_avg_sq"].data_ptr()))
         assert float(own["step"]) == 2
     assert len(set(states)) == 1
-    half = [c for c in built(Case("1x64", BF16)) if c.name in HERE]
+    half = [c for c in built(Case("1x64-bfloat16-kept")) if c.name in HERE]
     kept = {c.step.__self__.state[parameters(c)[0]]["exp_avg"].dtype for c in half}
     assert kept == {F32, BF16}  # ours and torch's: each rule's own
 
 
 @pytest.mark.parametrize("rule", list(peers.RULES))
-@pytest.mark.parametrize(("dtype", "grad"), [(F32, None), (BF16, None), (F32, BF16)])
-def test_contenders_of_a_model_share_tensors_and_move_what_the_byte_model_says(rule, dtype, grad, monkeypatch):
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float32+bfloat16"])
+def test_contenders_of_a_model_share_tensors_and_move_what_the_byte_model_says(rule, dtypes, monkeypatch):
     """Those that take no gradients of another dtype have a set with the parameters' dtype."""
     monkeypatch.setitem(workloads.MODELS, "gpt2", lambda: ((64,), (3, 32)))
-    case = Case("gpt2", dtype, grad, rule=rule)
+    case = Case(f"gpt2-{dtypes}-kept-{rule}")
     shared: dict[torch.dtype, set[tuple[int, ...]]] = {}
     for contender in (c for c in built(case) if c.name not in FLOORS):
         optimizer: Any = contender.step.__self__
         params = optimizer.param_groups[0]["params"]
-        of_grad = BF16 if grad and contender.name == "wd_kernels" else dtype
+        of_grad = case.grad if contender.name in ("wd_kernels", FLAT) else case.dtype
         assert {p.grad.dtype for p in params} == {of_grad}
         places = tuple(p.data_ptr() for p in params)
         if contender.name == FLAT:  # on tensors of its own
@@ -376,13 +390,13 @@ def test_contenders_of_a_model_share_tensors_and_move_what_the_byte_model_says(r
         moved = sum(2 * p.nbytes + p.grad.nbytes for p in params) + 2 * sum(s.nbytes for s in states)
         assert moved == contender.bytes_per_parameter * 160, contender.name
     assert all(len(places) == 1 for places in shared.values())
-    assert len(shared) == (2 if grad else 1)
+    assert len(shared) == (2 if case.mixed else 1)
 
 
 @pytest.mark.parametrize("text", ["3x32-float32-kept", "4x32-float32-kept-2groups-changing", "4x32-float32-kept-sgdw"])
 def test_flat_parameters_are_stepped_alike(text):
-    case = Case.parse(text)
-    assert (FLAT, case.groups) in case.contenders(HERE)
+    case = Case(text)
+    assert (FLAT, case.groups) in who(case)
     (flat,), skipped = contenders.build(case, loaded(), [(FLAT, case.groups)], CPU)  # after a step
     assert not skipped
     params = parameters(flat)
@@ -405,7 +419,7 @@ def test_flat_parameters_are_stepped_alike(text):
 
 
 def test_the_bare_loop_and_the_ceiling_move_every_element():
-    *_, bare, stream = built(Case("3x11"))
+    *_, bare, stream = built(Case("3x11-float32-kept"))
     assert (bare.name, stream.name) == (workloads.BARE_LOOP, workloads.CEILING)
     (optimizer,) = bare.step.__defaults__
     (p,) = optimizer.param_groups[0]["params"]
@@ -419,7 +433,7 @@ def test_the_bare_loop_and_the_ceiling_move_every_element():
 
 
 def test_launches_are_timed_apart():
-    case = Case("40x50", sweep="tensors")
+    case = Case("40x50-float32-kept-by-tensors")
     them = {c.name: c for c in built(case)}
     assert {"wd_kernels", "wd_kernels, launches timed", "torch fused", "bare loop", "ceiling"} <= them.keys()
     plain, timed = them["wd_kernels"], them["wd_kernels, launches timed"]
@@ -449,8 +463,8 @@ def test_who_cannot_step_is_left_out_with_the_reason():
     there = loaded(["wd_kernels"])
     for cls in (Broken, BrokenLater):
         there[peers.Peer(cls.__name__, "adamw", "", byte_model.kahan_states, devices=("cpu",))] = cls
-    case = Case("2x8")
-    entries, skipped = measured(case, case.contenders(["wd_kernels", "Broken", "BrokenLater"]), 0.01, there)
+    case = Case("2x8-float32-kept")
+    entries, skipped = measured(case, case.stepping(list(there)), 0.01, there)
     assert skipped == dict.fromkeys(("Broken", "BrokenLater"), "OutOfMemoryError: no memory")
     them = {e["extra_info"]["contender"]: e for e in entries}
     assert not skipped.keys() & them.keys()
@@ -486,21 +500,21 @@ def test_without_a_compiler_there_is_no_ceiling_and_a_reason(monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setattr(ceiling, "library", ceiling.library.__wrapped__)
     assert "/no/such/compiler" in str(ceiling.library())
-    case = Case("2x8")
-    entries, skipped = measured(case, case.contenders(HERE), 0.01)
+    case = Case("2x8-float32-kept")
+    entries, skipped = measured(case, who(case), 0.01)
     assert skipped.keys() == {workloads.CEILING}
-    assert len(entries) == len(case.contenders(HERE)) - 1
+    assert len(entries) == len(who(case)) - 1
 
 
 # Turns ----------------------------------------------------------------------------------------------------------------
 
 
 def test_turns_are_measured_in_rounds(monkeypatch):
-    case = Case("2x8", threads=1)
+    case = Case("2x8-float32-kept-1thread")
     had, seen = torch.get_num_threads(), set()
     turn = turns.Timer.turn
     monkeypatch.setattr(turns.Timer, "turn", lambda *args: seen.add(torch.get_num_threads()) or turn(*args))
-    names = case.contenders(HERE)
+    names = who(case)
     entries, skipped = measured(case, names, 0.02)
     assert not skipped
     assert seen == {1}
@@ -515,7 +529,7 @@ def test_turns_are_measured_in_rounds(monkeypatch):
 
 def test_every_way_has_the_same_rounds():
     timer = turns.Timer(CPU, ("device", "wall", "host"))
-    entries, _ = turns.measure(Case("2x8"), loaded(), [("wd_kernels", 1), ("torch fused", 1)], 0.02, timer)
+    entries, _ = turns.measure(Case("2x8-float32-kept"), loaded(), [("wd_kernels", 1), ("torch fused", 1)], 0.02, timer)
     for one in entries:
         counts = {len(own) for own in (one["stats"]["data"], one["extra_info"]["device"], one["extra_info"]["host"])}
         assert len(counts) == 1
@@ -534,13 +548,13 @@ def test_a_first_step_that_is_slow_does_not_make_turns_short(monkeypatch):
     durations = itertools.chain([0.05], itertools.repeat(1e-5))
     one = contenders.Contender("one", 1, 28, lambda: time.sleep(next(durations)))
     monkeypatch.setattr(turns, "build", lambda *args: ([one], {}))
-    (entry,), _ = measured(Case("1x8"), [("one", 1)], 0.05, {})
+    (entry,), _ = measured(Case("1x8-float32-kept"), [("one", 1)], 0.05, {})
     assert len(entry["stats"]["data"]) == turns.ROUNDS
     assert entry["extra_info"]["steps_per_round"] > 1
 
 
 def test_a_case_that_memory_does_not_hold_is_left_out(monkeypatch):
-    case = Case("1x1000000000", sweep="elements")
+    case = Case("1x1000000000-float32-kept-by-elements")
     assert case.bytes_needed == 16 * 10**9
     monkeypatch.setattr(turns, "free_memory", lambda: 15 << 30)
     entries, skipped = measured(case, [("wd_kernels", 1), ("torch fused", 1)], 1.0, {})

@@ -23,7 +23,7 @@ import wd_kernels
 from wd_kernels.backends import triton as triton_backend
 
 ROOT = Path(__file__).parent.parent
-F32, CPU = torch.float32, torch.device("cpu")
+CPU = torch.device("cpu")
 BILLION = "1x1000000000-float32-kept"
 
 
@@ -81,12 +81,12 @@ def test_tests_and_build_keep_to_their_time_and_say_how_they_went(tmp_path):
 # Tuning ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_variant_replaces_launch_parameters_for_its_time():
+def test_launch_parameters_are_others_for_a_time():
     formats = tuple(wd_kernels.storage.FORMATS[1] for _ in range(4))
     before = triton_backend.block(formats), triton_backend.options(formats, 32, True)
     longest = wd_kernels.mirror.LONGEST
-    optimizer = wd_kernels.AdamW([torch.nn.Parameter(torch.ones(2))])
-    with internals.launch_parameters(optimizer, 8, 2048, 0, longest=4096, per_processor=7):
+    with internals.launch_parameters(wd_kernels.AdamW([torch.nn.Parameter(torch.ones(2))])) as use:
+        use(8, 2048, 0, longest=4096, per_processor=7)
         how = triton_backend.options(formats, 32, nvidia=True)
         assert how["num_warps"] == 8
         assert how["enable_fp_fusion"] is False
@@ -94,45 +94,40 @@ def test_a_variant_replaces_launch_parameters_for_its_time():
         assert triton_backend.block(formats) == 2048
         assert (wd_kernels.mirror.LONGEST, wd_kernels.mirror.PER_PROCESSOR) == (4096, 7)
         assert wd_kernels.mirror.chunk_size(10**9, 132) == 4096
-    with internals.launch_parameters(optimizer, registers=72):
+        use(registers=72)
         assert triton_backend.options(formats, 32, nvidia=True)["maxnreg"] == 72
-    with internals.launch_parameters(optimizer):
+        assert triton_backend.block(formats) == before[0]
+        use()
         assert triton_backend.options(formats, 32, True) == before[1]
+        use(warps=1)
     assert (triton_backend.block(formats), triton_backend.options(formats, 32, True)) == before
     assert longest == wd_kernels.mirror.LONGEST
-    assert tune.VARIANTS[tune.OWN] == {}
+    assert tune.VARIANTS["wd_kernels"] == {}
     assert len(tune.VARIANTS) == 25
 
 
-def test_the_table_of_variants_has_the_best_first():
-    problem = {"elements": 10**9, "dtype": "float32", "failed": {}}
-    seconds = {"as it is": [0.008, 0.007, 0.009], "block=512": [0.004] * 3, "block=2048": [0.016] * 3}
-    other = problem | {"dtype": "bfloat16", "seconds": {"as it is": [0.005]}}
-    assert tune.best_first([problem | {"seconds": seconds}, other]) == [
-        ("variant", "1e+09 float32, ms", "x", "1e+09 bfloat16, ms", "x"),
-        ("block=512", "4.000", "0.500", "-", "-"),
-        ("as it is", "8.000", "1.000", "5.000", "1.000"),
-        ("block=2048", "16.000", "2.000", "-", "-"),
-    ]
-
-
-def test_tuning_notes_what_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "VARIANTS", {tune.OWN: {}, "block=512": {"block": 512}})
-    monkeypatch.setattr(tune, "PROBLEMS", ((10**6, F32),))
-    step = wd_kernels.AdamW.step
+def test_tuning_compares_variants_and_notes_what_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        tune, "VARIANTS", {"wd_kernels": {}, "block=512": {"block": 512}, "block=2048": {"block": 2048}}
+    )
+    monkeypatch.setattr(tune, "CASES", ["1x1000000-float32-kept"])
+    step, seen = wd_kernels.AdamW.step, []
 
     def step_or_fail(self: Any, closure: Any = None) -> Any:
-        if triton_backend.block((wd_kernels.storage.FORMATS[1],)) == 512:
+        seen.append(triton_backend.block((wd_kernels.storage.FORMATS[1],)))
+        if seen[-1] == 512:
             raise RuntimeError("out of registers")
         return step(self, closure)
 
     monkeypatch.setattr(wd_kernels.AdamW, "step", step_or_fail)
-    said: list[str] = []
-    tune.tune(tmp_path, CPU, True, 5.0, said.append)
-    (problem,) = json.loads((tmp_path / "tune.json").read_text())["problems"]
-    assert len(problem["seconds"]["as it is"]) == tune.ROUNDS
-    assert problem["failed"] == {"block=512": "RuntimeError: out of registers"}
-    assert any("REHEARSAL" in line for line in said)
+    text = tune.tune(gpu_parts.Report(tmp_path, CPU, "tune"), CPU, True, 5.0)
+    report = json.loads((tmp_path / "tune.json").read_text())
+    assert [e["extra_info"]["contender"] for e in report["benchmarks"]] == ["wd_kernels", "block=2048"]
+    assert report["left_out"] == {"1x10-float32-kept": {"block=512": "RuntimeError: out of registers"}}
+    assert set(seen) == {512, 1024, 2048}
+    assert (tmp_path / "tune.txt").read_text() == text
+    assert "REHEARSAL" in text
+    assert report["finished"]
 
 
 # As it is run ---------------------------------------------------------------------------------------------------------
@@ -156,9 +151,8 @@ def test_a_rehearsal_from_end_to_end(tmp_path):
         program(*arguments), env=surroundings(), cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu.json", "gpu.txt", "peers.png", "roofline.png"]
-    for name in ("peers.png", "roofline.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu.json", "gpu.txt", "peers.png"]
+    assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["rehearsal"]
     assert report["finished"]
