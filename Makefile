@@ -42,7 +42,7 @@ bench-gpu:  ## on a machine with a GPU, with the Python that has its torch; need
 codegen: $(NATIVE) $(OLDEST)  ## what the GPU kernels compile to, kept in bench/results
 	$(RUN) bench/codegen.py --save
 	PYTHONPATH=$(OLDEST) $(RUN) bench/codegen.py --save
-	$(RUN) bench/codegen.py --cuda --save
+	$(RUN) bench/codegen_cuda.py --save
 
 study: $(NATIVE)  ## decoupled weight decay, seen: trains grids of networks (10 minutes), goes on where it was interrupted
 	$(RUN) bench/study.py

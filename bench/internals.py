@@ -1,6 +1,6 @@
 """All that the benchmarks know of the inside of wd_kernels: elsewhere they use its public names alone.
 
-What code generation knows of it is in codegen_triton.py and codegen_cuda.py.
+What code generation knows beside it: codegen.compiled, of the Triton backend; codegen_cuda, of names in csrc/cuda.
 """
 
 from __future__ import annotations
@@ -13,8 +13,17 @@ from typing import Any
 from wd_kernels import mirror
 from wd_kernels.__main__ import aligned, choices, versions
 from wd_kernels.backends import triton as backend
+from wd_kernels.storage import format_of
 
-__all__ = ["aligned", "bare_launch", "buckets", "launch_parameters", "time_launches", "versions_and_choices"]
+__all__ = [
+    "aligned",
+    "bare_launch",
+    "buckets",
+    "format_of",
+    "launch_parameters",
+    "time_launches",
+    "versions_and_choices",
+]
 
 
 def versions_and_choices() -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,16 +87,8 @@ def _cuda(target: str) -> dict[str, str]:
         (path / "kernels.ptx").write_text(text)
 
     path = _once(f"cuda-{target}", make) / "kernels.ptx"
-    text = re.sub(r"^[^\n]*?(?=\.visible|\.entry|\.weak)", "", path.read_text(), count=1, flags=re.DOTALL)
-    found = {}
-    for part in re.split(r"(?=^(?:\.visible |\.weak )?\.entry )", text, flags=re.MULTILINE)[1:]:
-        mangled = re.search(r"\.entry\s+([\w$]+)", part)
-        assert mangled
-        readable = subprocess.run(["c++filt", mangled[1]], check=True, capture_output=True, text=True).stdout
-        arguments = re.search(r"step_kernel<(.*)>\(", readable)
-        if arguments:
-            found[arguments[1]] = part
-    return found
+    # What ptx.parse takes of a part begins with `.entry`.
+    return {key: f".entry {part}" for key, part in codegen_cuda.parts(path.read_text(), r"\.entry ").items()}
 
 
 def cuda_ptx(target: str, kernel: codegen.Kernel) -> str:
