@@ -45,7 +45,7 @@ codegen: $(NATIVE) $(OLDEST)  ## what the GPU kernels compile to, kept in bench/
 	$(RUN) bench/codegen_cuda.py --save
 
 study: $(NATIVE)  ## decoupled weight decay, seen: trains grids of networks (10 minutes), goes on where it was interrupted
-	$(RUN) bench/study.py
+	$(RUN) bench/study
 
 dist: $(VENV)/ready  ## sdist, and from it the wheel, into dist/
 	rm -rf dist

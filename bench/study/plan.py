@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from study_train import NOISE, STEPS_AN_EPOCH, Config, Run
 
 from wd_kernels.schedules import Constant, Cosine, NormalizedDecay, StepDrop, WarmRestarts
 
-__all__ = ["METHODS", "RIVALS", "SCHEDULES", "Method", "Plan", "anytime", "budgets", "finals", "grids"]
+from .train import NOISE, STEPS_AN_EPOCH, Config, Run
 
 RIVALS = ("Adam-L2", "AdamW independent")
 BUDGET_LR = {"normalised": 1e-3, "noisy": 1e-2}  # where the weight decay matters in all of them
@@ -22,6 +21,8 @@ SCHEDULES: dict[str, Callable[[int], Schedule]] = {
     "step drop": lambda steps: StepDrop((steps * 3 // 10, steps * 6 // 10, steps * 8 // 10), 0.2),
     "cosine": Cosine,
 }
+#: (lr, weight decay) by (method, schedule).
+Places = Mapping[tuple[str, str], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -107,43 +108,33 @@ class Plan:
         return decays
 
 
-def _grid(method: Method, network: str, schedule: str, plan: Plan) -> Run:
-    lrs, decays = method.grid(plan.size)
-    made = SCHEDULES[schedule](plan.epochs * STEPS_AN_EPOCH)
-    configs = tuple(method.config(lr, decay, made) for lr in lrs for decay in decays)
-    return Run(f"grid-{method.name}-{network}-{schedule}", network, method.rule, configs, plan.epochs, plan.seeds)
-
-
 def grids(plan: Plan) -> dict[tuple[str, str, str], Run]:
     """The grids of figures (a) and (b), by (method, network, schedule)."""
     wanted = [(name, network, "cosine") for network in NOISE for name in METHODS]
     wanted += [(name, network, schedule) for network in NOISE for name in RIVALS for schedule in ("fixed", "step drop")]
-    return {(m, network, s): _grid(METHODS[m], network, s, plan) for m, network, s in wanted}
+    runs = {}
+    for name, network, schedule in wanted:
+        method, made = METHODS[name], SCHEDULES[schedule](plan.epochs * STEPS_AN_EPOCH)
+        lrs, decays = method.grid(plan.size)
+        configs = tuple(method.config(lr, decay, made) for lr in lrs for decay in decays)
+        title = f"grid-{name}-{network}-{schedule}"
+        runs[name, network, schedule] = Run(title, network, method.rule, configs, plan.epochs, plan.seeds)
+    return runs
 
 
 def budgets(plan: Plan) -> dict[tuple[str, int], Run]:
     """The runs of figure (c), by (network, epochs): a row of weight decays at one learning rate, cosine."""
-    method = METHODS["AdamW independent"]
-    return {
-        (network, epochs): Run(
-            f"budget-{network}-{epochs}",
-            network,
-            method.rule,
-            tuple(method.config(lr, decay, Cosine(epochs * STEPS_AN_EPOCH)) for decay in plan.row()),
-            epochs,
-            2 * plan.seeds,
-        )
-        for network, lr in BUDGET_LR.items()
-        for epochs in plan.budgets
-    }
+    method, runs = METHODS["AdamW independent"], {}
+    for network, lr in BUDGET_LR.items():
+        for epochs in plan.budgets:
+            configs = tuple(method.config(lr, decay, Cosine(epochs * STEPS_AN_EPOCH)) for decay in plan.row())
+            title = f"budget-{network}-{epochs}"
+            runs[network, epochs] = Run(title, network, method.rule, configs, epochs, 2 * plan.seeds)
+    return runs
 
 
-def finals(plan: Plan, network: str, places: Mapping[tuple[str, str], tuple[float, float]]) -> Run:
-    """Figure (b) without the luck of the choice: what was best of each (method, schedule), trained with new seeds.
-
-    Args:
-        places: its (lr, weight decay).
-    """
+def finals(plan: Plan, network: str, places: Places) -> Run:
+    """Figure (b) without the luck of the choice: what was best, at its `places`, trained with new seeds."""
     configs = tuple(
         METHODS[name].config(*place, SCHEDULES[schedule](plan.epochs * STEPS_AN_EPOCH))
         for (name, schedule), place in places.items()
@@ -151,12 +142,10 @@ def finals(plan: Plan, network: str, places: Mapping[tuple[str, str], tuple[floa
     return Run(f"finals-{network}", network, "AdamW", configs, plan.epochs, plan.finals, first_seed=1000)
 
 
-def anytime(plan: Plan, network: str, places: Mapping[tuple[str, str], tuple[float, float]]) -> tuple[list[str], Run]:
+def anytime(plan: Plan, network: str, places: Places) -> tuple[list[str], Run]:
     """The run of figure (d), all of whose optimizers are param groups of one, and what its configurations are called.
 
-    Args:
-        places: (lr, weight decay) that was best at `plan.epochs`, by (method, schedule). AdamW's under the cosine
-            becomes the normalised weight decay of both its runs.
+    `places` were best at `plan.epochs`. AdamW's under the cosine becomes the normalised weight decay of both its runs.
     """
     period, mult, epochs = plan.restarts
     steps = epochs * STEPS_AN_EPOCH

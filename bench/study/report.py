@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 
+from internals import aligned
 from readme import markdown
-from study_findings import Findings, Mean
-from study_plan import BUDGET_LR, METHODS, RIVALS, SCHEDULES
-from study_ridge import Fit
-from study_train import BATCH, NOISE, STEPS_AN_EPOCH, TRAIN
 from tables import filled
 
-from wd_kernels.__main__ import aligned
-
-__all__ = ["render", "section", "signed"]
+from .findings import Findings, Fit, Mean
+from .plan import BUDGET_LR, METHODS, RIVALS, SCHEDULES
+from .train import BATCH, NOISE, STEPS_AN_EPOCH, TRAIN
 
 Rows = list[tuple[str, ...]]
 
@@ -105,10 +102,23 @@ def claims(found: Findings) -> Rows:
     for text, claim in (("Coupled, the best λ falls as 1/lr", -1), ("Decoupled, the best λ does not depend on lr", 0)):
         names = [method.name for method in METHODS.values() if method.claim == claim]
         rows.append((text, *(_slopes([found.ridge(name, network) for name in names], claim) for network in NOISE)))
-    rows.append(("AdamW's best test error is below Adam-L2's", *(_better(found, network) for network in NOISE)))
-    exponents = [found.budget(network) for network in NOISE]
-    rows.append(("The best λ falls as 1/√steps", *(f"{verdict(own, -0.5)}: exponent {own}" for own in exponents)))
-    rows.append(("AdamWR is ahead at any time", *(_ahead(found, network) for network in NOISE)))
+    better, ahead, exponents = [], [], []
+    for network in NOISE:
+        words = []
+        for schedule in SCHEDULES:
+            gap = difference(found, network, schedule)
+            beyond = abs(gap.value) > 1.96 * gap.error
+            words.append(f"{schedule}: {'not to be told' if not beyond else 'yes' if gap.value > 0 else 'no, above'}")
+        better.append("; ".join(words))
+        exponent = found.budget(network)
+        exponents.append(f"{verdict(exponent, -0.5)}: exponent {exponent}")
+        ends = found.plan.period_ends()
+        means = {name: values.mean(-1) for (own, name), values in found.anytime.items() if own == network}
+        wins = [end for end in ends if means["AdamWR"][end - 1] <= min(own[end - 1] for own in means.values())]
+        ahead.append(f"the lowest error of the four at the end of {len(wins)} of its {len(ends)} periods")
+    rows.append(("AdamW's best test error is below Adam-L2's", *better))
+    rows.append(("The best λ falls as 1/√steps", *exponents))
+    rows.append(("AdamWR is ahead at any time", *ahead))
     return rows
 
 
@@ -117,24 +127,6 @@ def _slopes(measured: list[Fit], claim: int) -> str:
     low, high = (extreme(own.slope for own in measured) for extreme in (min, max))
     counts = ", ".join(f"{verdicts.count(word)} {word}" for word in dict.fromkeys(verdicts))
     return f"of {len(measured)} methods {counts}: slopes {low:+.2f} to {high:+.2f}"
-
-
-def _better(found: Findings, network: str) -> str:
-    """In which schedules the difference is beyond its interval."""
-    words = []
-    for schedule in SCHEDULES:
-        gap = difference(found, network, schedule)
-        beyond = abs(gap.value) > 1.96 * gap.error
-        words.append(f"{schedule}: {'not to be told' if not beyond else 'yes' if gap.value > 0 else 'no, above'}")
-    return "; ".join(words)
-
-
-def _ahead(found: Findings, network: str) -> str:
-    """How often AdamWR has the lowest mean error at the end of a period."""
-    ends = found.plan.period_ends()
-    means = {name: values.mean(-1) for (own, name), values in found.anytime.items() if own == network}
-    wins = [end for end in ends if means["AdamWR"][end - 1] <= min(own[end - 1] for own in means.values())]
-    return f"the lowest error of the four at the end of {len(wins)} of its {len(ends)} periods"
 
 
 OPENING = """\
@@ -162,34 +154,29 @@ interval):
 """
 
 
+PICTURES = {
+    "ridges_normalised": "Error over learning rate and weight decay, normalised network",
+    "ridges_noisy": "The same, network without normalisation and noisy labels",
+    "schedules": "Adam-L2 and AdamW under three schedules",
+    "budgets": "The best weight decay against the training budget",
+    "anytime": "Anytime performance of AdamWR, AdamW and Adam-L2",
+}
+
+
 def section(found: Findings) -> str:
     """The README's section."""
+    minutes, noise = f"{found.about['seconds'] / 60:.0f}", NOISE["noisy"]
     opening = OPENING.format(
-        **{key: found.about[key] for key in ("networks", "machine", "torch", "date")},
-        minutes=f"{found.about['seconds'] / 60:.0f}",
-        train=TRAIN,
-        batch=BATCH,
-        steps=STEPS_AN_EPOCH,
-        noise=NOISE["noisy"],
+        **found.about, minutes=minutes, train=TRAIN, batch=BATCH, steps=STEPS_AN_EPOCH, noise=noise
     )
-    return "\n\n".join(
-        [
-            filled(*opening.split()),
-            filled(*RIDGES.split()),
-            markdown(ridges(found)),
-            filled(*BETWEEN.format(finals=found.plan.finals).split()),
-            markdown(claims(found)),
-            *(f"![{title}](bench/results/study_{name}.png)" for name, title in PICTURES),
-            "All numbers are in [bench/results](bench/results/study.txt). To train again, and to keep what comes:",
-            "    make study\n    .venv/bin/python bench/study.py --save --readme",
-        ]
-    )
-
-
-PICTURES = (
-    ("ridges_normalised", "Error over learning rate and weight decay, normalised network"),
-    ("ridges_noisy", "The same, network without normalisation and noisy labels"),
-    ("schedules", "Adam-L2 and AdamW under three schedules"),
-    ("budgets", "The best weight decay against the training budget"),
-    ("anytime", "Anytime performance of AdamWR, AdamW and Adam-L2"),
-)
+    parts = [
+        filled(*opening.split()),
+        filled(*RIDGES.split()),
+        markdown(ridges(found)),
+        filled(*BETWEEN.format(finals=found.plan.finals).split()),
+        markdown(claims(found)),
+        *(f"![{title}](bench/results/study_{name}.png)" for name, title in PICTURES.items()),
+        "All numbers are in [bench/results](bench/results/study.txt). To train again, and to keep what comes:",
+        "    make study\n    .venv/bin/python bench/study --save --readme",
+    ]
+    return "\n\n".join(parts)
