@@ -64,11 +64,6 @@ class Result:
         return self.bytes / statistics.median(self.device) / 1e9
 
     @property
-    def kernel(self) -> float:
-        """Seconds inside of the launches of a step."""
-        return float(statistics.median(self.info["launches"]))
-
-    @property
     def host(self) -> float:
         """Seconds of a step outside of its launches."""
         return float(statistics.median(s - k for s, k in zip(self.seconds, self.info["launches"], strict=True)))

@@ -14,7 +14,7 @@ import torch
 from contenders import Contender
 from gpu_around import commit, output_of, say, write
 from internals import buckets, versions_and_choices
-from peers import LR, always_there, first_line, load, on
+from peers import LR, first_line, load, on
 from tables import render
 from torch.profiler import ProfilerActivity, profile
 from turns import Timer, measure
@@ -72,8 +72,7 @@ class Report:
 def measure_steps(report: Report, device: torch.device, small: bool, seconds: float, only: Sequence[str]) -> None:
     """Measures the cases, one after another, as long as there is time."""
     values = report.values
-    peers, values["missing"] = load(always_there() if device.type == "cpu" else on("cuda"))
-    peers = {peer: cls for peer, cls in peers.items() if device.type in peer.devices}
+    peers, values["missing"] = load(on(device.type))
     timer = Timer(device, WAYS)
     timer.free()
     free = 0 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]

@@ -82,29 +82,26 @@ class Peer:
         return optimizer
 
 
-def _ours(name: str, devices: tuple[str, ...], **more: str) -> list[Peer]:
-    """Ours, of every rule."""
+def _every_rule(
+    name: str, module: str, states: States, devices: tuple[str, ...] = EVERYWHERE, **more: Any
+) -> list[Peer]:
+    """Ours, or one of torch's implementations."""
+    ours = module == "wd_kernels"
     return [
-        Peer(name, key, f"wd_kernels:{rule.ours}", our_states, rule.options | more, ALL, True, devices)
-        for key, rule in RULES.items()
-    ]
-
-
-def _torch(name: str, devices: tuple[str, ...], **flags: bool) -> list[Peer]:
-    """One of torch's implementations, of every rule."""
-    return [
-        Peer(name, key, f"torch.optim:{rule.torchs}", own_dtype_states, rule.options | flags, ALL, False, devices)
+        Peer(
+            name, key, f"{module}:{rule.ours if ours else rule.torchs}", states, rule.options | more, ALL, ours, devices
+        )
         for key, rule in RULES.items()
     ]
 
 
 _TE = "transformer_engine.pytorch.optimizers"
 PEERS = (
-    *_ours(OURS, EVERYWHERE),
-    *_ours(CUDA, ("cuda",), backend="cuda"),
-    *_torch(FUSED, EVERYWHERE, fused=True),
-    *_torch(FOREACH, EVERYWHERE, foreach=True),
-    *_torch("torch for-loop", CPU, foreach=False, fused=False),
+    *_every_rule(OURS, "wd_kernels", our_states),
+    *_every_rule(CUDA, "wd_kernels", our_states, ("cuda",), backend="cuda"),
+    *_every_rule(FUSED, "torch.optim", own_dtype_states, fused=True),
+    *_every_rule(FOREACH, "torch.optim", own_dtype_states, foreach=True),
+    *_every_rule("torch for-loop", "torch.optim", own_dtype_states, CPU, foreach=False, fused=False),
     Peer(DEEPSPEED, "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", float32_states, {}, HALVES, devices=CPU),
     Peer("apex", "adamw", "apex.optimizers:FusedAdam", float32_states),
     Peer("apex", "sgdw", "apex.optimizers:FusedSGD", own_dtype_states, MOMENTUM),
@@ -127,11 +124,6 @@ PEERS = (
 def on(device: str) -> list[Peer]:
     """Those that are measured on a type of device."""
     return [peer for peer in PEERS if device in peer.devices]
-
-
-def always_there() -> list[Peer]:
-    """Those that are installed wherever this package is."""
-    return [peer for peer in on("cuda") if peer.path.startswith(("wd_kernels", "torch."))]
 
 
 def first_line(error: BaseException) -> str:

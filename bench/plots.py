@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,13 @@ from peers import CUDA, DEEPSPEED, FLAT, FOREACH, FUSED, OURS
 from tables import REHEARSAL, heading, rule_name, size
 from workloads import BARE_LOOP, CEILING, LEAD, REFERENCE, TARGETS, TIMED
 
-COLORS = {
+COLORS = defaultdict(lambda: "#c2703d", {
     OURS: "#1565c0", FLAT: "#5ba3e6", CUDA: "#00796b", REFERENCE: "#b4cfe8", FUSED: "#9a5b13", FOREACH: "#c08a4a",
     "torch for-loop": "#dcb98c", DEEPSPEED: "#5a7d3c", "torch-optimi": "#7b4fa3", "torchao 8-bit": "#b03a5b",
     "bitsandbytes 8-bit": "#3f8f8f", "bitsandbytes 32-bit": "#8fc4c4", "pytorch_optimizer": "#8a8a2a",
     "apex": "#606060", "TransformerEngine": "#b0306b", "flashoptim": "#d08020", BARE_LOOP: "#909090",
     CEILING: "#303030",
-}  # fmt: skip
+})  # fmt: skip
 #: Ours are drawn over the others, with other marks.
 MARKS = {OURS: "D", FLAT: "d", CUDA: "s", BARE_LOOP: "|", CEILING: "|", REFERENCE: "x"}
 BUDGET = "#c62828"
@@ -56,29 +58,27 @@ def plot(report: Report, folder: Path, stem: str = "") -> list[Path]:
 
 def lead(cases: Cases) -> Figure | None:
     """What stands first in the README: a bar for every optimizer, with the time of its step, in a few cases."""
-    chosen = [sorted(_only(cases[name]), key=lambda r: r.median) for name in LEAD if (OURS, 1) in cases.get(name, {})]
+    chosen = []
+    for them in (cases[name] for name in LEAD if (OURS, 1) in cases.get(name, {})):
+        own = [r for (name, groups), r in them.items() if groups == 1 and (is_peer(name) or name in (OURS, FLAT))]
+        chosen.append(sorted(own, key=lambda r: r.median))
     if not chosen:
         return None
     size_of_all = (4.6 * len(chosen), 1.2 + 0.27 * max(map(len, chosen)))
     figure, axes = plt.subplots(1, len(chosen), figsize=size_of_all, squeeze=False)
-    for axis, them in zip(axes[0], chosen, strict=True):
-        values = [r.median * 1e3 for r in them]
-        bars = axis.barh([r.contender for r in them], values, color=[_color(r.contender) for r in them], height=0.72)
+    for axis, own in zip(axes[0], chosen, strict=True):
+        values = [r.median * 1e3 for r in own]
+        bars = axis.barh([r.contender for r in own], values, color=[COLORS[r.contender] for r in own], height=0.72)
         axis.bar_label(bars, [f"{v:.3g}" for v in values], padding=3)
-        for label, r in zip(axis.get_yticklabels(), them, strict=True):
+        for label, r in zip(axis.get_yticklabels(), own, strict=True):
             label.set_fontweight("bold" if r.contender in (OURS, FLAT) else "normal")
         axis.invert_yaxis()
         axis.set_xlim(0, 1.12 * max(values))
-        axis.set_title(f"{size(them[0].info)}, {them[0].info['dtype']}".replace(" x ", " × "))
+        axis.set_title(f"{size(own[0].info)}, {own[0].info['dtype']}".replace(" x ", " × "))
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
     figure.supxlabel("ms, one step of AdamW: shorter is better", size=9)
     return figure
-
-
-def _only(them: dict[tuple[str, int], Result]) -> list[Result]:
-    """Ours and the peers of a case of one group."""
-    return [r for (name, groups), r in them.items() if groups == 1 and (is_peer(name) or name in (OURS, FLAT))]
 
 
 def rows(cases: Cases) -> Rows:
@@ -97,10 +97,6 @@ def rows(cases: Cases) -> Rows:
                 parts += ["lr changing"] * (r.info["lr"] == "changing")
             found.setdefault(", ".join(parts), {})[r.contender] = r
     return {label: them for label, them in found.items() if OURS in them}
-
-
-def _color(name: str) -> str:
-    return COLORS.get(name, "#c2703d")
 
 
 def peers(cases: Cases) -> Figure | None:
@@ -126,7 +122,7 @@ def peers(cases: Cases) -> Figure | None:
                 if x is None or (name == CEILING and not title.startswith("Time")):
                     continue
                 area, width = (46 if own else 90 if mark == "|" else 26), (1.6 if mark in "|x" else 0.0)
-                axis.scatter(x, y, s=area, marker=mark, color=_color(name), zorder=3 + own, linewidths=width)
+                axis.scatter(x, y, s=area, marker=mark, color=COLORS[name], zorder=3 + own, linewidths=width)
             budget = TARGETS.get(them[OURS].case) if on_device and title.startswith("Percent") else None
             if budget:
                 axis.plot([budget] * 2, [y - 0.4, y + 0.4], color=BUDGET, linewidth=1.6)
@@ -138,12 +134,12 @@ def peers(cases: Cases) -> Figure | None:
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter("{x:g}")
         if not title.startswith("Time"):
-            axis.axvline(*((100,) if title.startswith("Percent") else (1,)), color=_color(OURS), linewidth=1.2)
+            axis.axvline(*((100,) if title.startswith("Percent") else (1,)), color=COLORS[OURS], linewidth=1.2)
     axes[0].set_yticks(range(len(labelled)), list(labelled))
     axes[0].set_ylim(len(labelled) - 0.4, -0.6)
     names = list(dict.fromkeys(name for them in labelled.values() for name in them))
     handles = [
-        Line2D([], [], linestyle="", marker=MARKS.get(n, "o"), color=_color(n), markersize=7, markeredgewidth=1.5)
+        Line2D([], [], linestyle="", marker=MARKS.get(n, "o"), color=COLORS[n], markersize=7, markeredgewidth=1.5)
         for n in names
     ]
     if on_device:
@@ -171,11 +167,13 @@ def scaling(cases: Cases) -> Figure | None:
             lines.append((name, name, "-o", lambda r: r.median))
             if name in TIMED and sweep != "groups":
                 lines.append((TIMED[name], f"{name}, host alone", "--", lambda r: r.host))
-                lines.append((TIMED[name], f"{name}, launches alone", ":", lambda r: r.kernel))
+                lines.append(
+                    (TIMED[name], f"{name}, launches alone", ":", lambda r: statistics.median(r.info["launches"]))
+                )
         for name, label, style, value in lines:
             x, y = [n for n in at if name in at[n]], [value(at[n][name]) * 1e3 for n in at if name in at[n]]
             if x:
-                color = _color(label.split(",")[0])
+                color = COLORS[label.split(",")[0]]
                 (known[label],) = axis.plot(x, y, style, markersize=4, color=color, linewidth=1.6)
         axis.set(xscale="log", yscale="log", xlabel=sweep, ylabel="ms")
         low, high = axis.get_ylim()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from figures import Cases, Report, copy_rate, device, is_peer, points, results, stem_of
 from peers import FLAT, FUSED, OURS
-from tables import digits, filled, filled_columns, lost, percent, rule_name, scaling, size
+from tables import filled, filled_columns, lost, ms, percent, rule_name, scaling, size
 from workloads import CEILING, LEAD
 
 HEADER = (
@@ -107,11 +107,11 @@ def table(cases: Cases) -> str:
                 rule_name(info),
                 info["dtype"] + ("" if info["threads"] == most else f", {info['threads']} thread"),
                 info["gradients"],
-                digits(ours.median),
-                digits(statistics.median(on_device)) if on_device else "",
-                digits(flat.median) if flat else "",
-                digits(fused.median) if fused else "",
-                f"{next_best.contender}: {digits(next_best.median)}" if next_best else "",
+                ms(ours.median),
+                ms(statistics.median(on_device)) if on_device else "",
+                ms(flat.median) if flat else "",
+                ms(fused.median) if fused else "",
+                f"{next_best.contender}: {ms(next_best.median)}" if next_best else "",
                 f"{min(ours.ratio(r) for r in peers):.2f}×",
                 f"{ours.device_ratio(fused):.2f}×" if fused and on_device else "",
                 "" if share is None else f"{percent(share)}%",

@@ -23,37 +23,30 @@ from tables import render
 
 ROOT = Path(__file__).parent.parent
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
-GPU = "-gpu.json"
-#: What pytest-benchmark adds, and nobody reads.
-LEFT = {"version", "benchmarks"}
+CPU = ("brand_raw", "count", "l3_cache_size")  # what is kept of it
 
 
 def slim(report: Report) -> Report:
-    """What is kept of a report: nothing is lost that a table says."""
-    kept = {name: value for name, value in report.items() if name not in LEFT}
-    machine, commit = report["machine_info"], report.get("commit_info", {})
+    """What is kept of a report: nothing is lost that a table says. A clock has no more than six digits."""
+
+    def short(value: object) -> object:
+        return [float(f"{v:.6g}") for v in value] if isinstance(value, list) else value
+
+    machine, commit = dict(report["machine_info"]), report.get("commit_info", {})
     if not of_gpu(report):
-        cpu = {key: value for key, value in machine.get("cpu", {}).items() if key in CPU}
-        whose = {name: machine.get(name, "unknown") for name in ("machine", "system")}
-        kept["machine_info"] = {**whose, "cpu": cpu, "wd_kernels": machine.get("wd_kernels", {})}
-    kept["commit_info"] = {key: commit.get(key) for key in ("id", "dirty")}
-    kept["benchmarks"] = [
+        machine["cpu"] = {key: value for key, value in machine.get("cpu", {}).items() if key in CPU}
+        machine = {key: machine[key] for key in ("machine", "system", "cpu", "wd_kernels") if key in machine}
+    entries = [
         {
             "group": entry["group"],
-            "extra_info": {key: _short(value) for key, value in entry["extra_info"].items()},
-            "stats": {"data": _short(entry["stats"]["data"])},
+            "extra_info": {key: short(value) for key, value in entry["extra_info"].items()},
+            "stats": {"data": short(entry["stats"]["data"])},
         }
         for entry in report["benchmarks"]
     ]
-    return kept
-
-
-CPU = ("brand_raw", "count", "l3_cache_size")
-
-
-def _short(value: object) -> object:
-    """Seconds of rounds to six digits: a clock has no more."""
-    return [float(f"{v:.6g}") for v in value] if isinstance(value, list) else value
+    kept = {name: value for name, value in report.items() if name not in ("version", "benchmarks")}
+    own = {"commit_info": {key: commit.get(key) for key in ("id", "dirty")}, "machine_info": machine}
+    return kept | own | {"benchmarks": entries}
 
 
 def dumped(report: Report) -> str:
@@ -63,16 +56,10 @@ def dumped(report: Report) -> str:
     return f'{json.dumps(rest, indent=1)[:-2]},\n "benchmarks": [\n  {lines}\n ]\n}}\n'
 
 
-def kept(folder: Path, gpu: bool = False) -> list[Path]:
-    """The JSON files of a folder of results, which begin with their date, the newest last."""
-    return sorted(p for p in folder.glob("[0-9]*.json") if p.name.endswith(GPU) == gpu)
-
-
 def newest(folder: Path, gpu: bool = False) -> Report | None:
-    """What the newest of them says."""
-    paths = kept(folder, gpu)
-    report: Report | None = json.loads(paths[-1].read_text()) if paths else None
-    return report
+    """The newest report in a folder of results, whose names begin with their date."""
+    paths = [path for path in sorted(folder.glob("[0-9]*.json")) if path.name.endswith("-gpu.json") == gpu]
+    return dict(json.loads(paths[-1].read_text())) if paths else None
 
 
 def save(report: Report, folder: Path) -> list[Path]:

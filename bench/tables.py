@@ -8,31 +8,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import figures
-from figures import Cases, Report, Result, copy_rate, iqr, of_gpu, points
+from figures import Cases, Report, copy_rate, iqr, of_gpu, points
 from gpu_budgets import verdicts
 from internals import aligned
 from peers import FLAT, OURS, RULES
-from workloads import CEILING, TIMED
+from workloads import CEILING
 
 Row = tuple[str, ...]
 REHEARSAL = "REHEARSAL on the CPU with tiny sizes: it checks the program; no figure here is a GPU's."
-SWEEP_TITLES = {
-    "tensors": "1 to 10^4 tensors of 10^6 elements in all",
-    "elements": "10^3 to 10^9 elements in one tensor",
-    "groups": "1 to 1000 groups of 1000 tensors with 1000 elements, lr changing in each group",
-}
 IN_CACHE = 1000  # tensors; the objects of ten times as many are larger than a core's caches
-ON_CPU = (
-    "% ceiling: of the\nrate of a plain stream over as many bytes with the same mix of reads and writes, in the same "
-    "rounds;\nx ours: how many times longer it takes than wd_kernels (median over rounds).\n"
-    "bare loop: the launch alone, on one flat buffer of as many elements."
-)
-ON_GPU = (
-    "% ceiling: of the\ncopy's rate, by the device time; x ours: how many times longer it takes than wd_kernels "
-    "(median over rounds).\nms: steps one after another, awaited at the end of the turn; device: by events, on a cold "
-    "L2 where the case\ncould stay in it; host: until step() returns. Who takes no gradients of another dtype than "
-    "the parameters' has these."
-)
+#: What the columns are, and more of a CPU's and of a GPU's.
+COLUMNS = """\
+Whole steps, contenders in turns; medians over rounds. us a group: what each group after the first adds; GB/s: by the
+byte model; x ours: how many times longer it takes than wd_kernels (median over rounds); """
+ON_CPU = """\
+% ceiling: of the rate of a
+plain stream over as many bytes with the same mix of reads and writes, in the same rounds. bare loop: the launch alone,
+on one flat buffer of as many elements; where launches are timed, host ms is what passes outside of them."""
+ON_GPU = """\
+% ceiling: of the copy's rate,
+by the device time. ms: steps one after another, awaited at the end of the turn; device: by events, on a cold L2 where
+the case could stay in it; host: until step() returns. Who takes no gradients of another dtype has the parameters'."""
 
 
 def rule_name(info: dict[str, Any]) -> str:
@@ -47,12 +43,6 @@ def size(info: dict[str, Any]) -> str:
 
 
 def ms(seconds: float) -> str:
-    """To three digits, and no more than are there."""
-    value = seconds * 1e3
-    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
-
-
-def digits(seconds: float) -> str:
     """Milliseconds, to three digits."""
     value = seconds * 1e3
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
@@ -98,58 +88,35 @@ def heading(report: Report) -> list[tuple[str, str]]:
     return rows
 
 
-RATES = ("GB/s", "% ceiling", "B/param", "x ours", "device: x ours")
-
-
-def rates(own: Result, them: dict[tuple[str, int], Result]) -> Row:
-    """What every table says of a contender beside its times."""
-    ours = them.get((OURS, own.groups))
-    return (
-        f"{own.rate:.1f}",
-        percent(own.share(them.get((CEILING, 1)))),
-        f"{own.info['bytes_per_parameter']:.4g}",
-        f"{ours.ratio(own):.2f}" if ours else "-",
-        f"{ours.device_ratio(own):.2f}" if ours and own.info["device"] else "-",
-    )
-
-
-def group_cost(own: Result, them: dict[tuple[str, int], Result]) -> str:
-    """Microseconds that each group after the first adds."""
-    one = them.get((own.contender, 1))
-    if one is None or own.groups == 1:
-        return "-"
-    pairs = zip(one.seconds, own.seconds, strict=False)
-    return f"{1e6 * statistics.median(b - a for a, b in pairs) / (own.groups - 1):.2f}"
+HEADER = (
+    "tensors", "rule", "dtype", "gradients", "threads", "optimizer", "groups", "ms", "IQR", "us a group", "launches ms",
+    "device ms", "IQR", "host ms", "GB/s", "% ceiling", "B/param", "x ours", "device: x ours",
+)  # fmt: skip
 
 
 def steps(cases: Cases) -> list[Row]:
-    """A row per contender of every case that is no point of a sweep."""
-    head = ("tensors", "rule", "dtype", "gradients", "threads", "optimizer", "groups", "ms", "IQR")
-    rows: list[Row] = [(*head, "us a group", "device ms", "IQR", "host ms", *RATES)]
+    """A row per contender of every case."""
+    rows: list[Row] = [HEADER]
     for them in cases.values():
         for i, own in enumerate(them.values()):
-            info = own.info
-            if info["sweep"]:
-                break
-            what = (size(info), rule_name(info), info["dtype"], info["gradients"], str(info["threads"]))
+            info, ours, one = own.info, them.get((OURS, own.groups)), them.get((own.contender, 1))
+            between = info["gradients"] + ", lr changing" * (info["lr"] == "changing")
+            what = (size(info), rule_name(info), info["dtype"], between, str(info["threads"]))
+            group_cost = launches = host = "-"
+            if one and own.groups > 1:
+                each = statistics.median(b - a for a, b in zip(one.seconds, own.seconds, strict=False))
+                group_cost = f"{each * 1e6 / (own.groups - 1):.2f}"
+            if info["launches"]:
+                launches, host = ms(statistics.median(info["launches"])), ms(own.host)
+            elif info["host"]:
+                host = ms(statistics.median(info["host"]))
             on_device = [ms(f(own.device)) if info["device"] else "-" for f in (statistics.median, iqr)]
-            host = ms(statistics.median(info["host"])) if info["host"] else "-"
-            times = (ms(own.median), ms(iqr(own.seconds)), group_cost(own, them), *on_device, host)
-            rows.append((*(what if i == 0 else ("",) * 5), own.contender, str(own.groups), *times, *rates(own, them)))
-    return rows
-
-
-def sweep_rows(cases: Cases, sweep: str) -> list[Row]:
-    """A row per point of a sweep and contender; of ours with the time of host and launches apart."""
-    rows: list[Row] = [(sweep, "optimizer", "ms", "IQR", "host ms", "kernel ms", *RATES)]
-    for at, them in points(cases, sweep).items():
-        keyed = {(name, r.groups): r for name, r in them.items()}
-        names = [name for name in them if name not in TIMED.values()]
-        for i, name in enumerate(names):
-            own, timed = them[name], them.get(TIMED.get(name, ""))
-            apart = (ms(timed.host), ms(timed.kernel)) if timed else ("-", "-")
-            times = (ms(own.median), ms(iqr(own.seconds)), *apart)
-            rows.append((str(at) if i == 0 else "", name, *times, *rates(own, keyed)))
+            rows.append(
+                (*(what if i == 0 else ("",) * 5), own.contender, str(own.groups), ms(own.median), ms(iqr(own.seconds)),
+                 group_cost, launches, *on_device, host, f"{own.rate:.1f}", percent(own.share(them.get((CEILING, 1)))),
+                 f"{info['bytes_per_parameter']:.4g}", f"{ours.ratio(own):.2f}" if ours else "-",
+                 f"{ours.device_ratio(own):.2f}" if ours and info["device"] else "-")
+            )  # fmt: skip
     return rows
 
 
@@ -194,7 +161,7 @@ def scaling(cases: Cases) -> str:
         if OURS in them and CEILING in them:
             ours = them[OURS]
             of_ceiling = f"{ours.rate:.0f} GB/s, {percent(ours.share(them[CEILING]))}% of the ceiling"
-            sentences.append(f"One tensor of {most:.0e} elements takes {digits(ours.median)} ms, {of_ceiling}.")
+            sentences.append(f"One tensor of {most:.0e} elements takes {ms(ours.median)} ms, {of_ceiling}.")
     return filled(*sentences)
 
 
@@ -213,17 +180,9 @@ def render(report: Report) -> str:
     """The whole text."""
     cases = figures.results(report)
     parts = [REHEARSAL] if report.get("rehearsal") else []
-    parts += [aligned(heading(report), indent=""), lost(cases)]
-    tables = {
-        "Whole steps, contenders in turns. ms: median over rounds; GB/s: by the byte model; "
-        + (ON_GPU if of_gpu(report) else ON_CPU): steps(cases)
-    }
-    apart = "host: of a step outside of its launches; kernel: inside of them (a turn of its own)."
-    for sweep, title in SWEEP_TITLES.items():
-        tables[f"Scaling: {title}. float32.\n{apart}"] = sweep_rows(cases, sweep)
+    parts += [aligned(heading(report), indent=""), lost(cases), scaling(cases)]
+    if cases:
+        parts += [COLUMNS + (ON_GPU if of_gpu(report) else ON_CPU), aligned(filled_columns(steps(cases)), indent="")]
     if of_gpu(report):
-        tables["Budgets"] = [("target", "where", "found", "verdict"), *verdicts(report)]
-    for title, rows in tables.items():
-        parts += [f"{title}\n\n{aligned(filled_columns(rows), indent='')}"] if len(rows) > 1 else []
-    parts += [scaling(cases), "\n".join(absent(report))]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        parts.append("Budgets\n\n" + aligned([("target", "where", "found", "verdict"), *verdicts(report)], indent=""))
+    return "\n\n".join(part for part in (*parts, "\n".join(absent(report))) if part) + "\n"

@@ -14,9 +14,9 @@ whose steps are long takes part in the first rounds only, and quotients are of r
 from __future__ import annotations
 
 import gc
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,7 @@ class Timer:
             torch.cuda.synchronize()
 
     def _ready(self, contender: Contender) -> None:
-        if contender.prepare is not None:
-            contender.prepare()
+        (contender.prepare or (lambda: None))()
         self.wait()
 
     def turn(self, contender: Contender, steps: int) -> dict[str, float]:
@@ -105,27 +104,11 @@ class Timer:
             torch.cuda.empty_cache()
 
 
-@contextmanager
-def _surroundings(threads: int) -> Iterator[None]:
-    """No garbage collection, and a number of threads (0: as it is)."""
-    had = torch.get_num_threads()
-    torch.set_num_threads(threads or had)
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        torch.set_num_threads(had)
-
-
 def free_memory() -> int | None:
     """Bytes that programs can still take, as Linux estimates it; None where nobody says."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+    told = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+)", told.read_text()) if told.exists() else None
+    return int(found[1]) << 10 if found else None
 
 
 def plan(one: float, share: float) -> tuple[int, int]:
@@ -141,26 +124,20 @@ def plan(one: float, share: float) -> tuple[int, int]:
 def entry(case: Case, contender: Contender, steps: int, turns: list[dict[str, float]]) -> dict[str, Any]:
     """What is kept of a contender's turns, as pytest-benchmark's JSON has it; seconds are per step."""
     tensors, elements = len(case.shapes), case.elements
-    return {
-        "group": str(case),
-        "extra_info": {
-            **({"model": case.size} if case.model else {}),
-            "tensors": tensors,
-            "elements": elements / tensors if elements % tensors else elements // tensors,  # of a tensor, on average
-            "dtype": "+".join(str(d).removeprefix("torch.") for d in dict.fromkeys((case.dtype, case.grad))),
-            "gradients": case.gradients,
-            "rule": case.rule,
-            "threads": case.threads or torch.get_num_threads(),
-            "lr": case.lr,
-            "sweep": case.sweep,
-            "contender": contender.name,
-            "groups": contender.groups,
-            "bytes_per_parameter": contender.bytes_per_parameter,
-            "steps_per_round": steps,
-            **{way: [turn[way] for turn in turns] for way in turns[0] if way != "wall"},
-        },
-        "stats": {"data": [turn["wall"] for turn in turns]},
+    info = {
+        **({"model": case.size} if case.model else {}),
+        "tensors": tensors,
+        "elements": elements / tensors if elements % tensors else elements // tensors,  # of a tensor, on average
+        "dtype": "+".join(str(d).removeprefix("torch.") for d in dict.fromkeys((case.dtype, case.grad))),
+        **{name: getattr(case, name) for name in ("gradients", "rule", "lr", "sweep")},
+        "threads": case.threads or torch.get_num_threads(),
+        "contender": contender.name,
+        "groups": contender.groups,
+        "bytes_per_parameter": contender.bytes_per_parameter,
+        "steps_per_round": steps,
+        **{way: [turn[way] for turn in turns] for way in turns[0] if way != "wall"},
     }
+    return {"group": str(case), "extra_info": info, "stats": {"data": [turn["wall"] for turn in turns]}}
 
 
 def measure(
@@ -174,11 +151,17 @@ def measure(
     if not timer.on_device and free is not None and case.bytes_needed > MOST_MEMORY * free:
         needed = f"needs {case.bytes_needed / 2**30:.3g} GiB, free are {free / 2**30:.3g}"
         return [], {name: needed for name, _ in names}
-    with _surroundings(case.threads):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case.threads or threads)
+    gc.disable()
+    try:
         them, skipped = build(case, peers, names, timer.where)
         entries = [entry(case, *one) for one in rounds(case, them, skipped, seconds, timer)]
-    del them
-    timer.free()
+        del them
+    finally:
+        gc.enable()
+        torch.set_num_threads(threads)
+        timer.free()
     return entries, skipped
 
 

@@ -295,9 +295,6 @@ def test_missing_peers_are_named_with_their_error():
     assert there == {peers.PEERS[0]: wd_kernels.AdamW}
     assert missing["someone FusedAdam"] == "ModuleNotFoundError: No module named 'no_such_package'"
     assert "NoSuchAdam" in missing["other NoSuchAdam"]
-    assert {name for name in HERE[:3] for peer in peers.load(peers.always_there())[0] if peer.name == name} == set(
-        HERE[:3]
-    )
 
 
 # Contenders -----------------------------------------------------------------------------------------------------------
@@ -626,10 +623,8 @@ def test_one_tiny_case_from_end_to_end(tmp_path):
         assert part in text
 
 
-def test_the_demo_trains_both_and_draws(tmp_path):
-    path = tmp_path / "demo.png"
-    text = run("bench/demo.py", "--epochs", "1", "--out", str(path))
-    assert path.read_bytes().startswith(b"\x89PNG")
+def test_the_demo_trains_both():
+    text = run("bench/demo.py", "--epochs", "1")
     rows = [line.split() for line in text.splitlines() if line.startswith(("torch fused ", "wd_kernels "))]
     assert len(rows) == 2
     assert all(float(word) > 0 for row in rows for word in row[-2:-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,42 +40,27 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "first"
 
 
-@pytest.mark.parametrize(
-    ("output", "passed", "failed"),
-    [
-        ("x.py::a PASSED\n=== 1 failed, 3 passed, 7 deselected in 62.10s (0:01:02) ===\n", 3, 1),
-        (
-            "tests/x.py::a PASSED [ 1%]\ntests/x.py::b[c-d] FAILED [ 2%]\ntests/x.py::c PASSED [ 3%]\ntests/x.py::d ",
-            2,
-            1,
-        ),
-        ("3 steps taken in 2.0s\n5 passed in 0.10s\n", 5, 0),
-        ("no tests ran in 0.01s\n", 0, 0),
-    ],
-)
-def test_outcomes_are_counted_also_of_a_run_that_was_cut_off(output, passed, failed):
-    counts = gpu_around.count(output)
-    assert (counts["passed"], counts["failed"]) == (passed, failed)
-
-
 def test_tests_and_build_keep_to_their_time_and_say_how_they_went(tmp_path):
     path = tmp_path / "tests.txt"
     slow = "import time; print('t.py::a PASSED [ 1%]', flush=True); time.sleep(60)"
     started = time.perf_counter()
     found = gpu_around.run_tests(1.5, path, (sys.executable, "-u", "-c", slow))
     assert time.perf_counter() - started < 30
-    assert (found["status"], found["passed"]) == (None, 1)
-    assert found["says"].startswith("1 passed in ")
-    assert found["says"].endswith("CUT OFF")
+    assert found["PASSED"] == 1
+    assert found["says"].startswith("1 passed, CUT OFF after ")
     assert "t.py::a PASSED" in path.read_text()
+    lines = "t.py::a PASSED\nt.py::b[c-d] FAILED [ 2%]\nt.py::c PASSED [ 3%]\nt.py::d "
+    whole = gpu_around.run_tests(30, path, (sys.executable, "-c", f"print({lines!r}); raise SystemExit(1)"))
+    assert (whole["PASSED"], whole["FAILED"]) == (2, 1)
+    assert whole["says"].startswith("2 passed, 1 failed, exit status 1 after ")
+    assert gpu_around.run_tests(30, path, (sys.executable, "-c", "pass"))["says"].startswith("no tests, exit status 0")
 
     broken = gpu_around.build(30, (sys.executable, "-c", "print('no compiler'); raise SystemExit(3)"))
-    assert broken["status"] == 3
-    assert broken["says"] == "FAILED: exit status 3: no compiler"
-    assert gpu_around.build(30, (sys.executable, "-c", "pass"))["says"].startswith("done in ")
+    assert re.fullmatch(r"FAILED: exit status 3 after \d+ s: no compiler", broken["says"])
+    assert gpu_around.build(30, (sys.executable, "-c", "pass"))["says"].startswith("exit status 0 after ")
     without = "wd_kernels: installing without the CUDA library: no CUDA toolkit was found"
     partly = gpu_around.build(30, (sys.executable, "-c", f"print({without!r})"))
-    assert partly["status"] == 0
+    assert not partly["says"].startswith("FAILED")
     assert partly["says"].endswith(" s, without the CUDA library: no CUDA toolkit was found")
 
 
@@ -157,12 +143,13 @@ def test_a_rehearsal_from_end_to_end(tmp_path):
     assert report["rehearsal"]
     assert report["finished"]
     assert report["left_out"] == {}
+    here = {"wd_kernels", "torch fused", "torch foreach", "torch for-loop"}
     found: dict[str, set[str]] = {}
     for e in report["benchmarks"]:
-        found.setdefault(e["group"], set()).add(e["extra_info"]["contender"])
+        if e["extra_info"]["contender"] in (*here, "wd_kernels flat"):  # other libraries may be there too
+            found.setdefault(e["group"], set()).add(e["extra_info"]["contender"])
         counts = {len(own) for own in (e["stats"]["data"], e["extra_info"]["device"], e["extra_info"]["host"])}
         assert len(counts) == 1
-    here = {"wd_kernels", "torch fused", "torch foreach"}
     assert found == {
         "1x100000-float32-kept": here,
         "1x100000-float32+bfloat16-kept": here,

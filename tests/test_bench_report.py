@@ -126,7 +126,7 @@ def test_slopes(report):
     assert [seconds for _, seconds in host] == pytest.approx([10.5e-6, 15e-6, 60e-6])
     assert figures.line(host) == pytest.approx((10e-6, 0.5e-6))
     assert figures.line([(0, 1.0), (1, 0.0), (2, 2.0)]) == pytest.approx((0.5, 0.5))  # not on a line
-    assert tensors[10][TIMED].kernel == pytest.approx(0.2e-3)
+    assert tensors[10][TIMED].host == pytest.approx(15e-6)
     assert list(figures.points(cases, "groups")[100]) == ["wd_kernels"]
 
 
@@ -141,14 +141,14 @@ def test_tables_of_a_report(report):
         "commit 0123456789ab",
         "processor A (fast) CPU, 2 cores",
         "torch 2.13.0",
-        "1000 x 1000 AdamW float32 kept 2 wd_kernels 1 2.000 1.000 - 14.0 40 28 1.00",
-        "torch fused 1 8.000 4.000 - 3.5 10 28 4.00",
-        "bare loop 1 1.000 0.500 - 28.0 80 28 0.50",
-        "1000 x 1000 AdamW bfloat16 new 2 wd_kernels 1 2.000 0.0000 - 11.0 - 22 1.00",
-        "wd_kernels 465 1.928 0.696 2.00 1.7 - 28 1.00",
+        "1000 x 1000 AdamW float32 kept 2 wd_kernels 1 2.00 1.00 - - - 14.0 40 28 1.00",
+        "torch fused 1 8.00 4.00 - - - 3.5 10 28 4.00",
+        "bare loop 1 1.00 0.500 - - - 28.0 80 28 0.50",
+        "1000 x 1000 AdamW bfloat16 new 2 wd_kernels 1 2.00 0.00 - - - 11.0 - 22 1.00",
+        "wd_kernels 465 1.93 0.696 2.00 - - 1.7 - 28 1.00",
         "Ours is ahead in 9 of 10 comparisons of a peer and a case, and behind in these:",
         "- `half`: torch fused, 0.90× (bytes a parameter: ours 22, theirs 14)",
-        "10 wd_kernels 0.115 0.0000 0.0150 0.200 243.5 43 28 1.00",
+        "wd_kernels, launches timed 1 0.215 0.00 - 0.200 0.0150 130.2 23 28 1.87",
         "missing: optimi AdamW: ModuleNotFoundError: No module named 'optimi'",
         "left out: 1x1000000000-float32-kept-by-elements: a, b: needs 14.9 GiB, free are 8",
     ):
@@ -267,9 +267,9 @@ def test_the_text_of_a_gpu(gpu):
         "copy 2000 GB/s read and written, IQR 150, of 4096 MiB",
         "a step runs 2 step_kernel, 1 Memcpy",
         "run finished",
-        "1 x 1000000000 AdamW float32 kept 2 wd_kernels 1 14.0 7.000 14.0 7.000 14.0 2000.0 100 28 1.00 1.00",
-        "torch fused 1 15.4 7.700 21.0 10.5 15.4 1333.3 67 28 1.10 1.50",
-        "gpt2 AdamW float32 kept 2 wd_kernels 1 1.000 0.0000 1.000 0.0000 1.000 0.0 0 28 1.00 1.00",
+        "1 x 1000000000 AdamW float32 kept 2 wd_kernels 1 14.0 7.00 14.0 7.00 14.0 2000.0 100 28 1.00 1.00",
+        "torch fused 1 15.4 7.70 21.0 10.5 15.4 1333.3 67 28 1.10 1.50",
+        "gpt2 AdamW float32 kept 2 wd_kernels 1 1.00 0.00 1.00 0.00 1.00 0.0 0 28 1.00 1.00",
         "left out: 10000x1000-float32-kept: apex: no memory",
         "left out: vit_l16-float32-new: all: the time was over",
         "missing: optimi AdamW: ModuleNotFoundError: No module named 'optimi'",
@@ -297,9 +297,8 @@ def test_a_report_is_saved_by_date_and_processor(report, tmp_path, capsys):
     assert sorted(p.name for p in folder.iterdir()) == sorted([f"{stem}.json", f"{stem}.txt", *plots])
     for name in plots:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert (folder / f"{stem}.txt").read_text() == tables.render(report)
+    assert (folder / f"{stem}.txt").read_text() == tables.render(program.slim(report))
     again = json.loads((folder / f"{stem}.json").read_text())
-    assert tables.render(again) == tables.render(report)
     assert again == program.slim(again) == program.newest(folder)
     assert "flags" not in again["machine_info"]["cpu"]
     assert all(entry["stats"].keys() == {"data"} for entry in again["benchmarks"])
@@ -394,7 +393,7 @@ def test_the_readme_says_what_was_measured():
 
 
 def test_what_is_kept_is_what_its_json_says():
-    for path in program.kept(program.RESULTS):
+    for path in program.RESULTS.glob("[0-9]*.json"):
         report = json.loads(path.read_text())
         assert path.stem == program.stem_of(report)
         assert path.with_suffix(".txt").read_text() == tables.render(report)

@@ -14,7 +14,7 @@ from readme import replaced
 from study import program, report, train
 from study.findings import HELD_OUT, Errors, Findings, Fit, Mean, best_decays, fit
 from study.plan import METHODS, RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids
-from study.report import render, section, verdict
+from study.report import render, section
 from study.train import NOISE, TRAIN, VALIDATION, Config, Networks, Run, split
 from torch.nn import functional as F
 
@@ -191,10 +191,10 @@ def test_the_best_is_an_average_by_standard_errors() -> None:
 
 
 def test_verdicts() -> None:
-    assert verdict(Fit(-1.2, -1.5, -0.9, 0, ()), -1) == "yes"
-    assert verdict(Fit(-1.2, -1.3, -1.1, 0, ()), -1) == "nearly"
-    assert verdict(Fit(-1.6, -1.7, -1.5, 0, ()), -1) == "no"
-    assert verdict(Fit(math.nan, math.nan, math.nan, math.nan, ()), -1) == "no ridge"
+    assert Fit(-1.2, -1.5, -0.9, 0, ()).seen(-1) == "yes"
+    assert Fit(-1.2, -1.3, -1.1, 0, ()).seen(-1) == "nearly"
+    assert Fit(-1.6, -1.7, -1.5, 0, ()).seen(-1) == "no"
+    assert Fit(math.nan, math.nan, math.nan, math.nan, ()).seen(-1) == "no ridge"
     assert str(Mean.of(np.asarray([0.01, 0.03]))) == "2.00 ± 1.00"
 
 

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .plan import METHODS, Plan
+from .plan import METHODS, RIVALS, Plan
 from .train import STEPS_AN_EPOCH, TRAIN, VALIDATION
 
 Array: TypeAlias = NDArray[np.float64]
 TEST = 1797 - TRAIN - VALIDATION
 HELD_OUT = VALIDATION + TEST
+#: Parts of the findings, and the number of samples of each share of errors, where it is not of both held-out sets.
+KEPT = {"grids": TEST, "budgets": TEST, "finals": TEST, "anytime": HELD_OUT}
 GOOD = 2.0  # a row counts if its best error is within this factor of the grid's
 BRACKET = 2.0  # and if both its ends are worse than its best by this many standard errors
 DRAWS = 2000
@@ -51,6 +53,14 @@ class Fit:
         if np.isnan(self.slope):
             return "none"
         return f"{self.slope:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+    def seen(self, expected: float) -> str:
+        """Whether the slope is the expected one: its interval holds it, it is within 0.5 of it, or neither."""
+        if np.isnan(self.slope):
+            return "no ridge"
+        if self.low <= expected <= self.high:
+            return "yes"
+        return "nearly" if abs(self.slope - expected) < 0.5 else "no"
 
 
 def best_decays(errors: Array, decays: Sequence[float], samples: int) -> tuple[Array, NDArray[np.bool_]]:
@@ -97,8 +107,7 @@ def fit(x: Sequence[float], errors: Array, decays: Sequence[float], samples: int
 # Findings -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Errors:
+class Errors(NamedTuple):
     """Shares of errors on the validation and the test sets, [configurations, seeds]; of a traced run [epochs, ...]."""
 
     validation: Array
@@ -144,6 +153,11 @@ class Findings:
         lrs, decays = METHODS[method].grid(self.plan.size)
         return lrs[best // self.plan.size], decays[best % self.plan.size]
 
+    def gap(self, network: str, schedule: str) -> Mean:
+        """How far AdamW's test error is below Adam-L2's, seed by seed."""
+        one, other = (self.finals[network, name, schedule] for name in RIVALS)
+        return Mean.of(one - other)
+
     def row(self, network: str) -> tuple[list[float], Array]:
         """(steps, errors [budgets, decays, seeds]) of a network's budgets."""
         steps = [float(epochs * STEPS_AN_EPOCH) for epochs in self.plan.budgets]
@@ -156,34 +170,23 @@ class Findings:
     # As JSON has it: numbers of errors, of which there are few digits -------------------------------------------------
 
     def packed(self) -> dict[str, Any]:
-        def counts(shares: Array, samples: int) -> Any:
+        def counts(shares: Array | Errors, samples: int) -> Any:
+            if isinstance(shares, Errors):
+                return {"validation": counts(shares.validation, VALIDATION), "test": counts(shares.test, TEST)}
             return np.rint(shares * samples).astype(int).tolist()
 
-        def errors(own: Errors) -> dict[str, Any]:
-            return {"validation": counts(own.validation, VALIDATION), "test": counts(own.test, TEST)}
-
-        return {
-            "about": self.about,
-            "plan": asdict(self.plan),
-            "grids": [[*key, errors(own)] for key, own in self.grids.items()],
-            "budgets": [[*key, errors(own)] for key, own in self.budgets.items()],
-            "finals": [[*key, counts(own, TEST)] for key, own in self.finals.items()],
-            "anytime": [[*key, counts(own, HELD_OUT)] for key, own in self.anytime.items()],
-        }
+        kept = {part: [[*key, counts(v, n)] for key, v in getattr(self, part).items()] for part, n in KEPT.items()}
+        return {"about": self.about, "plan": asdict(self.plan), **kept}
 
     @classmethod
     def unpacked(cls, kept: dict[str, Any]) -> Findings:
         """What `packed` gave."""
 
-        def errors(own: dict[str, Any]) -> Errors:
-            return Errors(np.asarray(own["validation"]) / VALIDATION, np.asarray(own["test"]) / TEST)
+        def shares(own: Any, samples: int) -> Any:
+            if isinstance(own, dict):
+                return Errors(shares(own["validation"], VALIDATION), shares(own["test"], TEST))
+            return np.asarray(own) / samples
 
         settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in kept["plan"].items()}
-        return cls(
-            Plan(**settings),
-            kept["about"],
-            {(m, n, s): errors(own) for m, n, s, own in kept["grids"]},
-            {(n, epochs): errors(own) for n, epochs, own in kept["budgets"]},
-            {(n, m, s): np.asarray(own) / TEST for n, m, s, own in kept["finals"]},
-            {(n, name): np.asarray(own) / HELD_OUT for n, name, own in kept["anytime"]},
-        )
+        own = {part: {tuple(key): shares(v, n) for *key, v in kept[part]} for part, n in KEPT.items()}
+        return cls(Plan(**settings), kept["about"], **own)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from internals import aligned
 from readme import markdown
 from tables import filled
 
-from .findings import Findings, Fit, Mean
+from .findings import Findings, Mean
 from .plan import BUDGET_LR, METHODS, RIVALS, SCHEDULES
 from .train import BATCH, NOISE, STEPS_AN_EPOCH, TRAIN
 
@@ -20,113 +21,65 @@ def signed(slope: int) -> str:
     return f"{slope:+d}" if slope else "0"
 
 
-def verdict(measured: Fit, expected: float) -> str:
-    """Whether a slope is the expected one: its interval holds it, it is within 0.5 of it, or neither."""
-    if math.isnan(measured.slope):
-        return "no ridge"
-    if measured.low <= expected <= measured.high:
-        return "yes"
-    return "nearly" if abs(measured.slope - expected) < 0.5 else "no"
-
-
-def ridges(found: Findings) -> Rows:
-    """(a) Slopes, and the best error, of every method and network."""
-    rows: Rows = [
+def tables(found: Findings) -> dict[str, Rows]:
+    """By title: (a) slopes and best errors, (b) what was best under each schedule, (c) budgets, (d) ends of periods."""
+    ends = found.plan.period_ends()
+    ridges: Rows = [
         ("network", "method", "lowest error, %", "slope (95%)", "derived", "seen?", "paper's reading", "seen?")
     ]
+    schedules: Rows = [("network", "schedule", *(f"{name}, %" for name in RIVALS), "difference, %", "95%")]
+    budgets: Rows = [("network", "lr", "exponent of λ (95%)", "of λ √steps", "-0.5 seen?")]
+    anytime: Rows = [("network", "after epoch", *map(str, ends))]
     for k, network in enumerate(NOISE):
         for name, method in METHODS.items():
-            measured = found.ridge(name, network)
-            derived = method.slopes[k]
-            lowest = 100 * found.table(name, network).mean(-1).min()
-            texts = (signed(derived), verdict(measured, derived), signed(method.claim), verdict(measured, method.claim))
-            rows.append((network, name, f"{lowest:.2f}", str(measured), *texts))
-    return rows
-
-
-def difference(found: Findings, network: str, schedule: str) -> Mean:
-    """How far AdamW's test error is below Adam-L2's, seed by seed."""
-    one, other = (found.finals[network, name, schedule] for name in RIVALS)
-    return Mean.of(one - other)
-
-
-def schedules(found: Findings) -> Rows:
-    """(b) Test errors of what was best, and their difference, seed by seed."""
-    rows: Rows = [("network", "schedule", *(f"{name}, %" for name in RIVALS), "difference, %", "95%")]
-    for network in NOISE:
+            own, lowest = found.ridge(name, network), 100 * found.table(name, network).mean(-1).min()
+            expected = [text for slope in (method.slopes[k], method.claim) for text in (signed(slope), own.seen(slope))]
+            ridges.append((network, name, f"{lowest:.2f}", str(own), *expected))
         for schedule in SCHEDULES:
-            one, other = (found.finals[network, name, schedule] for name in RIVALS)
-            gap = difference(found, network, schedule)
+            gap = found.gap(network, schedule)
             low, high = (100 * (gap.value + sign * 1.96 * gap.error) for sign in (-1, 1))
-            texts = (f"{100 * gap.value:+.2f}", f"{low:+.2f} to {high:+.2f}")
-            rows.append((network, schedule, str(Mean.of(one)), str(Mean.of(other)), *texts))
-    return rows
-
-
-def budgets(found: Findings) -> Rows:
-    """(c) The exponent of the best weight decay over the number of steps."""
-    rows: Rows = [("network", "lr", "exponent of λ (95%)", "of λ √steps", "-0.5 seen?")]
-    for network, lr in BUDGET_LR.items():
-        raw = found.budget(network)
-        normal = "none" if math.isnan(raw.slope) else f"{raw.slope + 0.5:+.2f}"
-        rows.append((network, f"{lr:g}", str(raw), normal, verdict(raw, -0.5)))
-    return rows
-
-
-def anytime(found: Findings) -> Rows:
-    """(d) Errors at the ends of AdamWR's periods."""
-    ends = found.plan.period_ends()
-    rows: Rows = [("network", "after epoch", *(str(end) for end in ends))]
+            errors = (str(Mean.of(found.finals[network, name, schedule])) for name in RIVALS)
+            schedules.append((network, schedule, *errors, f"{100 * gap.value:+.2f}", f"{low:+.2f} to {high:+.2f}"))
+        own = found.budget(network)
+        normal = "none" if math.isnan(own.slope) else f"{own.slope + 0.5:+.2f}"
+        budgets.append((network, f"{BUDGET_LR[network]:g}", str(own), normal, own.seen(-0.5)))
     for (network, name), values in found.anytime.items():
-        rows.append((network, name, *(str(Mean.of(values[end - 1])) for end in ends)))
-    return rows
-
-
-PARTS = (
-    ("Slope of ln(best weight decay) over ln(lr), cosine schedule", ridges),
-    ("Test error of what was best, with new seeds: mean ± standard error", schedules),
-    ("Best weight decay of AdamW independent against the number of steps", budgets),
-    ("Error on held-out digits at the ends of AdamWR's periods: mean ± standard error", anytime),
-)
+        anytime.append((network, name, *(str(Mean.of(values[end - 1])) for end in ends)))
+    return {
+        "Slope of ln(best weight decay) over ln(lr), cosine schedule": ridges,
+        "Test error of what was best, with new seeds: mean ± standard error": schedules,
+        "Best weight decay of AdamW independent against the number of steps": budgets,
+        "Error on held-out digits at the ends of AdamWR's periods: mean ± standard error": anytime,
+    }
 
 
 def render(found: Findings) -> str:
     """All tables as text."""
     head = ", ".join(f"{key} {value}" for key, value in found.about.items())
-    return "\n\n".join([head, *(f"{title}\n\n{aligned(make(found))}" for title, make in PARTS)]) + "\n"
+    return "\n\n".join([head, *(f"{title}\n\n{aligned(rows)}" for title, rows in tables(found).items())]) + "\n"
 
 
-def claims(found: Findings) -> Rows:
-    """What the literature says, and whether it was seen here."""
-    rows: Rows = [("claim", *(f"on the {network} network" for network in NOISE))]
+def claims(found: Findings, network: str) -> dict[str, str]:
+    """What the literature says, and whether it was seen on a network."""
+    seen = {}
     for text, claim in (("Coupled, the best λ falls as 1/lr", -1), ("Decoupled, the best λ does not depend on lr", 0)):
-        names = [method.name for method in METHODS.values() if method.claim == claim]
-        rows.append((text, *(_slopes([found.ridge(name, network) for name in names], claim) for network in NOISE)))
-    better, ahead, exponents = [], [], []
-    for network in NOISE:
-        words = []
-        for schedule in SCHEDULES:
-            gap = difference(found, network, schedule)
-            beyond = abs(gap.value) > 1.96 * gap.error
-            words.append(f"{schedule}: {'not to be told' if not beyond else 'yes' if gap.value > 0 else 'no, above'}")
-        better.append("; ".join(words))
-        exponent = found.budget(network)
-        exponents.append(f"{verdict(exponent, -0.5)}: exponent {exponent}")
-        ends = found.plan.period_ends()
-        means = {name: values.mean(-1) for (own, name), values in found.anytime.items() if own == network}
-        wins = [end for end in ends if means["AdamWR"][end - 1] <= min(own[end - 1] for own in means.values())]
-        ahead.append(f"the lowest error of the four at the end of {len(wins)} of its {len(ends)} periods")
-    rows.append(("AdamW's best test error is below Adam-L2's", *better))
-    rows.append(("The best λ falls as 1/√steps", *exponents))
-    rows.append(("AdamWR is ahead at any time", *ahead))
-    return rows
-
-
-def _slopes(measured: list[Fit], claim: int) -> str:
-    verdicts = [verdict(own, claim) for own in measured]
-    low, high = (extreme(own.slope for own in measured) for extreme in (min, max))
-    counts = ", ".join(f"{verdicts.count(word)} {word}" for word in dict.fromkeys(verdicts))
-    return f"of {len(measured)} methods {counts}: slopes {low:+.2f} to {high:+.2f}"
+        fits = [found.ridge(name, network) for name, method in METHODS.items() if method.claim == claim]
+        low, high = (extreme(own.slope for own in fits) for extreme in (min, max))
+        counts = ", ".join(f"{n} {word}" for word, n in Counter(own.seen(claim) for own in fits).items())
+        seen[text] = f"of {len(fits)} methods {counts}: slopes {low:+.2f} to {high:+.2f}"
+    words = []
+    for schedule in SCHEDULES:
+        gap = found.gap(network, schedule)
+        beyond = abs(gap.value) > 1.96 * gap.error
+        words.append(f"{schedule}: {'not to be told' if not beyond else 'yes' if gap.value > 0 else 'no, above'}")
+    seen["AdamW's best test error is below Adam-L2's"] = "; ".join(words)
+    exponent = found.budget(network)
+    seen["The best λ falls as 1/√steps"] = f"{exponent.seen(-0.5)}: exponent {exponent}"
+    ends = found.plan.period_ends()
+    means = {name: values.mean(-1) for (own, name), values in found.anytime.items() if own == network}
+    wins = sum(means["AdamWR"][end - 1] <= min(own[end - 1] for own in means.values()) for end in ends)
+    text = f"the lowest error of the four at the end of {wins} of its {len(ends)} periods"
+    return {**seen, "AdamWR is ahead at any time": text}
 
 
 OPENING = """\
@@ -169,12 +122,14 @@ def section(found: Findings) -> str:
     opening = OPENING.format(
         **found.about, minutes=minutes, train=TRAIN, batch=BATCH, steps=STEPS_AN_EPOCH, noise=noise
     )
+    seen = [claims(found, network) for network in NOISE]
+    rows = [(claim, *(own[claim] for own in seen)) for claim in seen[0]]
     parts = [
         filled(*opening.split()),
         filled(*RIDGES.split()),
-        markdown(ridges(found)),
+        markdown(next(iter(tables(found).values()))),
         filled(*BETWEEN.format(finals=found.plan.finals).split()),
-        markdown(claims(found)),
+        markdown([("claim", *(f"on the {network} network" for network in NOISE)), *rows]),
         *(f"![{title}](bench/results/study_{name}.png)" for name, title in PICTURES.items()),
         "All numbers are in [bench/results](bench/results/study.txt). To train again, and to keep what comes:",
         "    make study\n    .venv/bin/python bench/study --save --readme",
