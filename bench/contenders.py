@@ -29,20 +29,15 @@ PLAIN = (float32_states, our_states, own_dtype_states)
 
 @dataclass(eq=False)
 class Contender:
-    """One optimizer on tensors: `prepare`, if anything happens between steps, comes before each `step`, untimed.
-
-    Attributes:
-        inside: seconds that its launches took so far, where they are timed from within.
-        host: seconds of a step on the host, about.
-    """
+    """One optimizer on tensors."""
 
     name: str
     groups: int
     bytes_per_parameter: float
     step: Callable[[], object]
-    prepare: Callable[[], object] | None = None
-    inside: Callable[[], float] | None = None
-    host: float = 0.0
+    prepare: Callable[[], object] | None = None  # what comes before each step, untimed
+    inside: Callable[[], float] | None = None  # seconds that its launches took so far, where they are timed from within
+    host: float = 0.0  # seconds of a step on the host, about
 
 
 def change_lr(optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -34,20 +34,14 @@ def ratio(own: Sequence[float], other: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Result:
-    """One contender on one case.
-
-    Attributes:
-        seconds: of a step, by the wall clock, in every round.
-        device: the same on the device alone, where there is one; else `seconds`.
-        info: what pytest-benchmark keeps as extra_info; "launches", "device" and "host" are seconds in every round too.
-    """
+    """One contender on one case."""
 
     case: str
     contender: str
     groups: int
-    seconds: Sequence[float]
-    device: Sequence[float]
-    info: dict[str, Any]
+    seconds: Sequence[float]  # of a step, by the wall clock, in every round
+    device: Sequence[float]  # the same on the device alone, where there is one; else `seconds`
+    info: dict[str, Any]  # pytest-benchmark's extra_info; its "launches", "device" and "host" are seconds of rounds too
 
     @property
     def bytes(self) -> float:

@@ -49,23 +49,16 @@ RULES = {"adamw": Rule("AdamW", "AdamW"), "sgdw": Rule("SGDW", "SGD", MOMENTUM)}
 
 @dataclass(frozen=True, eq=False)
 class Peer:
-    """One optimizer.
-
-    Attributes:
-        path: module and class, "package.module:Class".
-        states: the format of its states.
-        mixed: takes gradients of another dtype than the parameter's.
-        devices: types of the devices that it is measured on.
-    """
+    """One optimizer."""
 
     name: str
-    rule: str
-    path: str
-    states: States
+    rule: str  # a key of RULES
+    path: str  # module and class, "package.module:Class"
+    states: States  # their format
     options: dict[str, Any] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (F32, BF16)
-    mixed: bool = False
-    devices: tuple[str, ...] = ("cuda",)
+    mixed: bool = False  # takes gradients of another dtype than the parameter's
+    devices: tuple[str, ...] = ("cuda",)  # types of those that it is measured on
 
     def grad_dtype(self, param: torch.dtype, grad: torch.dtype) -> torch.dtype:
         """Of the gradients that it is given where a case has `grad`."""

@@ -120,22 +120,15 @@ class Errors(NamedTuple):
 
 @dataclass
 class Findings:
-    """All results, and what is read off them.
-
-    Attributes:
-        plan: what was trained.
-        about: how long it took, when, where, with what.
-        grids: by (method, network, schedule).
-        budgets: by (network, epochs).
-        finals: what was best of each (network, method, schedule), on the test sets of new seeds, [seeds].
-        anytime: over both held-out sets by network and configuration, [epochs, seeds].
-    """
+    """All results, and what is read off them."""
 
     plan: Plan
-    about: dict[str, Any]
-    grids: dict[tuple[str, str, str], Errors]
-    budgets: dict[tuple[str, int], Errors]
+    about: dict[str, Any]  # how long it took, when, where, with what
+    grids: dict[tuple[str, str, str], Errors]  # by method, network, schedule
+    budgets: dict[tuple[str, int], Errors]  # by network, epochs
+    #: On the test sets of new seeds, by network, method, schedule: [seeds].
     finals: dict[tuple[str, str, str], Array] = field(default_factory=dict)
+    #: Over both held-out sets, by network and configuration: [epochs, seeds].
     anytime: dict[tuple[str, str], Array] = field(default_factory=dict)
 
     def table(self, method: str, network: str) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,22 +30,17 @@ Places = Mapping[tuple[str, str], tuple[float, float]]
 class Method:
     """An optimizer with a form of decay, and the grid on which it is tried.
 
-    Attributes:
-        name, rule, options: how it is called, its class, what its groups set.
-        claim: the slope of ln(best weight decay) over ln(lr) that the paper's reading gives: -1 where the two are
-            coupled, 0 where they are decoupled.
-        slopes: what can be derived for each network. For "normalised", where lr c times as large is the same training
-            of larger weights if the weight decay moves as c^slope; for "noisy", where training comes to rest at the
-            minimum of a penalty that the slope keeps. tests/test_propositions.py shows both.
-        lrs, decays: (least, largest) of each.
+    Its slopes are of ln(best weight decay) over ln(lr). What is derived: for "normalised", where lr c times as large is
+    the same training of larger weights if the weight decay moves as c^slope; for "noisy", where training comes to rest
+    at the minimum of a penalty that the slope keeps. tests/test_propositions.py shows both.
     """
 
     name: str
-    rule: str
-    options: tuple[tuple[str, Any], ...]
-    claim: int
-    slopes: tuple[int, int]
-    lrs: tuple[float, float]
+    rule: str  # the class
+    options: tuple[tuple[str, Any], ...]  # what its groups set
+    claim: int  # the slope by the paper's reading: -1 where the two are coupled, 0 where they are decoupled
+    slopes: tuple[int, int]  # derived, for each network
+    lrs: tuple[float, float]  # least, largest
     decays: tuple[float, float]
 
     def grid(self, size: int) -> tuple[list[float], list[float]]:
@@ -73,34 +69,21 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained. The defaults are the study's; less is a rehearsal.
+    """How much is trained. The defaults are the study's; less is a rehearsal."""
 
-    Attributes:
-        size: of a grid, in both directions.
-        epochs: of the grids.
-        seeds: networks for each configuration; budgets have twice, restarts three times as many.
-        budgets: (c), in epochs.
-        decays: weight decays tried in each budget.
-        finals: new seeds for what was best of each method and schedule.
-        restarts: AdamWR's first period, its T_mult, and the whole run, in epochs.
-    """
-
-    size: int = 12
-    epochs: int = 60
-    seeds: int = 3
-    budgets: tuple[int, ...] = (15, 30, 60, 120, 240)
-    decays: int = 24
-    finals: int = 30
-    restarts: tuple[int, int, int] = (10, 2, 10 + 20 + 40 + 80 + 160)
+    size: int = 12  # of a grid, in both directions
+    epochs: int = 60  # of the grids
+    seeds: int = 3  # networks for each configuration; budgets have twice, restarts three times as many
+    budgets: tuple[int, ...] = (15, 30, 60, 120, 240)  # (c), in epochs
+    decays: int = 24  # tried in each budget
+    finals: int = 30  # new seeds for what was best of each method and schedule
+    restarts: tuple[int, int, int] = (10, 2, 10 + 20 + 40 + 80 + 160)  # first period, T_mult, whole run, in epochs
 
     def period_ends(self) -> list[int]:
         """The last epoch of each of AdamWR's periods."""
         length, mult, epochs = self.restarts
-        ends = [length]
-        while ends[-1] < epochs:
-            length *= mult
-            ends.append(ends[-1] + length)
-        return ends
+        periods = itertools.accumulate(length * mult**k for k in range(epochs))
+        return list(itertools.takewhile(lambda end: end <= epochs, periods))
 
     def row(self) -> list[float]:
         """The weight decays of a budget."""

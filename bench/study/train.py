@@ -38,24 +38,18 @@ class Config:
 class Run:
     """Networks that are trained together.
 
-    Attributes:
-        name: of the file that keeps the result.
-        network: "normalised": every layer is normalised over the batch, the last one too, so that no weight's scale
-            matters, as under Batch Norm. "noisy": nothing is normalised, and a part of the training labels is wrong.
-        rule: the class of wd_kernels.
-        configs: its param groups.
-        seeds: networks for each configuration; each seed has a split of the data, an initialisation and an order.
-        trace: also keep the errors after every epoch.
+    In a "normalised" network every layer is normalised over the batch, the last one too, so that no weight's scale
+    matters, as under Batch Norm. In a "noisy" one nothing is normalised, and a part of the training labels is wrong.
     """
 
-    name: str
+    name: str  # of the file that keeps the result
     network: str
-    rule: str
-    configs: tuple[Config, ...]
+    rule: str  # the class of wd_kernels
+    configs: tuple[Config, ...]  # its param groups
     epochs: int
-    seeds: int = 3
+    seeds: int = 3  # of each configuration: a split of the data, an initialisation and an order each
     first_seed: int = 0
-    trace: bool = False
+    trace: bool = False  # keep the errors after every epoch
 
     @property
     def draws(self) -> range:
@@ -108,10 +102,9 @@ class Networks:
         return params
 
     def __call__(self, x: Tensor, statistics: Tensor | None = None) -> Tensor:
-        """Logits [networks, samples, 10] of inputs [networks, samples, pixels].
+        """Logits [networks, samples, 10] of inputs [networks, samples, pixels], normalised as `statistics` are.
 
-        Args:
-            statistics: inputs whose means and variances normalise those of `x`; None: its own, as in training.
+        None: by means and variances of their own, as in training.
         """
         both = x if statistics is None else torch.cat([x, statistics], 1)
         size = x.shape[1]
