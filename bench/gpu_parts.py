@@ -18,7 +18,7 @@ from peers import LR, first_line, load, on
 from tables import render
 from torch.profiler import ProfilerActivity, profile
 from turns import Timer, measure
-from workloads import BARE_LOOP, CEILING, MODELS, REFERENCE, gpu_cases
+from workloads import BARE_LOOP, CEILING, MODELS, REFERENCE, SMALL, Case, gpu_cases
 
 import wd_kernels
 
@@ -75,8 +75,8 @@ def measure_steps(report: Report, device: torch.device, small: bool, seconds: fl
     peers, values["missing"] = load(on(device.type))
     timer = Timer(device, WAYS)
     timer.free()
-    free = 0 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    todo = [case for case in gpu_cases(small, free) if not only or any(part in str(case) for part in only)]
+    cases = [*map(Case, SMALL)] if small else gpu_cases(torch.cuda.mem_get_info(device)[0])
+    todo = [case for case in cases if not only or any(part in str(case) for part in only)]
     end = time.perf_counter() + seconds
     values["left_out"] = {str(case): {"all": "the time was over"} for case in todo}
     for k, case in enumerate(todo):

@@ -5,9 +5,11 @@ What code generation knows beside it: codegen.compiled, of the Triton backend; c
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 from wd_kernels import mirror
@@ -49,39 +51,23 @@ def bare_launch(optimizer: Any) -> Callable[[], None]:
     return go
 
 
-class _Watched:
-    """A backend whose launches are timed; else as the one that it stands for."""
-
-    def __init__(self, backend: Any) -> None:
-        self.backend, self.seconds = backend, 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backend, name)
-
-    def prepare(self, *arguments: Any) -> list[Callable[[], None]]:
-        return [self._timed(launch) for launch in self.backend.prepare(*arguments)]
-
-    def _timed(self, launch: Callable[[], None]) -> Callable[[], None]:
-        def go() -> None:
-            started = time.perf_counter()
-            launch()
-            self.seconds += time.perf_counter() - started
-
-        return go
-
-
 def time_launches(optimizer: Any) -> Callable[[], float]:
     """Times the launches of an optimizer that has taken no step yet; returns what tells their seconds so far."""
-    watched: dict[int, _Watched] = {}
-    table = optimizer._table
-    resolve = table.resolve
+    resolve, seconds = optimizer._table.resolve, [0.0]
 
-    def resolve_watched(spec: Any) -> _Watched:
-        found = resolve(spec)
-        return watched.setdefault(id(found), _Watched(found))
+    def timed(launch: Callable[[], None]) -> None:
+        started = time.perf_counter()
+        launch()
+        seconds[0] += time.perf_counter() - started
 
-    table.resolve = resolve_watched
-    return lambda: sum(one.seconds for one in watched.values())
+    def resolve_timed(spec: Any) -> Any:
+        own = copy.copy(resolve(spec))
+        prepare = own.prepare
+        own.prepare = lambda *arguments: [partial(timed, launch) for launch in prepare(*arguments)]
+        return own
+
+    optimizer._table.resolve = cache(resolve_timed)
+    return lambda: seconds[0]
 
 
 @contextmanager

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from figures import Report, of_gpu, stem_of
-from readme import rewritten
-from tables import render
+from figures import Cases, Report, copy_rate, device, is_peer, of_gpu, points, results, stem_of
+from peers import FLAT, FUSED, OURS
+from tables import filled, filled_columns, lost, ms, percent, render, rule_name, scaling, size
+from workloads import CEILING, LEAD
 
 ROOT = Path(__file__).parent.parent
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
@@ -73,6 +75,124 @@ def save(report: Report, folder: Path) -> list[Path]:
     paths[0].write_text(dumped(report))
     paths[1].write_text(render(report))
     return paths + plot(report, folder, stem)
+
+
+# The README -----------------------------------------------------------------------------------------------------------
+
+HEADER = (
+    "tensors × elements", "rule", "dtype", "gradients", "ours, ms", "ours, device ms", "flat, ms", "torch fused, ms",
+    "best of the others, ms", "against the best", "fused takes, device", "of the ceiling",
+)  # fmt: skip
+
+
+def markers(part: str) -> tuple[str, str]:
+    """Where a part begins and ends."""
+    return f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
+
+
+def replaced(text: str, part: str, content: str) -> str:
+    """A text with what stands between the markers of a part made anew.
+
+    Raises:
+        ValueError: the markers are not there, each once and in order.
+    """
+    begin, end = markers(part)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected {begin} and {end} once each, in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def rewritten(text: str, report: Report, gpu: Report | None) -> str:
+    """A text with its plot and its section made anew. Raises as `replaced` does."""
+    drawn = set(LEAD) & set(results(report))
+    plot = f"![Time of a step, ours and others'](bench/results/{stem_of(report)}-lead.png)" if drawn else ""
+    return replaced(replaced(text, "plot", plot), "performance", section(report, gpu))
+
+
+def section(report: Report, gpu: Report | None) -> str:
+    """What stands between the markers."""
+    cases, files = results(report), f"bench/results/{stem_of(report)}"
+    parts = [opening(report, cases), table(cases), legend(cases), lost(cases), scaling(cases)]
+    parts.append(f"![All contenders side by side]({files}-peers.png)")
+    if points(cases, "tensors"):
+        parts.append(f"![Scaling over tensors, elements and groups]({files}-scaling.png)")
+    if gpu is not None:
+        rate = copy_rate(gpu)
+        copy = f"; a copy, the ceiling there, moves {rate:.0f} GB/s" if rate else ""
+        torch = gpu["machine_info"].get("wd_kernels", {}).get("torch")
+        parts.append(filled(f"On a GPU: {device(gpu)}, torch {torch}, {str(gpu['datetime'])[:10]}{copy}."))
+        parts += [table(results(gpu)), f"![Contenders on a GPU](bench/results/{stem_of(gpu)}-peers.png)"]
+    parts.append(
+        f"All rows, with quartile ranges and rates, are in [bench/results]({files}.txt); to measure again:"
+        "\n\n    make peers  # optional: the other libraries; the benchmark names those that are missing\n"
+        "    make bench\n    .venv/bin/python bench/report.py bench.json --save --readme"
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
+def opening(report: Report, cases: Cases) -> str:
+    own = report["machine_info"].get("wd_kernels", {})
+    names = dict.fromkeys(name for them in cases.values() for name, _ in them if is_peer(name))
+    lines = [
+        f"Whole `opt.step()` on {own.get('threads', '?')} threads of {device(report)} "
+        f"({own.get('instruction set', '?')}), torch {own.get('torch', '?')}, {str(report['datetime'])[:10]}.",
+        f"Contenders take turns in one run: ours, {', '.join(names)}.",
+        "Times are medians over rounds, ratios medians of the quotients within a round.",
+    ]
+    if report.get("missing"):
+        lines.append(f"Missing: {', '.join(report['missing'])}.")
+    return filled(*lines)
+
+
+def legend(cases: Cases) -> str:
+    lines = ['"Against the best" is how many times longer the fastest of all peers takes than ours.']
+    if any(name == FLAT for them in cases.values() for name, _ in them):
+        lines.append('"Flat" is ours after `wd_kernels.flatten_`.')
+    if any((CEILING, 1) in them for them in cases.values()):
+        lines.append(
+            "The ceiling is the rate of a plain stream over as many bytes with the same mix of reads and writes, "
+            "measured in the same rounds."
+        )
+    return filled(*lines)
+
+
+def table(cases: Cases) -> str:
+    """A row per case of one group that is no point of a sweep."""
+    rows = [HEADER]
+    most = max((r.info["threads"] for them in cases.values() for r in them.values()), default=1)
+    for them in cases.values():
+        ours = them.get((OURS, 1))
+        peers = [r for (name, _), r in them.items() if is_peer(name)]
+        if ours is None or not peers or ours.info["sweep"] or any(groups > 1 for _, groups in them):
+            continue
+        info, on_device = ours.info, ours.info["device"]
+        fused, flat = (them.get((name, 1)) for name in (FUSED, FLAT))
+        share = ours.share(them.get((CEILING, 1)))
+        next_best = min((r for r in peers if r is not fused), key=ours.ratio, default=None)
+        rows.append(
+            (
+                size(info).replace(" x ", " × "),
+                rule_name(info),
+                info["dtype"] + ("" if info["threads"] == most else f", {info['threads']} thread"),
+                info["gradients"],
+                ms(ours.median),
+                ms(statistics.median(on_device)) if on_device else "",
+                ms(flat.median) if flat else "",
+                ms(fused.median) if fused else "",
+                f"{next_best.contender}: {ms(next_best.median)}" if next_best else "",
+                f"{min(ours.ratio(r) for r in peers):.2f}×",
+                f"{ours.device_ratio(fused):.2f}×" if fused and on_device else "",
+                "" if share is None else f"{percent(share)}%",
+            )
+        )
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a table, without the columns that are empty."""
+    head, *rest = filled_columns(rows)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -88,16 +88,13 @@ def lora(layers: int = 32, width: int = 4096, inner: int = 11008, rank: int = 16
     return tuple(matrix for rows, columns in projections for matrix in ((rank, columns), (rows, rank))) * layers
 
 
-#: By name; LAYERS may follow, as in llama3_8b:20. The tiny ones are for rehearsals.
+#: By name; LAYERS may follow, as in llama3_8b:20. The tiny one is for rehearsals.
 MODELS: dict[str, Callable[..., Shapes]] = {
     "gpt2": gpt2,
     "vit_l16": vit,
     "llama3_8b": llama,
     "lora_7b": lora,
     "tiny_gpt2": partial(gpt2, 2, 32, 101, 16),
-    "tiny_vit": partial(vit, 2, 32, 32, 16, 10),
-    "tiny_llama3": partial(llama, 2, 32, 64, 4, 2, 101),
-    "tiny_lora": partial(lora, 2, 32, 64, 4),
 }
 
 # Cases ----------------------------------------------------------------------------------------------------------------
@@ -200,10 +197,10 @@ TARGETS = {
 #: Cases of many tensors, which should take a sixth of torch's fused at most.
 MANY = ("10000x1000-float32-kept", "10000x1000-float32-new")
 #: What a rehearsal has instead.
-TINY = {
-    "1x1000000000": "1x100000", "10000x": "30x", "465": "20", "gpt2": "tiny_gpt2", "vit_l16": "tiny_vit",
-    "lora_7b": "tiny_lora",
-}  # fmt: skip
+SMALL = (
+    "1x100000-float32-kept", "1x100000-float32+bfloat16-kept", "1x100000-float32-kept-sgdw", "30x1000-float32-new",
+    "tiny_gpt2-bfloat16-kept", "20x256-float32-kept-20groups-changing",
+)  # fmt: skip
 
 
 def fitting_layers(free: float, bytes_per_parameter: float, most: int = 32) -> int:
@@ -212,14 +209,11 @@ def fitting_layers(free: float, bytes_per_parameter: float, most: int = 32) -> i
     return next(fits, 0)
 
 
-def gpu_cases(small: bool, free: int) -> list[Case]:
+def gpu_cases(free: int) -> list[Case]:
     """Those that budgets need first; `free` bytes of the device's memory decide what Llama is cut to."""
     models = [f"{model}-float32-{how}" for model in ("gpt2", "vit_l16", "lora_7b") for how in ("kept", "new")]
-    texts = "\n".join([*TARGETS, *MANY, *models, "465x256-float32-kept-465groups-changing"])
-    for whole, tiny in TINY.items() if small else ():
-        texts = texts.replace(whole, tiny)
     # Ours and torch's fused alone, in the memory that both need beside shared parameters and gradients.
     half = torch.bfloat16
     needed = 2 * half.itemsize + our_states("adamw", half, None) + STATES["adamw"] * half.itemsize
-    size = "tiny_llama3" if small else f"llama3_8b:{fitting_layers(0.92 * free, needed)}"
-    return [*map(Case, texts.split()), Case(f"{size}-bfloat16-kept", only=(OURS, FUSED))]
+    largest = Case(f"llama3_8b:{fitting_layers(0.92 * free, needed)}-bfloat16-kept", only=(OURS, FUSED))
+    return [*map(Case, (*TARGETS, *MANY, *models, "465x256-float32-kept-465groups-changing")), largest]

@@ -230,7 +230,7 @@ def test_llama_is_cut_to_what_fits():
     assert workloads.fitting_layers(16 * whole, 16) == 32
     assert workloads.fitting_layers(16 * whole - 1, 16) == 31
     assert workloads.fitting_layers(10**6, 16) == 0
-    case = workloads.gpu_cases(False, 40 << 30)[-1]
+    case = workloads.gpu_cases(40 << 30)[-1]
     layers = int(case.size.removeprefix("llama3_8b:"))
     assert 1 <= layers < 32
     assert case.elements * 16 <= 0.92 * (40 << 30) < workloads.elements(workloads.llama(layers + 1)) * 16
@@ -238,9 +238,9 @@ def test_llama_is_cut_to_what_fits():
 
 
 def test_the_cases_of_a_gpu_are_those_that_matter():
-    full, small = workloads.gpu_cases(False, 138 << 30), workloads.gpu_cases(True, 0)
-    assert len(set(map(str, full))) == len(full) == len(set(map(str, small)))
-    assert max(case.elements for case in small) == 10**5
+    full = workloads.gpu_cases(138 << 30)
+    assert len(set(map(str, full))) == len(full)
+    assert max(Case(text).elements for text in workloads.SMALL) == 10**5
     named = full[: len(workloads.TARGETS)]
     assert list(map(str, named)) == list(workloads.TARGETS)
     assert all(case.shapes == ((10**9,),) for case in named)

@@ -25,7 +25,7 @@ from wd_kernels.backends import triton as triton_backend
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-BILLION = "1x1000000000-float32-kept"
+SMALLEST = "1x100000-float32-kept"
 
 
 # Around the measurements ----------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ REHEARSAL = ("--device", "cpu", "--scale", "small")
 
 
 def test_a_rehearsal_from_end_to_end(tmp_path):
-    cases = ("--case", "1x100000-float32", "--case", "changing", "--case", "llama")
+    cases = ("--case", "1x100000-float32", "--case", "changing")
     arguments = ("--out", tmp_path, *REHEARSAL, "--only", "copy,launches,steps,plots", *cases)
     done = subprocess.run(
         program(*arguments), env=surroundings(), cwd=tmp_path, capture_output=True, text=True, timeout=120
@@ -155,7 +155,6 @@ def test_a_rehearsal_from_end_to_end(tmp_path):
         "1x100000-float32+bfloat16-kept": here,
         "1x100000-float32-kept-sgdw": here,
         "20x256-float32-kept-20groups-changing": here | {"wd_kernels flat"},
-        "tiny_llama3-bfloat16-kept": {"wd_kernels", "torch fused"},
     }
     assert len(report["copy"]["gb_per_s"]) == 9
     assert (report["launches"]["tensors"], report["launches"]["buckets"]) == (
@@ -189,25 +188,27 @@ def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path):
     assert first.startswith("1x100000-float32-kept: ")
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["benchmarks"][0]["group"] == "1x100000-float32-kept"
-    assert len(report["left_out"]) >= 10
+    assert len(report["left_out"]) >= 4
     assert not report["finished"]
     assert "CUT OFF" in (tmp_path / "gpu.txt").read_text()
-    assert "left out: tiny_vit-float32-new: all: the time was over" in (tmp_path / "gpu.txt").read_text()
+    assert (
+        "left out: 20x256-float32-kept-20groups-changing: all: the time was over" in (tmp_path / "gpu.txt").read_text()
+    )
 
 
 def test_cases_that_the_time_does_not_reach_are_named(tmp_path, monkeypatch):
     report = gpu_parts.Report(tmp_path, CPU)
-    gpu_parts.measure_steps(report, CPU, False, 0.0, ["1x1000000000"])
+    gpu_parts.measure_steps(report, CPU, True, 0.0, ["1x100000-float32-kept"])
     assert report.values["benchmarks"] == []
-    assert list(report.values["left_out"]) == list(workloads.TARGETS)
+    assert list(report.values["left_out"]) == [SMALLEST, f"{SMALLEST}-sgdw"]
 
     def measure(case: workloads.Case, *_: Any) -> Any:
         raise RuntimeError(f"{case} broke")
 
     monkeypatch.setattr(gpu_parts, "measure", measure)
-    gpu_parts.measure_steps(report, CPU, False, 5.0, [BILLION])
-    assert report.values["left_out"][BILLION] == {"all": f"FAILED: RuntimeError: {BILLION} broke"}
-    assert f"left out: {BILLION}: all: FAILED: RuntimeError" in report.save()
+    gpu_parts.measure_steps(report, CPU, True, 5.0, [SMALLEST])
+    assert report.values["left_out"][SMALLEST] == {"all": f"FAILED: RuntimeError: {SMALLEST} broke"}
+    assert f"left out: {SMALLEST}: all: FAILED: RuntimeError" in report.save()
 
 
 @pytest.mark.parametrize("part", ["tests", "copy", "launches"])

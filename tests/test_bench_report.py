@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
-import gpu_budgets
 import pytest
-import readme
 import report as program
 import tables
 from workloads import LEAD, TARGETS
@@ -167,7 +165,7 @@ def test_a_report_without_ceiling_has_no_shares(report):
     rows = tables.steps(figures.results(report))
     assert {row[rows[0].index("% ceiling")] for row in rows[1:]} == {"-"}
     assert "% ceiling" not in tables.filled_columns(rows)[0]
-    assert "of the ceiling" not in readme.section(report, None)
+    assert "of the ceiling" not in program.section(report, None)
 
 
 # Of a GPU -------------------------------------------------------------------------------------------------------------
@@ -225,7 +223,7 @@ def test_figures_of_a_gpu(gpu):
 
 
 def verdict_of(report: dict[str, Any], start: str, where: str = "") -> list[str]:
-    found = gpu_budgets.verdicts(report)
+    found = tables.verdicts(report)
     return [verdict for target, place, _, verdict in found if target.startswith(start) and where in place]
 
 
@@ -253,7 +251,7 @@ def test_verdicts_of_a_gpu(gpu):
     assert verdict_of(gpu, ">= 1.0x torch fused, device", "10000x1000") == ["not reached"]
 
     for nothing in (gpu | {"benchmarks": [], "launches": {}}, gpu | {"rehearsal": True}):
-        assert {verdict for *_, verdict in gpu_budgets.verdicts(nothing)} == {"not measured"}
+        assert {verdict for *_, verdict in tables.verdicts(nothing)} == {"not measured"}
     assert set(TARGETS.values()) == {88, 92}
 
 
@@ -316,7 +314,7 @@ def test_the_newest_report_is_found(tmp_path):
 
 
 def test_the_section_of_a_report(report):
-    text = readme.section(report, None)
+    text = program.section(report, None)
     for part in (
         "on 2 threads of A (fast) CPU (avx2), torch 2.13.0, 2026-03-04.",
         "| 1000 × 1000 | AdamW | float32 | kept | 2.00 | 1.60 | 8.00 | slow one: 14.0 | 4.00× | 40% |",
@@ -337,7 +335,7 @@ def test_a_gpu_report_is_kept_and_joins_the_section(report, gpu, tmp_path, capsy
     for name, content in (("bench.json", report), ("gpu.json", gpu)):
         (tmp_path / name).write_text(json.dumps(content))
     path, folder = tmp_path / "README.md", tmp_path / "results"
-    path.write_text("\n".join(itertools.chain(*map(readme.markers, ("plot", "performance")))))
+    path.write_text("\n".join(itertools.chain(*map(program.markers, ("plot", "performance")))))
     assert program.main([str(tmp_path / "bench.json"), "--save", str(folder)]) == 0
     assert program.main([str(tmp_path / "gpu.json"), "--save", str(folder), "--readme", str(path)]) == 0
     assert "Budgets" in capsys.readouterr().out
@@ -358,18 +356,18 @@ def test_a_gpu_report_is_kept_and_joins_the_section(report, gpu, tmp_path, capsy
 
 
 def test_the_section_is_rewritten_between_its_markers_only(report):
-    (plot, plotted), (begin, end) = map(readme.markers, ("plot", "performance"))
+    (plot, plotted), (begin, end) = map(program.markers, ("plot", "performance"))
     text = f"before\n{plot}\n{plotted}\nbetween\n{begin}\nold\n{end}\nafter\n"
-    once = readme.rewritten(text, report, None)
+    once = program.rewritten(text, report, None)
     assert once.startswith(f"before\n{plot}\n\n{plotted}\nbetween\n{begin}\nWhole `opt.step()`")
     assert once.endswith(f"{end}\nafter\n")
     assert "old" not in once
-    assert readme.rewritten(once, report, None) == once
+    assert program.rewritten(once, report, None) == once
     drawn = json.loads(json.dumps(report).replace('"some"', f'"{LEAD[0]}"'))
-    assert "](bench/results/2026-03-04-a-fast-cpu-lead.png)\n" in readme.rewritten(once, drawn, None)
+    assert "](bench/results/2026-03-04-a-fast-cpu-lead.png)\n" in program.rewritten(once, drawn, None)
     for broken in ("nothing", f"{plot} {plotted} {end} {begin}", f"{plotted} {plot} {begin} {end}", text + text):
         with pytest.raises(ValueError, match="once each"):
-            readme.rewritten(broken, report, None)
+            program.rewritten(broken, report, None)
 
 
 def test_a_rehearsal_is_not_kept(gpu, tmp_path, capsys):
@@ -387,7 +385,7 @@ def test_the_readme_says_what_was_measured():
     text = (ROOT / "README.md").read_text()
     report, gpu = program.newest(program.RESULTS), program.newest(program.RESULTS, gpu=True)
     assert report is not None
-    assert readme.rewritten(text, report, gpu) == text
+    assert program.rewritten(text, report, gpu) == text
     for link in {part.split(")")[0] for part in text.split("](bench/")[1:]}:
         assert (ROOT / "bench" / link).exists(), link
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from readme import replaced
+from report import replaced
 from study import program, report, train
 from study.findings import HELD_OUT, Errors, Findings, Fit, Mean, best_decays, fit
 from study.plan import METHODS, RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids

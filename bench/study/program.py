@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cpuinfo import get_cpu_info  # type: ignore[import-untyped]
-from readme import replaced
+from report import replaced
 
 from . import train
 from .figures import draw

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from internals import aligned
-from readme import markdown
+from report import markdown
 from tables import filled
 
 from .findings import Findings, Mean
