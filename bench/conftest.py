@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ceiling import library
+from contenders import library
 from internals import versions_and_choices
 from peers import CUDA, load, on
 from turns import Timer, measure

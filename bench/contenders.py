@@ -8,15 +8,20 @@ buffer of many tensors (which the ceiling's stream moves too), and states of oth
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
+import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from byte_model import float32_states, our_states, own_dtype_states
-from ceiling import stream
 from internals import bare_launch, time_launches
 from peers import FLAT, LR, OURS, Peer, first_line
 from torch import Tensor
@@ -24,6 +29,7 @@ from workloads import BARE_LOOP, CEILING, REFERENCE, TIMED, Case
 
 import wd_kernels
 
+SOURCE = Path(__file__).parent / "stream.cpp"
 PLAIN = (float32_states, our_states, own_dtype_states)
 
 
@@ -113,6 +119,59 @@ class Tensors:
                 change_lr(optimizer, steps)
 
         return prepare
+
+
+# The measured ceiling of bandwidth: bench/stream.cpp, none of this package's code -------------------------------------
+
+
+@cache
+def library() -> Callable[..., int] | str:
+    """The compiled stream, on torch's own OpenMP threads; or why it is not there."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return "no C++ compiler is there"
+    # A second OpenMP runtime would have threads of its own, waiting beside torch's: take torch's, if it has one.
+    runtimes = sorted((Path(torch.__file__).parent / "lib").glob("lib[gi]*omp*.so*"))
+    with tempfile.TemporaryDirectory() as folder:
+        half, whole = f"{folder}/stream.o", f"{folder}/stream.so"
+        compiling = [compiler, "-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-c", str(SOURCE), "-o", half]
+        linking = [compiler, "-shared", half, str(runtimes[0]) if runtimes else "-fopenmp", "-o", whole]
+        try:
+            for command in (compiling, linking):
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            function: Callable[..., int] = ctypes.CDLL(whole).wd_bench_stream
+        except subprocess.CalledProcessError as error:
+            return f"{compiler} failed: {(error.stderr.strip() or 'it does not say why').splitlines()[0][:160]}"
+        except (OSError, subprocess.TimeoutExpired, AttributeError) as error:
+            return f"{compiler}: {str(error).splitlines()[0][:160]}"
+    return function
+
+
+def stream(param: Tensor, grad: Tensor, states: Sequence[Tensor], threads: int) -> Callable[[], None]:
+    """A call that reads all, and writes all but the gradient, with the values that they have; no arithmetic.
+
+    Raises:
+        RuntimeError: there is no compiler, or the mix of widths is not in stream.cpp.
+    """
+    function = library()
+    if isinstance(function, str):
+        raise RuntimeError(function)
+    tensors = (param.detach(), grad, *states)
+    if any(t.numel() != param.numel() or not t.is_contiguous() for t in tensors):
+        raise RuntimeError("the tensors are not contiguous, or not of one size")
+    width = states[0].element_size() if states else param.element_size()
+    addresses = (ctypes.c_void_p * 3)(*(s.data_ptr() for s in states), *([None] * (3 - len(states))))
+    places = ctypes.c_void_p(param.data_ptr()), ctypes.c_void_p(grad.data_ptr()), addresses
+    size = ctypes.c_int64(param.numel())
+
+    def run(held: Sequence[Tensor] = tensors) -> None:  # which are known only by address below
+        if function(param.element_size(), grad.element_size(), width, len(states), *places, size, 0, threads):
+            raise RuntimeError(f"no stream of {param.dtype}, {grad.dtype} and {[s.dtype for s in states]} is there")
+
+    return run
+
+
+# A case ---------------------------------------------------------------------------------------------------------------
 
 
 class Maker:

@@ -64,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import gpu_parts  # which imports the package
 
     if "tune" in parts:
-        import tune
-
-        say(tune.tune(gpu_parts.Report(out, device, "tune"), device, small, end - time.perf_counter()))
+        say(gpu_parts.tune(gpu_parts.Report(out, device, "tune"), device, small, end - time.perf_counter()))
         return 0
     report = gpu_parts.Report(out, device)
     if built is not None:

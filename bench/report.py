@@ -38,14 +38,11 @@ def slim(report: Report) -> Report:
     if not of_gpu(report):
         machine["cpu"] = {key: value for key, value in machine.get("cpu", {}).items() if key in CPU}
         machine = {key: machine[key] for key in ("machine", "system", "cpu", "wd_kernels") if key in machine}
-    entries = [
-        {
-            "group": entry["group"],
-            "extra_info": {key: short(value) for key, value in entry["extra_info"].items()},
-            "stats": {"data": short(entry["stats"]["data"])},
-        }
-        for entry in report["benchmarks"]
-    ]
+    entries = []
+    for entry in report["benchmarks"]:
+        info, data = entry["extra_info"], short(entry["stats"]["data"])
+        info = {key: short(value) for key, value in info.items()}
+        entries.append({"group": entry["group"], "extra_info": info, "stats": {"data": data}})
     kept = {name: value for name, value in report.items() if name not in ("version", "benchmarks")}
     own = {"commit_info": {key: commit.get(key) for key in ("id", "dirty")}, "machine_info": machine}
     return kept | own | {"benchmarks": entries}
@@ -85,18 +82,13 @@ HEADER = (
 )  # fmt: skip
 
 
-def markers(part: str) -> tuple[str, str]:
-    """Where a part begins and ends."""
-    return f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
-
-
 def replaced(text: str, part: str, content: str) -> str:
     """A text with what stands between the markers of a part made anew.
 
     Raises:
         ValueError: the markers are not there, each once and in order.
     """
-    begin, end = markers(part)
+    begin, end = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"expected {begin} and {end} once each, in this order")
     before, rest = text.split(begin)
@@ -110,51 +102,41 @@ def rewritten(text: str, report: Report, gpu: Report | None) -> str:
     return replaced(replaced(text, "plot", plot), "performance", section(report, gpu))
 
 
+OPENING = """
+Whole `opt.step()` on {threads} threads of {cpu} ({instruction set}), torch {torch}, {date}. Contenders take turns in
+one run: ours, {names}. Times are medians over rounds, ratios medians of the quotients within a round. {missing}"""
+LEGEND = """
+"Against the best" is how many times longer the fastest of all peers takes than ours. "Flat" is ours after
+`wd_kernels.flatten_`. The ceiling is the rate of a plain stream over as many bytes with the same mix of reads and
+writes, measured in the same rounds."""
+AGAIN = """All rows, with quartile ranges and rates, are in [bench/results]({}.txt); to measure again:
+
+    make peers  # optional: the other libraries; the benchmark names those that are missing
+    make bench
+    .venv/bin/python bench/report.py bench.json --save --readme"""
+
+
 def section(report: Report, gpu: Report | None) -> str:
     """What stands between the markers."""
-    cases, files = results(report), f"bench/results/{stem_of(report)}"
-    parts = [opening(report, cases), table(cases), legend(cases), lost(cases), scaling(cases)]
+    cases, files, own = results(report), f"bench/results/{stem_of(report)}", report["machine_info"]["wd_kernels"]
+    names = dict.fromkeys(name for them in cases.values() for name, _ in them if is_peer(name))
+    missing = f"Missing: {', '.join(report['missing'])}." if report.get("missing") else ""
+    about = own | {
+        "cpu": device(report),
+        "date": report["datetime"][:10],
+        "names": ", ".join(names),
+        "missing": missing,
+    }
+    parts = [filled(OPENING.format(**about)), table(cases), filled(LEGEND), lost(cases), scaling(cases)]
     parts.append(f"![All contenders side by side]({files}-peers.png)")
     if points(cases, "tensors"):
         parts.append(f"![Scaling over tensors, elements and groups]({files}-scaling.png)")
     if gpu is not None:
-        rate = copy_rate(gpu)
+        rate, torch = copy_rate(gpu), gpu["machine_info"]["wd_kernels"].get("torch")
         copy = f"; a copy, the ceiling there, moves {rate:.0f} GB/s" if rate else ""
-        torch = gpu["machine_info"].get("wd_kernels", {}).get("torch")
-        parts.append(filled(f"On a GPU: {device(gpu)}, torch {torch}, {str(gpu['datetime'])[:10]}{copy}."))
+        parts.append(filled(f"On a GPU: {device(gpu)}, torch {torch}, {gpu['datetime'][:10]}{copy}."))
         parts += [table(results(gpu)), f"![Contenders on a GPU](bench/results/{stem_of(gpu)}-peers.png)"]
-    parts.append(
-        f"All rows, with quartile ranges and rates, are in [bench/results]({files}.txt); to measure again:"
-        "\n\n    make peers  # optional: the other libraries; the benchmark names those that are missing\n"
-        "    make bench\n    .venv/bin/python bench/report.py bench.json --save --readme"
-    )
-    return "\n\n".join(part for part in parts if part)
-
-
-def opening(report: Report, cases: Cases) -> str:
-    own = report["machine_info"].get("wd_kernels", {})
-    names = dict.fromkeys(name for them in cases.values() for name, _ in them if is_peer(name))
-    lines = [
-        f"Whole `opt.step()` on {own.get('threads', '?')} threads of {device(report)} "
-        f"({own.get('instruction set', '?')}), torch {own.get('torch', '?')}, {str(report['datetime'])[:10]}.",
-        f"Contenders take turns in one run: ours, {', '.join(names)}.",
-        "Times are medians over rounds, ratios medians of the quotients within a round.",
-    ]
-    if report.get("missing"):
-        lines.append(f"Missing: {', '.join(report['missing'])}.")
-    return filled(*lines)
-
-
-def legend(cases: Cases) -> str:
-    lines = ['"Against the best" is how many times longer the fastest of all peers takes than ours.']
-    if any(name == FLAT for them in cases.values() for name, _ in them):
-        lines.append('"Flat" is ours after `wd_kernels.flatten_`.')
-    if any((CEILING, 1) in them for them in cases.values()):
-        lines.append(
-            "The ceiling is the rate of a plain stream over as many bytes with the same mix of reads and writes, "
-            "measured in the same rounds."
-        )
-    return filled(*lines)
+    return "\n\n".join(part for part in (*parts, AGAIN.format(files)) if part)
 
 
 def table(cases: Cases) -> str:

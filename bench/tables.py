@@ -53,7 +53,7 @@ def percent(value: float | None) -> str:
 
 def filled(*sentences: str) -> str:
     """A paragraph, as wide as the README's others."""
-    return textwrap.fill(" ".join(sentences), 120, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(" ".join(" ".join(sentences).split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def filled_columns(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
@@ -164,46 +164,42 @@ def scaling(cases: Cases) -> str:
     return filled(*sentences)
 
 
-def judge(target: str, where: str, found: float | None, least: float, form: str) -> tuple[str, str, str, str]:
-    if found is None:
-        return target, where, "-", "not measured"
-    return target, where, form.format(found), "reached" if found >= least else "not reached"
-
-
-def verdicts(report: Report) -> list[tuple[str, str, str, str]]:
+def verdicts(report: Report) -> list[Row]:
     """(target, where, what was found, verdict) of every budget. A rehearsal reaches nothing: nothing is measured."""
     measured = of_gpu(report) and not report.get("rehearsal")
     cases = figures.results(report) if measured else {}
-    rows = []
-    for name in (OURS, CUDA):
-        for case, least in TARGETS.items():
-            them = cases.get(case, {})
-            found = them[name, 1].share(them.get((CEILING, 1))) if (name, 1) in them else None
-            where = case if name == OURS else f"{case}, CUDA"
-            rows.append(judge(f">= {least}% of copy bandwidth", where, found, least, "{:.1f}%"))
     pairs = {
         case + (f", {groups} groups" if groups > 1 else ""): (own, them[FUSED, groups])
         for case, them in cases.items()
         for (name, groups), own in them.items()
         if name == OURS and (FUSED, groups) in them
     }
-    left_out = sum("all" in who for who in report.get("left_out", {}).values())
     walls = {where: own.ratio(fused) for where, (own, fused) in pairs.items()}
     devices = {where: own.device_ratio(fused) for where, (own, fused) in pairs.items()}
+    found: list[tuple[str, str, float | None, float, str]] = []  # what was found, the least that reaches the target
+    for name in (OURS, CUDA):
+        for case, least in TARGETS.items():
+            them = cases.get(case, {})
+            share = them[name, 1].share(them.get((CEILING, 1))) if (name, 1) in them else None
+            where = case if name == OURS else f"{case}, CUDA"
+            found.append((f">= {least}% of copy bandwidth", where, share, least, "{:.1f}%"))
+    left_out = sum("all" in who for who in report.get("left_out", {}).values())
     for what, ratios in (("device time", devices), ("wall clock", walls)):
         worst = min(ratios, key=lambda where: ratios[where], default="")
         where = f"worst of {len(ratios)}: {worst}" if worst else "all cases"
         where += f" ({left_out} cases not measured)" if worst and left_out else ""
-        rows.append(judge(f">= 1.0x {FUSED}, {what}", where, ratios.get(worst), 1.0, "{:.2f}x"))
-    for case in MANY:
-        rows.append(judge(f">= 6x {FUSED}, wall clock", case, walls.get(case), 6.0, "{:.2f}x"))
+        found.append((f">= 1.0x {FUSED}, {what}", where, ratios.get(worst), 1.0, "{:.2f}x"))
+    found += [(f">= 6x {FUSED}, wall clock", case, walls.get(case), 6.0, "{:.2f}x") for case in MANY]
     launches = report.get("launches", {}) if measured else {}
-    if launches.get("step_kernels") is None:
-        return [*rows, judge("one launch a bucket", "profiler", None, 0, "")]
-    kernels, count = launches["step_kernels"], launches["buckets"]
-    where = f"profiler, {launches['tensors']} tensors, {count} buckets"
-    verdict = "reached" if kernels == count else "not reached"
-    return [*rows, ("one launch a bucket", where, f"{kernels} kernels", verdict)]
+    kernels, where = launches.get("step_kernels"), f"profiler, {launches.get('buckets')} buckets"
+    one_each = None if kernels is None else float(kernels == launches["buckets"])
+    found.append(("one launch a bucket", where, one_each, 1.0, f"{kernels} kernels"))
+    return [
+        (target, where, "-", "not measured")
+        if value is None
+        else (target, where, form.format(value), "reached" if value >= least else "not reached")
+        for target, where, value, least, form in found
+    ]
 
 
 def absent(report: Report) -> list[str]:

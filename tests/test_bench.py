@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import byte_model
-import ceiling
 import contenders
 import numpy as np
 import peers
@@ -475,7 +474,7 @@ def test_who_cannot_step_is_left_out_with_the_reason():
 @pytest.mark.parametrize(("widths", "states"), [((4, 4, 4), 2), ((2, 2, 4), 1), ((2, 2, 2), 3), ((8, 8, 8), 0)])
 def test_the_stream_reads_and_writes_what_it_says(widths, states):
     """With another constant than 0, as numpy computes it."""
-    function = ceiling.library()
+    function = contenders.library()
     assert not isinstance(function, str), function
     generator = np.random.default_rng(0)
     types = [np.dtype(f"u{width}") for width in widths]
@@ -495,8 +494,8 @@ def test_the_stream_reads_and_writes_what_it_says(widths, states):
 
 def test_without_a_compiler_there_is_no_ceiling_and_a_reason(monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    monkeypatch.setattr(ceiling, "library", ceiling.library.__wrapped__)
-    assert "/no/such/compiler" in str(ceiling.library())
+    monkeypatch.setattr(contenders, "library", contenders.library.__wrapped__)
+    assert "/no/such/compiler" in str(contenders.library())
     case = Case("2x8-float32-kept")
     entries, skipped = measured(case, who(case), 0.01)
     assert skipped.keys() == {workloads.CEILING}

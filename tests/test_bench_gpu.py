@@ -17,7 +17,6 @@ import gpu_parts
 import internals
 import pytest
 import torch
-import tune
 import workloads
 
 import wd_kernels
@@ -88,15 +87,15 @@ def test_launch_parameters_are_others_for_a_time():
         use(warps=1)
     assert (triton_backend.block(formats), triton_backend.options(formats, 32, True)) == before
     assert longest == wd_kernels.mirror.LONGEST
-    assert tune.VARIANTS["wd_kernels"] == {}
-    assert len(tune.VARIANTS) == 25
+    assert gpu_parts.VARIANTS["wd_kernels"] == {}
+    assert len(gpu_parts.VARIANTS) == 25
 
 
 def test_tuning_compares_variants_and_notes_what_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        tune, "VARIANTS", {"wd_kernels": {}, "block=512": {"block": 512}, "block=2048": {"block": 2048}}
+        gpu_parts, "VARIANTS", {"wd_kernels": {}, "block=512": {"block": 512}, "block=2048": {"block": 2048}}
     )
-    monkeypatch.setattr(tune, "CASES", ["1x1000000-float32-kept"])
+    monkeypatch.setattr(gpu_parts, "TUNED", ["1x1000000-float32-kept"])
     step, seen = wd_kernels.AdamW.step, []
 
     def step_or_fail(self: Any, closure: Any = None) -> Any:
@@ -106,7 +105,7 @@ def test_tuning_compares_variants_and_notes_what_fails(tmp_path, monkeypatch):
         return step(self, closure)
 
     monkeypatch.setattr(wd_kernels.AdamW, "step", step_or_fail)
-    text = tune.tune(gpu_parts.Report(tmp_path, CPU, "tune"), CPU, True, 5.0)
+    text = gpu_parts.tune(gpu_parts.Report(tmp_path, CPU, "tune"), CPU, True, 5.0)
     report = json.loads((tmp_path / "tune.json").read_text())
     assert [e["extra_info"]["contender"] for e in report["benchmarks"]] == ["wd_kernels", "block=2048"]
     assert report["left_out"] == {"1x10-float32-kept": {"block=512": "RuntimeError: out of registers"}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -165,7 +164,6 @@ def test_a_report_without_ceiling_has_no_shares(report):
     rows = tables.steps(figures.results(report))
     assert {row[rows[0].index("% ceiling")] for row in rows[1:]} == {"-"}
     assert "% ceiling" not in tables.filled_columns(rows)[0]
-    assert "of the ceiling" not in program.section(report, None)
 
 
 # Of a GPU -------------------------------------------------------------------------------------------------------------
@@ -272,7 +270,7 @@ def test_the_text_of_a_gpu(gpu):
         "left out: vit_l16-float32-new: all: the time was over",
         "missing: optimi AdamW: ModuleNotFoundError: No module named 'optimi'",
         f">= 92% of copy bandwidth {BILLION} 100.0% reached",
-        "one launch a bucket profiler, 6 tensors, 2 buckets 2 kernels reached",
+        "one launch a bucket profiler, 2 buckets 2 kernels reached",
     ):
         assert line in found, line
     assert "REHEARSAL" not in text
@@ -335,7 +333,7 @@ def test_a_gpu_report_is_kept_and_joins_the_section(report, gpu, tmp_path, capsy
     for name, content in (("bench.json", report), ("gpu.json", gpu)):
         (tmp_path / name).write_text(json.dumps(content))
     path, folder = tmp_path / "README.md", tmp_path / "results"
-    path.write_text("\n".join(itertools.chain(*map(program.markers, ("plot", "performance")))))
+    path.write_text("\n".join(f"<!-- {part}:{end} -->" for part in ("plot", "performance") for end in ("begin", "end")))
     assert program.main([str(tmp_path / "bench.json"), "--save", str(folder)]) == 0
     assert program.main([str(tmp_path / "gpu.json"), "--save", str(folder), "--readme", str(path)]) == 0
     assert "Budgets" in capsys.readouterr().out
@@ -356,7 +354,7 @@ def test_a_gpu_report_is_kept_and_joins_the_section(report, gpu, tmp_path, capsy
 
 
 def test_the_section_is_rewritten_between_its_markers_only(report):
-    (plot, plotted), (begin, end) = map(program.markers, ("plot", "performance"))
+    plot, plotted, begin, end = (f"<!-- {p}:{e} -->" for p in ("plot", "performance") for e in ("begin", "end"))
     text = f"before\n{plot}\n{plotted}\nbetween\n{begin}\nold\n{end}\nafter\n"
     once = program.rewritten(text, report, None)
     assert once.startswith(f"before\n{plot}\n\n{plotted}\nbetween\n{begin}\nWhole `opt.step()`")
