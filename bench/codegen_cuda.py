@@ -23,7 +23,6 @@ from codegen import Cost, Kernel, kernels, program
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "wd_kernels" / "_cuda.abi3.so"
-SOURCE = ROOT / "csrc" / "cuda" / "kernels.cu"
 THREADS = 128  # kThreads of csrc/cuda/chunk.h
 _FORMATS = {torch.float64: "Float64", torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 #: How C++ calls the rules.
@@ -34,7 +33,7 @@ _RULES = {
 
 
 @cache
-def _setup() -> dict[str, Any]:
+def setup() -> dict[str, Any]:
     """The names of setup.py."""
     return runpy.run_path(str(ROOT / "setup.py"))
 
@@ -42,15 +41,15 @@ def _setup() -> dict[str, Any]:
 def no_toolkit() -> str | None:
     """Why there is no CUDA compiler, None where there is one."""
     try:
-        _setup()["nvcc"]()
-    except _setup()["NoCuda"] as why:
+        setup()["nvcc"]()
+    except setup()["NoCuda"] as why:
         return str(why)
     return None
 
 
 def compiler() -> str:
     """The CUDA compiler and its version: "nvcc 13.0.88"."""
-    said: str = _setup()["asked"](_setup()["nvcc"](), "--version")
+    said: str = setup()["asked"](setup()["nvcc"](), "--version")
     return f"nvcc {re.findall(r'V([0-9.]+)', said)[0]}"
 
 
@@ -72,15 +71,6 @@ def parts(text: str, begin: str) -> dict[str, str]:
             assert arguments, readable
             found[arguments[1]] = part
     return found
-
-
-def whole_ptx(target: str) -> str:
-    """The PTX of all kernels for a target ("sm_90"), compiled as the library's are."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernels.ptx"
-        what = (f"-arch=compute_{target.removeprefix('sm_')}", "-ptx", str(SOURCE), "-o", str(path))
-        subprocess.run([_setup()["nvcc"](), *_setup()["NVCC_FLAGS"].split(), *what], check=True, capture_output=True)
-        return path.read_text()
 
 
 def carried_ptx(library: Path = LIBRARY) -> str:

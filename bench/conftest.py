@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from contenders import library
-from internals import versions_and_choices
+from internals import versions_here
 from peers import CUDA, load, on
 from turns import Timer, measure
 from workloads import CASES, CEILING, Case
@@ -53,9 +53,8 @@ def measured(request: pytest.FixtureRequest) -> Any:
 
     @cache
     def of_case(case: Case) -> tuple[dict[tuple[str, int], dict[str, Any]], dict[str, str]]:
-        entries, skipped = measure(
-            case, peers()[0], names(request.config, case), request.config.getoption("--seconds"), timer
-        )
+        seconds = request.config.getoption("--seconds")
+        entries, skipped = measure(case, peers()[0], names(request.config, case), seconds, timer)
         if skipped:
             left_out[str(case)] = skipped
         return {(e["extra_info"]["contender"], e["extra_info"]["groups"]): e for e in entries}, skipped
@@ -63,25 +62,15 @@ def measured(request: pytest.FixtureRequest) -> Any:
     return of_case
 
 
-def missing() -> dict[str, str]:
-    """Who is not there at all, and why."""
-    gpu_only = [
-        f"{peer.name} {peer.path.split(':')[1]}"
-        for peer in on("cuda")
-        if "cpu" not in peer.devices and peer.name != CUDA
-    ]
-    found = peers()[1] | dict.fromkeys(gpu_only, "it steps GPU tensors only")
-    why = library()
-    return found | ({CEILING: why} if isinstance(why, str) else {})
-
-
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What decides the numbers, and not the host's name."""
     machine_info["node"] = ""
-    machine_info["wd_kernels"] = versions_and_choices()
+    machine_info["wd_kernels"] = versions_here()
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Who is not in it."""
-    output_json["missing"] = missing()
-    output_json["left_out"] = left_out
+    """Who is not in it, and why."""
+    elsewhere = [peer for peer in on("cuda") if "cpu" not in peer.devices and peer.name != CUDA]
+    missing = {f"{peer.name} {peer.path.split(':')[1]}": "it steps GPU tensors only" for peer in elsewhere}
+    no_ceiling = {CEILING: why} if isinstance(why := library(), str) else {}
+    output_json |= {"missing": peers()[1] | missing | no_ceiling, "left_out": left_out}

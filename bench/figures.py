@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peers import OURS
-from workloads import BARE_LOOP, CEILING, TIMED
+from workloads import BARE_LOOP, CEILING
 
 Report = dict[str, Any]
 
@@ -94,11 +94,12 @@ def results(report: Report) -> Cases:
         result = Result(entry["group"], *key, seconds, info["device"] or seconds, info)
         cases.setdefault(result.case, {})[key] = result
     rate = copy_rate(report)
-    if rate is not None:
-        for case, them in cases.items():
-            own = next(iter(them.values()))
-            seconds = [own.bytes / rate / 1e9] * max(len(r.seconds) for r in them.values())
-            them[CEILING, 1] = Result(case, CEILING, 1, seconds, seconds, own.info | {"host": []})
+    for case, them in cases.items():
+        if rate is None:
+            break
+        own = next(iter(them.values()))
+        seconds = [own.bytes / rate / 1e9] * max(len(r.seconds) for r in them.values())
+        them[CEILING, 1] = Result(case, CEILING, 1, seconds, seconds, own.info | {"host": []})
     return cases
 
 
@@ -125,13 +126,10 @@ def stem_of(report: Report) -> str:
 
 def behind(cases: Cases, own: str = OURS) -> tuple[list[tuple[float, Result, Result]], int]:
     """(ratio, ours, the peer) where one of ours is slower than a peer, worst first; and how many pairs there are."""
-    pairs = [
-        (them[own, groups].ratio(other), them[own, groups], other)
-        for them in cases.values()
-        for (name, groups), other in them.items()
-        if (own, groups) in them and is_peer(name)
-    ]
-    return sorted((pair for pair in pairs if pair[0] < 1), key=lambda pair: pair[0]), len(pairs)
+    peers = [(them, peer) for them in cases.values() for (name, _), peer in them.items() if is_peer(name)]
+    pairs = [(them[own, peer.groups], peer) for them, peer in peers if (own, peer.groups) in them]
+    slower = [(ours.ratio(peer), ours, peer) for ours, peer in pairs if ours.ratio(peer) < 1]
+    return sorted(slower, key=lambda found: found[0]), len(pairs)
 
 
 def points(cases: Cases, sweep: str) -> dict[int, dict[str, Result]]:
@@ -144,18 +142,3 @@ def points(cases: Cases, sweep: str) -> dict[int, dict[str, Result]]:
             at = groups if sweep == "groups" else int(r.info[sweep])
             found.setdefault(at, {})[r.contender] = r
     return dict(sorted(found.items()))
-
-
-def host_times(at: dict[int, dict[str, Result]], own: str) -> list[tuple[int, float]]:
-    """(what the sweep varies, seconds of the host) of one of ours."""
-    return [(n, them[TIMED[own]].host) for n, them in at.items() if TIMED[own] in them]
-
-
-def line(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Intercept and slope of the least squares' line through two points or more.
-
-    >>> line([(1, 3.0), (2, 5.0), (4, 9.0)])
-    (1.0, 2.0)
-    """
-    slope, intercept = statistics.linear_regression(*zip(*values, strict=True))
-    return intercept, slope

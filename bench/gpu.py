@@ -15,8 +15,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu_around import ROOT, build, run_tests, say
@@ -27,7 +28,8 @@ PARTS = ("build", "tests", "copy", "launches", "steps", "plots")
 SECONDS = {"build": 100.0, "tests": 220.0, "steps": 200.0}
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the parts, prints the tables last; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report goes")
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts: {','.join(PARTS)} (default: all), or tune")
@@ -36,18 +38,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", choices=("full", "small"), default="full", help="small: tiny tensors")
     parser.add_argument("--minutes", type=float, default=8.8, help="for everything (default: 8.8)")
     arguments = parser.parse_args(argv)
-    arguments.parts = arguments.only.split(",")
-    unknown = set(arguments.parts) - {*PARTS, "tune"}
-    if unknown:
-        parser.error(f"--only {','.join(sorted(unknown))}: allowed are {', '.join((*PARTS, 'tune'))}")
-    return arguments
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the parts, prints the tables last; returns the exit status."""
-    arguments = parse(argv)
     end: float = time.perf_counter() + 60 * arguments.minutes
-    out, parts, small = arguments.out, arguments.parts, arguments.scale == "small"
+    asked, out, small = arguments.only.split(","), arguments.out, arguments.scale == "small"
+    if not {*asked} <= {*PARTS, "tune"}:
+        parser.error(f"--only {arguments.only}: allowed are {', '.join((*PARTS, 'tune'))}")
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("No GPU is there; --device cpu --scale small rehearses this program without one.", file=sys.stderr)
@@ -60,31 +54,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         """Seconds for a part, some kept for the plots."""
         return max(min(SECONDS.get(part, 60.0), end - time.perf_counter() - 20), 0.0)
 
-    built = build(left("build")) if "build" in parts else None
+    built = build(left("build")) if "build" in asked else {}
     import gpu_parts  # which imports the package
 
-    if "tune" in parts:
+    if "tune" in asked:
         say(gpu_parts.tune(gpu_parts.Report(out, device, "tune"), device, small, end - time.perf_counter()))
         return 0
     report = gpu_parts.Report(out, device)
-    if built is not None:
-        report.part("build", lambda: built)
-    if "tests" in parts:
-        report.part("tests", lambda: run_tests(left("tests"), out / "tests.txt"))
-    if "copy" in parts:
-        report.part("copy", lambda: gpu_parts.copy_bandwidth(device, 1 << 20 if small else 4 << 30))
-    if "launches" in parts:
-        report.part("launches", lambda: gpu_parts.launches(device, "tiny_gpt2" if small else "gpt2"))
-    if "steps" in parts:
+    parts: dict[str, Callable[[], Any]] = {
+        "build": lambda: built,
+        "tests": lambda: run_tests(left("tests"), out / "tests.txt"),
+        "copy": lambda: gpu_parts.copy_bandwidth(device, 1 << 20 if small else 4 << 30),
+        "launches": lambda: gpu_parts.launches(device, "tiny_gpt2" if small else "gpt2"),
+    }
+    for part in (part for part in parts if part in asked):
+        report.part(part, parts[part])
+    if "steps" in asked:
         gpu_parts.measure_steps(report, device, small, left("steps"), arguments.case)
     report.values["finished"] = True
     text = report.save()
-    if "plots" in parts:
+    if "plots" in asked:
         try:
             from plots import plot
 
-            for path in plot(report.values, out):
-                say(f"plot: {path}")
+            say(f"plots: {', '.join(map(str, plot(report.values, out)))}")
         except ImportError as error:
             say(f"no plots: {error}")
     say("\n" + text)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from contenders import Contender, Tensors
 from gpu_around import commit, output_of, say, write
-from internals import buckets, launch_parameters, versions_and_choices
+from internals import buckets, launch_parameters, versions_here
 from peers import LR, OURS, PEERS, first_line, load, on
 from tables import render
 from torch.profiler import ProfilerActivity, profile
@@ -29,7 +29,7 @@ MOST_OF_A_CASE = 15.0  # seconds; a hundredth in a rehearsal
 
 def about(device: torch.device) -> dict[str, Any]:
     """What decides the numbers: device, driver, versions."""
-    machine: dict[str, Any] = {"device": "CPU", "driver": "none", "wd_kernels": versions_and_choices()}
+    machine: dict[str, Any] = {"device": "CPU", "driver": "none", "wd_kernels": versions_here()}
     if device.type != "cpu":
         properties = torch.cuda.get_device_properties(device)
         machine["device"] = str(properties.name)

@@ -17,18 +17,10 @@ from wd_kernels.__main__ import aligned, choices, versions
 from wd_kernels.backends import triton as backend
 from wd_kernels.storage import format_of
 
-__all__ = [
-    "aligned",
-    "bare_launch",
-    "buckets",
-    "format_of",
-    "launch_parameters",
-    "time_launches",
-    "versions_and_choices",
-]
+__all__ = ["aligned", "bare_launch", "buckets", "format_of", "launch_parameters", "time_launches", "versions_here"]
 
 
-def versions_and_choices() -> dict[str, str]:
+def versions_here() -> dict[str, str]:
     """Versions of what takes part, and what was chosen on this machine."""
     return dict([*versions(), *choices()])
 

@@ -11,7 +11,7 @@ import figures
 from figures import Cases, Report, copy_rate, iqr, of_gpu, points
 from internals import aligned
 from peers import CUDA, FLAT, FUSED, OURS, RULES
-from workloads import CEILING, MANY, TARGETS
+from workloads import CEILING, MANY, TARGETS, TIMED
 
 Row = tuple[str, ...]
 REHEARSAL = "REHEARSAL on the CPU with tiny sizes: it checks the program; no figure here is a GPU's."
@@ -142,10 +142,10 @@ def scaling(cases: Cases) -> str:
     sentences = []
     tensors, groups, elements = (points(cases, sweep) for sweep in ("tensors", "groups", "elements"))
     for own, name in ((OURS, "Ours"), (FLAT, "Flat")):
-        values = figures.host_times(tensors, own)
+        values = [(n, them[TIMED[own]].host) for n, them in tensors.items() if TIMED[own] in them]
         few = [(n, seconds) for n, seconds in values if n <= IN_CACHE]
         if len(few) > 1:
-            start, slope = figures.line(few)
+            slope, start = statistics.linear_regression(*zip(*few, strict=True))
             text = f"{name}: a step costs the host {start * 1e6:.0f} µs and {slope * 1e6:.2f} µs a tensor"
             if len(values) > len(few):
                 (n, before), (most, last) = few[-1], values[-1]
@@ -154,7 +154,7 @@ def scaling(cases: Cases) -> str:
             sentences.append(f"{text} (10⁶ elements in all).")
     steps = [(n, them[OURS].median) for n, them in groups.items() if OURS in them]
     if len(steps) > 1:
-        each = figures.line(steps)[1] * 1e6
+        each = statistics.linear_regression(*zip(*steps, strict=True)).slope * 1e6
         sentences.append(f"A parameter group adds {each:.2f} µs to a step, lr changing in each.")
     for most, them in list(elements.items())[-1:]:
         if OURS in them and CEILING in them:
@@ -206,10 +206,8 @@ def absent(report: Report) -> list[str]:
     """Who is not in the tables, and why."""
     lines = [f"missing: {name}: {why}" for name, why in report.get("missing", {}).items()]
     for case, who in report.get("left_out", {}).items():
-        reasons: dict[str, list[str]] = {}
-        for name, why in who.items():
-            reasons.setdefault(why, []).append(name)
-        lines += [f"left out: {case}: {', '.join(names)}: {why}" for why, names in reasons.items()]
+        for why in dict.fromkeys(who.values()):
+            lines.append(f"left out: {case}: {', '.join(name for name in who if who[name] == why)}: {why}")
     return lines
 
 

@@ -80,11 +80,21 @@ def triton_kernel(version: str, target: str, kernel: codegen.Kernel) -> ptx.Kern
     return ptx.parse(triton_ptx(version, target, kernel))
 
 
+def _nvcc(target: str, path: Path) -> None:
+    """The PTX of all kernels for a target ("sm_90"), compiled as the library's are."""
+    setup = codegen_cuda.setup()
+    what = (f"-arch=compute_{target.removeprefix('sm_')}", "-ptx", str(ROOT / "csrc" / "cuda" / "kernels.cu"))
+    command = [setup["nvcc"](), *setup["NVCC_FLAGS"].split(), *what, "-o", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
 @cache
 def _cuda(target: str) -> dict[str, str]:
     def make(path: Path) -> None:
-        text = codegen_cuda.carried_ptx() if target == "library" else codegen_cuda.whole_ptx(target)
-        (path / "kernels.ptx").write_text(text)
+        if target == "library":
+            (path / "kernels.ptx").write_text(codegen_cuda.carried_ptx())
+        else:
+            _nvcc(target, path / "kernels.ptx")
 
     path = _once(f"cuda-{target}", make) / "kernels.ptx"
     # What ptx.parse takes of a part begins with `.entry`.

@@ -81,7 +81,7 @@ for cost in codegen_cuda.costs(pathlib.Path(sys.argv[1])):
 @pytest.mark.parametrize("flag", ["-fmad=true", "-ftz=true"])
 def test_what_is_inexact_is_seen(flag: str, tmp_path: Path) -> None:
     """In a library of other flags: the counts of `test_budgets` are zero because the code is right."""
-    setup = codegen_cuda._setup()
+    setup = codegen_cuda.setup()
     exact = [own for own in setup["NVCC_FLAGS"].split() if not own.startswith(flag.partition("=")[0])]
     codes = ["-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90"]
     command = [setup["nvcc"](), *exact, flag, *codes, "-c", str(ROOT / "csrc" / "cuda" / "kernels.cu")]
