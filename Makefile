@@ -30,7 +30,7 @@ mutants: $(NATIVE) $(OLDEST)  ## plants 253 faults in copies of the product: do 
 	$(RUN) tests/mutants/run.py --hints-only $(MUTANTS)
 
 bench: $(NATIVE)  ## against every peer that is installed; those that are missing are named
-	$(RUN) -m pytest bench --benchmark-json=bench.json
+	$(RUN) -m pytest bench --benchmark-quiet --benchmark-json=bench.json
 	$(RUN) bench/report.py bench.json
 
 peers: $(VENV)/ready  ## the other libraries that the benchmark compares with; torch stays as it is
@@ -42,10 +42,10 @@ bench-gpu:  ## on a machine with a GPU, with the Python that has its torch; need
 codegen: $(NATIVE) $(OLDEST)  ## what the GPU kernels compile to, kept in bench/results
 	$(RUN) bench/codegen.py --save
 	PYTHONPATH=$(OLDEST) $(RUN) bench/codegen.py --save
-	$(RUN) bench/codegen.py --cuda --save
+	$(RUN) bench/codegen_cuda.py --save
 
 study: $(NATIVE)  ## decoupled weight decay, seen: trains grids of networks (10 minutes), goes on where it was interrupted
-	$(RUN) bench/study.py
+	$(RUN) bench/study
 
 dist: $(VENV)/ready  ## sdist, and from it the wheel, into dist/
 	rm -rf dist

@@ -13,28 +13,12 @@ from collections.abc import Callable
 
 import torch
 
-from wd_kernels.formats import state_dtype
-
-__all__ = [
-    "STATES",
-    "States",
-    "blockwise_states",
-    "blockwise_states_or_float32",
-    "companded_states",
-    "float32_states",
-    "kahan_states",
-    "moved",
-    "our_states",
-    "own_dtype_states",
-    "step_bytes",
-]
-
 #: States of each rule.
 STATES = {"adamw": 2, "adamw amsgrad": 3, "sgdw": 1, "sgdw without momentum": 0}
-States = Callable[[str, torch.dtype, int | None], float]
+States = Callable[[str, torch.dtype, "int | None"], float]
 
+FLOAT32 = torch.float32.itemsize
 BLOCK, SHORTEST = 256, 4096  # elements that share a scale; shorter tensors are not quantised
-SCALE = torch.float32.itemsize
 
 
 def step_bytes(rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> int:
@@ -46,17 +30,8 @@ def step_bytes(rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dt
     return 2 * param.itemsize + grad.itemsize + 2 * STATES[rule] * state.itemsize
 
 
-def moved(rule: str, param: torch.dtype, grad: torch.dtype, states: States, numel: int | None = None) -> float:
-    """Bytes per parameter and step, the states being of a format.
-
-    >>> moved("adamw", torch.float32, torch.float32, float32_states)
-    28
-    """
-    return 2 * param.itemsize + grad.itemsize + 2 * states(rule, param, numel)
-
-
 def float32_states(rule: str, param: torch.dtype, numel: int | None) -> float:
-    return STATES[rule] * torch.float32.itemsize
+    return STATES[rule] * FLOAT32
 
 
 def own_dtype_states(rule: str, param: torch.dtype, numel: int | None) -> float:
@@ -64,8 +39,8 @@ def own_dtype_states(rule: str, param: torch.dtype, numel: int | None) -> float:
 
 
 def our_states(rule: str, param: torch.dtype, numel: int | None) -> float:
-    """In the type of the arithmetic."""
-    return STATES[rule] * state_dtype(param).itemsize
+    """In the type of the arithmetic, float32 or wider."""
+    return STATES[rule] * max(param.itemsize, FLOAT32)
 
 
 def kahan_states(rule: str, param: torch.dtype, numel: int | None) -> float:
@@ -77,16 +52,14 @@ def blockwise_states(rule: str, param: torch.dtype, numel: int | None) -> float:
     """A byte each, and a float32 scale a block; of short tensors and those with a tail, in the parameter's dtype."""
     if numel is not None and (numel < SHORTEST or numel % BLOCK):
         return own_dtype_states(rule, param, numel)
-    return STATES[rule] * (1 + SCALE / BLOCK)
+    return STATES[rule] * (1 + FLOAT32 / BLOCK)
 
 
 def blockwise_states_or_float32(rule: str, param: torch.dtype, numel: int | None) -> float:
     """A byte each, and a float32 scale a block, the last of which may be short; of short tensors, float32."""
-    if numel is None:
-        return STATES[rule] * (1 + SCALE / BLOCK)
-    if numel < SHORTEST:
+    if numel is not None and numel < SHORTEST:
         return float32_states(rule, param, numel)
-    return STATES[rule] * (1 + SCALE * -(-numel // BLOCK) / numel)
+    return STATES[rule] * (1 + FLOAT32 * (-(-numel // BLOCK) / numel if numel else 1 / BLOCK))
 
 
 def companded_states(rule: str, param: torch.dtype, numel: int | None) -> float:

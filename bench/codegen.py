@@ -1,12 +1,12 @@
-"""What the kernels compile to, read back without a GPU: registers, stack, widths, bytes and instructions.
+"""What the Triton kernels compile to, read back without a GPU: registers, stack, widths, bytes and instructions.
 
     python bench/codegen.py [--json FILE] [--save] [--targets sm_90,gfx942] [--ptx FOLDER]
-    python bench/codegen.py --cuda [--json FILE] [--save]
+    python bench/codegen_cuda.py [--json FILE] [--save]     # the same of the CUDA library's kernels, as it was built
 
 Every specialisation that users reach is compiled for NVIDIA's sm_80, sm_90 and sm_100 and AMD's gfx942 and gfx1100 by
-the Triton that is imported, and disassembled; `--cuda` takes the kernels of the built CUDA library instead.
-tests/test_codegen.py holds the numbers against the budgets; bench/results/codegen-<compiler>-<version>.txt keeps them,
-so that a change shows as a difference. Triton must not be interpreting, so this is a process of its own.
+the Triton that is imported, and disassembled. tests/test_codegen.py holds the numbers against the budgets;
+bench/results/codegen-<compiler>-<version>.txt keeps them, so that a change shows as a difference. Triton must not be
+interpreting, so this is a process of its own.
 
 In the table: `regs` are registers of a thread (VGPRs on AMD); `stack` bytes of a thread; `access` the widths in bytes
 of the loads of parameter, gradient and states in the loop over full blocks; `B/el` the bytes that this loop moves per
@@ -24,7 +24,7 @@ import json
 import multiprocessing
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -32,13 +32,8 @@ from typing import Any
 
 import disassembly
 import torch
-
-from wd_kernels.__main__ import aligned
-from wd_kernels.backends.triton import THREADS, block, options
-from wd_kernels.rules import ADAMW, SGDW, Rule
-from wd_kernels.formats import Format, parameter_format, state_dtype
-
-__all__ = ["IN_FLIGHT", "TARGETS", "Cost", "Kernel", "cost", "costs", "kept", "kernels", "render"]
+from byte_model import STATES
+from internals import aligned, format_of
 
 RESULTS = Path(__file__).parent / "results"
 #: (backend, architecture, width of a warp) of every target.
@@ -54,36 +49,35 @@ IN_FLIGHT = {"sm_80": 16, "sm_90": 48, "sm_100": 64}
 #: Thread instructions that an H200 issues in the time that its memory takes for a byte: 132 multiprocessors, 128 lanes,
 #: 1.98 GHz, 4.3 TB/s.
 INSTRUCTIONS_PER_BYTE = 132 * 128 * 1.98e9 / 4.3e12
-
-_PAIRS = (
-    (torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float16), (torch.float16, torch.float32),
-)  # fmt: skip
-_RULES: dict[str, tuple[Rule, int]] = {
-    "adamw": (ADAMW, 2), "adamw amsgrad": (ADAMW, 3), "sgdw": (SGDW, 1), "sgdw without momentum": (SGDW, 0),
-}  # fmt: skip
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+_PAIRS = ((F64, F64), (F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One specialisation: a key of `_RULES` (as in byte_model.STATES), and the dtypes of parameter and gradient."""
+    """One specialisation: a key of byte_model.STATES, and the dtypes of parameter and gradient."""
 
     rule: str
     param: torch.dtype
     grad: torch.dtype
 
     @property
-    def formats(self) -> tuple[Format, ...]:
-        found = [parameter_format(d) for d in (self.param, self.grad, *[state_dtype(self.param)] * _RULES[self.rule][1])]
-        return tuple(fmt for fmt in found if fmt is not None)
+    def state(self) -> torch.dtype:
+        return F64 if self.param == F64 else F32
 
     @property
-    def dtypes(self) -> str:
-        return ", ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in (self.param, self.grad)))
+    def formats(self) -> tuple[Any, ...]:
+        """The package's, of every role."""
+        return tuple(map(parameter_format, (self.param, self.grad, *[self.state] * STATES[self.rule])))
 
     def __str__(self) -> str:
-        return f"{self.rule} ({self.dtypes})"
+        dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in (self.param, self.grad))
+        return f"{self.rule} ({', '.join(dtypes)})"
+
+
+def kernels() -> list[Kernel]:
+    """Every specialisation that users reach."""
+    return [Kernel(rule, p, g) for rule, (p, g) in product(STATES, _PAIRS)]
 
 
 @dataclass(frozen=True)
@@ -100,9 +94,18 @@ class Cost:
     loads: tuple[int, ...]
     stores: tuple[int, ...]
     elements: int  # of a thread, in one round of that loop
-    model: int  # bytes that a step of one element loads and stores, by the tensors' types in Triton's IR
+    model: int  # bytes that a step of one element loads and stores: by the types in Triton's IR, or the byte model
     instructions: float  # per element
     in_flight: float  # KiB per processor
+
+    @classmethod
+    def of(
+        cls, kernel: Kernel, target: str, found: disassembly.Reading, elements: int, model: int, layouts: int = 0
+    ) -> Cost:
+        return cls(
+            str(kernel), target, found.registers, found.stack, found.shared, layouts, found.inexact, found.loads,
+            found.stores, elements, model, found.instructions / elements, found.threads * found.ahead / 1024,
+        )  # fmt: skip
 
     @property
     def bytes_per_element(self) -> float:
@@ -113,43 +116,37 @@ class Cost:
         return INSTRUCTIONS_PER_BYTE * self.bytes_per_element / 2
 
 
-def kernels() -> list[Kernel]:
-    """Every specialisation that users reach."""
-    return [Kernel(rule, p, g) for rule, (p, g) in product(_RULES, _PAIRS)]
+def compiled(kernel: Kernel, target: str, **changes: Any) -> Any:
+    """Triton's compiled kernel, as the package would launch it but for the changes to its options.
 
-
-def compiled(kernel: Kernel, target: str, changes: Mapping[str, Any]) -> Any:
-    """Triton's compiled kernel, as `backends.triton` would launch it but for the changes to its options."""
+    All that this program knows of the package's Triton backend is here.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from wd_kernels import rules
+    from wd_kernels.backends import triton as own
     from wd_kernels.backends import triton_kernels
 
-    rule = _RULES[kernel.rule][0]
+    backend, architecture, warp = TARGETS[target]
+    rule = getattr(rules, kernel.rule.split()[0].upper())
     constants = {
         "rule": getattr(triton_kernels, rule.name),
-        "root": triton_kernels.root if TARGETS[target][0] == "cuda" else triton_kernels.scaled_root,
+        "root": triton_kernels.root if backend == "cuda" else triton_kernels.scaled_root,
         "width": rule.width,
         "formats": tuple(fmt.code for fmt in kernel.formats),
-        "block": block(kernel.formats),
+        "block": own.block(kernel.formats),
     }
     types = {"chunks": "*i64", "places": "*i64", "moving": "*i64", "rows": "*fp64", "control": "*fp64"}
     signature = {**types, "chunk_size": "i32", **dict.fromkeys(constants, "constexpr")}
     names = triton_kernels.step_kernel.arg_names
     assert list(signature) == names, names
-    source = ASTSource(
-        triton_kernels.step_kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i in range(6)},
-    )
-    backend, architecture, warp = TARGETS[target]
-    how = options(kernel.formats, warp, nvidia=backend == "cuda")
-    return triton.compile(source, target=GPUTarget(backend, architecture, warp), options={**how, **changes})
-
-
-# The table ------------------------------------------------------------------------------------------------------------
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned_by_16 = {(i,): [["tt.divisibility", 16]] for i in range(6)}
+    source = ASTSource(triton_kernels.step_kernel, signature, values, aligned_by_16)
+    options = {**own.options(kernel.formats, warp, nvidia=backend == "cuda"), **changes}
+    return triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
 
 
 def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -> Cost:
@@ -157,56 +154,44 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
 
     `ptx` is a folder for what an NVIDIA target's kernel was translated to: FOLDER/TARGET/KERNEL.ptx.
     """
-    asm = compiled(kernel, target, changes).asm
+    backend, _, warp = TARGETS[target]
+    made = compiled(kernel, target, **changes)
+    asm, threads = made.asm, made.metadata.num_warps * warp
     if ptx is not None and "ptx" in asm:
         (ptx / target).mkdir(parents=True, exist_ok=True)
         (ptx / target / f"{kernel}.ptx").write_text(asm["ptx"])
-    backend, _, warp = TARGETS[target]
+    # The bytes of an element by the types of the tensors that Triton's IR moves in full blocks, which are the largest;
+    # the compiler may have unrolled their loop.
+    moves = [(int(n), int(bits)) for n, bits in re.findall(r"tt\.(?:load|store) .*?tensor<(\d+)x!tt\.ptr<\w*?(\d+)>",
+                                                            asm["ttir"])]  # fmt: skip
+    block = max(moves)[0]
+    model = sum(bits // 8 for n, bits in moves if n == block)
+    moved = block // threads * model
     if backend == "cuda":
-        found = disassembly.nvidia(asm, THREADS)
+        found = disassembly.nvidia(asm, threads)
     else:
-        found = disassembly.amd(asm, target, warp, divides="adamw" in kernel.rule)
-    # The bytes of an element by the types of the tensors that Triton's IR moves in full blocks; the compiler may have
-    # unrolled their loop.
-    elements = block(kernel.formats) // THREADS
-    moves = rf"tt\.(?:load|store) .*?tensor<{block(kernel.formats)}x!tt\.ptr<\w*?(\d+)>"
-    model = sum(int(bits) // 8 for bits in re.findall(moves, asm["ttir"]))
-    rounds = max(round((sum(found.loads) + sum(found.stores)) / (elements * model)), 1)
-    return Cost(
-        kernel=str(kernel),
-        target=target,
-        registers=found.registers,
-        stack=found.stack,
-        shared=found.shared,
-        layouts=asm["ttgir"].count("ttg.convert_layout"),
-        inexact=found.inexact,
-        loads=found.loads,
-        stores=found.stores,
-        elements=elements * rounds,
-        model=model,
-        instructions=found.instructions / (elements * rounds),
-        in_flight=found.threads * found.ahead / (1 if backend == "cuda" else rounds) / 1024,
-    )
+        found = disassembly.amd(asm, target, warp, "adamw" in kernel.rule, moved)
+    rounds = max(round((sum(found.loads) + sum(found.stores)) / moved), 1)
+    layouts = asm["ttgir"].count("ttg.convert_layout")
+    return Cost.of(kernel, target, found, block // threads * rounds, model, layouts)
 
 
 def costs(targets: Sequence[str], workers: int = 2, ptx: Path | None = None) -> list[Cost]:
-    """Of every kernel on the targets; with a progress bar where somebody watches. `ptx`: a folder for their PTX."""
-    from rich.progress import track
-
+    """Of every kernel on the targets. `ptx`: a folder for their PTX."""
     pairs = list(product(targets, kernels()))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        results = pool.map(cost, [k for _, k in pairs], [t for t, _ in pairs], [ptx] * len(pairs), chunksize=4)
-        return list(track(results, "compiling", total=len(pairs), disable=not sys.stderr.isatty()))
+        return list(pool.map(cost, [k for _, k in pairs], [t for t, _ in pairs], [ptx] * len(pairs), chunksize=4))
+
+
+# The table ------------------------------------------------------------------------------------------------------------
 
 
 def render(found: Sequence[Cost], compiler: str) -> str:
     """The table as text."""
     parts = [f"{compiler}. What each kernel costs (bench/codegen.py says what the columns are).\n"]
     for target in dict.fromkeys(c.target for c in found):
-        rows: list[tuple[object, ...]] = [
-            (target, "regs", "stack", "access", "B/el", "instr/el", "of", "KiB"),
-        ]
+        rows: list[tuple[object, ...]] = [(target, "regs", "stack", "access", "B/el", "instr/el", "of", "KiB")]
         for c in (c for c in found if c.target == target):
             widths = "+".join(map(str, sorted(set(c.loads), reverse=True)))
             rows.append(
@@ -222,27 +207,14 @@ def kept(compiler: str) -> Path:
     return RESULTS / f"codegen-{compiler.lower().replace(' ', '-')}.txt"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
+def program(
+    parser: argparse.ArgumentParser, read: Callable[[argparse.Namespace], tuple[str, list[Cost]]], argv: Any = None
+) -> int:
+    """Prints the table of a compiler's costs, writes what is asked for; returns the exit status."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    parser.add_argument(
-        "--ptx", type=Path, metavar="FOLDER", help="write what NVIDIA's kernels are translated to there"
-    )
     parser.add_argument("--save", action="store_true", help="keep the table in bench/results")
-    parser.add_argument("--cuda", action="store_true", help="the kernels of the CUDA library, as it was built")
     arguments = parser.parse_args(argv)
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
-    if arguments.cuda:
-        import codegen_cuda
-
-        compiler, found = codegen_cuda.compiler(), codegen_cuda.costs()
-    else:
-        compiler, found = f"Triton {triton.__version__}", costs(arguments.targets.split(","), ptx=arguments.ptx)
+    compiler, found = read(arguments)
     text = render(found, compiler)
     print(text, end="")
     if arguments.json:
@@ -250,6 +222,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.save:
         kept(compiler).write_text(text)
     return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
+    parser.add_argument("--ptx", type=Path, metavar="FOLDER", help="write the PTX of NVIDIA's targets there")
+
+    def read(arguments: argparse.Namespace) -> tuple[str, list[Cost]]:
+        import triton
+
+        if triton.knobs.runtime.interpret:
+            parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+        return f"Triton {triton.__version__}", costs(arguments.targets.split(","), ptx=arguments.ptx)
+
+    return program(parser, read)
 
 
 if __name__ == "__main__":

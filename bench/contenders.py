@@ -1,46 +1,59 @@
 """Makes the contenders of a case, on the same memory where they can share it.
 
-Parameters and gradients are shared, and states of the formats that are plain tensors: so no contender has the better
-pages. What must lie elsewhere has copies: flat parameters, the bare loop's buffer of many tensors (which the ceiling's
-stream moves too), and states of other formats.
+Parameters and gradients are shared and, on the CPU, states of the formats that are plain tensors: so no contender has
+the better pages. What must lie elsewhere has copies: gradients of another dtype, flat parameters, the bare loop's
+buffer of many tensors (which the ceiling's stream moves too), and states of other formats.
 """
 
 from __future__ import annotations
 
 import copy
-import time
+import ctypes
+import math
+import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from byte_model import float32_states, our_states, own_dtype_states
-from ceiling import stream
-from cpu_cases import BARE_LOOP, CEILING, FLAT, REFERENCE, TIMED, Case
-from peers import OURS, Peer, change_lr, first_line
+from internals import bare_launch, time_launches
+from peers import FLAT, LR, OURS, Peer, first_line
 from torch import Tensor
+from workloads import BARE_LOOP, CEILING, REFERENCE, TIMED, Case
 
 import wd_kernels
 
-__all__ = ["Contender", "Tensors", "build"]
-
+SOURCE = Path(__file__).parent / "stream.cpp"
 PLAIN = (float32_states, our_states, own_dtype_states)
 
 
-@dataclass
+@dataclass(eq=False)
 class Contender:
-    """One optimizer on tensors: `prepare` is what comes before each `step`, untimed.
-
-    Attributes:
-        inside: seconds that its launches took so far, where they are timed from within.
-    """
+    """One optimizer on tensors."""
 
     name: str
     groups: int
     bytes_per_parameter: float
-    prepare: Callable[[], None]
     step: Callable[[], object]
-    inside: Callable[[], float] | None = None
+    prepare: Callable[[], object] | None = None  # what comes before each step, untimed
+    inside: Callable[[], float] | None = None  # seconds that its launches took so far, where they are timed from within
+    host: float = 0.0  # seconds of a step on the host, about
+
+
+def change_lr(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Gives every group another lr than before and than the others have."""
+    for g, group in enumerate(optimizer.param_groups):
+        lr = LR * (1 + g / 1000) / (1 + step / 1000)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 @dataclass
@@ -52,53 +65,55 @@ class Tensors:
     pool: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, case: Case) -> Tensors:
-        """Tensors of a case, from one block of values: the largest take minutes to draw."""
-        generator = torch.Generator().manual_seed(0)
-        block = torch.randn(min(case.elements, 1 << 20), generator=generator).to(case.dtype)
+    def of(cls, case: Case, grad: torch.dtype, device: torch.device) -> Tensors:
+        """Tensors of a case, from one block of values: the largest would take minutes to draw."""
+        values = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(device)
 
-        def tensor() -> Tensor:
-            new = torch.empty(case.elements, dtype=case.dtype)
-            for at in range(0, len(new), len(block)):
-                part = new[at : at + len(block)]
-                part.copy_(block[: len(part)])
+        def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            new = torch.empty(shape, dtype=dtype, device=device)
+            for part in torch.split(new.view(-1), len(values)):
+                part.copy_(values[: len(part)])
             return new
 
-        params = [torch.nn.Parameter(tensor()) for _ in range(case.tensors)]
-        slopes = [tensor() for _ in range(case.tensors)]
+        params = [torch.nn.Parameter(tensor(shape, case.dtype)) for shape in case.shapes]
+        slopes = [tensor(shape, grad) for shape in case.shapes]
         for p, slope in zip(params, slopes, strict=True):
+            if grad != case.dtype:
+                p.grad_dtype = grad
             p.grad = slope
         return cls(params, slopes)
 
     def share_states(self, peer: Peer, cls: Callable[..., Any], optimizer: torch.optim.Optimizer) -> None:
         """Gives an optimizer the shared states, laid out as it lays them out itself: a twin shows how."""
-        if peer.states not in PLAIN:
-            return
         p = torch.nn.Parameter(torch.ones(3, dtype=self.params[0].dtype))
         p.grad = torch.ones_like(p)
         twin = peer.make(cls, [{"params": [p]}])
         twin.step()
         for i, param in enumerate(self.params):
             own: dict[str, Any] = {}
+            shared = 0
             for name, value in twin.state[p].items():
                 if isinstance(value, Tensor) and value.shape == p.shape:
-                    key = (i, sum(isinstance(v, Tensor) and v.shape == param.shape for v in own.values()), value.dtype)
+                    key = (i, shared, value.dtype)
                     if key not in self.pool:
                         self.pool[key] = torch.zeros_like(param, dtype=value.dtype)
                     own[name] = self.pool[key]
+                    shared += 1
                 else:
                     own[name] = copy.deepcopy(value)
             optimizer.state[param] = own
 
-    def between(self, case: Case, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        """What happens before each step of an optimizer."""
+    def between(self, case: Case, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
+        """What happens before each step of an optimizer, if anything."""
+        if case.gradients == "kept" and case.lr == "constant":
+            return None
         steps = 0
 
         def prepare() -> None:
             nonlocal steps
             steps += 1
             if case.gradients == "new":  # all new ones are made before the old are freed: no address stays
-                for p, grad in zip(self.params, [slope.clone() for slope in self.slopes], strict=True):
+                for p, grad in zip(self.params, torch._foreach_mul(self.slopes, 1.0), strict=True):
                     p.grad = grad
             if case.lr == "changing":
                 change_lr(optimizer, steps)
@@ -106,142 +121,126 @@ class Tensors:
         return prepare
 
 
-class Watched:
-    """A backend whose launches are timed; else as the one that it stands for."""
-
-    def __init__(self, backend: Any) -> None:
-        self.backend, self.seconds = backend, 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backend, name)
-
-    def prepare(self, *arguments: Any) -> list[Callable[[], None]]:
-        return [self._timed(launch) for launch in self.backend.prepare(*arguments)]
-
-    def _timed(self, launch: Callable[[], None]) -> Callable[[], None]:
-        def go() -> None:
-            started = time.perf_counter()
-            launch()
-            self.seconds += time.perf_counter() - started
-
-        return go
+# The measured ceiling of bandwidth: bench/stream.cpp, none of this package's code -------------------------------------
 
 
-def watch(optimizer: Any) -> Callable[[], float]:
-    """Times the launches of an optimizer that has taken no step yet; returns what tells their seconds so far."""
-    watched: dict[int, Watched] = {}
-    table = optimizer._table
-    resolve = table.resolve
+@cache
+def library() -> Callable[..., int] | str:
+    """The compiled stream, on torch's own OpenMP threads; or why it is not there."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return "no C++ compiler is there"
+    # A second OpenMP runtime would have threads of its own, waiting beside torch's: take torch's, if it has one.
+    runtimes = sorted((Path(torch.__file__).parent / "lib").glob("lib[gi]*omp*.so*"))
+    with tempfile.TemporaryDirectory() as folder:
+        half, whole = f"{folder}/stream.o", f"{folder}/stream.so"
+        compiling = [compiler, "-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-c", str(SOURCE), "-o", half]
+        linking = [compiler, "-shared", half, str(runtimes[0]) if runtimes else "-fopenmp", "-o", whole]
+        try:
+            for command in (compiling, linking):
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            function: Callable[..., int] = ctypes.CDLL(whole).wd_bench_stream
+        except subprocess.CalledProcessError as error:
+            return f"{compiler} failed: {(error.stderr.strip() or 'it does not say why').splitlines()[0][:160]}"
+        except (OSError, subprocess.TimeoutExpired, AttributeError) as error:
+            return f"{compiler}: {str(error).splitlines()[0][:160]}"
+    return function
 
-    def resolve_watched(spec: Any) -> Watched:
-        backend = resolve(spec)
-        return watched.setdefault(id(backend), Watched(backend))
 
-    table.resolve = resolve_watched
-    return lambda: sum(one.seconds for one in watched.values())
+def stream(param: Tensor, grad: Tensor, states: Sequence[Tensor], threads: int) -> Callable[[], None]:
+    """A call that reads all, and writes all but the gradient, with the values that they have; no arithmetic.
+
+    Raises:
+        RuntimeError: there is no compiler, or the mix of widths is not in stream.cpp.
+    """
+    function = library()
+    if isinstance(function, str):
+        raise RuntimeError(function)
+    tensors = (param.detach(), grad, *states)
+    if any(t.numel() != param.numel() or not t.is_contiguous() for t in tensors):
+        raise RuntimeError("the tensors are not contiguous, or not of one size")
+    width = states[0].element_size() if states else param.element_size()
+    addresses = (ctypes.c_void_p * 3)(*(s.data_ptr() for s in states), *([None] * (3 - len(states))))
+    places = ctypes.c_void_p(param.data_ptr()), ctypes.c_void_p(grad.data_ptr()), addresses
+    size = ctypes.c_int64(param.numel())
+
+    def run(held: Sequence[Tensor] = tensors) -> None:  # which are known only by address below
+        if function(param.element_size(), grad.element_size(), width, len(states), *places, size, 0, threads):
+            raise RuntimeError(f"no stream of {param.dtype}, {grad.dtype} and {[s.dtype for s in states]} is there")
+
+    return run
+
+
+# A case ---------------------------------------------------------------------------------------------------------------
 
 
 class Maker:
     """Makes the contenders of one case, and what they share when it is first needed."""
 
-    def __init__(self, case: Case, peers: dict[Peer, Callable[..., Any]]) -> None:
-        self.case = case
+    def __init__(self, case: Case, peers: dict[Peer, Callable[..., Any]], device: torch.device) -> None:
+        self.case, self.device = case, device
         self.peers = {peer.name: (peer, cls) for peer, cls in peers.items() if peer.rule == case.rule}
-        self.tensors = Tensors.of(case)
-        self.flats: Tensors | None = None
-        self.floor: tuple[Any, Callable[[], None]] | None = None
+        self.tensors = cache(lambda grad: Tensors.of(case, grad, device))
+        self.flat_step = cache(self._flat_step)
 
     def make(self, name: str, groups: int) -> Contender:
-        if name == CEILING:
-            return self.ceiling()
-        if name == BARE_LOOP:
-            return self.bare_loop()
-        timed = name in TIMED.values()
-        if timed:
-            name = next(own for own, longer in TIMED.items() if longer == name)
-        peer, cls = self.peers[OURS if name in (FLAT, REFERENCE) else name]
-        tensors = self.flat_tensors(groups) if name == FLAT else self.tensors
+        if name in (BARE_LOOP, CEILING):
+            return self.floor(name)
+        own = {longer: own for own, longer in TIMED.items()}.get(name, name)
+        peer, cls = self.peers[OURS if own in (FLAT, REFERENCE) else own]
+        grad = peer.grad_dtype(self.case.dtype, self.case.grad)
+        tensors: Tensors = Tensors.of(self.case, grad, self.device) if own == FLAT else self.tensors(grad)
         split = [{"params": tensors.params[i::groups]} for i in range(groups)]
-        optimizer = peer.make(cls, split, **({"backend": "reference"} if name == REFERENCE else {}))
-        inside = watch(optimizer) if timed else None
-        if name != FLAT:
+        if own == FLAT:  # laid end to end; their gradients are views, written and never replaced
+            wd_kernels.flatten_(split)
+        optimizer = peer.make(cls, split, **({"backend": "reference"} if own == REFERENCE else {}))
+        inside = time_launches(optimizer) if own != name else None
+        if own != FLAT and self.device.type == "cpu" and peer.states in PLAIN:
             tensors.share_states(peer, cls, optimizer)
-        moved = peer.bytes_per_parameter(self.case.dtype, self.case.dtype, self.case.elements)
-        prepare = tensors.between(self.case, optimizer)
-        return Contender(TIMED[name] if timed else name, groups, moved, prepare, optimizer.step, inside)
+        sizes = {math.prod(shape) for shape in self.case.shapes}
+        moved = peer.bytes_per_parameter(self.case.dtype, grad, sizes.pop() if len(sizes) == 1 else None)
+        return Contender(name, groups, moved, optimizer.step, tensors.between(self.case, optimizer), inside)
 
-    def flat_tensors(self, groups: int) -> Tensors:
-        """Copies that `wd_kernels.flatten_` laid end to end; their gradients are views, written and never replaced."""
-        params = [torch.nn.Parameter(p.detach().clone()) for p in self.tensors.params]
-        flatten_ = getattr(wd_kernels, "flatten_", None)
-        if flatten_ is None:
-            raise ImportError("this version has no wd_kernels.flatten_")
-        flatten_([{"params": params[i::groups]} for i in range(groups)] if groups > 1 else params)
-        for p, slope in zip(params, self.tensors.slopes, strict=True):
-            assert p.grad is not None
-            p.grad.copy_(slope)
-        return Tensors(params, [])
-
-    def flat_step(self) -> tuple[Any, Callable[[], None]]:
+    def _flat_step(self) -> tuple[Any, Callable[[], object] | None]:
         """An optimizer of one flat buffer of all elements, after a step; and what comes between two of them."""
-        if self.floor is None:
-            peer, cls = self.peers[OURS]
-            if self.case.tensors == 1:
-                tensors, again = self.tensors, None
-            else:
-                tensors = Tensors([torch.nn.Parameter(torch.cat([p.detach() for p in self.tensors.params]))], [])
-                slope = torch.cat(self.tensors.slopes)
-                tensors.params[0].grad = slope
-                again = slope.clone() if self.case.gradients == "new" else None
-            optimizer: Any = peer.make(cls, [{"params": tensors.params}])
-            tensors.share_states(peer, cls, optimizer)
-            grad = tensors.params[0].grad
-            assert grad is not None
+        tensors, again = self.tensors(self.case.dtype), None
+        if len(tensors.params) > 1:
+            values, slope = (torch.cat([t.detach().view(-1) for t in own]) for own in (tensors.params, tensors.slopes))
+            tensors = Tensors([torch.nn.Parameter(values)], [slope])
+            tensors.params[0].grad = slope
+            if self.case.gradients == "new":  # as warm as the others' new gradients
+                again = slope.clone()
+        peer, cls = self.peers[OURS]
+        optimizer = peer.make(cls, [{"params": tensors.params}])
+        tensors.share_states(peer, cls, optimizer)
+        optimizer.step()
+        return optimizer, None if again is None else lambda: tensors.slopes[0].copy_(again)
 
-            def prepare() -> None:
-                if again is not None:  # as warm as the others' new gradients
-                    grad.copy_(again)
-
-            optimizer.step()
-            self.floor = optimizer, prepare
-        return self.floor
-
-    def bare_loop(self) -> Contender:
-        """The floor: the backend's launch alone, on one flat buffer of as many elements; nothing is checked."""
-        optimizer, prepare = self.flat_step()
-        table = optimizer._table
-        (bucket,) = table.buckets
-        rows = optimizer.rule.rows(optimizer.rule.hypers(optimizer.param_groups), [(0, 2, False)])
-        (launch,) = bucket.backend.prepare(table, [bucket], rows)
-
-        def step(held: Any = optimizer) -> None:  # of which the launch has only addresses
-            launch()
-
-        return Contender(BARE_LOOP, 1, self._our_bytes(), prepare, step)
-
-    def ceiling(self) -> Contender:
-        """The stream, over the buffers that the bare loop steps."""
+    def floor(self, name: str) -> Contender:
+        """On one flat buffer of as many elements: the backend's launch alone, or the stream that moves as much."""
         optimizer, prepare = self.flat_step()
         (p,) = optimizer.param_groups[0]["params"]
-        states = [s for name, s in optimizer.state[p].items() if name != "step" and isinstance(s, Tensor)]
-        run = stream(p, p.grad, states, self.case.threads or torch.get_num_threads())
-        return Contender(CEILING, 1, self._our_bytes(), prepare, run)
-
-    def _our_bytes(self) -> float:
-        return self.peers[OURS][0].bytes_per_parameter(self.case.dtype, self.case.dtype)
+        if name == BARE_LOOP:
+            step = bare_launch(optimizer)
+        else:
+            states = [s for key, s in optimizer.state[p].items() if key != "step" and isinstance(s, Tensor)]
+            step = stream(p, p.grad, states, self.case.threads or torch.get_num_threads())
+        moved = self.peers[OURS][0].bytes_per_parameter(self.case.dtype, self.case.dtype)
+        return Contender(name, 1, moved, step, prepare)
 
 
 def build(
-    case: Case, peers: dict[Peer, Callable[..., Any]], names: Sequence[tuple[str, int]]
+    case: Case, peers: dict[Peer, Callable[..., Any]], names: Sequence[tuple[str, int]], device: torch.device
 ) -> tuple[list[Contender], dict[str, str]]:
     """The contenders by (name, groups), each after its first step; and why others were left out, by name."""
-    maker = Maker(case, peers)
+    maker = Maker(case, peers, device)
     them: list[Contender] = []
     skipped: dict[str, str] = {}
     for name, groups in names:
         try:
             one = maker.make(name, groups)
-            one.prepare()
+            if one.prepare:
+                one.prepare()
             one.step()  # makes states, compiles
         except Exception as error:  # out of memory, or another library's own
             skipped[name] = first_line(error)

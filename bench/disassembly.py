@@ -10,12 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wd_kernels.backends.triton import REGISTERS
-
-__all__ = [
-    "Reading", "amd", "full_blocks", "longest_way", "loops", "nvidia", "path", "ptx_inexact", "sass_inexact",
-    "sass_reading", "tool", "usage",
-]  # fmt: skip
+REGISTERS = 65536  # of an NVIDIA multiprocessor
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class Reading:
     stores: tuple[int, ...]
     instructions: int
     threads: int  # that one processor can run at once
-    ahead: int  # bytes of a thread's loads before something waits for one of them
+    ahead: float  # bytes of a thread's loads before something waits for one of them
 
 
 def loops(code: Sequence[str], label: str, branch: str) -> list[list[str]]:
@@ -96,23 +91,17 @@ def longest_way(body: Sequence[str]) -> list[str]:
     return best[0]
 
 
-def sass_reading(code: Sequence[str], registers: int, stack: int, shared: int, inexact: int, threads: int) -> Reading:
-    """Of a kernel's SASS and what is known of it; programs have `threads` threads."""
+def sass_reading(code: Sequence[str], used: tuple[int, int, int], inexact: int, threads: int) -> Reading:
+    """Of a kernel's SASS and what `usage` says of it; programs have `threads` threads."""
+    registers, stack, shared = used
     code = [line for line in code if re.match(r"\.L_|\s+/\*[0-9a-f]{4,}\*/\s+[^/\s]", line)]
     way = longest_way(full_blocks(loops(code, _LABEL, _BRANCH), _sass_load))
     spilled = sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in code)
     programs = min(REGISTERS // (-(-registers // 8) * 8 * threads), 2048 // threads)  # 2048 at most
-    return Reading(
-        registers,
-        max(stack, 4 * spilled),
-        shared,
-        inexact,
-        tuple(filter(None, map(_sass_load, way))),
-        tuple(_sass_width(line) for line in way if "STG" in line),
-        len(way),
-        programs * threads,
-        _ahead(way),
-    )
+    loads = tuple(filter(None, map(_sass_load, way)))
+    stores = tuple(_sass_width(line) for line in way if "STG" in line)
+    stack = max(stack, 4 * spilled)
+    return Reading(registers, stack, shared, inexact, loads, stores, len(way), programs * threads, _ahead(way))
 
 
 def _ahead(way: Sequence[str]) -> int:
@@ -143,10 +132,11 @@ def ptx_inexact(ptx: str) -> int:
     return len(re.findall(r"\bfma\.|\bmad\.(?:rn\.)?f|\.ftz|\.approx|\bdiv\.full", ptx))
 
 
-def usage(text: str) -> list[tuple[int, int, int]]:
-    """(registers, bytes of stack, bytes of shared memory) of each kernel that `cuobjdump -res-usage` tells of."""
-    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
-    return [(int(reg), int(stack) + int(local), int(shared)) for reg, stack, shared, local in found]
+def usage(text: str) -> tuple[int, int, int]:
+    """(registers, bytes of stack, bytes of shared memory) of the one kernel that `cuobjdump -res-usage` tells of."""
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    registers, stack, shared, local = map(int, found)
+    return registers, stack + local, shared
 
 
 def nvidia(asm: Mapping[str, Any], threads: int) -> Reading:
@@ -154,21 +144,17 @@ def nvidia(asm: Mapping[str, Any], threads: int) -> Reading:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
         cubin.flush()
-        (known,) = usage(tool("cuobjdump", "-res-usage", cubin.name))
+        used = usage(tool("cuobjdump", "-res-usage", cubin.name))
         sass = tool("nvdisasm", "-c", cubin.name).splitlines()
-    return sass_reading(sass, *known, ptx_inexact(asm["ptx"]), threads)
+    return sass_reading(sass, used, ptx_inexact(asm["ptx"]), threads)
 
 
-def path(name: str) -> Path:
-    """Where a tool of Triton's wheel lies."""
+def tool(name: str, *arguments: str, cwd: str | None = None) -> str:
+    """What a tool of Triton's wheel prints."""
     import triton
 
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-
-
-def tool(name: str, *arguments: str) -> str:
-    """What a tool of Triton's wheel prints."""
-    return subprocess.run([path(name), *arguments], check=True, capture_output=True, text=True).stdout
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True, cwd=cwd).stdout
 
 
 def _sass_width(line: str) -> int:
@@ -183,12 +169,10 @@ def _sass_load(line: str) -> int:
 # AMD ------------------------------------------------------------------------------------------------------------------
 
 
-def amd(asm: Mapping[str, Any], target: str, warp: int, divides: bool) -> Reading:
-    """Of AMDGCN and its LLVM IR; `divides`: roots and divisions are in the code."""
+def amd(asm: Mapping[str, Any], target: str, warp: int, divides: bool, moved: int) -> Reading:
+    """Of AMDGCN and its LLVM IR; `divides`: roots and divisions are in the code; `moved`: bytes of one round."""
     text: str = asm["amdgcn"]
-    known: dict[str, int] = {
-        name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)
-    }
+    known = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
     code = [line.split(";")[0] for line in text.splitlines() if re.match(r"\.LBB\w+:|\t[a-z]\w+", line)]
     label = r"(\.LBB\w+):"
     body = full_blocks(loops(code, label, r"s_c?branch\w*\s+(\.LBB\w+)"), _amd_load)
@@ -196,16 +180,18 @@ def amd(asm: Mapping[str, Any], target: str, warp: int, divides: bool) -> Readin
     registers = known["vgpr_count"]
     # Vector registers of a lane and their granule, waves at most, and how many such units there are.
     lanes, granule, most, units = (512, 8, 8, 4) if target == "gfx942" else (1536, 24, 16, 2)
+    loads = tuple(filter(None, map(_amd_load, body)))
+    stores = tuple(_amd_width(line) for line in body if "_store_" in line)
     return Reading(
         registers,
         known["private_segment_fixed_size"] + 4 * (known["vgpr_spill_count"] + known["sgpr_spill_count"]),
         known["group_segment_fixed_size"],
         _amd_inexact(asm["llir"], text, divides),
-        tuple(filter(None, map(_amd_load, body))),
-        tuple(_amd_width(line) for line in body if "_store_" in line),
+        loads,
+        stores,
         sum(not line.startswith("\ts_") for line in body),  # the scalar unit has issue slots of its own
         min(lanes // (-(-registers // granule) * granule), most) * units * warp,
-        sum(filter(None, map(_amd_load, body))),
+        sum(loads) / max(round((sum(loads) + sum(stores)) / moved), 1),  # of one round, where the loop is unrolled
     )
 
 

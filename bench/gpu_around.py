@@ -1,4 +1,4 @@
-"""What is around the measurements of bench/gpu.py: the build, the tests, the machine, files. It needs no package."""
+"""What is around the measurements of bench/gpu.py: the build, the tests, files. It needs no package."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-__all__ = ["ROOT", "about", "build", "commit", "count", "run_tests", "say", "write"]
-
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = (sys.executable, "setup.py", "build_ext", "--inplace")
 TESTS = (sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-vv", "-p", "no:cacheprovider", "tests")
-OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 
 
 def say(text: str) -> None:
@@ -34,76 +30,45 @@ def write(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def command(arguments: Sequence[str], seconds: float, path: Path) -> int | None:
-    """Runs it in the root folder, its output into a file; the exit status, None where it ran out of time."""
-    path_of = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = os.environ | {"PYTHONPATH": path_of, "PYTHONUNBUFFERED": "1"}
-    with path.open("w") as output:
-        process = subprocess.Popen(
+def run(arguments: Sequence[str], seconds: float, path: Path) -> tuple[int | None, str, str]:
+    """Runs it in the root folder, its output into a file; exit status (None: cut off), that in words, its output."""
+    python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
+    status, started = None, time.perf_counter()
+    with (
+        path.open("w") as output,
+        subprocess.Popen(
             arguments, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        ) as process,
+    ):
         try:
-            return process.wait(seconds)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: itself and what it started
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                return None
-            raise
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if status is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: itself and what it started
+    how = "CUT OFF" if status is None else f"exit status {status}"
+    return status, f"{how} after {time.perf_counter() - started:.0f} s", path.read_text(errors="replace")
 
 
 def build(seconds: float, arguments: Sequence[str] = BUILD) -> dict[str, Any]:
     """Builds the native libraries in place."""
-    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "output"
-        status = command(arguments, seconds, path)
-        lines = path.read_text(errors="replace").splitlines()
-    took = time.perf_counter() - started
+        status, how, text = run(arguments, seconds, Path(folder) / "output")
+    lines = text.splitlines()
     without = [line.removeprefix("wd_kernels: installing ") for line in lines if ": installing without the " in line]
     if status == 0 and not any("native extension" in line for line in without):
-        return {"status": 0, "says": ", ".join([f"done in {took:.0f} s", *without])}
-    why = f"exit status {status}" if status is not None else f"cut off after {took:.0f} s"
-    return {"status": status, "says": f"FAILED: {why}: {lines[-1] if lines else 'no output'}", "tail": lines[-30:]}
+        return {"says": ", ".join([how, *without])}
+    return {"says": f"FAILED: {how}: {lines[-1] if lines else 'no output'}", "tail": lines[-30:]}
 
 
 def run_tests(seconds: float, path: Path, arguments: Sequence[str] = TESTS) -> dict[str, Any]:
     """Runs the tests that need a GPU, their output into a file; counts what it says, also where it was cut off."""
-    started = time.perf_counter()
-    status = command(arguments, seconds, path)
-    took = time.perf_counter() - started
-    text = path.read_text(errors="replace")
-    if len(text) > 8 << 20:
-        write(path, text[: 1 << 20] + "\n\n(cut here)\n\n" + text[-(1 << 20) :])
-    counts = count(text)
-    says = ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n) or "no tests"
-    says += f" in {took:.0f} s" + (", CUT OFF" if status is None else f", exit status {status}")
-    return {"status": status, **counts, "says": says}
-
-
-def count(output: str) -> dict[str, int]:
-    """Outcomes in pytest's output: of its last line, or of the lines of the tests where it has none."""
-    summary = re.compile(r"\d+ (passed|failed|errors?|skipped|deselected)\b.* in [\d.]+s")
-    summaries = [line for line in output.splitlines() if summary.search(line)]
-    if summaries:
-        found = {word.removesuffix("s"): int(n) for n, word in re.findall(r"(\d+) ([a-z]+)", summaries[-1])}
-    else:
-        words = re.findall(r"::.*? (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", output)
-        found = {outcome: sum(w[:5].lower() == outcome[:5] for w in words) for outcome in OUTCOMES}
-    return {outcome: found.get(outcome, 0) for outcome in OUTCOMES}
-
-
-def about(device: torch.device) -> dict[str, str]:
-    """What decides the numbers: device, driver, versions."""
-    from wd_kernels.__main__ import choices, versions
-
-    machine = {"device": "CPU", "driver": "none"}
-    if device.type != "cpu":
-        properties = torch.cuda.get_device_properties(device)
-        machine["device"] = str(properties.name)
-        machine["memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
-        machine["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {**machine, **dict(versions()), **dict(choices())}
+    _, how, text = run(arguments, seconds, path)
+    counts = Counter(re.findall(r"::.*? (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", text))
+    says = [f"{n} {outcome.lower()}" for outcome, n in counts.items()] or ["no tests"]
+    return {**counts, "says": ", ".join([*says, how])}
 
 
 def output_of(*arguments: str) -> str:
@@ -115,7 +80,7 @@ def output_of(*arguments: str) -> str:
     return done.stdout.strip().split("\n")[0] or "unknown"
 
 
-def commit() -> str:
-    name = output_of("git", "rev-parse", "HEAD")[:12]
+def commit() -> dict[str, Any]:
+    """As pytest-benchmark notes it."""
     dirty = output_of("git", "status", "--porcelain", "--untracked-files=no")
-    return name + (" and uncommitted changes" if name != "unknown" != dirty else "")
+    return {"id": output_of("git", "rev-parse", "HEAD"), "dirty": dirty != "unknown"}

@@ -20,57 +20,45 @@ from byte_model import (
     companded_states,
     float32_states,
     kahan_states,
-    moved,
     our_states,
     own_dtype_states,
 )
 
-__all__ = [
-    "CUDA",
-    "FLAT",
-    "FOREACH",
-    "FUSED",
-    "LR",
-    "OURS",
-    "PEERS",
-    "Peer",
-    "always_there",
-    "change_lr",
-    "first_line",
-    "load",
-    "on",
-]
-
-OURS, FUSED, FOREACH = "wd_kernels", "torch fused", "torch foreach"
+OURS, FUSED, FOREACH, DEEPSPEED = "wd_kernels", "torch fused", "torch foreach", "DeepSpeed CPU"
 FLAT = f"{OURS} flat"  # on flat parameters
 CUDA = f"{OURS} CUDA"  # by the CUDA library's kernels, where "auto" takes Triton's
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 LR, WEIGHT_DECAY = 1e-3, 0.1
-MOMENTUM = {"momentum": 0.9}
-AS_TORCH = {"betas": (0.9, 0.999), "eps": 1e-8}
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 ALL, HALVES = (F32, BF16, F16, F64), (F32, BF16, F16)
-EVERYWHERE = ("cpu", "cuda")
+EVERYWHERE, CPU = ("cpu", "cuda"), ("cpu",)
+AS_TORCH = {"betas": (0.9, 0.999), "eps": 1e-8}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule that is measured: our class (its name in tables, too), torch's, and the options of both."""
+
+    ours: str
+    torchs: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+MOMENTUM = {"momentum": 0.9}
+RULES = {"adamw": Rule("AdamW", "AdamW"), "sgdw": Rule("SGDW", "SGD", MOMENTUM)}
 
 
 @dataclass(frozen=True, eq=False)
 class Peer:
-    """One optimizer.
-
-    Attributes:
-        path: module and class, "package.module:Class".
-        states: the format of its states.
-        mixed: takes gradients of another dtype than the parameter's.
-        devices: types of the devices that it is measured on.
-    """
+    """One optimizer."""
 
     name: str
-    rule: str
-    path: str
-    states: States
+    rule: str  # a key of RULES
+    path: str  # module and class, "package.module:Class"
+    states: States  # their format
     options: dict[str, Any] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (F32, BF16)
-    mixed: bool = False
-    devices: tuple[str, ...] = ("cuda",)
+    mixed: bool = False  # takes gradients of another dtype than the parameter's
+    devices: tuple[str, ...] = ("cuda",)  # types of those that it is measured on
 
     def grad_dtype(self, param: torch.dtype, grad: torch.dtype) -> torch.dtype:
         """Of the gradients that it is given where a case has `grad`."""
@@ -78,7 +66,8 @@ class Peer:
 
     def bytes_per_parameter(self, param: torch.dtype, grad: torch.dtype, numel: int | None = None) -> float:
         """What a step of a tensor of `numel` elements moves, a parameter."""
-        return moved(self.rule, param, self.grad_dtype(param, grad), self.states, numel)
+        grad = self.grad_dtype(param, grad)
+        return 2 * param.itemsize + grad.itemsize + 2 * self.states(self.rule, param, numel)
 
     def make(self, cls: Callable[..., Any], groups: Sequence[dict[str, Any]], **more: Any) -> torch.optim.Optimizer:
         options = self.options | more
@@ -86,59 +75,48 @@ class Peer:
         return optimizer
 
 
-def _torch(name: str, devices: tuple[str, ...] = EVERYWHERE, **flags: bool) -> tuple[Peer, Peer]:
-    """One of torch's implementations, of both rules."""
-    adamw = Peer(name, "adamw", "torch.optim:AdamW", own_dtype_states, flags, ALL, devices=devices)
-    sgd = Peer(name, "sgdw", "torch.optim:SGD", own_dtype_states, MOMENTUM | flags, ALL, devices=devices)
-    return adamw, sgd
+def _every_rule(
+    name: str, module: str, states: States, devices: tuple[str, ...] = EVERYWHERE, **more: Any
+) -> list[Peer]:
+    """Ours, or one of torch's implementations."""
+    ours = module == "wd_kernels"
+    return [
+        Peer(
+            name, key, f"{module}:{rule.ours if ours else rule.torchs}", states, rule.options | more, ALL, ours, devices
+        )
+        for key, rule in RULES.items()
+    ]
 
 
+_TE = "transformer_engine.pytorch.optimizers"
 PEERS = (
-    Peer(OURS, "adamw", "wd_kernels:AdamW", our_states, {}, ALL, True, EVERYWHERE),
-    Peer(OURS, "sgdw", "wd_kernels:SGDW", our_states, MOMENTUM, ALL, True, EVERYWHERE),
-    Peer(CUDA, "adamw", "wd_kernels:AdamW", our_states, {"backend": "cuda"}, ALL, True),
-    Peer(CUDA, "sgdw", "wd_kernels:SGDW", our_states, MOMENTUM | {"backend": "cuda"}, ALL, True),
-    *_torch(FUSED, fused=True),
-    *_torch(FOREACH, foreach=True),
-    *_torch("torch for-loop", ("cpu",), foreach=False, fused=False),
-    Peer("DeepSpeed CPU", "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", float32_states, {}, HALVES, devices=("cpu",)),
+    *_every_rule(OURS, "wd_kernels", our_states),
+    *_every_rule(CUDA, "wd_kernels", our_states, ("cuda",), backend="cuda"),
+    *_every_rule(FUSED, "torch.optim", own_dtype_states, fused=True),
+    *_every_rule(FOREACH, "torch.optim", own_dtype_states, foreach=True),
+    *_every_rule("torch for-loop", "torch.optim", own_dtype_states, CPU, foreach=False, fused=False),
+    Peer(DEEPSPEED, "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", float32_states, {}, HALVES, devices=CPU),
     Peer("apex", "adamw", "apex.optimizers:FusedAdam", float32_states),
     Peer("apex", "sgdw", "apex.optimizers:FusedSGD", own_dtype_states, MOMENTUM),
-    Peer("TransformerEngine", "adamw", "transformer_engine.pytorch.optimizers:FusedAdam", float32_states),
-    Peer("TransformerEngine", "sgdw", "transformer_engine.pytorch.optimizers:FusedSGD", own_dtype_states, MOMENTUM),
+    Peer("TransformerEngine", "adamw", f"{_TE}:FusedAdam", float32_states),
+    Peer("TransformerEngine", "sgdw", f"{_TE}:FusedSGD", own_dtype_states, MOMENTUM),
     Peer("torch-optimi", "adamw", "optimi:AdamW", kahan_states, AS_TORCH, devices=EVERYWHERE),
     Peer("torch-optimi", "sgdw", "optimi:SGD", kahan_states, MOMENTUM | {"decouple_wd": True}, devices=EVERYWHERE),
     Peer("torchao 8-bit", "adamw", "torchao.optim:AdamW8bit", blockwise_states, devices=EVERYWHERE),
-    Peer(
-        "bitsandbytes 8-bit", "adamw", "bitsandbytes.optim:AdamW8bit", blockwise_states_or_float32, devices=EVERYWHERE
-    ),
+    Peer("bitsandbytes 8-bit", "adamw", "bitsandbytes.optim:AdamW8bit", blockwise_states_or_float32,
+         devices=EVERYWHERE),
     Peer("bitsandbytes 32-bit", "adamw", "bitsandbytes.optim:AdamW32bit", float32_states, devices=EVERYWHERE),
     # pytorch_optimizer.AdamW is torch's own class; this is the nearest of its own, which also clips the update.
-    Peer("pytorch_optimizer", "adamw", "pytorch_optimizer:StableAdamW", kahan_states, AS_TORCH, devices=("cpu",)),
-    Peer("pytorch_optimizer", "sgdw", "pytorch_optimizer:SGDW", own_dtype_states, MOMENTUM, devices=("cpu",)),
+    Peer("pytorch_optimizer", "adamw", "pytorch_optimizer:StableAdamW", kahan_states, AS_TORCH, devices=CPU),
+    Peer("pytorch_optimizer", "sgdw", "pytorch_optimizer:SGDW", own_dtype_states, MOMENTUM, devices=CPU),
     Peer("flashoptim", "adamw", "flashoptim:FlashAdamW", companded_states),
     Peer("flashoptim", "sgdw", "flashoptim:FlashSGDW", companded_states, MOMENTUM),
-)
+)  # fmt: skip
 
 
 def on(device: str) -> list[Peer]:
     """Those that are measured on a type of device."""
     return [peer for peer in PEERS if device in peer.devices]
-
-
-def always_there() -> list[Peer]:
-    """Those that are installed wherever this package is."""
-    return [peer for peer in on("cuda") if peer.path.startswith(("wd_kernels", "torch."))]
-
-
-def change_lr(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Gives every group another lr than before and than the others have."""
-    for g, group in enumerate(optimizer.param_groups):
-        lr = LR * (1 + g / 1000) / (1 + step / 1000)
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
 
 
 def first_line(error: BaseException) -> str:

@@ -2,88 +2,68 @@
 
     python bench/report.py bench.json                   # the tables
     python bench/report.py bench.json --save --readme   # keeps all of it in bench/results, rewrites the section
+    python bench/report.py gpu/gpu.json --save --readme # the same, of what bench/gpu.py measured
     python bench/report.py --readme                     # the section again, of what is kept
-    python bench/report.py bench.json --gpu gpu.json    # with what bench/gpu.py measured
 
-The first JSON is pytest-benchmark's (make bench). What is kept of it are the figures of every round, machine, versions
-and date; the statistics that pytest-benchmark makes of them are not.
+A JSON is pytest-benchmark's (make bench), or bench/gpu.py's, which has the same parts. What is kept of it are the
+figures of every round, machine, versions and date; the statistics that pytest-benchmark makes of them are not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import gpu_plots
-import gpu_report
-from report_figures import gpu_stem_of, stem_of
-from report_readme import rewritten
-from report_tables import render
-
-__all__ = ["kept", "main", "newest", "save", "slim"]
+from figures import Cases, Report, copy_rate, device, is_peer, of_gpu, points, results, stem_of
+from peers import FLAT, FUSED, OURS
+from tables import filled, filled_columns, lost, ms, percent, render, rule_name, scaling, size
+from workloads import CEILING, LEAD
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
-GPU = "-gpu.json"
+RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
+CPU = ("brand_raw", "count", "l3_cache_size")  # what is kept of it
 
 
-def slim(report: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of pytest-benchmark's JSON: nothing is lost that a table says."""
-    machine, cpu = report["machine_info"], report["machine_info"].get("cpu", {})
-    return {
-        "datetime": report["datetime"],
-        "commit_info": {key: report.get("commit_info", {}).get(key) for key in ("id", "dirty")},
-        "machine_info": {
-            "machine": machine.get("machine", "unknown"),
-            "system": machine.get("system", "unknown"),
-            "cpu": {key: cpu[key] for key in ("brand_raw", "count", "l3_cache_size") if key in cpu},
-            "wd_kernels": machine.get("wd_kernels", {}),
-        },
-        "missing": report.get("missing", {}),
-        "left_out": report.get("left_out", {}),
-        "benchmarks": [
-            {
-                "group": entry["group"],
-                "extra_info": entry["extra_info"] | {"launches": _short(entry["extra_info"].get("launches", []))},
-                "stats": {"data": _short(entry["stats"]["data"])},
-            }
-            for entry in report["benchmarks"]
-        ],
-    }
+def slim(report: Report) -> Report:
+    """What is kept of a report: nothing is lost that a table says. A clock has no more than six digits."""
+
+    def short(value: object) -> object:
+        return [float(f"{v:.6g}") for v in value] if isinstance(value, list) else value
+
+    machine, commit = dict(report["machine_info"]), report.get("commit_info", {})
+    if not of_gpu(report):
+        machine["cpu"] = {key: value for key, value in machine.get("cpu", {}).items() if key in CPU}
+        machine = {key: machine[key] for key in ("machine", "system", "cpu", "wd_kernels") if key in machine}
+    entries = []
+    for entry in report["benchmarks"]:
+        info, data = entry["extra_info"], short(entry["stats"]["data"])
+        info = {key: short(value) for key, value in info.items()}
+        entries.append({"group": entry["group"], "extra_info": info, "stats": {"data": data}})
+    kept = {name: value for name, value in report.items() if name not in ("version", "benchmarks")}
+    own = {"commit_info": {key: commit.get(key) for key in ("id", "dirty")}, "machine_info": machine}
+    return kept | own | {"benchmarks": entries}
 
 
-def _short(values: Sequence[float]) -> list[float]:
-    """To six digits: a clock has no more."""
-    return [float(f"{value:.6g}") for value in values]
-
-
-def dumped(report: dict[str, Any]) -> str:
+def dumped(report: Report) -> str:
     """As JSON with a line for each contender."""
     rest = {key: value for key, value in report.items() if key != "benchmarks"}
     lines = ",\n  ".join(json.dumps(entry) for entry in report["benchmarks"])
     return f'{json.dumps(rest, indent=1)[:-2]},\n "benchmarks": [\n  {lines}\n ]\n}}\n'
 
 
-def kept(folder: Path, gpu: bool = False) -> list[Path]:
-    """The JSON files of a folder of results, which begin with their date, the newest last."""
-    return sorted(p for p in folder.glob("[0-9]*.json") if p.name.endswith(GPU) == gpu)
+def newest(folder: Path, gpu: bool = False) -> Report | None:
+    """The newest report in a folder of results, whose names begin with their date."""
+    paths = [path for path in sorted(folder.glob("[0-9]*.json")) if path.name.endswith("-gpu.json") == gpu]
+    return dict(json.loads(paths[-1].read_text())) if paths else None
 
 
-def newest(folder: Path, gpu: bool = False) -> dict[str, Any] | None:
-    """What the newest of them says."""
-    paths = kept(folder, gpu)
-    report: dict[str, Any] | None = json.loads(paths[-1].read_text()) if paths else None
-    return report
-
-
-def save(report: dict[str, Any], gpu: dict[str, Any] | None, folder: Path) -> list[Path]:
-    """Writes the JSON, the text and the plots, named by date and processor; returns the paths."""
-    from report_plots import plot
+def save(report: Report, folder: Path) -> list[Path]:
+    """Writes the JSON, the text and the plots, named by date and device; returns the paths."""
+    from plots import plot
 
     folder.mkdir(parents=True, exist_ok=True)
     report = slim(report)
@@ -91,57 +71,138 @@ def save(report: dict[str, Any], gpu: dict[str, Any] | None, folder: Path) -> li
     paths = [folder / f"{stem}.json", folder / f"{stem}.txt"]
     paths[0].write_text(dumped(report))
     paths[1].write_text(render(report))
-    paths += plot(report, folder, stem)
-    return paths + (save_gpu(gpu, folder) if gpu is not None else [])
+    return paths + plot(report, folder, stem)
 
 
-def save_gpu(gpu: dict[str, Any], folder: Path) -> list[Path]:
-    """The same of what bench/gpu.py measured."""
-    stem = gpu_stem_of(gpu)
-    paths = [folder / f"{stem}.json", folder / f"{stem}.txt"]
-    paths[0].write_text(json.dumps(gpu, indent=1) + "\n")
-    paths[1].write_text(gpu_report.render(gpu))
-    with tempfile.TemporaryDirectory() as drawn:
-        for path in gpu_plots.plot(gpu, Path(drawn)):
-            paths.append(folder / f"{stem}-{path.name}")
-            paths[-1].write_bytes(path.read_bytes())
-    return paths
+# The README -----------------------------------------------------------------------------------------------------------
+
+HEADER = (
+    "tensors × elements", "rule", "dtype", "gradients", "ours, ms", "ours, device ms", "flat, ms", "torch fused, ms",
+    "best of the others, ms", "against the best", "fused takes, device", "of the ceiling",
+)  # fmt: skip
+
+
+def replaced(text: str, part: str, content: str) -> str:
+    """A text with what stands between the markers of a part made anew.
+
+    Raises:
+        ValueError: the markers are not there, each once and in order.
+    """
+    begin, end = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected {begin} and {end} once each, in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def rewritten(text: str, report: Report, gpu: Report | None) -> str:
+    """A text with its plot and its section made anew. Raises as `replaced` does."""
+    drawn = set(LEAD) & set(results(report))
+    plot = f"![Time of a step, ours and others'](bench/results/{stem_of(report)}-lead.png)" if drawn else ""
+    return replaced(replaced(text, "plot", plot), "performance", section(report, gpu))
+
+
+OPENING = """
+Whole `opt.step()` on {threads} threads of {cpu} ({instruction set}), torch {torch}, {date}. Contenders take turns in
+one run: ours, {names}. Times are medians over rounds, ratios medians of the quotients within a round. {missing}"""
+LEGEND = """
+"Against the best" is how many times longer the fastest of all peers takes than ours. "Flat" is ours after
+`wd_kernels.flatten_`. The ceiling is the rate of a plain stream over as many bytes with the same mix of reads and
+writes, measured in the same rounds."""
+AGAIN = """All rows, with quartile ranges and rates, are in [bench/results]({}.txt); to measure again:
+
+    make peers  # optional: the other libraries; the benchmark names those that are missing
+    make bench
+    .venv/bin/python bench/report.py bench.json --save --readme"""
+
+
+def section(report: Report, gpu: Report | None) -> str:
+    """What stands between the markers."""
+    cases, files, own = results(report), f"bench/results/{stem_of(report)}", report["machine_info"]["wd_kernels"]
+    names = dict.fromkeys(name for them in cases.values() for name, _ in them if is_peer(name))
+    missing = f"Missing: {', '.join(report['missing'])}." if report.get("missing") else ""
+    about = own | {
+        "cpu": device(report),
+        "date": report["datetime"][:10],
+        "names": ", ".join(names),
+        "missing": missing,
+    }
+    parts = [filled(OPENING.format(**about)), table(cases), filled(LEGEND), lost(cases), scaling(cases)]
+    parts.append(f"![All contenders side by side]({files}-peers.png)")
+    if points(cases, "tensors"):
+        parts.append(f"![Scaling over tensors, elements and groups]({files}-scaling.png)")
+    if gpu is not None:
+        rate, torch = copy_rate(gpu), gpu["machine_info"]["wd_kernels"].get("torch")
+        copy = f"; a copy, the ceiling there, moves {rate:.0f} GB/s" if rate else ""
+        parts.append(filled(f"On a GPU: {device(gpu)}, torch {torch}, {gpu['datetime'][:10]}{copy}."))
+        parts += [table(results(gpu)), f"![Contenders on a GPU](bench/results/{stem_of(gpu)}-peers.png)"]
+    return "\n\n".join(part for part in (*parts, AGAIN.format(files)) if part)
+
+
+def table(cases: Cases) -> str:
+    """A row per case of one group that is no point of a sweep."""
+    rows = [HEADER]
+    most = max((r.info["threads"] for them in cases.values() for r in them.values()), default=1)
+    for them in cases.values():
+        ours = them.get((OURS, 1))
+        peers = [r for (name, _), r in them.items() if is_peer(name)]
+        if ours is None or not peers or ours.info["sweep"] or any(groups > 1 for _, groups in them):
+            continue
+        info, on_device = ours.info, ours.info["device"]
+        fused, flat = (them.get((name, 1)) for name in (FUSED, FLAT))
+        share = ours.share(them.get((CEILING, 1)))
+        next_best = min((r for r in peers if r is not fused), key=ours.ratio, default=None)
+        rows.append(
+            (
+                size(info).replace(" x ", " × "),
+                rule_name(info),
+                info["dtype"] + ("" if info["threads"] == most else f", {info['threads']} thread"),
+                info["gradients"],
+                ms(ours.median),
+                ms(statistics.median(on_device)) if on_device else "",
+                ms(flat.median) if flat else "",
+                ms(fused.median) if fused else "",
+                f"{next_best.contender}: {ms(next_best.median)}" if next_best else "",
+                f"{min(ours.ratio(r) for r in peers):.2f}×",
+                f"{ours.device_ratio(fused):.2f}×" if fused and on_device else "",
+                "" if share is None else f"{percent(share)}%",
+            )
+        )
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a table, without the columns that are empty."""
+    head, *rest = filled_columns(rows)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables of a report; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("report", type=Path, nargs="?", help="what --benchmark-json wrote (default: the newest kept)")
-    parser.add_argument("--gpu", type=Path, metavar="JSON", help="what bench/gpu.py wrote")
+    parser.add_argument("report", type=Path, nargs="?", help="a benchmark's JSON (default: the newest of a CPU, kept)")
     parser.add_argument(
-        "--save", nargs="?", type=Path, const=RESULTS, metavar="FOLDER", help="keep it (default: bench/results)"
+        "--save", nargs="?", type=Path, const=RESULTS, metavar="FOLDER", help="keep it, in bench/results"
     )
-    parser.add_argument(
-        "--readme",
-        nargs="?",
-        type=Path,
-        const=ROOT / "README.md",
-        metavar="FILE",
-        help="rewrite its performance section",
-    )
+    parser.add_argument("--readme", nargs="?", type=Path, const=README, metavar="FILE", help="rewrite its section")
     arguments = parser.parse_args(argv)
     folder: Path = arguments.save or RESULTS
     report = json.loads(arguments.report.read_text()) if arguments.report else newest(RESULTS)
     if report is None:
         parser.error(f"no report is in {RESULTS}: give one")
-    gpu = json.loads(arguments.gpu.read_text()) if arguments.gpu else None
-    if gpu is not None and gpu.get("rehearsal"):
-        parser.error(f"{arguments.gpu} is of a rehearsal: no figure in it is a GPU's")
+    if report.get("rehearsal") and (arguments.save or arguments.readme):
+        parser.error(f"{arguments.report} is of a rehearsal: no figure in it is a GPU's")
     if arguments.report or not arguments.readme:
         print(render(report), end="")
-        if gpu is not None:
-            print("\n" + gpu_report.render(gpu), end="")
     if arguments.save:
-        for path in save(report, gpu, folder):
+        for path in save(report, folder):
             print(f"saved: {path}")
     if arguments.readme:
-        gpu = gpu or newest(folder, gpu=True)
-        arguments.readme.write_text(rewritten(arguments.readme.read_text(), slim(report), gpu, stem_of(report)))
+        gpu = slim(report) if of_gpu(report) else newest(folder, gpu=True)
+        cpu = newest(folder) or newest(RESULTS) if of_gpu(report) else slim(report)
+        if cpu is None:
+            parser.error(f"no report of a CPU is in {folder}")
+        arguments.readme.write_text(rewritten(arguments.readme.read_text(), cpu, gpu))
         print(f"rewritten: {arguments.readme}")
     return 0
 

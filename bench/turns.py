@@ -1,79 +1,118 @@
 """The measurement: contenders step in turns, so that the machine's moods hit all of them.
 
-A round gives every contender a turn (A B C, A B C, ...); a turn is one step or several of one contender. What a
-training loop does between two steps (new gradients, another lr) happens before each step, outside of the timed region.
-All contenders have the same share of the time: one whose steps are long takes part in the first rounds only, and
-quotients are of rounds that both have.
+A round gives every contender a turn (A B C, C B A, A B C, ...). A turn is the same number of steps in each of the ways:
+    wall    of steps one after another, the device awaited at the end; where something happens between steps (new
+            gradients, another lr), that is not timed, and the device is awaited after each step.
+    device  from the step's first kernel to its last, by events, on a cold L2 where the case could stay in it. The
+            device is held back until the host has queued the step: gaps that the host leaves do not count, as far
+            as a queue of about a thousand launches reaches.
+    host    until step() returns, beginning on an idle device.
+On the CPU, where nothing is queued, the first is all there is. All contenders have the same share of the time: one
+whose steps are long takes part in the first rounds only, and quotients are of rounds that both have.
 """
 
 from __future__ import annotations
 
 import gc
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import Contender, build
-from cpu_cases import Case, free_memory
 from peers import Peer, first_line
-
-__all__ = ["LEAST_ROUNDS", "ROUNDS", "Turns", "measure"]
+from workloads import Case
 
 ROUNDS, LEAST_ROUNDS, MOST_STEPS = 15, 3, 50
-SHORT = 5e-3  # seconds of a step before which the caches are warmed by an untimed one
 MOST_MEMORY = 0.92  # of what is free
+FLUSHED_UNDER = 1 << 30  # cases of more bytes do not stay in any L2
+CLOCK = 2e9  # cycles of a second, about: for how long the device is held back
+LONGEST_HOLD = 0.25
 
 
-@dataclass
-class Turns:
-    """What was measured of one contender: seconds of each of its turns, in the order of the rounds.
+class Timer:
+    """Takes turns on a device: seconds per step, in each way. On the CPU every way is the wall clock."""
 
-    Attributes:
-        inside: of these seconds, those that passed inside of launches, where they are timed.
-    """
+    def __init__(self, device: torch.device, ways: Sequence[str] = ("wall",), flush: int = 256 << 20) -> None:
+        self.where, self.ways, self.on_device, self.cold = device, ways, device.type != "cpu", True
+        self.buffer = torch.zeros(flush if self.on_device else 0, dtype=torch.uint8, device=device)
 
-    contender: str
-    groups: int
-    bytes_per_parameter: float
-    steps: int
-    seconds: list[float]
-    inside: list[float]
+    def wait(self) -> None:
+        if self.on_device:
+            torch.cuda.synchronize()
 
+    def _ready(self, contender: Contender) -> None:
+        (contender.prepare or (lambda: None))()
+        self.wait()
 
-def turn(contender: Contender, steps: int, warm: bool = False) -> tuple[float, float]:
-    """Seconds of `steps` steps, and of their launches; where `warm`, after a step that does not count."""
-    if warm:
-        contender.prepare()
+    def turn(self, contender: Contender, steps: int) -> dict[str, float]:
+        """Seconds per step by way, and of "launches" where they are timed; after a step that warms the caches."""
+        self._ready(contender)
         contender.step()
-    before = contender.inside() if contender.inside else 0.0
-    total = 0.0
-    for _ in range(steps):
-        contender.prepare()
-        started = time.perf_counter()
-        contender.step()
-        total += time.perf_counter() - started
-    return total, contender.inside() - before if contender.inside else 0.0
+        before = contender.inside() if contender.inside else 0.0
+        found: dict[str, float] = {way: getattr(self, way)(contender, steps) for way in self.ways}
+        if contender.inside:
+            found["launches"] = (contender.inside() - before) / steps
+        return found
+
+    def wall(self, contender: Contender, steps: int) -> float:
+        together = steps if contender.prepare is None else 1
+        total = 0.0
+        for _ in range(0, steps, together):
+            self._ready(contender)
+            started = time.perf_counter()
+            for _ in range(together):
+                contender.step()
+            self.wait()
+            total += time.perf_counter() - started
+        return total / steps
+
+    def device(self, contender: Contender, steps: int) -> float:
+        if not self.on_device:
+            return self.wall(contender, steps)
+        event = partial(torch.cuda.Event, enable_timing=True)
+        pairs = [(event(), event()) for _ in range(steps)]
+        for start, end in pairs:
+            self._ready(contender)
+            if self.cold:
+                self.buffer.zero_()
+            hold = min(1.5 * contender.host + 1e-4, LONGEST_HOLD)
+            torch.cuda._sleep(int(CLOCK * hold))  # type: ignore[no-untyped-call]
+            start.record()
+            contender.step()
+            end.record()
+        self.wait()
+        return sum(float(start.elapsed_time(end)) for start, end in pairs) / steps / 1e3
+
+    def host(self, contender: Contender, steps: int) -> float:
+        total = 0.0
+        for _ in range(steps):
+            self._ready(contender)
+            started = time.perf_counter()
+            contender.step()
+            total += time.perf_counter() - started
+        self.wait()
+        return total / steps
+
+    def free(self) -> None:
+        """Gives back the device's memory that nothing holds any more."""
+        gc.collect()
+        if self.on_device:
+            torch.cuda.empty_cache()
 
 
-@contextmanager
-def _surroundings(threads: int) -> Iterator[None]:
-    """No garbage collection, and a number of threads (0: as it is)."""
-    had = torch.get_num_threads()
-    torch.set_num_threads(threads or had)
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        torch.set_num_threads(had)
+def free_memory() -> int | None:
+    """Bytes that programs can still take, as Linux estimates it; None where nobody says."""
+    told = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+)", told.read_text()) if told.exists() else None
+    return int(found[1]) << 10 if found else None
 
 
 def plan(one: float, share: float) -> tuple[int, int]:
-    """Rounds, and steps of a turn, of a contender whose step takes `one` second, in a share of the time.
+    """Rounds, and steps of a turn, of a contender whose turn of one step takes `one` second, in a share of the time.
 
     >>> plan(0.001, 1.0), plan(0.2, 1.0), plan(2.0, 1.0)
     ((15, 50), (5, 1), (3, 1))
@@ -82,46 +121,75 @@ def plan(one: float, share: float) -> tuple[int, int]:
     return rounds, min(max(round(share / (rounds * one)), 1), MOST_STEPS)
 
 
-def measure(
-    case: Case,
-    peers: dict[Peer, Callable[..., Any]],
-    names: Sequence[tuple[str, int]],
-    seconds: float,
-    tick: Callable[[], Any] = lambda: None,
-) -> tuple[list[Turns], dict[str, str]]:
-    """Measures the contenders of a case in turns, for about `seconds`; calls `tick` after each of the rounds.
+def entry(case: Case, contender: Contender, steps: int, turns: list[dict[str, float]]) -> dict[str, Any]:
+    """What is kept of a contender's turns, as pytest-benchmark's JSON has it; seconds are per step."""
+    tensors, elements = len(case.shapes), case.elements
+    info = {
+        **({"model": case.size} if case.model else {}),
+        "tensors": tensors,
+        "elements": elements / tensors if elements % tensors else elements // tensors,  # of a tensor, on average
+        "dtype": "+".join(str(d).removeprefix("torch.") for d in dict.fromkeys((case.dtype, case.grad))),
+        **{name: getattr(case, name) for name in ("gradients", "rule", "lr", "sweep")},
+        "threads": case.threads or torch.get_num_threads(),
+        "contender": contender.name,
+        "groups": contender.groups,
+        "bytes_per_parameter": contender.bytes_per_parameter,
+        "steps_per_round": steps,
+        **{way: [turn[way] for turn in turns] for way in turns[0] if way != "wall"},
+    }
+    return {"group": str(case), "extra_info": info, "stats": {"data": [turn["wall"] for turn in turns]}}
 
-    Returns their turns, and why others have none, by name. Nothing of the case is alive afterwards.
+
+def measure(
+    case: Case, peers: dict[Peer, Callable[..., Any]], names: Sequence[tuple[str, int]], seconds: float, timer: Timer
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Measures the contenders of a case in turns, for about `seconds`, what comes before the first turn not counted.
+
+    Returns the entry of each, and why others have none, by name. Nothing of the case is alive afterwards.
     """
     free = free_memory()
-    if free is not None and case.bytes_needed > MOST_MEMORY * free:
+    if not timer.on_device and free is not None and case.bytes_needed > MOST_MEMORY * free:
         needed = f"needs {case.bytes_needed / 2**30:.3g} GiB, free are {free / 2**30:.3g}"
         return [], {name: needed for name, _ in names}
-    with _surroundings(case.threads):
-        them, skipped = build(case, peers, names)
-        share = seconds / max(len(them), 1)
-        results: list[tuple[Contender, int, Turns]] = []
-        for c in them:
-            one = turn(c, 1, warm=True)[0]  # the first step after the others were made finds its table out of date
-            if one < SHORT:
-                one = turn(c, 3)[0] / 3
-            rounds, steps = plan(one, share)
-            results.append((c, rounds, Turns(c.name, c.groups, c.bytes_per_parameter, steps, [], [])))
-        end = time.perf_counter() + 2 * seconds
-        for done in range(ROUNDS):
-            if done >= LEAST_ROUNDS and time.perf_counter() > end:
-                break
-            for c, rounds, own in results[:: -1 if done % 2 else 1]:  # whom each comes after changes
-                if done >= rounds:
-                    continue
-                try:
-                    total, inside = turn(c, own.steps, warm=own.steps > 1)
-                except Exception as error:
-                    skipped[c.name] = first_line(error)
-                    results.remove((c, rounds, own))
-                    continue
-                own.seconds.append(total)
-                if c.inside:
-                    own.inside.append(inside)
-            tick()
-        return [own for _, _, own in results], skipped
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case.threads or threads)
+    gc.disable()
+    try:
+        them, skipped = build(case, peers, names, timer.where)
+        entries = [entry(case, *one) for one in rounds(case, them, skipped, seconds, timer)]
+        del them
+    finally:
+        gc.enable()
+        torch.set_num_threads(threads)
+        timer.free()
+    return entries, skipped
+
+
+def rounds(
+    case: Case, them: list[Contender], skipped: dict[str, str], seconds: float, timer: Timer
+) -> list[tuple[Contender, int, list[dict[str, float]]]]:
+    """Contenders, steps of a turn, and their turns; who fails drops out, and `skipped` says why."""
+    timer.cold = case.elements * max((c.bytes_per_parameter for c in them), default=0) < FLUSHED_UNDER
+    end = 0.0
+    turns: dict[Contender, list[dict[str, float]]] = {c: [] for c in them}
+    plans: dict[Contender, tuple[int, int]] = {}
+    for done in range(-1, ROUNDS):  # the first finds how long a turn is
+        if done == 0:
+            end = time.perf_counter() + 1.5 * seconds
+        if done >= LEAST_ROUNDS and time.perf_counter() > end:
+            break
+        for c in them[:: -1 if done % 2 else 1]:  # whom each comes after changes
+            try:
+                if done < 0:
+                    timer.host(c, 1)  # after the others were made, a step finds its table out of date
+                    c.host = timer.host(c, 1)
+                    started = time.perf_counter()
+                    timer.turn(c, 1)
+                    steps = 1 + 1 / len(timer.ways)
+                    plans[c] = plan((time.perf_counter() - started) / steps, seconds / len(turns))
+                elif done < plans[c][0]:
+                    turns[c].append(timer.turn(c, plans[c][1]))
+            except Exception as error:
+                skipped[c.name] = first_line(error)
+                them.remove(c)
+    return [(c, plans[c][1], turns[c]) for c in them]

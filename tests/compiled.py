@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,23 +80,25 @@ def triton_kernel(version: str, target: str, kernel: codegen.Kernel) -> ptx.Kern
     return ptx.parse(triton_ptx(version, target, kernel))
 
 
+def _nvcc(target: str, path: Path) -> None:
+    """The PTX of all kernels for a target ("sm_90"), compiled as the library's are."""
+    setup = codegen_cuda.setup()
+    what = (f"-arch=compute_{target.removeprefix('sm_')}", "-ptx", str(ROOT / "csrc" / "cuda" / "kernels.cu"))
+    command = [setup["nvcc"](), *setup["NVCC_FLAGS"].split(), *what, "-o", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
 @cache
 def _cuda(target: str) -> dict[str, str]:
     def make(path: Path) -> None:
-        text = codegen_cuda.carried_ptx() if target == "library" else codegen_cuda.whole_ptx(target)
-        (path / "kernels.ptx").write_text(text)
+        if target == "library":
+            (path / "kernels.ptx").write_text(codegen_cuda.carried_ptx())
+        else:
+            _nvcc(target, path / "kernels.ptx")
 
     path = _once(f"cuda-{target}", make) / "kernels.ptx"
-    text = re.sub(r"^[^\n]*?(?=\.visible|\.entry|\.weak)", "", path.read_text(), count=1, flags=re.DOTALL)
-    found = {}
-    for part in re.split(r"(?=^(?:\.visible |\.weak )?\.entry )", text, flags=re.MULTILINE)[1:]:
-        mangled = re.search(r"\.entry\s+([\w$]+)", part)
-        assert mangled
-        readable = subprocess.run(["c++filt", mangled[1]], check=True, capture_output=True, text=True).stdout
-        arguments = re.search(r"step_kernel<(.*)>\(", readable)
-        if arguments:
-            found[arguments[1]] = part
-    return found
+    # What ptx.parse takes of a part begins with `.entry`.
+    return {key: f".entry {part}" for key, part in codegen_cuda.parts(path.read_text(), r"\.entry ").items()}
 
 
 def cuda_ptx(target: str, kernel: codegen.Kernel) -> str:

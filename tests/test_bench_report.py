@@ -1,18 +1,18 @@
-"""The report of the CPU benchmark, of hand-made JSON: figures, verdicts, slopes, tables, plots, the README."""
+"""The report of a benchmark, CPU's and GPU's, of hand-made JSON: figures, verdicts, tables, plots, the README."""
 
 from __future__ import annotations
 
-import itertools
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import figures
 import pytest
 import report as program
-import report_figures as figures
-import report_readme
-import report_tables as tables
-from cpu_cases import LEAD
+import tables
+from workloads import LEAD, TARGETS
 
 ROOT = Path(__file__).parent.parent
 TIMED, FLAT_TIMED = "wd_kernels, launches timed", "wd_kernels flat, launches timed"
@@ -90,21 +90,23 @@ def test_figures_of_hand_made_numbers(report):
     some = figures.results(report)["some"]
     own, ceiling = some["wd_kernels", 1], some["ceiling", 1]
     assert own.median == pytest.approx(2e-3)
-    assert own.iqr == pytest.approx(1e-3)
+    assert figures.iqr(own.seconds) == pytest.approx(1e-3)
     assert own.rate == pytest.approx(1e6 * 28 / 2e-3 / 1e9)
     assert own.ratio(some["torch fused", 1]) == pytest.approx(4)
     assert own.ratio(some["slow one", 1]) == pytest.approx((8 + 10) / 2)  # it has two rounds of three
-    assert figures.share(own, ceiling) == pytest.approx(40)
-    assert figures.share(ceiling, ceiling) == pytest.approx(100)
-    assert figures.share(own, None) is None
-    half = figures.Result("half", own.info | {"bytes_per_parameter": 14}, own.seconds)
-    assert figures.share(half, ceiling) == pytest.approx(20)  # half of the bytes in the same time
+    assert own.share(ceiling) == pytest.approx(40)
+    assert ceiling.share(ceiling) == pytest.approx(100)
+    assert own.share(None) is None
+    assert (figures.iqr([1.0, 2.0, 3.0]), figures.iqr([5.0])) == (1, 0)
+    half = replace(own, info=own.info | {"bytes_per_parameter": 14})
+    assert half.share(ceiling) == pytest.approx(20)  # half of the bytes in the same time
 
 
 def test_verdicts_name_the_rows_where_we_are_behind(report):
     found, pairs = figures.behind(figures.results(report))
-    assert [(b.case, b.groups, b.peer) for b in found] == [("half", 1, "torch fused")]
-    assert found[0].ratio == pytest.approx(0.9)  # of 0.75, 0.9 and 4.5
+    ((ratio, own, peer),) = found
+    assert (own.case, own.contender, peer.contender) == ("half", "wd_kernels", "torch fused")
+    assert ratio == pytest.approx(0.9)  # of 0.75, 0.9 and 4.5
     assert pairs == 3 + 1 + 3 + 3  # some, half, tensors, elements; ours and the ceiling are no peers
     for e in report["benchmarks"]:
         if e["group"] == "half" and e["extra_info"]["contender"] == "torch fused":
@@ -117,17 +119,8 @@ def test_slopes(report):
     cases = figures.results(report)
     tensors = figures.points(cases, "tensors")
     assert list(tensors) == [1, 10, 100]
-    host = figures.host_times(tensors, "wd_kernels")
-    assert [seconds for _, seconds in host] == pytest.approx([10.5e-6, 15e-6, 60e-6])
-    assert figures.line(host) == pytest.approx((10e-6, 0.5e-6))
-    assert [(a, b) for a, b, _ in figures.neighbours(host)] == [(1, 10), (10, 100)]
-    assert [slope for *_, slope in figures.neighbours(host)] == pytest.approx([0.5e-6] * 2)
-    assert figures.line([(0, 1.0), (1, 0.0), (2, 2.0)]) == pytest.approx((0.5, 0.5))  # not on a line
-    assert tensors[10][TIMED].kernel == pytest.approx(0.2e-3)
+    assert tensors[10][TIMED].host == pytest.approx(15e-6)
     assert list(figures.points(cases, "groups")[100]) == ["wd_kernels"]
-    ((one, many, cost, spread),) = figures.group_costs(cases.values())
-    assert (one.groups, many.groups) == (1, 465)
-    assert (cost, spread) == pytest.approx((2e-6, 1.5e-6))
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -141,22 +134,22 @@ def test_tables_of_a_report(report):
         "commit 0123456789ab",
         "processor A (fast) CPU, 2 cores",
         "torch 2.13.0",
-        "1000 x 1000 AdamW float32 kept 2 wd_kernels 1 2.000 1.000 14.0 40 28 1.00",
-        "torch fused 1 8.000 4.000 3.5 10 28 4.00",
-        "bare loop 1 1.000 0.500 28.0 80 28 0.50",
-        "1000 x 1000 AdamW bfloat16 new 2 wd_kernels 1 2.000 0.0000 11.0 - 22 1.00",
-        "465 x 256 constant wd_kernels 1.000 1.928 465 2.00 1.50",
-        "wd_kernels: ahead in 9 of 10 comparisons with peers, in 8 cases",
-        "behind: half: torch fused takes 0.90 of the time of wd_kernels",
-        "wd_kernels flat: ahead in 3 of 3 comparisons with peers, in 1 cases",
-        "10 wd_kernels 0.115 0.0000 0.0150 0.200 243.5 43 28 1.00",
-        "wd_kernels: host time, us a tensor: 0.500 by least squares (and 10.0 us); 1 to 10: 0.500, 10 to 100: 0.500",
-        "wd_kernels: step, us a group: 2.000 by least squares (and 1000.0 us); 1 to 10: 2.000, 10 to 100: 2.000",
+        "1000 x 1000 AdamW float32 kept 2 wd_kernels 1 2.00 1.00 - - - 14.0 40 28 1.00",
+        "torch fused 1 8.00 4.00 - - - 3.5 10 28 4.00",
+        "bare loop 1 1.00 0.500 - - - 28.0 80 28 0.50",
+        "1000 x 1000 AdamW bfloat16 new 2 wd_kernels 1 2.00 0.00 - - - 11.0 - 22 1.00",
+        "wd_kernels 465 1.93 0.696 2.00 - - 1.7 - 28 1.00",
+        "Ours is ahead in 9 of 10 comparisons of a peer and a case, and behind in these:",
+        "- `half`: torch fused, 0.90× (bytes a parameter: ours 22, theirs 14)",
+        "wd_kernels, launches timed 1 0.215 0.00 - 0.200 0.0150 130.2 23 28 1.87",
         "missing: optimi AdamW: ModuleNotFoundError: No module named 'optimi'",
         "left out: 1x1000000000-float32-kept-by-elements: a, b: needs 14.9 GiB, free are 8",
     ):
         assert line in found, line
-    assert sum(line.startswith("behind: ") for line in found) == 1
+    costs = (
+        "Ours: a step costs the host 10 µs and 0.50 µs a tensor (10⁶ elements in all). A parameter group adds 2.00 µs"
+    )
+    assert costs in text.replace("\n", " ")
     rows = text[text.index("\ntensors ") :].split("\n\n")[0].strip().splitlines()
     names = ("wd_kernels", "wd_kernels flat", "torch fused", "torch foreach", "slow one", "bare loop", "ceiling")
     assert len({row.index(name) for row, name in zip(rows[1:], names, strict=False)}) == 1
@@ -164,8 +157,122 @@ def test_tables_of_a_report(report):
 
 def test_a_report_without_ceiling_has_no_shares(report):
     report["benchmarks"] = [e for e in report["benchmarks"] if e["extra_info"]["contender"] != "ceiling"]
-    assert {row[10] for row in tables.steps(figures.results(report))[1:]} == {"-"}
-    assert "of the ceiling" not in report_readme.section(report, None, "stem")
+    rows = tables.steps(figures.results(report))
+    assert {row[rows[0].index("% ceiling")] for row in rows[1:]} == {"-"}
+    assert "% ceiling" not in tables.filled_columns(rows)[0]
+
+
+# Of a GPU -------------------------------------------------------------------------------------------------------------
+
+BILLION = "1x1000000000-float32-kept"
+
+
+def on_gpu(case: str, contender: str, device: list[float], wall: list[float], **info: Any) -> dict[str, Any]:
+    return entry(case, contender, wall, device=device, host=wall, **info)
+
+
+@pytest.fixture
+def gpu() -> dict[str, Any]:
+    """The device slows down threefold meanwhile: ratios of the same round do not see it."""
+    drift = [1.0, 2.0, 3.0]
+    long = {"tensors": 1, "elements": 10**9}
+    many, threes = {"tensors": 10_000}, [0.001] * 3
+    return {
+        "datetime": "2026-03-04T05:06:07+00:00",
+        "commit_info": {"id": "0123456789abcdef", "dirty": True},
+        "machine_info": {"device": "some GPU", "driver": "580", "wd_kernels": {"torch": "2.11.0", "threads": "16"}},
+        "rehearsal": False,
+        "finished": True,
+        "tests": {"says": "12 passed in 9 s, exit status 0"},
+        "copy": {"bytes": 4 << 30, "gb_per_s": [1900.0, 2000.0, 2200.0]},
+        "launches": {"tensors": 6, "buckets": 2, "step_kernels": 2, "on_device": {"step_kernel": 2, "Memcpy": 1}},
+        "benchmarks": [
+            on_gpu(BILLION, "wd_kernels", [0.007 * d for d in drift], [0.007 * d for d in drift], **long),
+            on_gpu(BILLION, "torch fused", [0.0105 * d for d in drift], [0.0077 * d for d in drift], **long),
+            on_gpu("10000x1000-float32-kept", "wd_kernels", threes, [0.002, 0.002, 0.004], **many),
+            on_gpu("10000x1000-float32-kept", "torch fused", threes, [0.012, 0.016, 0.012], **many),
+            on_gpu("gpt2-float32-kept", "wd_kernels", threes, threes, model="gpt2", tensors=3, elements=0.5),
+        ],
+        "left_out": {
+            "10000x1000-float32-kept": {"apex": "no memory"},
+            "vit_l16-float32-new": {"all": "the time was over"},
+        },
+        "missing": {"optimi AdamW": "ModuleNotFoundError: No module named 'optimi'"},
+    }
+
+
+def test_figures_of_a_gpu(gpu):
+    """Rates are those of the device time; the copy's rate is the ceiling."""
+    assert figures.copy_rate(gpu) == 2000
+    cases = figures.results(gpu)
+    own, fused, ceiling = (cases[BILLION][name, 1] for name in ("wd_kernels", "torch fused", "ceiling"))
+    assert own.rate == pytest.approx(2000)
+    assert own.share(ceiling) == pytest.approx(100)
+    assert fused.share(ceiling) == pytest.approx(100 / 1.5)
+    assert own.device_ratio(fused) == pytest.approx(1.5)
+    assert own.ratio(fused) == pytest.approx(1.1)
+    assert cases["gpt2-float32-kept"]["wd_kernels", 1].bytes == pytest.approx(1.5 * 28)
+    del gpu["copy"]
+    assert not any(name == "ceiling" for them in figures.results(gpu).values() for name, _ in them)
+
+
+def verdict_of(report: dict[str, Any], start: str, where: str = "") -> list[str]:
+    found = tables.verdicts(report)
+    return [verdict for target, place, _, verdict in found if target.startswith(start) and where in place]
+
+
+def test_verdicts_of_a_gpu(gpu):
+    assert verdict_of(gpu, ">= 92%", BILLION)[:1] == ["reached"]
+    assert verdict_of(gpu, ">= 92%", f"{BILLION}, CUDA") == ["not measured"]
+    assert verdict_of(gpu, ">= 92%", "sgdw") == ["not measured"] * 2
+    assert verdict_of(gpu, ">= 88%") == ["not measured"] * 6
+    assert verdict_of(gpu, ">= 6x", "kept") == ["reached"]  # 6, 8 and 3
+    assert verdict_of(gpu, ">= 6x", "new") == ["not measured"]
+    assert verdict_of(gpu, ">= 1.0x torch fused, device") == ["reached"]
+    assert verdict_of(gpu, ">= 1.0x torch fused, wall", f"worst of 2: {BILLION} (1 cases not measured)") == ["reached"]
+    cuda = copy.deepcopy(gpu)
+    cuda["benchmarks"][0]["extra_info"]["contender"] = "wd_kernels CUDA"
+    assert verdict_of(cuda, ">= 92%", BILLION) == ["not measured"] * 2 + ["reached", "not measured"]
+    assert verdict_of(gpu, "one launch") == ["reached"]
+
+    gpu["launches"]["step_kernels"] = 3
+    assert verdict_of(gpu, "one launch") == ["not reached"]
+    gpu["copy"]["gb_per_s"] = [2180.0]  # 2000 of them are 91.7%
+    assert verdict_of(gpu, ">= 92%", BILLION)[:1] == ["not reached"]
+    many = gpu["benchmarks"][3]
+    many["stats"]["data"], many["extra_info"]["device"] = [0.0119] * 3, [0.00099] * 3
+    assert verdict_of(gpu, ">= 6x", "kept") == ["not reached"]
+    assert verdict_of(gpu, ">= 1.0x torch fused, device", "10000x1000") == ["not reached"]
+
+    for nothing in (gpu | {"benchmarks": [], "launches": {}}, gpu | {"rehearsal": True}):
+        assert {verdict for *_, verdict in tables.verdicts(nothing)} == {"not measured"}
+    assert set(TARGETS.values()) == {88, 92}
+
+
+def test_the_text_of_a_gpu(gpu):
+    text = tables.render(gpu)
+    found = lines(text)
+    for line in (
+        "device some GPU",
+        "commit 0123456789ab and uncommitted changes",
+        "tests 12 passed in 9 s, exit status 0",
+        "copy 2000 GB/s read and written, IQR 150, of 4096 MiB",
+        "a step runs 2 step_kernel, 1 Memcpy",
+        "run finished",
+        "1 x 1000000000 AdamW float32 kept 2 wd_kernels 1 14.0 7.00 14.0 7.00 14.0 2000.0 100 28 1.00 1.00",
+        "torch fused 1 15.4 7.70 21.0 10.5 15.4 1333.3 67 28 1.10 1.50",
+        "gpt2 AdamW float32 kept 2 wd_kernels 1 1.00 0.00 1.00 0.00 1.00 0.0 0 28 1.00 1.00",
+        "left out: 10000x1000-float32-kept: apex: no memory",
+        "left out: vit_l16-float32-new: all: the time was over",
+        "missing: optimi AdamW: ModuleNotFoundError: No module named 'optimi'",
+        f">= 92% of copy bandwidth {BILLION} 100.0% reached",
+        "one launch a bucket profiler, 2 buckets 2 kernels reached",
+    ):
+        assert line in found, line
+    assert "REHEARSAL" not in text
+    cut = tables.render(gpu | {"rehearsal": True, "finished": False})
+    assert cut.startswith("REHEARSAL on the CPU")
+    assert "CUT OFF" in cut
 
 
 # What is kept ---------------------------------------------------------------------------------------------------------
@@ -178,13 +285,12 @@ def test_a_report_is_saved_by_date_and_processor(report, tmp_path, capsys):
     assert program.main([str(path), "--save", str(folder)]) == 0
     assert capsys.readouterr().out.startswith("date")
     stem = "2026-03-04-a-fast-cpu"
-    plots = [f"{stem}-{name}.png" for name in ("peers", "roofline", "scaling")]
+    plots = [f"{stem}-{name}.png" for name in ("peers", "scaling")]
     assert sorted(p.name for p in folder.iterdir()) == sorted([f"{stem}.json", f"{stem}.txt", *plots])
     for name in plots:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert (folder / f"{stem}.txt").read_text() == tables.render(report)
+    assert (folder / f"{stem}.txt").read_text() == tables.render(program.slim(report))
     again = json.loads((folder / f"{stem}.json").read_text())
-    assert tables.render(again) == tables.render(report)
     assert again == program.slim(again) == program.newest(folder)
     assert "flags" not in again["machine_info"]["cpu"]
     assert all(entry["stats"].keys() == {"data"} for entry in again["benchmarks"])
@@ -202,7 +308,7 @@ def test_the_newest_report_is_found(tmp_path):
 
 
 def test_the_section_of_a_report(report):
-    text = report_readme.section(report, None, "stem")
+    text = program.section(report, None)
     for part in (
         "on 2 threads of A (fast) CPU (avx2), torch 2.13.0, 2026-03-04.",
         "| 1000 × 1000 | AdamW | float32 | kept | 2.00 | 1.60 | 8.00 | slow one: 14.0 | 4.00× | 40% |",
@@ -213,63 +319,59 @@ def test_the_section_of_a_report(report):
         "A parameter group adds 2.00 µs to a step",
         "One tensor of 1e+05 elements takes 10.0 ms, 0 GB/s, 80% of the ceiling.",
         "Missing: optimi AdamW.",
-        "(bench/results/stem-scaling.png)",
+        "(bench/results/2026-03-04-a-fast-cpu-scaling.png)",
     ):
         assert part in text.replace("\n", " ") or part in text, part
-    assert max(len(line) for line in text.splitlines() if line[:1] not in "|!") <= 120
+    assert max(len(line) for line in text.splitlines() if line[:1] not in "|!" and "](" not in line) <= 120
 
 
-def test_a_gpu_report_is_kept_and_joins_the_section(report, tmp_path, capsys):
-    turns = {"device": [0.007] * 3, "wall": [0.008] * 3, "host": [0.001] * 3}
-    shared = {"groups": 1, "gradient": "float32", "bytes_per_parameter": 28}
-    other = {"contender": "torch fused", "device": [0.0105] * 3, "wall": [0.0088] * 3, "host": [0.001] * 3}
-    results = [{"contender": "wd_kernels"} | shared | turns, shared | other]
-    case = {"case": "1e9 elements, float32", "elements": 10**9, "note": "", "skipped": {}, "results": results}
-    gpu = {
-        "date": "2026-05-06 07:08 UTC",
-        "commit": "0123456789ab",
-        "machine": {"device": "some GPU", "torch": "2.12.0"},
-        "copy": {"gb_per_s": [5000.0], "bytes": 1 << 30},
-        "cases": [case],
-    }
+def test_a_gpu_report_is_kept_and_joins_the_section(report, gpu, tmp_path, capsys):
     for name, content in (("bench.json", report), ("gpu.json", gpu)):
         (tmp_path / name).write_text(json.dumps(content))
-    readme, folder = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text("\n".join(itertools.chain(*map(report_readme.markers, ("plot", "performance")))))
-    arguments = [str(tmp_path / "bench.json"), "--gpu", str(tmp_path / "gpu.json")]
-    assert program.main([*arguments, "--save", str(folder), "--readme", str(readme)]) == 0
-    assert "1e9 elements, float32" in capsys.readouterr().out
-    text = readme.read_text()
-    assert "On a GPU: some GPU, torch 2.12.0, 2026-05-06; a copy moves 5000 GB/s." in text
-    assert "| 1e9 elements, float32 | 7.00 | 8.00 | 80.0% | 1.50× | 1.10× |" in text
-    stem = "2026-05-06-some-gpu-gpu"
+    path, folder = tmp_path / "README.md", tmp_path / "results"
+    path.write_text("\n".join(f"<!-- {part}:{end} -->" for part in ("plot", "performance") for end in ("begin", "end")))
+    assert program.main([str(tmp_path / "bench.json"), "--save", str(folder)]) == 0
+    assert program.main([str(tmp_path / "gpu.json"), "--save", str(folder), "--readme", str(path)]) == 0
+    assert "Budgets" in capsys.readouterr().out
+    text = path.read_text()
+    assert "On a GPU: some GPU, torch 2.11.0, 2026-03-04; a copy, the ceiling there, moves 2000 GB/s." in text
+    row = "| 1 × 1000000000 | AdamW | float32 | kept | 14.0 | 14.0 | 15.4 | 1.10× | 1.50× | 100% |"
+    assert row in text
+    stem = "2026-03-04-some-gpu-gpu"
     assert f"](bench/results/{stem}-peers.png)" in text
-    files = {f"{stem}{end}" for end in (".json", ".txt", "-peers.png", "-roofline.png")}
+    assert "on 2 threads of A (fast) CPU" in text
+    files = {f"{stem}{end}" for end in (".json", ".txt", "-peers.png")}
     assert {p.name for p in folder.iterdir() if p.name.startswith(stem)} == files
-    assert program.newest(folder, gpu=True) == gpu
+    assert program.newest(folder, gpu=True) == program.slim(gpu)
     assert program.newest(folder) == program.slim(report)
+    assert (folder / f"{stem}.txt").read_text() == tables.render(gpu)
+    assert program.main([str(tmp_path / "bench.json"), "--save", str(folder), "--readme", str(path)]) == 0
+    assert path.read_text() == text
 
 
 def test_the_section_is_rewritten_between_its_markers_only(report):
-    (plot, plotted), (begin, end) = map(report_readme.markers, ("plot", "performance"))
+    plot, plotted, begin, end = (f"<!-- {p}:{e} -->" for p in ("plot", "performance") for e in ("begin", "end"))
     text = f"before\n{plot}\n{plotted}\nbetween\n{begin}\nold\n{end}\nafter\n"
-    once = report_readme.rewritten(text, report, None, "stem")
+    once = program.rewritten(text, report, None)
     assert once.startswith(f"before\n{plot}\n\n{plotted}\nbetween\n{begin}\nWhole `opt.step()`")
     assert once.endswith(f"{end}\nafter\n")
     assert "old" not in once
-    assert report_readme.rewritten(once, report, None, "stem") == once
+    assert program.rewritten(once, report, None) == once
     drawn = json.loads(json.dumps(report).replace('"some"', f'"{LEAD[0]}"'))
-    assert "](bench/results/stem-lead.png)\n" in report_readme.rewritten(once, drawn, None, "stem")
+    assert "](bench/results/2026-03-04-a-fast-cpu-lead.png)\n" in program.rewritten(once, drawn, None)
     for broken in ("nothing", f"{plot} {plotted} {end} {begin}", f"{plotted} {plot} {begin} {end}", text + text):
         with pytest.raises(ValueError, match="once each"):
-            report_readme.rewritten(broken, report, None, "stem")
+            program.rewritten(broken, report, None)
 
 
-def test_a_rehearsal_is_refused(report, tmp_path):
-    for name, content in (("bench.json", report), ("gpu.json", {"rehearsal": True})):
-        (tmp_path / name).write_text(json.dumps(content))
-    with pytest.raises(SystemExit):
-        program.main([str(tmp_path / "bench.json"), "--gpu", str(tmp_path / "gpu.json")])
+def test_a_rehearsal_is_not_kept(gpu, tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(gpu | {"rehearsal": True}))
+    for option in ("--save", "--readme"):
+        with pytest.raises(SystemExit):
+            program.main([str(path), option, str(tmp_path / "somewhere")])
+        assert "no figure in it is a GPU's" in capsys.readouterr().err
+    assert program.main([str(path)]) == 0
 
 
 def test_the_readme_says_what_was_measured():
@@ -277,13 +379,13 @@ def test_the_readme_says_what_was_measured():
     text = (ROOT / "README.md").read_text()
     report, gpu = program.newest(program.RESULTS), program.newest(program.RESULTS, gpu=True)
     assert report is not None
-    assert report_readme.rewritten(text, report, gpu, program.stem_of(report)) == text
+    assert program.rewritten(text, report, gpu) == text
     for link in {part.split(")")[0] for part in text.split("](bench/")[1:]}:
         assert (ROOT / "bench" / link).exists(), link
 
 
 def test_what_is_kept_is_what_its_json_says():
-    for path in program.kept(program.RESULTS):
+    for path in program.RESULTS.glob("[0-9]*.json"):
         report = json.loads(path.read_text())
         assert path.stem == program.stem_of(report)
         assert path.with_suffix(".txt").read_text() == tables.render(report)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(NO_TOOLKIT is not None, reason=str(NO_TOOLKIT))
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All costs, and the table as it is printed."""
     path = tmp_path_factory.mktemp("codegen") / "cuda.json"
-    command = [sys.executable, str(ROOT / "bench" / "codegen.py"), "--cuda", "--json", str(path)]
+    command = [sys.executable, str(ROOT / "bench" / "codegen_cuda.py"), "--json", str(path)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return {**json.loads(path.read_text()), "text": done.stdout}
@@ -63,7 +63,7 @@ def test_the_kept_table_is_this_one(report: dict[str, Any]) -> None:
 
 def test_roots_and_divisions_are_exact() -> None:
     """Each AdamW kernel has some, all of them rounded, and the SGDW kernels have none."""
-    kernels = codegen_cuda.ptx()
+    kernels = codegen_cuda.parts(codegen_cuda.carried_ptx(), r"\.entry ")
     assert len(kernels) == len(codegen.kernels())
     for name, code in kernels.items():
         found = set(re.findall(r"\b(?:sqrt|rsqrt|div|rcp)\.[\w.]+", code))
@@ -81,7 +81,7 @@ for cost in codegen_cuda.costs(pathlib.Path(sys.argv[1])):
 @pytest.mark.parametrize("flag", ["-fmad=true", "-ftz=true"])
 def test_what_is_inexact_is_seen(flag: str, tmp_path: Path) -> None:
     """In a library of other flags: the counts of `test_budgets` are zero because the code is right."""
-    setup = codegen_cuda._setup()
+    setup = codegen_cuda.setup()
     exact = [own for own in setup["NVCC_FLAGS"].split() if not own.startswith(flag.partition("=")[0])]
     codes = ["-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90"]
     command = [setup["nvcc"](), *exact, flag, *codes, "-c", str(ROOT / "csrc" / "cuda" / "kernels.cu")]

@@ -9,17 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import study
-import study_report
-import study_train
 import torch
-from report_readme import replaced
-from rich.progress import Progress
-from study_findings import HELD_OUT, Errors, Findings, Mean
-from study_plan import METHODS, RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids
-from study_report import render, section, verdict
-from study_ridge import Fit, best_decays, fit
-from study_train import NOISE, TRAIN, VALIDATION, Config, Networks, Run, split
+from report import replaced
+from study import program, report, train
+from study.findings import HELD_OUT, Errors, Findings, Fit, Mean, best_decays, fit
+from study.plan import METHODS, RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids
+from study.report import render, section
+from study.train import NOISE, TRAIN, VALIDATION, Config, Networks, Run, split
 from torch.nn import functional as F
 
 import wd_kernels
@@ -72,7 +68,7 @@ def test_networks_of_a_batch_are_trained_as_if_alone(network: str) -> None:
     """Every configuration and seed, against one that torch trains by itself: the same errors on held-out digits."""
     configs = tuple(METHODS["SGD-L2"].config(lr, decay, Cosine(36)) for lr, decay in ((0.1, 0.01), (0.02, 0.2)))
     run = Run("some", network, "SGDW", configs, epochs=2, seeds=2, first_seed=5)
-    found = study_train.train(run)
+    found = train.train(run)
     for k, config in enumerate(configs):
         for s, seed in enumerate(run.draws):
             own = [round(float(found[name][k, s]) * n) for name, n in (("validation", VALIDATION), ("test", 600))]
@@ -82,23 +78,21 @@ def test_networks_of_a_batch_are_trained_as_if_alone(network: str) -> None:
 
 def test_a_configuration_is_a_param_group_and_a_step_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    own = study_train.optimizer
-    monkeypatch.setattr(study_train, "optimizer", lambda *args: made.append(own(*args)) or made[-1])
-    advanced: list[int] = []
+    own = train.optimizer
+    monkeypatch.setattr(train, "optimizer", lambda *args: made.append(own(*args)) or made[-1])
     run = anytime(TINY, "noisy", dict.fromkeys([(name, s) for name in RIVALS for s in SCHEDULES], (1e-3, 0.1)))[1]
-    found = study_train.train(run, advanced.append)
+    found = train.train(run)
     (opt,) = made
     assert len(opt.param_groups) == len(run.configs) == 4
     assert [group["decay"] for group in opt.param_groups] == ["independent"] * 2 + ["l2"] * 2
     assert len(opt._table.buckets) == 1
     assert [group["schedule_step"] for group in opt.param_groups] == [54] * 4
-    assert advanced == [18] * 3
     assert found["test"].shape == (3, 4, 6)
 
 
 def test_diverged_networks_count_as_wrong() -> None:
     configs = tuple(METHODS["AdamW lr_scaled"].config(0.01, decay, Constant()) for decay in (0.1, 1e6))
-    found = study_train.train(Run("some", "noisy", "AdamW", configs, epochs=1, seeds=1))
+    found = train.train(Run("some", "noisy", "AdamW", configs, epochs=1, seeds=1))
     assert float(found["test"][0]) < 0.5
     assert float(found["test"][1]) == 1
 
@@ -197,10 +191,10 @@ def test_the_best_is_an_average_by_standard_errors() -> None:
 
 
 def test_verdicts() -> None:
-    assert verdict(Fit(-1.2, -1.5, -0.9, 0, ()), -1) == "yes"
-    assert verdict(Fit(-1.2, -1.3, -1.1, 0, ()), -1) == "nearly"
-    assert verdict(Fit(-1.6, -1.7, -1.5, 0, ()), -1) == "no"
-    assert verdict(Fit(math.nan, math.nan, math.nan, math.nan, ()), -1) == "no ridge"
+    assert Fit(-1.2, -1.5, -0.9, 0, ()).seen(-1) == "yes"
+    assert Fit(-1.2, -1.3, -1.1, 0, ()).seen(-1) == "nearly"
+    assert Fit(-1.6, -1.7, -1.5, 0, ()).seen(-1) == "no"
+    assert Fit(math.nan, math.nan, math.nan, math.nan, ()).seen(-1) == "no ridge"
     assert str(Mean.of(np.asarray([0.01, 0.03]))) == "2.00 ± 1.00"
 
 
@@ -210,7 +204,7 @@ def test_verdicts() -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Findings, Path]:
     work = tmp_path_factory.mktemp("study")
-    return study.collect(TINY, work), work
+    return program.collect(TINY, work), work
 
 
 def test_what_is_finished_is_not_trained_again(tiny: tuple[Findings, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,9 +215,9 @@ def test_what_is_finished_is_not_trained_again(tiny: tuple[Findings, Path], monk
         path.unlink()
     (work / "left-from-an-interruption.part").write_bytes(b"half a file")
     trained: list[str] = []
-    train = study_train.train
-    monkeypatch.setattr(study_train, "train", lambda run, advance: trained.append(run.name) or train(run, advance))
-    again = study.collect(TINY, work)
+    own = train.train
+    monkeypatch.setattr(train, "train", lambda run: trained.append(run.name) or own(run))
+    again = program.collect(TINY, work)
     assert {name.replace(" ", "_") for name in trained} == {path.name.rpartition("-")[0] for path in lost}
     assert len(trained) == 2
     ours, theirs = again.packed(), found.packed()
@@ -234,15 +228,15 @@ def test_another_plan_or_another_way_to_train_is_another_file(tmp_path: Path, mo
     runs = [
         Run("one", "noisy", "SGDW", (METHODS["SGD-L2"].config(0.1, decay, Constant()),), 1, 1) for decay in (0.1, 0.2)
     ]
-    with Progress(disable=True) as progress:
-        trainer = study.Trainer(tmp_path, progress, runs)
-        for run in (*runs, *runs):
-            trainer(run)
-        assert len(list(tmp_path.glob("one-*.pt"))) == 2
-        changed = tmp_path / "changed.py"
-        changed.write_text(Path(study_train.__file__).read_text() + "WIDTH = 8\n")
-        monkeypatch.setattr(study_train, "__file__", str(changed))
-        trainer(runs[0])
+    trainer = program.Trainer(tmp_path)
+    for run in (*runs, *runs):
+        trainer(run)
+    assert len(list(tmp_path.glob("one-*.pt"))) == 2
+    changed = tmp_path / "changed.py"
+    changed.write_text(Path(train.__file__).read_text() + "WIDTH = 8\n")
+    monkeypatch.setattr(train, "__file__", str(changed))
+    trainer(runs[0])
+    assert trainer.networks == 5
     assert len(list(tmp_path.glob("one-*.pt"))) == 3
 
 
@@ -276,14 +270,14 @@ def test_the_program(
     results.mkdir()
     readme.write_text("before\n<!-- study:begin -->\nstale words\n<!-- study:end -->\nafter\n")
     for name, value in (("REHEARSAL", TINY), ("Plan", lambda: TINY), ("RESULTS", results), ("README", readme)):
-        monkeypatch.setattr(study, name, value)
-    assert study.main(["--work", str(work), "--rehearse"]) == 0
+        monkeypatch.setattr(program, name, value)
+    assert program.main(["--work", str(work), "--rehearse"]) == 0
     out = capsys.readouterr().out
     assert "metric-proximal" in out
-    pictures = {f"study_{name}.png" for name, _ in study_report.PICTURES}
+    pictures = {f"study_{name}.png" for name in report.PICTURES}
     assert {path.name for path in work.glob("*.png")} == pictures
     assert not list(results.iterdir())
-    assert study.main(["--work", str(work), "--save", "--readme"]) == 0
+    assert program.main(["--work", str(work), "--save", "--readme"]) == 0
     assert {path.name for path in results.iterdir()} == {*pictures, "study.json", "study.txt"}
     assert all((results / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     text = readme.read_text()
@@ -291,15 +285,15 @@ def test_the_program(
     assert text.endswith("<!-- study:end -->\nafter\n")
     assert "stale words" not in text
     with pytest.raises(SystemExit):
-        study.main(["--rehearse", "--save"])
+        program.main(["--rehearse", "--save"])
     assert "--rehearse shows nothing that is worth keeping" in capsys.readouterr().err
 
 
 def test_the_readme_says_what_was_found() -> None:
-    """`python bench/study.py --readme` makes it so."""
-    kept = Findings.unpacked(json.loads((study.RESULTS / "study.json").read_text()))
-    text = study.README.read_text()
+    """`python bench/study --readme` makes it so."""
+    kept = Findings.unpacked(json.loads((program.RESULTS / "study.json").read_text()))
+    text = program.README.read_text()
     assert replaced(text, "study", section(kept)) == text
-    assert (study.RESULTS / "study.txt").read_text() == render(kept)
+    assert (program.RESULTS / "study.txt").read_text() == render(kept)
     assert kept.plan == Plan()
     assert kept.about["seconds"] < 20 * 60

@@ -19,8 +19,6 @@ from torch.nn import functional as F
 
 import wd_kernels
 
-__all__ = ["BATCH", "NOISE", "STEPS_AN_EPOCH", "TRAIN", "VALIDATION", "Config", "Run", "split", "train"]
-
 TRAIN, VALIDATION, BATCH, WIDTH = 600, 597, 32, 64  # the other 600 of the 1797 digits are the test set
 STEPS_AN_EPOCH = TRAIN // BATCH
 #: The networks, with the share of training labels that are drawn at random.
@@ -40,35 +38,23 @@ class Config:
 class Run:
     """Networks that are trained together.
 
-    Attributes:
-        name: of the file that keeps the result.
-        network: "normalised": every layer is normalised over the batch, the last one too, so that no weight's scale
-            matters, as under Batch Norm. "noisy": nothing is normalised, and a part of the training labels is wrong.
-        rule: the class of wd_kernels, "AdamW" or "SGDW".
-        configs: its param groups.
-        epochs: how long.
-        seeds: networks for each configuration; each seed has a split of the data, an initialisation and an order.
-        first_seed: the first of them.
-        trace: also keep the errors after every epoch.
+    In a "normalised" network every layer is normalised over the batch, the last one too, so that no weight's scale
+    matters, as under Batch Norm. In a "noisy" one nothing is normalised, and a part of the training labels is wrong.
     """
 
-    name: str
+    name: str  # of the file that keeps the result
     network: str
-    rule: str
-    configs: tuple[Config, ...]
+    rule: str  # the class of wd_kernels
+    configs: tuple[Config, ...]  # its param groups
     epochs: int
-    seeds: int = 3
+    seeds: int = 3  # of each configuration: a split of the data, an initialisation and an order each
     first_seed: int = 0
-    trace: bool = False
+    trace: bool = False  # keep the errors after every epoch
 
     @property
     def draws(self) -> range:
         """The seeds."""
         return range(self.first_seed, self.first_seed + self.seeds)
-
-    @property
-    def steps(self) -> int:
-        return self.epochs * STEPS_AN_EPOCH
 
 
 @cache
@@ -96,35 +82,29 @@ class Networks:
     """The stacked networks of a run: [configurations * seeds, in, out], with gradients that stay where they are."""
 
     def __init__(self, run: Run) -> None:
-        self.normalised = run.network == "normalised"
+        self.normalised, count = run.network == "normalised", len(run.configs)
         self.stacks: list[Tensor] = []
-        sizes = (_digits()[0].shape[1], WIDTH, 10)
-        for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-            drawn = [
-                torch.randn(fan_in, fan_out, generator=torch.Generator().manual_seed(1000 * seed + layer))
-                for seed in run.draws
-            ]
-            self.stacks.append((torch.stack(drawn) * math.sqrt(2 / fan_in)).repeat(len(run.configs), 1, 1))
+        for layer, (fan_in, fan_out) in enumerate(pairwise((_digits()[0].shape[1], WIDTH, 10))):
+            generators = [torch.Generator().manual_seed(1000 * seed + layer) for seed in run.draws]
+            drawn = torch.stack([torch.randn(fan_in, fan_out, generator=generator) for generator in generators])
+            self.stacks.append((drawn * math.sqrt(2 / fan_in)).repeat(count, 1, 1))
             if not self.normalised:
-                self.stacks.append(torch.zeros(len(run.configs) * run.seeds, 1, fan_out))
+                self.stacks.append(torch.zeros(count * run.seeds, 1, fan_out))
         self.grads = [torch.zeros_like(stack) for stack in self.stacks]
         for stack, grad in zip(self.stacks, self.grads, strict=True):
             stack.requires_grad_().grad = grad
 
     def slices(self, first: int, count: int) -> list[torch.nn.Parameter]:
         """The parameters of `count` networks, which share memory with the stacks, and so do their gradients."""
-        params = []
-        for stack, grad in zip(self.stacks, self.grads, strict=True):
-            p = torch.nn.Parameter(stack.detach()[first : first + count])
+        params = [torch.nn.Parameter(stack.detach()[first : first + count]) for stack in self.stacks]
+        for p, grad in zip(params, self.grads, strict=True):
             p.grad = grad[first : first + count]
-            params.append(p)
         return params
 
     def __call__(self, x: Tensor, statistics: Tensor | None = None) -> Tensor:
-        """Logits [networks, samples, 10] of inputs [networks, samples, pixels].
+        """Logits [networks, samples, 10] of inputs [networks, samples, pixels], normalised as `statistics` are.
 
-        Args:
-            statistics: inputs whose means and variances normalise those of `x`; None: its own, as in training.
+        None: by means and variances of their own, as in training.
         """
         both = x if statistics is None else torch.cat([x, statistics], 1)
         size = x.shape[1]
@@ -144,41 +124,30 @@ class Networks:
 def optimizer(run: Run, networks: Networks) -> torch.optim.Optimizer:
     """One optimizer for all networks: a param group for each configuration, with its seeds side by side."""
     groups = [
-        {
-            "params": networks.slices(k * run.seeds, run.seeds),
-            "schedule": config.schedule,
-            **dict(config.options),
-        }
+        {"params": networks.slices(k * run.seeds, run.seeds), "schedule": config.schedule, **dict(config.options)}
         for k, config in enumerate(run.configs)
     ]
     made: torch.optim.Optimizer = getattr(wd_kernels, run.rule)(groups)
     return made
 
 
-def train(run: Run, advance: Callable[[int], None] = lambda _: None) -> dict[str, Tensor]:
-    """Trains a run's networks.
+def train(run: Run) -> dict[str, Tensor]:
+    """The share of errors, "validation" and "test", of a run's networks, [configurations, seeds]; traced [epochs, ...].
 
-    Args:
-        advance: told how many steps were done, after every epoch.
-
-    Returns:
-        "validation" and "test": the share of errors, [configurations, seeds]; with `trace` [epochs, ...].
+    A network that diverged has nothing but errors.
     """
     count = len(run.configs)
     networks = Networks(run)
     opt = optimizer(run, networks)
     parts = [split(seed, NOISE[run.network]) for seed in run.draws]
-    (x, y), *held_out = (
-        (torch.stack([p[k][0] for p in parts]), torch.stack([p[k][1] for p in parts])) for k in range(3)
-    )
+    (x, y), *held_out = ([torch.stack(own) for own in zip(*(p[k] for p in parts), strict=True)] for k in range(3))
 
     @torch.no_grad()
     def errors() -> list[Tensor]:
         found = []
         for inputs, labels in held_out:
             logits = networks(inputs.repeat(count, 1, 1), x.repeat(count, 1, 1) if networks.normalised else None)
-            wrong = logits.argmax(-1) != labels.repeat(count, 1)
-            wrong |= ~logits.isfinite().all(-1)  # a network that diverged says nothing
+            wrong = (logits.argmax(-1) != labels.repeat(count, 1)) | ~logits.isfinite().all(-1)
             found.append(wrong.float().mean(1).view(count, run.seeds))
         return found
 
@@ -190,14 +159,12 @@ def train(run: Run, advance: Callable[[int], None] = lambda _: None) -> dict[str
             batch = order[:, k * BATCH : (k + 1) * BATCH]
             inputs = x.gather(1, batch[:, :, None].expand(-1, -1, x.shape[2])).repeat(count, 1, 1)
             labels = y.gather(1, batch).repeat(count, 1)
-            for grad in networks.grads:
-                grad.zero_()
+            torch._foreach_zero_(networks.grads)
             logits = networks(inputs)
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / BATCH
             loss.backward()  # type: ignore[no-untyped-call]
             opt.step()
         if run.trace:
             kept.append(errors())
-        advance(STEPS_AN_EPOCH)
     found = [torch.stack(own) for own in zip(*kept, strict=True)] if run.trace else errors()
     return dict(zip(("validation", "test"), found, strict=True))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from study_train import NOISE, STEPS_AN_EPOCH, Config, Run
 
 from wd_kernels.schedules import Constant, Cosine, NormalizedDecay, StepDrop, WarmRestarts
 
-__all__ = ["METHODS", "RIVALS", "SCHEDULES", "Method", "Plan", "anytime", "budgets", "finals", "grids"]
+from .train import NOISE, STEPS_AN_EPOCH, Config, Run
 
 RIVALS = ("Adam-L2", "AdamW independent")
 BUDGET_LR = {"normalised": 1e-3, "noisy": 1e-2}  # where the weight decay matters in all of them
@@ -22,28 +22,25 @@ SCHEDULES: dict[str, Callable[[int], Schedule]] = {
     "step drop": lambda steps: StepDrop((steps * 3 // 10, steps * 6 // 10, steps * 8 // 10), 0.2),
     "cosine": Cosine,
 }
+#: (lr, weight decay) by (method, schedule).
+Places = Mapping[tuple[str, str], tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Method:
     """An optimizer with a form of decay, and the grid on which it is tried.
 
-    Attributes:
-        name, rule, options: how it is called, its class, what its groups set.
-        claim: the slope of ln(best weight decay) over ln(lr) that the paper's reading gives: -1 where the two are
-            coupled, 0 where they are decoupled.
-        slopes: what can be derived for each network. For "normalised", where lr c times as large is the same training
-            of larger weights if the weight decay moves as c^slope; for "noisy", where training comes to rest at the
-            minimum of a penalty that the slope keeps. tests/test_propositions.py shows both.
-        lrs, decays: (least, largest) of each.
+    Its slopes are of ln(best weight decay) over ln(lr). What is derived: for "normalised", where lr c times as large is
+    the same training of larger weights if the weight decay moves as c^slope; for "noisy", where training comes to rest
+    at the minimum of a penalty that the slope keeps. tests/test_propositions.py shows both.
     """
 
     name: str
-    rule: str
-    options: tuple[tuple[str, Any], ...]
-    claim: int
-    slopes: tuple[int, int]
-    lrs: tuple[float, float]
+    rule: str  # the class
+    options: tuple[tuple[str, Any], ...]  # what its groups set
+    claim: int  # the slope by the paper's reading: -1 where the two are coupled, 0 where they are decoupled
+    slopes: tuple[int, int]  # derived, for each network
+    lrs: tuple[float, float]  # least, largest
     decays: tuple[float, float]
 
     def grid(self, size: int) -> tuple[list[float], list[float]]:
@@ -72,34 +69,21 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained. The defaults are the study's; less is a rehearsal.
+    """How much is trained. The defaults are the study's; less is a rehearsal."""
 
-    Attributes:
-        size: of a grid, in both directions.
-        epochs: of the grids.
-        seeds: networks for each configuration; budgets have twice, restarts three times as many.
-        budgets: (c), in epochs.
-        decays: weight decays tried in each budget.
-        finals: new seeds for what was best of each method and schedule.
-        restarts: AdamWR's first period, its T_mult, and the whole run, in epochs.
-    """
-
-    size: int = 12
-    epochs: int = 60
-    seeds: int = 3
-    budgets: tuple[int, ...] = (15, 30, 60, 120, 240)
-    decays: int = 24
-    finals: int = 30
-    restarts: tuple[int, int, int] = (10, 2, 10 + 20 + 40 + 80 + 160)
+    size: int = 12  # of a grid, in both directions
+    epochs: int = 60  # of the grids
+    seeds: int = 3  # networks for each configuration; budgets have twice, restarts three times as many
+    budgets: tuple[int, ...] = (15, 30, 60, 120, 240)  # (c), in epochs
+    decays: int = 24  # tried in each budget
+    finals: int = 30  # new seeds for what was best of each method and schedule
+    restarts: tuple[int, int, int] = (10, 2, 10 + 20 + 40 + 80 + 160)  # first period, T_mult, whole run, in epochs
 
     def period_ends(self) -> list[int]:
         """The last epoch of each of AdamWR's periods."""
         length, mult, epochs = self.restarts
-        ends = [length]
-        while ends[-1] < epochs:
-            length *= mult
-            ends.append(ends[-1] + length)
-        return ends
+        periods = itertools.accumulate(length * mult**k for k in range(epochs))
+        return list(itertools.takewhile(lambda end: end <= epochs, periods))
 
     def row(self) -> list[float]:
         """The weight decays of a budget."""
@@ -107,43 +91,33 @@ class Plan:
         return decays
 
 
-def _grid(method: Method, network: str, schedule: str, plan: Plan) -> Run:
-    lrs, decays = method.grid(plan.size)
-    made = SCHEDULES[schedule](plan.epochs * STEPS_AN_EPOCH)
-    configs = tuple(method.config(lr, decay, made) for lr in lrs for decay in decays)
-    return Run(f"grid-{method.name}-{network}-{schedule}", network, method.rule, configs, plan.epochs, plan.seeds)
-
-
 def grids(plan: Plan) -> dict[tuple[str, str, str], Run]:
     """The grids of figures (a) and (b), by (method, network, schedule)."""
     wanted = [(name, network, "cosine") for network in NOISE for name in METHODS]
     wanted += [(name, network, schedule) for network in NOISE for name in RIVALS for schedule in ("fixed", "step drop")]
-    return {(m, network, s): _grid(METHODS[m], network, s, plan) for m, network, s in wanted}
+    runs = {}
+    for name, network, schedule in wanted:
+        method, made = METHODS[name], SCHEDULES[schedule](plan.epochs * STEPS_AN_EPOCH)
+        lrs, decays = method.grid(plan.size)
+        configs = tuple(method.config(lr, decay, made) for lr in lrs for decay in decays)
+        title = f"grid-{name}-{network}-{schedule}"
+        runs[name, network, schedule] = Run(title, network, method.rule, configs, plan.epochs, plan.seeds)
+    return runs
 
 
 def budgets(plan: Plan) -> dict[tuple[str, int], Run]:
     """The runs of figure (c), by (network, epochs): a row of weight decays at one learning rate, cosine."""
-    method = METHODS["AdamW independent"]
-    return {
-        (network, epochs): Run(
-            f"budget-{network}-{epochs}",
-            network,
-            method.rule,
-            tuple(method.config(lr, decay, Cosine(epochs * STEPS_AN_EPOCH)) for decay in plan.row()),
-            epochs,
-            2 * plan.seeds,
-        )
-        for network, lr in BUDGET_LR.items()
-        for epochs in plan.budgets
-    }
+    method, runs = METHODS["AdamW independent"], {}
+    for network, lr in BUDGET_LR.items():
+        for epochs in plan.budgets:
+            configs = tuple(method.config(lr, decay, Cosine(epochs * STEPS_AN_EPOCH)) for decay in plan.row())
+            title = f"budget-{network}-{epochs}"
+            runs[network, epochs] = Run(title, network, method.rule, configs, epochs, 2 * plan.seeds)
+    return runs
 
 
-def finals(plan: Plan, network: str, places: Mapping[tuple[str, str], tuple[float, float]]) -> Run:
-    """Figure (b) without the luck of the choice: what was best of each (method, schedule), trained with new seeds.
-
-    Args:
-        places: its (lr, weight decay).
-    """
+def finals(plan: Plan, network: str, places: Places) -> Run:
+    """Figure (b) without the luck of the choice: what was best, at its `places`, trained with new seeds."""
     configs = tuple(
         METHODS[name].config(*place, SCHEDULES[schedule](plan.epochs * STEPS_AN_EPOCH))
         for (name, schedule), place in places.items()
@@ -151,12 +125,10 @@ def finals(plan: Plan, network: str, places: Mapping[tuple[str, str], tuple[floa
     return Run(f"finals-{network}", network, "AdamW", configs, plan.epochs, plan.finals, first_seed=1000)
 
 
-def anytime(plan: Plan, network: str, places: Mapping[tuple[str, str], tuple[float, float]]) -> tuple[list[str], Run]:
+def anytime(plan: Plan, network: str, places: Places) -> tuple[list[str], Run]:
     """The run of figure (d), all of whose optimizers are param groups of one, and what its configurations are called.
 
-    Args:
-        places: (lr, weight decay) that was best at `plan.epochs`, by (method, schedule). AdamW's under the cosine
-            becomes the normalised weight decay of both its runs.
+    `places` were best at `plan.epochs`. AdamW's under the cosine becomes the normalised weight decay of both its runs.
     """
     period, mult, epochs = plan.restarts
     steps = epochs * STEPS_AN_EPOCH

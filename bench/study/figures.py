@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -13,37 +14,29 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from study_findings import HELD_OUT, Findings
-from study_plan import BUDGET_LR, METHODS, RIVALS, SCHEDULES
-from study_report import signed
-from study_ridge import Array, best_decays
-from study_train import NOISE, STEPS_AN_EPOCH
 
-__all__ = ["draw"]
+from .findings import HELD_OUT, Array, Findings, best_decays
+from .plan import BUDGET_LR, METHODS, RIVALS, SCHEDULES
+from .report import signed
+from .train import NOISE, STEPS_AN_EPOCH
 
 TITLES = {"normalised": "normalised network, clean labels", "noisy": "no normalisation, noisy labels"}
 BLUE, BROWN, GREEN, RED = "#1565c0", "#9a5b13", "#2e7d32", "#c62828"
+STYLE: Any = {
+    "font.size": 10, "axes.titlelocation": "left", "axes.titlesize": 10, "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}  # fmt: skip
 
 
 def draw(found: Findings, folder: Path) -> list[Path]:
     """Draws every figure into `folder`; returns the paths."""
-    paths = []
-    with plt.rc_context():
-        plt.rc("font", size=10)
-        plt.rc("axes", titlelocation="left", titlesize=10)
-        plt.rc("legend", frameon=False)
-        plt.rcParams["figure.constrained_layout.use"] = True
-        figures = {f"study_ridges_{network}": _ridges(found, network) for network in NOISE}
-        figures |= {
-            "study_schedules": _schedules(found),
-            "study_budgets": _budgets(found),
-            "study_anytime": _anytime(found),
-        }
+    with plt.rc_context(STYLE):
+        figures = {f"ridges_{network}": _ridges(found, network) for network in NOISE}
+        figures |= {"schedules": _schedules(found), "budgets": _budgets(found), "anytime": _anytime(found)}
         for name, figure in figures.items():
-            paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=130)
+            figure.savefig(folder / f"study_{name}.png", dpi=130)
             plt.close(figure)
-    return paths
+    return [folder / f"study_{name}.png" for name in figures]
 
 
 def _new(rows: int, columns: int, size: tuple[float, float], title: str) -> tuple[Figure, list[Axes]]:
@@ -52,7 +45,9 @@ def _new(rows: int, columns: int, size: tuple[float, float], title: str) -> tupl
     return figure, list(axes.flat)
 
 
-def _open(axes: Axes) -> None:
+def _finish(axes: Axes, title: str, legend: Any) -> None:
+    axes.set_title(title)
+    axes.legend(loc=legend)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
 
@@ -82,10 +77,8 @@ def _ridges(found: Findings, network: str) -> Figure:
         if not np.isnan(measured.slope):
             axes.plot(lrs, np.exp(measured.offset) * np.asarray(lrs) ** measured.slope, color="#d50000", linewidth=1.8)
         axes.set_ylim(limits)
-        derived = method.slopes[list(NOISE).index(network)]
-        axes.set_title(
-            f"{name}: slope {measured}\n(derived: {signed(derived)}; the paper's reading: {signed(method.claim)})"
-        )
+        derived, claim = signed(method.slopes[list(NOISE).index(network)]), signed(method.claim)
+        axes.set_title(f"{name}: slope {measured}\n(derived: {derived}; the paper's reading: {claim})")
     key = panels[-1]
     key.axis("off")
     bar = figure.colorbar(ScalarMappable(shades, "viridis_r"), cax=key.inset_axes((0.1, 0.05, 0.08, 0.9)), extend="max")
@@ -100,9 +93,8 @@ def _ridges(found: Findings, network: str) -> Figure:
 
 def _schedules(found: Findings) -> Figure:
     """(b) Test error of the best configuration under each schedule."""
-    figure, panels = _new(
-        1, 2, (11, 4.2), "Best of Adam-L2 and of AdamW under three schedules, retrained with new seeds"
-    )
+    title = "Best of Adam-L2 and of AdamW under three schedules, retrained with new seeds"
+    figure, panels = _new(1, 2, (11, 4.2), title)
     for axes, network in zip(panels, NOISE, strict=True):
         for shift, name, color in ((-0.12, RIVALS[0], BROWN), (0.12, RIVALS[1], BLUE)):
             for k, schedule in enumerate(SCHEDULES):
@@ -113,26 +105,19 @@ def _schedules(found: Findings) -> Figure:
                 label = name if k == 0 else None
                 axes.errorbar(k + shift, mean, spread, fmt="o", color=color, capsize=5, markersize=7, label=label)
         axes.set(xticks=range(len(SCHEDULES)), xticklabels=list(SCHEDULES), ylabel="test error, %", ylim=(0, None))
-        axes.set_title(TITLES[network])
-        axes.legend(loc="lower right")
-        _open(axes)
+        _finish(axes, TITLES[network], "lower right")
     return figure
 
 
 def _budgets(found: Findings) -> Figure:
     """(c) The best weight decay against the number of steps."""
-    figure, panels = _new(
-        1, 2, (11, 4.4), "AdamW independent, cosine: the best weight decay against the training budget"
-    )
+    title = "AdamW independent, cosine: the best weight decay against the training budget"
+    figure, panels = _new(1, 2, (11, 4.4), title)
     for axes, network in zip(panels, NOISE, strict=True):
         steps, errors = found.row(network)
-        fit = found.budget(network)
+        fit, x = found.budget(network), np.asarray(steps)
         best = np.exp(best_decays(errors, found.plan.row(), HELD_OUT)[0])
-        x = np.asarray(steps)
-        for values, color, name in (
-            (best, BLUE, "λ"),
-            (best * x**0.5, BROWN, "λ √steps"),
-        ):
+        for values, color, name in ((best, BLUE, "λ"), (best * x**0.5, BROWN, "λ √steps")):
             axes.plot(x, values, "o", color=color, label=f"best {name}")
         if not np.isnan(fit.slope):
             line = np.exp(fit.offset) * x**fit.slope
@@ -142,9 +127,7 @@ def _budgets(found: Findings) -> Figure:
         axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="weight decay")
         axes.set_xticks(x, [f"{value:g}" for value in x])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(f"{TITLES[network]}, lr {BUDGET_LR[network]:g}")
-        axes.legend(loc="center right")
-        _open(axes)
+        _finish(axes, f"{TITLES[network]}, lr {BUDGET_LR[network]:g}", "center right")
     return figure
 
 
@@ -165,7 +148,5 @@ def _anytime(found: Findings) -> Figure:
         axes.set(xscale="log", xlabel=f"epochs of {STEPS_AN_EPOCH} steps", ylabel="error on held-out digits, %")
         axes.set_ylim(0.8 * lowest, 5 * lowest)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_title(TITLES[network])
-        axes.legend()
-        _open(axes)
+        _finish(axes, TITLES[network], "best")
     return figure

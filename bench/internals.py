@@ -1,0 +1,90 @@
+"""All that the benchmarks know of the inside of wd_kernels: elsewhere they use its public names alone.
+
+What code generation knows beside it: codegen.compiled, of the Triton backend; codegen_cuda, of names in csrc/cuda.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+from wd_kernels.backends import device_copy
+from wd_kernels.__main__ import aligned, choices, versions
+from wd_kernels.backends import triton as backend
+from wd_kernels.formats import parameter_format
+
+__all__ = ["aligned", "bare_launch", "buckets", "format_of", "launch_parameters", "time_launches", "versions_here"]
+
+
+def versions_here() -> dict[str, str]:
+    """Versions of what takes part, and what was chosen on this machine."""
+    return dict([*versions(), *choices()])
+
+
+def buckets(optimizer: Any) -> int:
+    """How many launches a step is."""
+    return len(optimizer._table.buckets)
+
+
+def bare_launch(optimizer: Any) -> Callable[[], None]:
+    """The launch alone of an optimizer that is one bucket and has taken a step; nothing is checked."""
+    table = optimizer._table
+    (bucket,) = table.buckets
+    rows = optimizer.rule.rows(optimizer.rule.hypers(optimizer.param_groups), [(0, 2, False)])
+    (launch,) = bucket.backend.prepare(table, [bucket], rows)
+
+    def go(held: Any = optimizer) -> None:  # of which the launch has only addresses
+        launch()
+
+    return go
+
+
+def time_launches(optimizer: Any) -> Callable[[], float]:
+    """Times the launches of an optimizer that has taken no step yet; returns what tells their seconds so far."""
+    resolve, seconds = optimizer._table.resolve, [0.0]
+
+    def timed(launch: Callable[[], None]) -> None:
+        started = time.perf_counter()
+        launch()
+        seconds[0] += time.perf_counter() - started
+
+    def resolve_timed(spec: Any) -> Any:
+        own = copy.copy(resolve(spec))
+        prepare = own.prepare
+        own.prepare = lambda *arguments: [partial(timed, launch) for launch in prepare(*arguments)]
+        return own
+
+    optimizer._table.resolve = cache(resolve_timed)
+    return lambda: seconds[0]
+
+
+@contextmanager
+def launch_parameters(optimizer: Any) -> Iterator[Callable[..., None]]:
+    """Within it, what sets other launch parameters of the Triton backend for an optimizer (none: the package's own).
+
+    They are `warps`, `block`, `registers` (the most that a thread may have; 0: no limit), and of chunks `longest`, in
+    elements, and `per_processor`, how many are wanted.
+    """
+    own_block, own_options, chunks = backend.block, backend.options, (device_copy.LONGEST, device_copy.PER_PROCESSOR)
+
+    def use(
+        warps: int = 0, block: int = 0, registers: int | None = None, longest: int = 0, per_processor: int = 0
+    ) -> None:
+        def options(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+            how = own_options(*arguments, **keywords)
+            how["num_warps"] = warps or how["num_warps"]
+            how["maxnreg"] = how.get("maxnreg") if registers is None else registers
+            return {name: value for name, value in how.items() if name != "maxnreg" or value}
+
+        backend.block, backend.options = (lambda formats: block or own_block(formats)), options
+        device_copy.LONGEST, device_copy.PER_PROCESSOR = longest or chunks[0], per_processor or chunks[1]
+        optimizer._table.device_copies.clear()  # they hold chunks
+
+    try:
+        yield use
+    finally:
+        backend.block, backend.options, (device_copy.LONGEST, device_copy.PER_PROCESSOR) = own_block, own_options, chunks

@@ -1,0 +1,1 @@
+"""Decoupled weight decay, seen: trains grids of networks on scikit-learn's digits and draws what they say."""

@@ -1,0 +1,185 @@
+"""What the study's runs say: ridges (where the good weight decays lie), best errors, budgets, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .plan import METHODS, RIVALS, Plan
+from .train import STEPS_AN_EPOCH, TRAIN, VALIDATION
+
+Array: TypeAlias = NDArray[np.float64]
+TEST = 1797 - TRAIN - VALIDATION
+HELD_OUT = VALIDATION + TEST
+#: Parts of the findings, and the number of samples of each share of errors, where it is not of both held-out sets.
+KEPT = {"grids": TEST, "budgets": TEST, "finals": TEST, "anytime": HELD_OUT}
+GOOD = 2.0  # a row counts if its best error is within this factor of the grid's
+BRACKET = 2.0  # and if both its ends are worse than its best by this many standard errors
+DRAWS = 2000
+
+
+class Mean(NamedTuple):
+    """A mean over seeds, and its standard error."""
+
+    value: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Array) -> Mean:
+        return cls(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.2f} ± {100 * self.error:.2f}"
+
+
+# Ridges ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A power law y ~ x^slope: its slope, the 95% interval of it, the offset of ln y, and which points were used."""
+
+    slope: float
+    low: float
+    high: float
+    offset: float
+    used: tuple[bool, ...]
+
+    def __str__(self) -> str:
+        if np.isnan(self.slope):
+            return "none"
+        return f"{self.slope:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+    def seen(self, expected: float) -> str:
+        """Whether the slope is the expected one: its interval holds it, it is within 0.5 of it, or neither."""
+        if np.isnan(self.slope):
+            return "no ridge"
+        if self.low <= expected <= self.high:
+            return "yes"
+        return "nearly" if abs(self.slope - expected) < 0.5 else "no"
+
+
+def best_decays(errors: Array, decays: Sequence[float], samples: int) -> tuple[Array, NDArray[np.bool_]]:
+    """(ln of the best weight decay, whether it is a row's to count) of each row of errors [rows, decays, seeds].
+
+    The best is an average over the row's ln(decay), weighted by exp(-(error - least error) / standard error), the
+    standard error being that of `samples` held-out samples a seed: it moves smoothly where single errors are rough.
+    """
+    mean = errors.mean(-1)
+    least = mean.min(1)
+    unit = np.sqrt(np.maximum(least * (1 - least), 1 / samples) / (samples * errors.shape[-1]))
+    weight = np.exp(-(mean - least[:, None]) / unit[:, None])
+    best = (weight * np.log(decays)).sum(1) / weight.sum(1)
+    ends = np.minimum(mean[:, 0], mean[:, -1])
+    return best, (least <= GOOD * least.min()) & (ends - least >= BRACKET * unit)
+
+
+def fit(x: Sequence[float], errors: Array, decays: Sequence[float], samples: int = HELD_OUT) -> Fit:
+    """The slope of ln(best decay) over ln(x), with the 95% interval of a bootstrap over rows and seeds.
+
+    NaN where fewer than three rows count.
+    """
+    logs = np.log(x)
+    best, used = best_decays(errors, decays, samples)
+    rows = np.flatnonzero(used)
+    if len(rows) < 3:
+        return Fit(np.nan, np.nan, np.nan, np.nan, tuple(used.tolist()))
+    slope, offset = np.polyfit(logs[rows], best[rows], 1).tolist()
+    generator = np.random.default_rng(0)
+    count, slopes = errors.shape[-1], []
+    known: dict[tuple[int, ...], Array] = {}  # there are few ways to draw as many seeds
+    for _ in range(DRAWS):
+        picked: list[int] = generator.integers(0, count, size=(count,)).tolist()
+        seeds = tuple(sorted(picked))
+        drawn = generator.choice(rows, len(rows))
+        if len(set(drawn.tolist())) >= 2:
+            if seeds not in known:
+                known[seeds] = best_decays(errors[:, :, seeds], decays, samples)[0]
+            slopes.append(np.polyfit(logs[drawn], known[seeds][drawn], 1)[0])
+    low, high = np.quantile(slopes, (0.025, 0.975)).tolist()
+    return Fit(slope, low, high, offset, tuple(used.tolist()))
+
+
+# Findings -------------------------------------------------------------------------------------------------------------
+
+
+class Errors(NamedTuple):
+    """Shares of errors on the validation and the test sets, [configurations, seeds]; of a traced run [epochs, ...]."""
+
+    validation: Array
+    test: Array
+
+    def both(self) -> Array:
+        """Over both held-out sets."""
+        return (VALIDATION * self.validation + TEST * self.test) / HELD_OUT
+
+
+@dataclass
+class Findings:
+    """All results, and what is read off them."""
+
+    plan: Plan
+    about: dict[str, Any]  # how long it took, when, where, with what
+    grids: dict[tuple[str, str, str], Errors]  # by method, network, schedule
+    budgets: dict[tuple[str, int], Errors]  # by network, epochs
+    #: On the test sets of new seeds, by network, method, schedule: [seeds].
+    finals: dict[tuple[str, str, str], Array] = field(default_factory=dict)
+    #: Over both held-out sets, by network and configuration: [epochs, seeds].
+    anytime: dict[tuple[str, str], Array] = field(default_factory=dict)
+
+    def table(self, method: str, network: str) -> Array:
+        """A cosine grid's errors over both held-out sets, [lrs, decays, seeds]."""
+        return self.grids[method, network, "cosine"].both().reshape(self.plan.size, self.plan.size, -1)
+
+    def ridge(self, method: str, network: str) -> Fit:
+        """How the best weight decay of a method moves with its learning rate."""
+        lrs, decays = METHODS[method].grid(self.plan.size)
+        return fit(lrs, self.table(method, network), decays)
+
+    def chosen(self, method: str, network: str, schedule: str) -> tuple[float, float]:
+        """(lr, weight decay) that is best on the validation sets."""
+        best = int(np.argmin(self.grids[method, network, schedule].validation.mean(-1)))
+        lrs, decays = METHODS[method].grid(self.plan.size)
+        return lrs[best // self.plan.size], decays[best % self.plan.size]
+
+    def gap(self, network: str, schedule: str) -> Mean:
+        """How far AdamW's test error is below Adam-L2's, seed by seed."""
+        one, other = (self.finals[network, name, schedule] for name in RIVALS)
+        return Mean.of(one - other)
+
+    def row(self, network: str) -> tuple[list[float], Array]:
+        """(steps, errors [budgets, decays, seeds]) of a network's budgets."""
+        steps = [float(epochs * STEPS_AN_EPOCH) for epochs in self.plan.budgets]
+        return steps, np.stack([self.budgets[network, epochs].both() for epochs in self.plan.budgets])
+
+    def budget(self, network: str) -> Fit:
+        """How the best weight decay moves with the number of steps."""
+        return fit(*self.row(network), self.plan.row())
+
+    # As JSON has it: numbers of errors, of which there are few digits -------------------------------------------------
+
+    def packed(self) -> dict[str, Any]:
+        def counts(shares: Array | Errors, samples: int) -> Any:
+            if isinstance(shares, Errors):
+                return {"validation": counts(shares.validation, VALIDATION), "test": counts(shares.test, TEST)}
+            return np.rint(shares * samples).astype(int).tolist()
+
+        kept = {part: [[*key, counts(v, n)] for key, v in getattr(self, part).items()] for part, n in KEPT.items()}
+        return {"about": self.about, "plan": asdict(self.plan), **kept}
+
+    @classmethod
+    def unpacked(cls, kept: dict[str, Any]) -> Findings:
+        """What `packed` gave."""
+
+        def shares(own: Any, samples: int) -> Any:
+            if isinstance(own, dict):
+                return Errors(shares(own["validation"], VALIDATION), shares(own["test"], TEST))
+            return np.asarray(own) / samples
+
+        settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in kept["plan"].items()}
+        own = {part: {tuple(key): shares(v, n) for *key, v in kept[part]} for part, n in KEPT.items()}
+        return cls(Plan(**settings), kept["about"], **own)

@@ -1,0 +1,109 @@
+"""The study as a program.
+
+    python bench/study                    # trains what is not yet trained, prints and draws what it says
+    python bench/study --save             # and keeps pictures, findings and numbers in bench/results
+    python bench/study --readme           # and writes the README's section
+    python bench/study --rehearse         # the same in little, in a minute
+
+Every run that is finished is kept in the work folder: what was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+from cpuinfo import get_cpu_info  # type: ignore[import-untyped]
+from report import replaced
+
+from . import train
+from .figures import draw
+from .findings import Errors, Findings
+from .plan import RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids
+from .report import render, section
+from .train import NOISE, Run
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
+REHEARSAL = Plan(size=4, epochs=4, seeds=2, budgets=(2, 4, 8), decays=6, finals=2, restarts=(2, 2, 6))
+
+
+class Trainer:
+    """Trains runs, or takes them from the work folder where they are finished; says how many it had, and their time."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.networks, self.seconds = work, 0, 0.0
+        work.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, run: Run) -> Errors:
+        # What is trained, and how, is part of the name: another plan, or another way to train, is another file.
+        how = Path(train.__file__).read_text()
+        digest = hashlib.sha256(f"{run}\n{how}".encode()).hexdigest()[:12]
+        path = self.work / f"{run.name.replace(' ', '_')}-{digest}.pt"
+        if not path.exists():
+            started = time.perf_counter()
+            found = train.train(run)
+            found["seconds"] = torch.tensor(time.perf_counter() - started)
+            partial = path.with_suffix(".part")
+            torch.save(found, partial)
+            partial.rename(path)
+            print(f"{run.name}: {float(found['seconds']):.0f} s", flush=True)
+        kept = torch.load(path, weights_only=True)
+        self.networks += len(run.configs) * run.seeds
+        self.seconds += float(kept["seconds"])
+        return Errors(*(np.asarray(kept[name].numpy(), np.float64) for name in ("validation", "test")))
+
+
+def collect(plan: Plan, work: Path) -> Findings:
+    """Trains everything that the plan has and the work folder lacks."""
+    trainer = Trainer(work)
+    every = {key: trainer(run) for key, run in grids(plan).items()}
+    found = Findings(plan, {}, every, {key: trainer(run) for key, run in budgets(plan).items()})
+    for network in NOISE:
+        places = {(name, s): found.chosen(name, network, s) for name in RIVALS for s in SCHEDULES}
+        final = trainer(finals(plan, network, places)).test
+        found.finals |= {(network, *key): own for key, own in zip(places, final, strict=True)}
+        names, run = anytime(plan, network, places)
+        curves = trainer(run).both().transpose(1, 0, 2)
+        found.anytime |= {(network, name): own for name, own in zip(names, curves, strict=True)}
+    found.about = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "seconds": round(trainer.seconds),
+        "networks": trainer.networks,
+        "machine": f"{torch.get_num_threads()} threads of {get_cpu_info().get('brand_raw', 'an unknown processor')}",
+        "torch": torch.__version__,
+    }
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, prints, draws; returns the exit status."""
+    parser = argparse.ArgumentParser("study", description="What decay modes, schedules and restarts do in training.")
+    parser.add_argument("--work", type=Path, default=Path(".study"), help="finished runs (default: .study)")
+    parser.add_argument("--rehearse", action="store_true", help="a small plan, which shows nothing but that all works")
+    parser.add_argument("--save", action="store_true", help="keep pictures and numbers in bench/results")
+    parser.add_argument("--readme", action="store_true", help="make the README's section anew, of what is kept")
+    arguments = parser.parse_args(argv)
+    if arguments.rehearse and (arguments.save or arguments.readme):
+        parser.error("--rehearse shows nothing that is worth keeping: allowed is neither --save nor --readme")
+    if arguments.save or not arguments.readme:
+        found = collect(REHEARSAL if arguments.rehearse else Plan(), arguments.work)
+        text = render(found)
+        print(text, end="")
+        folder = RESULTS if arguments.save else arguments.work
+        (folder / "study.json").write_text(json.dumps(found.packed(), separators=(",", ":")) + "\n")
+        (folder / "study.txt").write_text(text)
+        for path in draw(found, folder):
+            print(f"drawn: {path}")
+    if arguments.readme:
+        found = Findings.unpacked(json.loads((RESULTS / "study.json").read_text()))
+        README.write_text(replaced(README.read_text(), "study", section(found)))
+        print(f"rewritten: {README}")
+    return 0

@@ -1,0 +1,137 @@
+"""What the study found, in words and numbers: the text that is kept, and the README's section."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from internals import aligned
+from report import markdown
+from tables import filled
+
+from .findings import Findings, Mean
+from .plan import BUDGET_LR, METHODS, RIVALS, SCHEDULES
+from .train import BATCH, NOISE, STEPS_AN_EPOCH, TRAIN
+
+Rows = list[tuple[str, ...]]
+
+
+def signed(slope: int) -> str:
+    """A whole slope, as it is printed."""
+    return f"{slope:+d}" if slope else "0"
+
+
+def tables(found: Findings) -> dict[str, Rows]:
+    """By title: (a) slopes and best errors, (b) what was best under each schedule, (c) budgets, (d) ends of periods."""
+    ends = found.plan.period_ends()
+    ridges: Rows = [
+        ("network", "method", "lowest error, %", "slope (95%)", "derived", "seen?", "paper's reading", "seen?")
+    ]
+    schedules: Rows = [("network", "schedule", *(f"{name}, %" for name in RIVALS), "difference, %", "95%")]
+    budgets: Rows = [("network", "lr", "exponent of λ (95%)", "of λ √steps", "-0.5 seen?")]
+    anytime: Rows = [("network", "after epoch", *map(str, ends))]
+    for k, network in enumerate(NOISE):
+        for name, method in METHODS.items():
+            own, lowest = found.ridge(name, network), 100 * found.table(name, network).mean(-1).min()
+            expected = [text for slope in (method.slopes[k], method.claim) for text in (signed(slope), own.seen(slope))]
+            ridges.append((network, name, f"{lowest:.2f}", str(own), *expected))
+        for schedule in SCHEDULES:
+            gap = found.gap(network, schedule)
+            low, high = (100 * (gap.value + sign * 1.96 * gap.error) for sign in (-1, 1))
+            errors = (str(Mean.of(found.finals[network, name, schedule])) for name in RIVALS)
+            schedules.append((network, schedule, *errors, f"{100 * gap.value:+.2f}", f"{low:+.2f} to {high:+.2f}"))
+        own = found.budget(network)
+        normal = "none" if math.isnan(own.slope) else f"{own.slope + 0.5:+.2f}"
+        budgets.append((network, f"{BUDGET_LR[network]:g}", str(own), normal, own.seen(-0.5)))
+    for (network, name), values in found.anytime.items():
+        anytime.append((network, name, *(str(Mean.of(values[end - 1])) for end in ends)))
+    return {
+        "Slope of ln(best weight decay) over ln(lr), cosine schedule": ridges,
+        "Test error of what was best, with new seeds: mean ± standard error": schedules,
+        "Best weight decay of AdamW independent against the number of steps": budgets,
+        "Error on held-out digits at the ends of AdamWR's periods: mean ± standard error": anytime,
+    }
+
+
+def render(found: Findings) -> str:
+    """All tables as text."""
+    head = ", ".join(f"{key} {value}" for key, value in found.about.items())
+    return "\n\n".join([head, *(f"{title}\n\n{aligned(rows)}" for title, rows in tables(found).items())]) + "\n"
+
+
+def claims(found: Findings, network: str) -> dict[str, str]:
+    """What the literature says, and whether it was seen on a network."""
+    seen = {}
+    for text, claim in (("Coupled, the best λ falls as 1/lr", -1), ("Decoupled, the best λ does not depend on lr", 0)):
+        fits = [found.ridge(name, network) for name, method in METHODS.items() if method.claim == claim]
+        low, high = (extreme(own.slope for own in fits) for extreme in (min, max))
+        counts = ", ".join(f"{n} {word}" for word, n in Counter(own.seen(claim) for own in fits).items())
+        seen[text] = f"of {len(fits)} methods {counts}: slopes {low:+.2f} to {high:+.2f}"
+    words = []
+    for schedule in SCHEDULES:
+        gap = found.gap(network, schedule)
+        beyond = abs(gap.value) > 1.96 * gap.error
+        words.append(f"{schedule}: {'not to be told' if not beyond else 'yes' if gap.value > 0 else 'no, above'}")
+    seen["AdamW's best test error is below Adam-L2's"] = "; ".join(words)
+    exponent = found.budget(network)
+    seen["The best λ falls as 1/√steps"] = f"{exponent.seen(-0.5)}: exponent {exponent}"
+    ends = found.plan.period_ends()
+    means = {name: values.mean(-1) for (own, name), values in found.anytime.items() if own == network}
+    wins = sum(means["AdamWR"][end - 1] <= min(own[end - 1] for own in means.values()) for end in ends)
+    text = f"the lowest error of the four at the end of {wins} of its {len(ends)} periods"
+    return {**seen, "AdamWR is ahead at any time": text}
+
+
+OPENING = """\
+`make study` trains {networks} networks on scikit-learn's digits ({train} to train on, the other 1197 held out) in
+{minutes} minutes on {machine} (torch {torch}, {date}). A whole grid of learning rate × weight decay is one batched
+model, each configuration a param group, each step of all of them one launch. It can be interrupted, and goes on where
+it was. There are two networks of 64 hidden units, trained in batches of {batch}, {steps} steps an epoch. In the
+*normalised* one every layer is normalised over the batch, so that no weight's scale matters, as under Batch Norm. The
+*noisy* one has no normalisation, and {noise:.0%} of its training labels are drawn at random, so that it has something
+to gain from decay.
+"""
+RIDGES = """\
+**How the best λ moves with the learning rate** is not the optimizer's affair alone. Where no weight's scale matters,
+*c* times the learning rate is the *same* training of larger weights if λ is multiplied by a power of *c*: −1 for SGD-L2
+and AdamW `lr_scaled`, 0 for the decoupled forms, as the paper saw on networks with Batch Norm, and −2 for Adam-L2 and
+the metric-proximal form. Where scale matters and training comes to rest, a penalty rests at the same place whatever the
+learning rate (0), and the λ of a decoupled form has to follow it (+1). `tests/test_propositions.py` shows the powers to
+the last digits, and where SGD rests. The slope measured is that of a line through the best λ of every learning rate,
+cosine schedule, with a 95% interval (bootstrap over learning rates and seeds); *nearly* is within 0.5.
+"""
+BETWEEN = """\
+On the normalised network slopes lie below the derived ones: the symmetry scales the initial weights too, while the runs
+all begin at the same ones. Claim by claim (*not to be told*: the difference over {finals} new seeds is within its 95%
+interval):
+"""
+
+
+PICTURES = {
+    "ridges_normalised": "Error over learning rate and weight decay, normalised network",
+    "ridges_noisy": "The same, network without normalisation and noisy labels",
+    "schedules": "Adam-L2 and AdamW under three schedules",
+    "budgets": "The best weight decay against the training budget",
+    "anytime": "Anytime performance of AdamWR, AdamW and Adam-L2",
+}
+
+
+def section(found: Findings) -> str:
+    """The README's section."""
+    minutes, noise = f"{found.about['seconds'] / 60:.0f}", NOISE["noisy"]
+    opening = OPENING.format(
+        **found.about, minutes=minutes, train=TRAIN, batch=BATCH, steps=STEPS_AN_EPOCH, noise=noise
+    )
+    seen = [claims(found, network) for network in NOISE]
+    rows = [(claim, *(own[claim] for own in seen)) for claim in seen[0]]
+    parts = [
+        filled(*opening.split()),
+        filled(*RIDGES.split()),
+        markdown(next(iter(tables(found).values()))),
+        filled(*BETWEEN.format(finals=found.plan.finals).split()),
+        markdown([("claim", *(f"on the {network} network" for network in NOISE)), *rows]),
+        *(f"![{title}](bench/results/study_{name}.png)" for name, title in PICTURES.items()),
+        "All numbers are in [bench/results](bench/results/study.txt). To train again, and to keep what comes:",
+        "    make study\n    .venv/bin/python bench/study --save --readme",
+    ]
+    return "\n\n".join(parts)
