@@ -33,7 +33,7 @@ from typing import Any
 import disassembly
 import torch
 from byte_model import STATES
-from internals import aligned, format_of
+from internals import KINDS, aligned, format_of
 
 RESULTS = Path(__file__).parent / "results"
 #: (backend, architecture, width of a warp) of every target.
@@ -68,7 +68,7 @@ class Kernel:
     @property
     def formats(self) -> tuple[Any, ...]:
         """The package's, of every role."""
-        return tuple(map(parameter_format, (self.param, self.grad, *[self.state] * STATES[self.rule])))
+        return tuple(map(format_of, (self.param, self.grad, *[self.state] * STATES[self.rule])))
 
     def __str__(self) -> str:
         dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in (self.param, self.grad))
@@ -125,25 +125,25 @@ def compiled(kernel: Kernel, target: str, **changes: Any) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from wd_kernels import rules
     from wd_kernels.backends import triton as own
     from wd_kernels.backends import triton_kernels
 
     backend, architecture, warp = TARGETS[target]
-    rule = getattr(rules, kernel.rule.split()[0].upper())
+    rule, states = KINDS[kernel.rule]
     constants = {
         "rule": getattr(triton_kernels, rule.name),
         "root": triton_kernels.root if backend == "cuda" else triton_kernels.scaled_root,
-        "width": rule.width,
+        "scalar_names": rule.scalars,
+        "states": states,
         "formats": tuple(fmt.code for fmt in kernel.formats),
         "block": own.block(kernel.formats),
     }
     types = {"chunks": "*i64", "places": "*i64", "moving": "*i64", "rows": "*fp64", "control": "*fp64"}
-    signature = {**types, "chunk_size": "i32", **dict.fromkeys(constants, "constexpr")}
+    signature = {**types, "place_words": "i32", "chunk_size": "i32", **dict.fromkeys(constants, "constexpr")}
     names = triton_kernels.step_kernel.arg_names
     assert list(signature) == names, names
     values = {(names.index(name),): value for name, value in constants.items()}
-    aligned_by_16 = {(i,): [["tt.divisibility", 16]] for i in range(6)}
+    aligned_by_16 = {(names.index(name),): [["tt.divisibility", 16]] for name in (*types, "chunk_size")}
     source = ASTSource(triton_kernels.step_kernel, signature, values, aligned_by_16)
     options = {**own.options(kernel.formats, warp, nvidia=backend == "cuda"), **changes}
     return triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)

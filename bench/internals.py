@@ -12,12 +12,31 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
-from wd_kernels.backends import device_copy
 from wd_kernels.__main__ import aligned, choices, versions
+from wd_kernels.backends import device_copy
 from wd_kernels.backends import triton as backend
-from wd_kernels.formats import parameter_format
+from wd_kernels.formats import parameter_format as format_of
+from wd_kernels.rules import RULES, Rule
 
-__all__ = ["aligned", "bare_launch", "buckets", "format_of", "launch_parameters", "time_launches", "versions_here"]
+__all__ = [
+    "KINDS",
+    "aligned",
+    "bare_launch",
+    "buckets",
+    "format_of",
+    "launch_parameters",
+    "time_launches",
+    "versions_here",
+]
+
+
+#: The rule and the states of each key of byte_model.STATES.
+KINDS: dict[str, tuple[Rule, tuple[str, ...]]] = {
+    "adamw": (RULES["adamw"], ("exp_avg", "exp_avg_sq")),
+    "adamw amsgrad": (RULES["adamw"], ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
+    "sgdw": (RULES["sgdw"], ("momentum_buffer",)),
+    "sgdw without momentum": (RULES["sgdw"], ()),
+}
 
 
 def versions_here() -> dict[str, str]:
@@ -35,7 +54,7 @@ def bare_launch(optimizer: Any) -> Callable[[], None]:
     table = optimizer._table
     (bucket,) = table.buckets
     rows = optimizer.rule.rows(optimizer.rule.hypers(optimizer.param_groups), [(0, 2, False)])
-    (launch,) = bucket.backend.prepare(table, [bucket], rows)
+    (launch,) = bucket.backend.prepare(table, [bucket])(rows)
 
     def go(held: Any = optimizer) -> None:  # of which the launch has only addresses
         launch()
@@ -55,7 +74,12 @@ def time_launches(optimizer: Any) -> Callable[[], float]:
     def resolve_timed(spec: Any) -> Any:
         own = copy.copy(resolve(spec))
         prepare = own.prepare
-        own.prepare = lambda *arguments: [partial(timed, launch) for launch in prepare(*arguments)]
+
+        def prepare_timed(*arguments: Any) -> Callable[[Any], list[Callable[[], None]]]:
+            ready = prepare(*arguments)
+            return lambda rows: [partial(timed, launch) for launch in ready(rows)]
+
+        own.prepare = prepare_timed
         return own
 
     optimizer._table.resolve = cache(resolve_timed)
@@ -82,9 +106,13 @@ def launch_parameters(optimizer: Any) -> Iterator[Callable[..., None]]:
 
         backend.block, backend.options = (lambda formats: block or own_block(formats)), options
         device_copy.LONGEST, device_copy.PER_PROCESSOR = longest or chunks[0], per_processor or chunks[1]
-        optimizer._table.device_copies.clear()  # they hold chunks
+        optimizer._table.launches = None  # they hold chunks
 
     try:
         yield use
     finally:
-        backend.block, backend.options, (device_copy.LONGEST, device_copy.PER_PROCESSOR) = own_block, own_options, chunks
+        backend.block, backend.options, (device_copy.LONGEST, device_copy.PER_PROCESSOR) = (
+            own_block,
+            own_options,
+            chunks,
+        )

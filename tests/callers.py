@@ -27,8 +27,8 @@ from cases import (
 from torch import Tensor
 
 from wd_kernels import functional, native
-from wd_kernels.torch_ops import OPERATORS
 from wd_kernels.formats import state_dtype
+from wd_kernels.torch_ops import OPERATORS
 
 LISTS: dict[str, Callable[..., None]] = {"adamw": functional.adamw_, "sgdw": functional.sgdw_}
 FLAT: dict[str, Callable[..., None]] = {"adamw": functional.adamw_flat_, "sgdw": functional.sgdw_flat_}

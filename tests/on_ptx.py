@@ -16,15 +16,16 @@ import codegen
 import ptx
 import torch
 from compiled import cuda_kernel, triton_kernel
+from internals import KINDS
 from torch import Tensor
 
 from wd_kernels.backends import triton as triton_backend
 from wd_kernels.backends.cuda import CUDA
+from wd_kernels.backends.device_copy import DeviceCopy
 from wd_kernels.backends.triton import THREADS, Triton
 from wd_kernels.flat.buffers import PADDING, attached, place_of
-from wd_kernels.backends.device_copy import DeviceCopy
-from wd_kernels.rules import RULES, Rule, code_of
 from wd_kernels.layout import Bucket, Spec, Table
+from wd_kernels.rules import RULES, Rule, code_of
 
 __all__ = ["ENGINES", "CUDAOnPTX", "Launch", "OnPTX", "TritonOnPTX", "kernel_of"]
 
@@ -35,10 +36,13 @@ ENGINES = (
 )
 
 
+_KIND_OF = {(rule.name, states): kind for kind, (rule, states) in KINDS.items()}
+
+
 def kernel_of(rule: Rule, spec: Spec) -> codegen.Kernel:
     """Which of the compiled kernels steps a bucket."""
     param, grad, *_ = spec.formats
-    return codegen.Kernel(codegen.kind_of(rule, spec.states), param.dtype, grad.dtype)
+    return codegen.Kernel(_KIND_OF[rule.name, spec.states], param.dtype, grad.dtype)
 
 
 class Launch:

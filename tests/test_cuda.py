@@ -18,8 +18,8 @@ import wd_kernels
 from wd_kernels import __main__ as program
 from wd_kernels import native
 from wd_kernels.backends import BACKENDS, FallbackWarning, cuda, resolve
-from wd_kernels.layout import Spec
 from wd_kernels.formats import parameter_format
+from wd_kernels.layout import Spec
 
 ROOT = Path(__file__).parent.parent
 FORMATS = [2, 2, 2, 2]  # AdamW, all float32

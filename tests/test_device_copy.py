@@ -309,4 +309,3 @@ def test_an_upload_that_failed_is_made_up_for(sent: Sent, monkeypatch: pytest.Mo
         monkeypatch.setattr(DeviceCopy, "_send", working)
         opt.step()
         assert_up_to_date(opt)
-    assert Chunk.ORDINAL_SHIFT == 32  # what `unpacked` takes for granted

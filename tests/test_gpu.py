@@ -49,8 +49,8 @@ from engines import TEST_DEVICE
 from torch import Tensor, nn
 
 import wd_kernels
-from wd_kernels.backends import device_copy
 from wd_kernels.backends import BACKENDS
+from wd_kernels.backends import device as device_backends
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
@@ -157,7 +157,7 @@ def test_what_the_backend_refuses(gpu: None) -> None:
 @pytest.mark.parametrize("size", some([1024, 2048, 4096, 8192, 16384], 2))
 @pytest.mark.parametrize("case", some(with_dtypes([BODIES[1], BODIES[3]], SOME), 5), ids=ids)
 def test_chunks_of_any_size(backend: str, case: Case, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "chunk_size", lambda elements, processors: size)
+    monkeypatch.setattr(device_backends, "chunk_size", lambda elements, processors: size)
     pieces = (*EDGES, Piece((2 * size + 1700,)), Piece((3 * size - 1,), "offset"))
     assert_equal_runs(run, backend, case, pieces=EDGES if REHEARSAL else pieces, steps=2)
 

@@ -15,8 +15,8 @@ from torch import nn
 from wd_kernels import native
 from wd_kernels.backends import BACKENDS, FallbackWarning, resolve
 from wd_kernels.backends import triton as backend_module
-from wd_kernels.layout import Spec
 from wd_kernels.formats import parameter_format
+from wd_kernels.layout import Spec
 
 pytest.importorskip("triton", reason="the backend under test needs triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow and NaN

@@ -52,10 +52,10 @@ from covering import covering, pairs_of
 from engines import COMPILED, CPU, ENGINES, Engine
 from torch import Tensor, nn
 
-from wd_kernels.backends import device_copy
+from wd_kernels.backends import cpu, device
 from wd_kernels.backends.device_copy import DeviceCopy
-from wd_kernels.rules import DECAY_MODES
 from wd_kernels.layout import Chunks, Moving, Place
+from wd_kernels.rules import DECAY_MODES
 from wd_kernels.table import TensorTable
 
 pytestmark = [
@@ -113,7 +113,8 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> E
 def of_size(size: int | None, patch: pytest.MonkeyPatch) -> None:
     """Chunks of that many elements."""
     if size is not None:
-        patch.setattr(mirror, "chunk_size", lambda elements, processors: size)
+        patch.setattr(device, "chunk_size", lambda elements, processors: size)
+        patch.setattr(cpu, "CHUNK", size)
 
 
 # The matrix -----------------------------------------------------------------------------------------------------------

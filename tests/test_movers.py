@@ -45,8 +45,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import wd_kernels
-from wd_kernels.backends import device_copy
-from wd_kernels.backends import BACKENDS
+from wd_kernels.backends import BACKENDS, cpu, device, device_copy
 from wd_kernels.backends.device_copy import DeviceCopy
 
 pytestmark = [
@@ -84,7 +83,8 @@ def test_split_tensor(backend: str, case: Case) -> None:
 
 
 def of_size(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "chunk_size", lambda elements, processors: size)
+    monkeypatch.setattr(device, "chunk_size", lambda elements, processors: size)
+    monkeypatch.setattr(cpu, "CHUNK", size)
 
 
 @pytest.mark.parametrize("size", [1024, 2048, 4096])
@@ -291,7 +291,7 @@ def fail(*args: Any, **kwargs: Any) -> Any:
 
 
 def upload_fails(patch: pytest.MonkeyPatch, kind: Any) -> None:
-    patch.setattr(Mirror, "_send", fail)
+    patch.setattr(DeviceCopy, "_send", fail)
 
 
 def second_kernel_fails(patch: pytest.MonkeyPatch, kind: Any) -> None:

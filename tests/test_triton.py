@@ -25,7 +25,6 @@ from cases import (
 
 import wd_kernels
 import wd_kernels.__main__ as program
-from wd_kernels.backends import device_copy
 from wd_kernels.backends import device, triton
 
 
@@ -45,7 +44,7 @@ def late_and_double(backend: str, before: Any = None) -> dict[str, torch.Tensor]
 def test_a_cut_that_failed_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(opt: Any) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(mirror, "cut", lambda *arguments: (_ for _ in ()).throw(MemoryError("no room")))
+            patch.setattr(device, "cut", lambda *arguments: (_ for _ in ()).throw(MemoryError("no room")))
             with pytest.raises(MemoryError):
                 opt.step()
 

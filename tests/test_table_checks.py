@@ -1,4 +1,4 @@
-"""The native walk of every step and its Python form: the same rows, in the same order."""
+"""The native check of every step, and none, where everything is inspected: the same rows, in the same order."""
 
 from __future__ import annotations
 
@@ -11,35 +11,32 @@ from bits import assert_same
 from cases import PIECES, Case, cases, f32, gradient, ids, make_params, optimizer, run, snapshot
 from torch import Tensor
 
-from wd_kernels import native, walking
+from wd_kernels import native
+from wd_kernels.table import TensorTable
 
 
 def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switches the native forms of walk and assign off; the kernels stay."""
+    """Switches the native check and assignment of rows off; the kernels stay."""
     monkeypatch.setattr(native, "CHECKS", False)
     monkeypatch.setattr(native, "C", None)
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What walk and assign return from here on."""
+    """The keys of the rows of every step from here on."""
     notes: list[Any] = []
-    for name in ("walk", "assign"):
-        plain = getattr(walking, name)
+    refresh = TensorTable.refresh
 
-        def noting(*args: Any, plain: Callable[..., Any] = plain, name: str = name) -> Any:
-            found = plain(*args)
-            if name == "walk":
-                notes.append((name, found if found is None else (list(found[0]), bool(found[1]))))
-            else:
-                notes.append((name, [(int(g), int(t), bool(fresh)) for g, t, fresh in found]))
-            return found
+    def noting(self: TensorTable, *args: Any) -> Any:
+        keys = refresh(self, *args)
+        notes.append([(int(g), int(t), bool(fresh)) for g, t, fresh in keys])
+        return keys
 
-        monkeypatch.setattr(walking, name, noting)
+    monkeypatch.setattr(TensorTable, "refresh", noting)
     return notes
 
 
 def both(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[], dict[str, Tensor]]) -> None:
-    """Runs a scenario with each form of walk and assign: same results, same findings, same row keys."""
+    """Runs a scenario with and without native code: same results, same row keys."""
     assert native.CHECKS
     outcomes = []
     for python in (False, True):
@@ -51,7 +48,7 @@ def both(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[], dict[str, Tenso
     (a, notes_a), (b, notes_b) = outcomes
     assert_same(a, b)
     assert notes_a == notes_b
-    assert {name for name, _ in notes_a} == {"walk", "assign"}
+    assert any(notes_a)
 
 
 @pytest.mark.parametrize("case", cases(names=["amsgrad", "dampening", "no-momentum"], decays=["independent"]), ids=ids)
