@@ -68,7 +68,7 @@ class Engine:
         if (why_not := backend.why_not()) is not None:
             pytest.skip(why_not)
         if self.form == "gpu" and TEST_DEVICE != "cpu":  # what was built for this machine must run there
-            assert backend.refuses(Spec(self.device, ())) is None
+            assert backend.refuses(Spec(self.device, (), ())) is None
         return backend
 
 

@@ -98,6 +98,7 @@ class Driver:  # enough of one to compile for a device that is not there
 driver.set_active(Driver())
 from wd_kernels.backends import triton
 from wd_kernels.formats import parameter_format
+from wd_kernels.rules import ADAMW
 kernels = triton._kernels()
 def known():
     return len(kernels.step_kernel.device_caches[0][0])
@@ -105,8 +106,9 @@ words, numbers = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch
 for dtype in (torch.float32, torch.bfloat16):
     formats = tuple(parameter_format(d) for d in (dtype, dtype, torch.float32, torch.float32))
     for size, offset in ((1024, 0), (2048, 16), (16384, 32)):
-        arguments = (words[offset:], words, words[16:], numbers, numbers[16:], size, kernels.adamw, kernels.root, 13,
-                     tuple(f.code for f in formats), triton.block(formats))
+        arguments = (words[offset:], words, words[16:], numbers, numbers[16:], 6 + offset, size, kernels.adamw,
+                     kernels.root, ADAMW.scalars, ("exp_avg", "exp_avg_sq"), tuple(f.code for f in formats),
+                     triton.block(formats))
         how = triton.options(formats, 32, nvidia=True)
         compiled = kernels.step_kernel.warmup(*arguments, grid=(1,), **how)
         print(known(), compiled.metadata.num_warps, compiled.metadata.enable_fp_fusion)

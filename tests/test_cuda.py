@@ -20,32 +20,35 @@ from wd_kernels import native
 from wd_kernels.backends import BACKENDS, FallbackWarning, cuda, resolve
 from wd_kernels.formats import parameter_format
 from wd_kernels.layout import Spec
+from wd_kernels.rules import ADAMW
 
 ROOT = Path(__file__).parent.parent
 FORMATS = [2, 2, 2, 2]  # AdamW, all float32
+WIDTH = len(ADAMW.scalars)
 
 
 def arguments(n: int = 1024, offset: int = 0, aligned: int = 1) -> dict[str, Any]:
     """Of cuda_step_: one segment of `n` elements, its parameter `offset` elements off alignment."""
     theta, *others = (torch.full((n + 8,), 0.5) for _ in range(4))
     assert theta.data_ptr() % 16 == 0
-    row = torch.zeros(1, 13, dtype=f64)
-    row[0, 2:] = 0.25
+    row = torch.zeros(1, WIDTH, dtype=f64)
+    row[0, 1:] = 0.25
     return {
         "chunks": torch.zeros(1, dtype=torch.int64),
-        "places": torch.tensor([[theta.data_ptr() + 4 * offset, *(t.data_ptr() for t in others[1:]), 0]]),
+        "places": torch.tensor([[0, 0, theta.data_ptr() + 4 * offset, *(t.data_ptr() for t in others[1:])]]),
         "moving": torch.tensor([[others[0].data_ptr(), n, 0, aligned]]),
-        "rows": row,
         "control": torch.tensor([1.0, 0.0], dtype=f64),
         "chunk_size": 1024,
         "rule": 0,
+        "variant": 0,
         "formats": FORMATS,
+        "rows": row,
         "keep": (theta, *others),
     }
 
 
 def step(given: dict[str, Any]) -> None:
-    on_cpu.operators().cuda_step_(*[given[name] for name in list(given)[:8]])
+    on_cpu.operators().cuda_step_(*[given[name] for name in list(given)[:9]])
 
 
 # The operators --------------------------------------------------------------------------------------------------------
@@ -56,19 +59,22 @@ def step(given: dict[str, Any]) -> None:
     [
         ("chunks", torch.zeros(1), "chunks must be a contiguous"),
         ("chunks", torch.zeros(1, 1, dtype=torch.int64), "chunks must have one dimension"),
-        ("places", torch.zeros(1, 3, dtype=torch.int64), "places must have 4 columns"),
-        ("places", torch.zeros(4, 2, dtype=torch.int64).T, "places must be a contiguous"),
+        ("places", torch.zeros(1, 4, dtype=torch.int64), "places must have a word for every role"),
+        ("places", torch.zeros(6, 2, dtype=torch.int64).T, "places must be a contiguous"),
+        ("places", torch.zeros(2, 5, dtype=torch.int64), "2 places beside 1 segments"),
         ("moving", torch.zeros(4, dtype=torch.int64), "moving must have 4 columns"),
-        ("rows", torch.zeros(1, 10, dtype=f64), "rows must have 13 columns"),
+        ("rows", torch.zeros(1, 10, dtype=f64), f"rows must have {WIDTH} columns"),
         ("rows", torch.zeros(1, 13), "rows must be a contiguous"),
         ("control", torch.zeros(3, dtype=f64), "control must hold grad_factor and skip"),
         ("chunk_size", 1000, "chunk_size=1000: expected a multiple of 1024"),
         ("chunk_size", 0, "chunk_size=0: expected a multiple of 1024"),
         ("chunk_size", 2**31, "expected a multiple of 1024"),
-        ("formats", [2], "formats must name 2 to 5 roles"),
+        ("formats", [2], "formats must name 2 to 16 roles"),
         ("formats", [2, 1, 2, 2], "no CUDA kernel for this rule and these storage formats"),
         ("formats", [3, 3, 3, 3], "no CUDA kernel for this rule and these storage formats"),
-        ("rule", 7, "rows must have 10 columns"),
+        ("rule", 7, "no CUDA kernel for this rule"),
+        ("variant", 1, "no CUDA kernel for this rule"),
+        ("variant", 2, "no CUDA kernel for this rule"),
     ],
 )
 def test_bad_arguments_are_named(name: str, value: Any, message: str) -> None:
@@ -108,7 +114,7 @@ def test_a_false_promise_of_alignment_traps(offset: int, aligned: int, ends: boo
 
 
 def spec(device: str) -> Spec:
-    return Spec(torch.device(device), tuple(parameter_format(f32) for _ in range(4)))
+    return Spec(torch.device(device), ("exp_avg", "exp_avg_sq"), tuple(parameter_format(f32) for _ in range(4)))
 
 
 @pytest.fixture
@@ -160,7 +166,7 @@ def two_gpus(with_cuda: Any) -> Any:
     """cuda:0 is too old for the library, and cuda:1 is not; what `wrong` says of it comes before."""
     wrong: list[str] = []
 
-    def cuda_load(device: int, rule: int, formats: list[int]) -> str:
+    def cuda_load(device: int, rule: int, variant: int, formats: list[int]) -> str:
         return wrong.pop() if wrong else ("" if device else "no kernel image is available for execution on the device")
 
     ops = SimpleNamespace(cuda_load=cuda_load, cuda_built=lambda: "CUDA 13.0 for 8.0, 9.0, 10.0 and its PTX")

@@ -149,7 +149,10 @@ def assert_up_to_date(opt: Any) -> None:
                 assert found.there["moving"][segment].tolist()[1] == 0
             else:
                 aligned = all(t.data_ptr() % 16 == 0 for t in (*roles, grad))
-                assert found.there["moving"][segment].tolist() == [grad.data_ptr(), p.numel(), 0, int(aligned)]
+                moving = found.there["moving"][segment].tolist()
+                row = found.there["rows"][moving[2]]
+                assert moving == [grad.data_ptr(), p.numel(), moving[2], int(aligned)]
+                assert row[opt.rule.scalars.index("t")] == opt.state[p]["step"] + (opt._table.control[1] != 0)
         numels = [table.params[i].numel() for i in bucket.members]
         size = chunk_size(sum(numels), 1)
         assert torch.equal(found.there[bucket.index], chunk_words(bucket.first, torch.tensor(numels), size))

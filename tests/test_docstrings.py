@@ -13,9 +13,15 @@ import torch
 
 import wd_kernels
 
-OWN = [f"wd_kernels.{name}" for name in ("conversion", "flatten", "functional", "groups", "mirror", "optim", "rules")]
+OWN = [
+    f"wd_kernels.{name}"
+    for name in (
+        "backends.device_copy", "decay_conversion", "flat.flatten", "functional", "layout", "optim", "param_groups",
+        "rules.scalars",
+    )
+]  # fmt: skip
 OWN += [f"wd_kernels.schedules.{name}" for name in ("composed", "drawing", "normalized", "shapes")]
-BENCH = ["byte_model", "report_figures", "turns"]
+BENCH = ["byte_model", "turns", "workloads"]
 # A program, the libraries, and what only a machine with Triton can import.
 NOT_IMPORTED = ("wd_kernels.__main__", "wd_kernels._C", "wd_kernels._cuda", "wd_kernels.backends.triton_kernels")
 

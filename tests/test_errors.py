@@ -149,7 +149,7 @@ def test_unknown_backend(rule: str) -> None:
     with pytest.raises(ValueError, match=mentions("backend='gpu'", "'auto', 'cpu', 'triton', 'cuda', 'reference'")):
         build(rule, parameters(), backend="gpu")
     with pytest.raises(ValueError, match=mentions("backend='gpu'", "'auto', 'cpu', 'triton', 'cuda', 'reference'")):
-        backends.resolve("gpu", Spec(torch.device("cpu"), ()))
+        backends.resolve("gpu", Spec(torch.device("cpu"), (), ()))
 
 
 @both
@@ -175,7 +175,7 @@ def test_a_backend_that_is_missing(rule: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_why_a_backend_refuses() -> None:
-    spec = Spec(torch.device("meta"), ())
+    spec = Spec(torch.device("meta"), (), ())
     with pytest.raises(RuntimeError, match=mentions("backend='cpu' cannot be used", "on meta", "CPU tensors")):
         backends.resolve("cpu", spec)
 

@@ -142,7 +142,7 @@ def test_triton_that_is_too_old() -> None:
 
 
 def spec(device: str, *dtypes: torch.dtype) -> Spec:
-    return Spec(torch.device(device), tuple(parameter_format(dtype) for dtype in dtypes))
+    return Spec(torch.device(device), (), tuple(parameter_format(dtype) for dtype in dtypes))
 
 
 def test_the_interpreter_refuses_tensors_of_a_gpu() -> None:

@@ -410,10 +410,10 @@ def test_lerp_starts_from_the_nearer_end() -> None:
         "maximize": False, "decay": "lr_scaled",
     }  # fmt: skip
     scalars = rule.rows(rule.hypers([group]), [(0, 2, False)])[0]
-    assert scalars[5] < 0.5
+    assert scalars[rule.scalars.index("one_minus_beta1")] < 0.5
     theta = torch.tensor([1.0])
-    found = reference.adamw(scalars, 1.0, theta, y, [x, torch.ones(1)])
-    assert found[1].item() == (y + half * (x - y)).item()
+    _, _, found = reference.new_values(rule, scalars, 1.0, theta, y, {"exp_avg": x, "exp_avg_sq": torch.ones(1)})
+    assert found["exp_avg"].item() == (y + half * (x - y)).item()
 
 
 # The root -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import struct
 from collections.abc import Callable
@@ -27,19 +28,19 @@ SGDW_GROUP: dict[str, Any] = {
 GROUPS = {"adamw": ADAMW_GROUP, "sgdw": SGDW_GROUP}
 RULES = {"adamw": ADAMW, "sgdw": SGDW}
 
-ADAMW_NAMES = (
-    "t", "frozen", "grad_sign", "l2", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size",
-    "inv_sqrt_bias2", "eps", "decay", "metric",
-)  # fmt: skip
-SGDW_NAMES = (
-    "t", "frozen", "grad_sign", "l2", "momentum", "grad_coef", "update_grad", "update_buf", "step_size", "decay",
-)  # fmt: skip
-NAMES = {"adamw": ADAMW_NAMES, "sgdw": SGDW_NAMES}
+#: What makes a count part of a row, and no kernel reads.
+FOR_COUNTS = {"adamw": ("scaled_lr",), "sgdw": ("first_grad_coef", "later_grad_coef")}
+
+
+def named(rule: str, values: Tensor) -> dict[str, float]:
+    """A row by the names of its scalars, but those that kernels do not read."""
+    found = dict(zip(RULES[rule].scalars, values.tolist(), strict=True))
+    return {name: value for name, value in found.items() if name not in FOR_COUNTS[rule]}
 
 
 def unused(rule: Rule) -> Rule:
     """The same rule, which has memorised nothing."""
-    return Rule(rule.name, rule.code, rule.width, rule.static_keys, rule.check, rule.row)
+    return dataclasses.replace(rule, _memo={})
 
 
 def row(rule: str, t: int = 2, fresh: bool = False, **changed: Any) -> dict[str, float]:
@@ -47,8 +48,8 @@ def row(rule: str, t: int = 2, fresh: bool = False, **changed: Any) -> dict[str,
     own = RULES[rule]
     rows = own.rows(own.hypers([{**GROUPS[rule], **changed}]), [(0, t, fresh)])
     assert rows.dtype == torch.float64
-    assert rows.shape == (1, own.width)
-    return dict(zip(NAMES[rule], rows[0].tolist(), strict=True))
+    assert rows.shape == (1, len(own.scalars))
+    return named(rule, rows[0])
 
 
 def same_bits(a: float, b: float) -> bool:
@@ -95,7 +96,7 @@ ADAMW_DECAY = {
 def test_adamw_row(decay: str) -> None:
     found = row("adamw", decay=decay)
     shared = {
-        "t": 2.0, "frozen": 0.0, "grad_sign": 1.0, "beta1": 0.5, "one_minus_beta1": 0.5, "beta2": 0.75,
+        "t": 2.0, "frozen": 0.0, "grad_scale": 1.0, "beta1": 0.5, "one_minus_beta1": 0.5, "beta2": 0.75,
         "one_minus_beta2": 0.25, "inv_sqrt_bias2": 1.0 / math.sqrt(0.4375), "eps": 1e-6,
     }  # fmt: skip
     assert found == {**shared, **ADAMW_DECAY[decay]}
@@ -136,8 +137,8 @@ def test_complements_are_taken_in_float64() -> None:
 def test_maximize_turns_only_the_sign() -> None:
     for rule in RULES:
         up, down = row(rule, maximize=True), row(rule)
-        assert up.pop("grad_sign") == -1.0
-        assert down.pop("grad_sign") == 1.0
+        assert up.pop("grad_scale") == -1.0
+        assert down.pop("grad_scale") == 1.0
         assert up == down
 
 
@@ -170,7 +171,7 @@ def test_sgdw_row(decay: str, options: dict[str, Any], expected: dict[str, Any])
     found = row("sgdw", decay=decay, **options)
     where = SGDW_DECAY[decay]
     wanted = {
-        "t": 2.0, "frozen": 0.0, "grad_sign": 1.0, "momentum": 0.9, "l2": where["l2"], "decay": where["decay"],
+        "t": 2.0, "frozen": 0.0, "grad_scale": 1.0, "momentum": 0.9, "l2": where["l2"], "decay": where["decay"],
         "step_size": where["scale"] * 0.05 if expected["lr_outside"] else where["scale"],
         **{k: v for k, v in expected.items() if k != "lr_outside"},
     }  # fmt: skip
@@ -251,7 +252,7 @@ def test_tensors_may_change_in_place(name: str) -> None:
     value.fill_(0.5)
     after = ADAMW.rows(ADAMW.hypers([group]), [(0, 2, False)])
     assert not torch.equal(before, after)
-    assert dict(zip(ADAMW_NAMES, after[0].tolist(), strict=True)) == row("adamw", **{name: 0.5})
+    assert named("adamw", after[0]) == row("adamw", **{name: 0.5})
 
 
 def test_tensor_betas_may_change_in_place() -> None:
@@ -260,7 +261,7 @@ def test_tensor_betas_may_change_in_place() -> None:
     ADAMW.hypers([group])
     beta.fill_(0.25)
     found = ADAMW.rows(ADAMW.hypers([group]), [(0, 2, False)])[0].tolist()
-    assert found[4] == 0.25
+    assert found[ADAMW.scalars.index("beta1")] == 0.25
     assert found[8] == (0.5 * 0.1) / (1 - 0.0625)
 
 
@@ -291,7 +292,7 @@ def test_values_that_change_between_calls(rule: str) -> None:
             found = own.rows(own.hypers([group]), [(0, 3, False)])
             clean = unused(RULES[rule])
             assert torch.equal(found, clean.rows(clean.hypers([dict(group)]), [(0, 3, False)]))
-        seen.add((*found[0].tolist(), own.hypers([group])[0][0][-1]))
+        seen.add((*found[0].tolist(), own.hypers([group])[0][0].states))
     assert len(seen) >= len(CHANGES[rule]) - 2  # the changes do change something
 
 
@@ -334,30 +335,31 @@ def test_many_groups_and_many_values() -> None:
     """465 groups in one call, and more values than the memo holds."""
     groups = [{**ADAMW_GROUP, "weight_decay": i / 64, "lr": (i + 1) / 1024} for i in range(465)]
     found = ADAMW.rows(ADAMW.hypers(groups), [(i, 2, False) for i in range(465)])
-    assert found.shape == (465, 13)
+    assert found.shape == (465, len(ADAMW.scalars))
     for i in range(465):
         assert found[i, 11] == (0.5 * ((i + 1) / 1024)) * (i / 64)
         assert found[i, 8] == (0.5 * ((i + 1) / 1024)) / 0.75
     own = unused(ADAMW)
     for i in range(5000):
-        static, *_ = own.hypers([{**ADAMW_GROUP, "weight_decay": float(i)}])[0]
-        assert static[1] == i
+        settings, *_ = own.hypers([{**ADAMW_GROUP, "weight_decay": float(i)}])[0]
+        assert settings.weight_decay == i
     assert len(own._memo) < 5000
 
 
 def test_rows_follow_their_keys() -> None:
     hypers = ADAMW.hypers([ADAMW_GROUP, {**ADAMW_GROUP, "lr": 0.2}])
     found = ADAMW.rows(hypers, [(1, 5, False), (0, 1, True), (1, 2, False), (0, 5, False)])
-    assert found[:, 0].tolist() == [5, 1, 2, 5]
+    assert found[:, ADAMW.scalars.index("t")].tolist() == [5, 1, 2, 5]
     assert found[2, 8] == 2 * row("adamw", t=2)["step_size"]
     assert found[1, 8] == row("adamw", t=1)["step_size"]
-    assert ADAMW.rows([], []).shape == (0, 13)
+    assert ADAMW.rows([], []).shape == (0, len(ADAMW.scalars))
     assert SGDW.rows(SGDW.hypers([SGDW_GROUP]), []).shape == (0, 10)
 
 
 def test_states_needed() -> None:
     def needs(rule: str, **changed: Any) -> Any:
-        return RULES[rule].hypers([{**GROUPS[rule], **changed}])[0][0][-1]
+        states = RULES[rule].hypers([{**GROUPS[rule], **changed}])[0][0].states
+        return tuple(state.name for state in states)
 
     assert needs("adamw") == ("exp_avg", "exp_avg_sq")
     assert needs("adamw", amsgrad=True) == ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

@@ -22,6 +22,8 @@ from semantics import (
 )
 from torch import Tensor, nn
 
+from wd_kernels.layout import Place
+
 walk = semantics.walk
 pytestmark = pytest.mark.filterwarnings("ignore:this state has")
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
@@ -249,7 +251,7 @@ def test_dense_layouts_need_no_copies(rule: str, dtype: torch.dtype, walk: str) 
             if t:
                 p.grad = torch.empty(p.shape, dtype=dtype).copy_(torch.randn(p.shape))
         checked_step(opt)
-    assert all(slot.param_copy is None for slot in opt._table.slots)
+    assert all(known.param_copy is None for known in opt._table.known)
 
 
 @both
@@ -328,10 +330,11 @@ def test_alignment_is_told_truly(rule: str, walk: str) -> None:
                 opt.state[p][STATES[rule][-1]] = torch.cat([torch.zeros(1), off.square()])[1:]
         checked_step(opt)
         flags = set()
-        for segment in opt._table.segments.tolist():
-            addresses = segment[: 2 + len(STATES[rule])]
-            assert segment[11] == all(address % 16 == 0 for address in addresses)
-            flags.add(segment[11])
+        segments = opt._table.segments
+        for (grad, _, _, flag), place in zip(segments.moving.tolist(), segments.places.tolist(), strict=True):
+            addresses = (grad, *place[Place.ADDRESSES : Place.ADDRESSES + 1 + len(STATES[rule])])
+            assert flag == all(address % 16 == 0 for address in addresses)
+            flags.add(flag)
         assert flags == ({0, 1} if t % 3 != 1 and (t < 6 or t % 4 != 1) else {0})
 
 

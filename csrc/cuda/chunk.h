@@ -146,8 +146,7 @@ struct Round {
 };
 
 template <class Format>
-WD_HOST_DEVICE inline typename Format::Memory* memory(int64_t address, int64_t offset) {
-  void* const at = reinterpret_cast<void*>(address);
+WD_HOST_DEVICE inline typename Format::Memory* memory(void* at, int64_t offset) {
 #ifdef __CUDA_ARCH__
   __builtin_assume(__isGlobal(at));  // so that its accesses are those of global memory
 #endif
@@ -157,7 +156,8 @@ WD_HOST_DEVICE inline typename Format::Memory* memory(int64_t address, int64_t o
 template <class Rule, class P, class G, class S>
 WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
   const int64_t chunk = launch.chunks[block];
-  const int64_t* place = launch.places + (chunk & 0xffffffff) * launch.place_words;
+  // Words of addresses are read as pointers: the compiler believes nothing of what was a number.
+  void* const* place = reinterpret_cast<void* const*>(launch.places) + (chunk & 0xffffffff) * launch.place_words;
   const Moving& moving = launch.moving[chunk & 0xffffffff];
   const int64_t begin = (chunk >> 32) * launch.chunk_size;
   const int64_t rest = moving.numel - begin;  // numel is 0 without a gradient
@@ -166,8 +166,7 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
 
   const Rule rule = rule_of_row<Rule>(launch.rows + moving.row * launch.row_width, launch.control->grad_factor);
   using Own = Roles<Rule, P, G, S>;
-  Own roles = {
-      memory<P>(place[address_word(kParam)], begin), memory<G>(reinterpret_cast<int64_t>(moving.grad), begin), {}};
+  Own roles = {memory<P>(place[address_word(kParam)], begin), memory<G>(moving.grad, begin), {}};
   WD_UNROLL
   for (int n = 0; n < Rule::kStates; ++n) roles.state[n] = memory<S>(place[address_word(kState + n)], begin);
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .. import backends, native
 from ..flat import buffers
@@ -179,8 +180,6 @@ class TensorTable:
                 group["params"] = list(group["params"])
         watch = Watch(self.groups, ("step", *(state.name for state in self.rule.states)))
         self.params, n = watch.params, len(watch.params)
-        sizes = (buffers.padded(p.numel()) * (2 if p.is_complex() else 1) for p in self.params)
-        self.origins = [0, *accumulate(sizes)]
         self.known: list[Known | None] = [None] * n
         self.views: list[Tensor | None] = [None] * n  # the views of the step counts that the state dictionaries hold
         self.range_of: list[tuple[int, int, int, int]] = [FlatRange.NOWHERE] * n
@@ -268,7 +267,6 @@ class TensorTable:
             watch.expected[i], watch.roles[i] = expect(self.params[i], f, watch.names, self.views[i], group)
             watch.expected[i][Expected.FIRST_ROLE] = old_expected[Expected.FIRST_ROLE]
             write_segment(self.own_segments, f.known.segment, f.roles)
-            self.own_segments.places[f.known.segment, Place.ORIGIN] = self.origins[i]
             self.keep.append(f.grad)
         after = [(watch.expected[i], watch.roles[i]) for i in odd]
         if relayout or before != after or any(watch.expected[i][Expected.KIND] == Kind.FLAT for i in odd):
@@ -335,6 +333,8 @@ class TensorTable:
         devices = {spec.device for spec in by_spec}
         self.device_copies = {device: own for device, own in self.device_copies.items() if device in devices}
         order += [i for i, known in enumerate(self.known) if known is None]
+        sizes = (0 if is_lazy(p) else buffers.padded(p.numel()) * (2 if p.is_complex() else 1) for p in self.params)
+        origins = [0, *accumulate(sizes)]
         old, self.own_segments = self.own_segments, Segments.empty(len(order), len(self.rule.states))
         for segment, i in enumerate(order):
             known = self.known[i]
@@ -343,6 +343,7 @@ class TensorTable:
                     self.own_segments.moving[segment] = old.moving[known.segment]
                     self.own_segments.places[segment] = old.places[known.segment]
                 known.segment = segment
+                self.own_segments.places[segment, Place.ORIGIN] = origins[i]
             watch.expected[i][Expected.SEGMENT] = segment
 
     def _hold(self, watch: Watch) -> None:
