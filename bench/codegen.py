@@ -23,7 +23,6 @@ import concurrent.futures
 import json
 import multiprocessing
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -38,12 +37,9 @@ from internals import aligned, format_of
 RESULTS = Path(__file__).parent / "results"
 #: (backend, architecture, width of a warp) of every target.
 TARGETS: dict[str, tuple[str, Any, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-    "gfx1100": ("hip", "gfx1100", 32),
-}
+    "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64), "gfx1100": ("hip", "gfx1100", 32),
+}  # fmt: skip
 #: KiB that a processor should have on their way: A100, H200, B200 (CUB's tuning). None is claimed for AMD.
 IN_FLIGHT = {"sm_80": 16, "sm_90": 48, "sm_100": 64}
 #: Thread instructions that an H200 issues in the time that its memory takes for a byte: 132 multiprocessors, 128 lanes,
@@ -162,10 +158,9 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
         (ptx / target / f"{kernel}.ptx").write_text(asm["ptx"])
     # The bytes of an element by the types of the tensors that Triton's IR moves in full blocks, which are the largest;
     # the compiler may have unrolled their loop.
-    moves = [(int(n), int(bits)) for n, bits in re.findall(r"tt\.(?:load|store) .*?tensor<(\d+)x!tt\.ptr<\w*?(\d+)>",
-                                                            asm["ttir"])]  # fmt: skip
-    block = max(moves)[0]
-    model = sum(bits // 8 for n, bits in moves if n == block)
+    moves = re.findall(r"tt\.(?:load|store) .*?tensor<(\d+)x!tt\.ptr<\w*?(\d+)>", asm["ttir"])
+    block = max(int(n) for n, _ in moves)
+    model = sum(int(bits) // 8 for n, bits in moves if int(n) == block)
     moved = block // threads * model
     if backend == "cuda":
         found = disassembly.nvidia(asm, threads)
@@ -207,13 +202,11 @@ def kept(compiler: str) -> Path:
     return RESULTS / f"codegen-{compiler.lower().replace(' ', '-')}.txt"
 
 
-def program(
-    parser: argparse.ArgumentParser, read: Callable[[argparse.Namespace], tuple[str, list[Cost]]], argv: Any = None
-) -> int:
-    """Prints the table of a compiler's costs, writes what is asked for; returns the exit status."""
+def program(parser: argparse.ArgumentParser, read: Callable[[argparse.Namespace], tuple[str, list[Cost]]]) -> None:
+    """Prints the table of a compiler's costs, writes what is asked for."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--save", action="store_true", help="keep the table in bench/results")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     compiler, found = read(arguments)
     text = render(found, compiler)
     print(text, end="")
@@ -221,23 +214,18 @@ def program(
         arguments.json.write_text(json.dumps({"compiler": compiler, "costs": [asdict(c) for c in found]}))
     if arguments.save:
         kept(compiler).write_text(text)
-    return 0
 
 
-def main() -> int:
+def main() -> None:
+    import triton
+
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
     parser.add_argument("--ptx", type=Path, metavar="FOLDER", help="write the PTX of NVIDIA's targets there")
-
-    def read(arguments: argparse.Namespace) -> tuple[str, list[Cost]]:
-        import triton
-
-        if triton.knobs.runtime.interpret:
-            parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
-        return f"Triton {triton.__version__}", costs(arguments.targets.split(","), ptx=arguments.ptx)
-
-    return program(parser, read)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    program(parser, lambda own: (f"Triton {triton.__version__}", costs(own.targets.split(","), ptx=own.ptx)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,7 +9,6 @@ import argparse
 import re
 import runpy
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -107,5 +106,4 @@ def _of_target(target: str, cubin: Path, carried: Mapping[str, str]) -> Iterator
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split(":", 1)[0])
-    sys.exit(program(parser, lambda arguments: (compiler(), costs())))
+    program(argparse.ArgumentParser(description=__doc__.split(":", 1)[0]), lambda arguments: (compiler(), costs()))

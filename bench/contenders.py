@@ -46,16 +46,6 @@ class Contender:
     host: float = 0.0  # seconds of a step on the host, about
 
 
-def change_lr(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Gives every group another lr than before and than the others have."""
-    for g, group in enumerate(optimizer.param_groups):
-        lr = LR * (1 + g / 1000) / (1 + step / 1000)
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
 @dataclass
 class Tensors:
     """Parameters, the gradients that they get, and the states that optimizers on them share."""
@@ -90,18 +80,13 @@ class Tensors:
         twin = peer.make(cls, [{"params": [p]}])
         twin.step()
         for i, param in enumerate(self.params):
-            own: dict[str, Any] = {}
-            shared = 0
-            for name, value in twin.state[p].items():
-                if isinstance(value, Tensor) and value.shape == p.shape:
-                    key = (i, shared, value.dtype)
-                    if key not in self.pool:
-                        self.pool[key] = torch.zeros_like(param, dtype=value.dtype)
-                    own[name] = self.pool[key]
-                    shared += 1
-                else:
-                    own[name] = copy.deepcopy(value)
-            optimizer.state[param] = own
+            state = optimizer.state[param] = copy.deepcopy(twin.state[p])
+            plain = [n for n, value in state.items() if isinstance(value, Tensor) and value.shape == p.shape]
+            for k, name in enumerate(plain):
+                key = (i, k, state[name].dtype)
+                if key not in self.pool:
+                    self.pool[key] = torch.zeros_like(param, dtype=state[name].dtype)
+                state[name] = self.pool[key]
 
     def between(self, case: Case, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
         """What happens before each step of an optimizer, if anything."""
@@ -115,8 +100,9 @@ class Tensors:
             if case.gradients == "new":  # all new ones are made before the old are freed: no address stays
                 for p, grad in zip(self.params, torch._foreach_mul(self.slopes, 1.0), strict=True):
                     p.grad = grad
-            if case.lr == "changing":
-                change_lr(optimizer, steps)
+            for g, group in enumerate(optimizer.param_groups if case.lr == "changing" else ()):
+                lr = LR * (1 + g / 1000) / (1 + steps / 1000)  # another than before and than the others have
+                group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
         return prepare
 
@@ -233,17 +219,14 @@ def build(
     case: Case, peers: dict[Peer, Callable[..., Any]], names: Sequence[tuple[str, int]], device: torch.device
 ) -> tuple[list[Contender], dict[str, str]]:
     """The contenders by (name, groups), each after its first step; and why others were left out, by name."""
-    maker = Maker(case, peers, device)
-    them: list[Contender] = []
-    skipped: dict[str, str] = {}
+    maker, them, skipped = Maker(case, peers, device), list[Contender](), dict[str, str]()
     for name, groups in names:
         try:
             one = maker.make(name, groups)
             if one.prepare:
                 one.prepare()
             one.step()  # makes states, compiles
+            them.append(one)
         except Exception as error:  # out of memory, or another library's own
             skipped[name] = first_line(error)
-        else:
-            them.append(one)
     return them, skipped

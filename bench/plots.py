@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib as mpl
@@ -30,6 +30,10 @@ COLORS = defaultdict(lambda: "#c2703d", {
 #: Ours are drawn over the others, with other marks.
 MARKS = {OURS: "D", FLAT: "d", CUDA: "s", BARE_LOOP: "|", CEILING: "|", REFERENCE: "x"}
 BUDGET = "#c62828"
+SWEEP_TITLES = {
+    "tensors": "Over tensors, 10⁶ elements in all", "elements": "Over elements of one tensor",
+    "groups": "Over groups, 1000 tensors of 1000, lr changing",
+}  # fmt: skip
 STYLE: Any = {
     "font.size": 9, "axes.titlelocation": "left", "axes.titlesize": 10, "axes.spines.top": False,
     "axes.spines.right": False, "figure.constrained_layout.use": True, "legend.frameon": False,
@@ -151,12 +155,7 @@ def peers(cases: Cases) -> Figure | None:
 
 def scaling(cases: Cases) -> Figure | None:
     """Time of a step over tensors, elements and groups; of ours, that of host and launches apart."""
-    titles = {
-        "tensors": "Over tensors, 10⁶ elements in all",
-        "elements": "Over elements of one tensor",
-        "groups": "Over groups, 1000 tensors of 1000, lr changing",
-    }
-    sweeps = {sweep: at for sweep in titles if len(at := points(cases, sweep)) > 1}
+    sweeps = {sweep: at for sweep in SWEEP_TITLES if len(at := points(cases, sweep)) > 1}
     if not sweeps:
         return None
     figure, axes = plt.subplots(1, len(sweeps), figsize=(4.8 * len(sweeps), 4.9), squeeze=False)
@@ -167,9 +166,7 @@ def scaling(cases: Cases) -> Figure | None:
             lines.append((name, name, "-o", lambda r: r.median))
             if name in TIMED and sweep != "groups":
                 lines.append((TIMED[name], f"{name}, host alone", "--", lambda r: r.host))
-                lines.append(
-                    (TIMED[name], f"{name}, launches alone", ":", lambda r: statistics.median(r.info["launches"]))
-                )
+                lines.append((TIMED[name], f"{name}, launches alone", ":", lambda r: median(r.info["launches"])))
         for name, label, style, value in lines:
             x, y = [n for n in at if name in at[n]], [value(at[n][name]) * 1e3 for n in at if name in at[n]]
             if x:
@@ -180,7 +177,7 @@ def scaling(cases: Cases) -> Figure | None:
         axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.set_title(titles[sweep])
+        axis.set_title(SWEEP_TITLES[sweep])
         axis.grid(alpha=0.25)
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=5 if len(known) > 6 else 6)
     return figure

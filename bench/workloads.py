@@ -37,48 +37,30 @@ def elements(shapes: Sequence[tuple[int, ...]]) -> int:
     return sum(map(math.prod, shapes))
 
 
-def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> Shapes:
-    """GPT-2, its head tied to the token embedding; the defaults are those of the smallest.
-
-    >>> elements(gpt2())
-    124439808
-    """
+def transformer(layers: int, width: int) -> Shapes:
+    """Layers with biases everywhere, and the norm after the last."""
     norm = ((width,), (width,))
     attention = ((width, 3 * width), (3 * width,), (width, width), (width,))
     feed_forward = ((width, 4 * width), (4 * width,), (4 * width, width), (width,))
-    return ((vocabulary, width), (context, width), *(norm + attention + norm + feed_forward) * layers, *norm)
+    return (*(norm + attention + norm + feed_forward) * layers, *norm)
+
+
+def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> Shapes:
+    """GPT-2, its head tied to the token embedding; the defaults are those of the smallest."""
+    return ((vocabulary, width), (context, width), *transformer(layers, width))
 
 
 def vit(layers: int = 24, width: int = 1024, image: int = 224, patch: int = 16, classes: int = 1000) -> Shapes:
-    """A vision transformer with a class token and biases everywhere; the defaults are ViT-L/16.
-
-    >>> elements(vit())
-    304326632
-    """
-    norm = ((width,), (width,))
-    attention = ((3 * width, width), (3 * width,), (width, width), (width,))
-    feed_forward = ((4 * width, width), (4 * width,), (width, 4 * width), (width,))
+    """A vision transformer with a class token; the defaults are ViT-L/16."""
     embedding = ((1, 1, width), (1, (image // patch) ** 2 + 1, width), (width, 3, patch, patch), (width,))
-    return (*embedding, *(norm + attention + norm + feed_forward) * layers, *norm, (classes, width), (classes,))
+    return (*embedding, *transformer(layers, width), (classes, width), (classes,))
 
 
-def llama(
-    layers: int = 32,
-    width: int = 4096,
-    inner: int = 14336,
-    heads: int = 32,
-    kv_heads: int = 8,
-    vocabulary: int = 128256,
-) -> Shapes:
-    """Llama 3 with a head of its own; the defaults are the 8B.
-
-    >>> elements(llama())
-    8030261248
-    """
-    narrow = width // heads * kv_heads
+def llama(layers: int = 32, width: int = 4096, inner: int = 14336, heads: int = 32, vocabulary: int = 128256) -> Shapes:
+    """Llama 3, of 8 heads of keys and values, with a head of its own; the defaults are the 8B."""
+    narrow = width // heads * 8
     attention = ((width, width), (narrow, width), (narrow, width), (width, width))
-    feed_forward = ((inner, width), (inner, width), (width, inner))
-    layer = (*attention, *feed_forward, (width,), (width,))
+    layer = (*attention, (inner, width), (inner, width), (width, inner), (width,), (width,))
     return ((vocabulary, width), *layer * layers, (width,), (vocabulary, width))
 
 
@@ -90,12 +72,8 @@ def lora(layers: int = 32, width: int = 4096, inner: int = 11008, rank: int = 16
 
 #: By name; LAYERS may follow, as in llama3_8b:20. The tiny one is for rehearsals.
 MODELS: dict[str, Callable[..., Shapes]] = {
-    "gpt2": gpt2,
-    "vit_l16": vit,
-    "llama3_8b": llama,
-    "lora_7b": lora,
-    "tiny_gpt2": partial(gpt2, 2, 32, 101, 16),
-}
+    "gpt2": gpt2, "vit_l16": vit, "llama3_8b": llama, "lora_7b": lora, "tiny_gpt2": partial(gpt2, 2, 32, 101, 16)
+}  # fmt: skip
 
 # Cases ----------------------------------------------------------------------------------------------------------------
 
@@ -188,12 +166,9 @@ CASES = (
 
 #: Cases of one long tensor, and the percentage of the copy bandwidth that they should reach.
 TARGETS = {
-    "1x1000000000-float32-kept": 92,
-    "1x1000000000-bfloat16-kept": 88,
-    "1x1000000000-float32+bfloat16-kept": 88,
-    "1x1000000000-float32-kept-sgdw": 92,
-    "1x1000000000-bfloat16-kept-sgdw": 88,
-}
+    "1x1000000000-float32-kept": 92, "1x1000000000-bfloat16-kept": 88, "1x1000000000-float32+bfloat16-kept": 88,
+    "1x1000000000-float32-kept-sgdw": 92, "1x1000000000-bfloat16-kept-sgdw": 88,
+}  # fmt: skip
 #: Cases of many tensors, which should take a sixth of torch's fused at most.
 MANY = ("10000x1000-float32-kept", "10000x1000-float32-new")
 #: What a rehearsal has instead.
