@@ -1,4 +1,4 @@
-"""The parts of bench/gpu.py that need the package: its report, the copy, what a step launches, the steps."""
+"""The parts of bench/gpu.py that need the package: its report, the copy, the steps, launch parameters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from contenders import Contender, Tensors
 from gpu_around import commit, output_of, say, write
-from internals import buckets, launch_parameters, versions_here
-from peers import LR, OURS, PEERS, first_line, load, on
+from internals import launch_parameters, versions_here
+from peers import OURS, PEERS, first_line, load, on
 from tables import render
-from torch.profiler import ProfilerActivity, profile
 from turns import Timer, entry, measure, rounds
-from workloads import BARE_LOOP, CEILING, MODELS, REFERENCE, SMALL, Case, gpu_cases
+from workloads import BARE_LOOP, CEILING, REFERENCE, SMALL, Case, gpu_cases
 
 import wd_kernels
 
@@ -70,12 +69,13 @@ class Report:
         self.save()
 
 
-def measure_steps(report: Report, device: torch.device, small: bool, seconds: float, only: Sequence[str]) -> None:
+def measure_steps(report: Report, device: torch.device, seconds: float, only: Sequence[str]) -> None:
     """Measures the cases, one after another, as long as there is time."""
     values = report.values
     peers, values["missing"] = load(on(device.type))
     timer = Timer(device, WAYS)
     timer.free()
+    small = device.type == "cpu"
     cases = [*map(Case, SMALL)] if small else gpu_cases(torch.cuda.mem_get_info(device)[0])
     todo = [case for case in cases if not only or any(part in str(case) for part in only)]
     end = time.perf_counter() + seconds
@@ -110,32 +110,6 @@ def copy_bandwidth(device: torch.device, size: int, rounds: int = 9, copies: int
     return {"bytes": size, "gb_per_s": [2 * size / timer.device(contender, copies) / 1e9 for _ in range(rounds)]}
 
 
-def launches(device: torch.device, model: str) -> dict[str, Any]:
-    """What one step of ours runs on the device, by the profiler: on tensors of two dtypes, so in two buckets."""
-    params = []
-    for shape, dtype in product(MODELS[model](), (torch.float32, torch.bfloat16)):
-        params.append(torch.nn.Parameter(torch.randn(shape, dtype=dtype, device=device)))
-        params[-1].grad = torch.randn_like(params[-1])
-    optimizer = wd_kernels.AdamW(params, lr=LR)
-    timer = Timer(device, flush=0)
-    for _ in range(3):
-        optimizer.step()
-    timer.wait()
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * timer.on_device) as recorded:
-        optimizer.step()
-        timer.wait()
-    on_device: dict[str, int] = {}
-    for event in recorded.events() or []:
-        if event.device_type.name != "CPU":
-            on_device[event.name] = on_device.get(event.name, 0) + 1
-    return {
-        "tensors": len(params),
-        "buckets": buckets(optimizer),
-        "step_kernels": sum(n for name, n in on_device.items() if "step_kernel" in name) if timer.on_device else None,
-        "on_device": on_device,
-    }
-
-
 # Launch parameters of Triton: nothing is tuned at run time, the package has those that this shows to be best ----------
 
 BUDGET = 400.0  # seconds
@@ -167,9 +141,9 @@ def variants(case: Case, optimizer: torch.optim.Optimizer, use: Callable[..., No
     return [Contender(name, 1, moved, optimizer.step, partial(prepare, name)) for name in VARIANTS]
 
 
-def tune(report: Report, device: torch.device, small: bool, seconds: float) -> str:
+def tune(report: Report, device: torch.device, seconds: float) -> str:
     """Measures all variants on all cases; the text of the report."""
-    end, timer = time.perf_counter() + min(seconds, BUDGET), Timer(device, WAYS)
+    end, timer, small = time.perf_counter() + min(seconds, BUDGET), Timer(device, WAYS), device.type == "cpu"
     for k, text in enumerate(TUNED):
         case, skipped = Case(text.replace("00000-", "-") if small else text), dict[str, Any]()
         tensors = Tensors.of(case, case.grad, device)

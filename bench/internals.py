@@ -17,17 +17,12 @@ from wd_kernels.__main__ import aligned, choices, versions
 from wd_kernels.backends import triton as backend
 from wd_kernels.storage import format_of
 
-__all__ = ["aligned", "bare_launch", "buckets", "format_of", "launch_parameters", "time_launches", "versions_here"]
+__all__ = ["aligned", "bare_launch", "format_of", "launch_parameters", "time_launches", "versions_here"]
 
 
 def versions_here() -> dict[str, str]:
     """Versions of what takes part, and what was chosen on this machine."""
     return dict([*versions(), *choices()])
-
-
-def buckets(optimizer: Any) -> int:
-    """How many launches a step is."""
-    return len(optimizer._table.buckets)
 
 
 def bare_launch(optimizer: Any) -> Callable[[], None]:

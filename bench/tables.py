@@ -69,19 +69,13 @@ def heading(report: Report) -> list[tuple[str, str]]:
         ("date", str(report["datetime"])[:16].replace("T", " ") + " UTC"),
         ("commit", str(commit.get("id", "unknown"))[:12] + (" and uncommitted changes" if commit.get("dirty") else "")),
     ]
-    if of_gpu(report):
-        rows += [(name, machine[name]) for name in ("device", "memory", "driver") if name in machine]
-    else:
+    if not of_gpu(report):
         rows.append(("processor", f"{figures.device(report)}, {machine.get('cpu', {}).get('count', '?')} cores"))
+    rows += [(name, machine[name]) for name in ("device", "memory", "driver") if name in machine]
     rows += machine.get("wd_kernels", {}).items()
     rows += [(part, report[part]["says"]) for part in ("build", "tests", "copy") if "says" in report.get(part, {})]
-    copy, rate = report.get("copy", {}), copy_rate(report)
-    if rate is not None:
-        text = f"{rate:.0f} GB/s read and written, IQR {iqr(copy['gb_per_s']):.0f}, of {copy['bytes'] / 2**20:.0f} MiB"
-        rows.append(("copy", text))
-    if "launches" in report:
-        kinds = ", ".join(f"{n} {name}" for name, n in report["launches"].get("on_device", {}).items())
-        rows.append(("a step runs", kinds or report["launches"].get("says", "nothing")))
+    if (rate := copy_rate(report)) is not None:
+        rows.append(("copy", f"{rate:.0f} GB/s read and written, IQR {iqr(report['copy']['gb_per_s']):.0f}"))
     if of_gpu(report):
         rows.append(("run", "finished" if report.get("finished") else "CUT OFF or still running"))
     return rows
@@ -190,10 +184,6 @@ def verdicts(report: Report) -> list[Row]:
         where += f" ({left_out} cases not measured)" if worst and left_out else ""
         found.append((f">= 1.0x {FUSED}, {what}", where, ratios.get(worst), 1.0, "{:.2f}x"))
     found += [(f">= 6x {FUSED}, wall clock", case, walls.get(case), 6.0, "{:.2f}x") for case in MANY]
-    launches = report.get("launches", {}) if measured else {}
-    kernels, where = launches.get("step_kernels"), f"profiler, {launches.get('buckets')} buckets"
-    one_each = None if kernels is None else float(kernels == launches["buckets"])
-    found.append(("one launch a bucket", where, one_each, 1.0, f"{kernels} kernels"))
     return [
         (target, where, "-", "not measured")
         if value is None

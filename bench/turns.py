@@ -112,11 +112,7 @@ def free_memory() -> int | None:
 
 
 def plan(one: float, share: float) -> tuple[int, int]:
-    """Rounds, and steps of a turn, of a contender whose turn of one step takes `one` second, in a share of the time.
-
-    >>> plan(0.001, 1.0), plan(0.2, 1.0), plan(2.0, 1.0)
-    ((15, 50), (5, 1), (3, 1))
-    """
+    """Rounds, and steps of a turn, of a contender whose turn of one step takes `one` second, in a share of the time."""
     rounds = min(max(round(share / one), LEAST_ROUNDS), ROUNDS)
     return rounds, min(max(round(share / (rounds * one)), 1), MOST_STEPS)
 
@@ -143,10 +139,7 @@ def entry(case: Case, contender: Contender, steps: int, turns: list[dict[str, fl
 def measure(
     case: Case, peers: dict[Peer, Callable[..., Any]], names: Sequence[tuple[str, int]], seconds: float, timer: Timer
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Measures the contenders of a case in turns, for about `seconds`, what comes before the first turn not counted.
-
-    Returns the entry of each, and why others have none, by name. Nothing of the case is alive afterwards.
-    """
+    """The entry of each contender of a case after about `seconds` of turns; and why others have none, by name."""
     free = free_memory()
     if not timer.on_device and free is not None and case.bytes_needed > MOST_MEMORY * free:
         needed = f"needs {case.bytes_needed / 2**30:.3g} GiB, free are {free / 2**30:.3g}"

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from byte_model import STATES, our_states
+from byte_model import STATES
 from peers import DEEPSPEED, FLAT, FUSED, OURS, RULES, Peer
 
 REFERENCE, BARE_LOOP, CEILING = f"{OURS} reference", "bare loop", "ceiling"
@@ -124,7 +124,7 @@ class Case:
     @property
     def bytes_needed(self) -> float:
         """Memory that it takes, about: parameters, gradients and states; twice that where there are flat copies too."""
-        each = self.dtype.itemsize + self.grad.itemsize + our_states(self.rule, self.dtype, None)
+        each = self.dtype.itemsize + self.grad.itemsize + STATES[self.rule] * max(self.dtype.itemsize, 4)
         return float(self.elements * each) * (1 if self.sweep == "elements" else 3)
 
     def stepping(self, peers: Sequence[Peer]) -> list[tuple[str, int]]:
@@ -188,7 +188,6 @@ def gpu_cases(free: int) -> list[Case]:
     """Those that budgets need first; `free` bytes of the device's memory decide what Llama is cut to."""
     models = [f"{model}-float32-{how}" for model in ("gpt2", "vit_l16", "lora_7b") for how in ("kept", "new")]
     # Ours and torch's fused alone, in the memory that both need beside shared parameters and gradients.
-    half = torch.bfloat16
-    needed = 2 * half.itemsize + our_states("adamw", half, None) + STATES["adamw"] * half.itemsize
+    needed = 2 * 2 + STATES["adamw"] * (4 + 2)
     largest = Case(f"llama3_8b:{fitting_layers(0.92 * free, needed)}-bfloat16-kept", only=(OURS, FUSED))
     return [*map(Case, (*TARGETS, *MANY, *models, "465x256-float32-kept-465groups-changing")), largest]
