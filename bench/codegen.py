@@ -95,13 +95,10 @@ class Cost:
     in_flight: float  # KiB per processor
 
     @classmethod
-    def of(
-        cls, kernel: Kernel, target: str, found: disassembly.Reading, elements: int, model: int, layouts: int = 0
-    ) -> Cost:
-        return cls(
-            str(kernel), target, found.registers, found.stack, found.shared, layouts, found.inexact, found.loads,
-            found.stores, elements, model, found.instructions / elements, found.threads * found.ahead / 1024,
-        )  # fmt: skip
+    def of(cls, kernel: Kernel, target: str, own: disassembly.Reading, elements: int, model: int, layouts: int) -> Cost:
+        costs = own.instructions / elements, own.threads * own.ahead / 1024
+        used = own.registers, own.stack, own.shared, layouts, own.inexact
+        return cls(str(kernel), target, *used, own.loads, own.stores, elements, model, *costs)
 
     @property
     def bytes_per_element(self) -> float:
@@ -166,9 +163,8 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
         found = disassembly.nvidia(asm, threads)
     else:
         found = disassembly.amd(asm, target, warp, "adamw" in kernel.rule, moved)
-    rounds = max(round((sum(found.loads) + sum(found.stores)) / moved), 1)
-    layouts = asm["ttgir"].count("ttg.convert_layout")
-    return Cost.of(kernel, target, found, block // threads * rounds, model, layouts)
+    elements = block // threads * max(round((sum(found.loads) + sum(found.stores)) / moved), 1)
+    return Cost.of(kernel, target, found, elements, model, asm["ttgir"].count("ttg.convert_layout"))
 
 
 def costs(targets: Sequence[str], workers: int = 2, ptx: Path | None = None) -> list[Cost]:

@@ -102,7 +102,7 @@ def _of_target(target: str, cubin: Path, carried: Mapping[str, str]) -> Iterator
             inexact += disassembly.sass_inexact(code)
         found = disassembly.sass_reading(code, disassembly.usage(usages[key]), inexact, THREADS)
         model = step_bytes(kernel.rule, kernel.param, kernel.grad, kernel.state)
-        yield Cost.of(kernel, target, found, (sum(found.loads) + sum(found.stores)) // model, model)
+        yield Cost.of(kernel, target, found, (sum(found.loads) + sum(found.stores)) // model, model, 0)
 
 
 if __name__ == "__main__":

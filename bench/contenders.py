@@ -137,8 +137,6 @@ def stream(param: Tensor, grad: Tensor, states: Sequence[Tensor], threads: int) 
     if isinstance(function, str):
         raise RuntimeError(function)
     tensors = (param.detach(), grad, *states)
-    if any(t.numel() != param.numel() or not t.is_contiguous() for t in tensors):
-        raise RuntimeError("the tensors are not contiguous, or not of one size")
     width = states[0].element_size() if states else param.element_size()
     addresses = (ctypes.c_void_p * 3)(*(s.data_ptr() for s in states), *([None] * (3 - len(states))))
     places = ctypes.c_void_p(param.data_ptr()), ctypes.c_void_p(grad.data_ptr()), addresses

@@ -84,8 +84,8 @@ def main() -> None:
         rows.append((name, f"{accuracy:.2%}", f"{final:.2g}", f"{median:.3f}", f"{base / median:.2f}x"))
     print(aligned(rows, indent=""))
     largest = max(float(p.detach().abs().max()) for p in both[0].model.parameters())
-    print(f"\nlargest difference of two weights: {early:.1e} after 10 steps, {difference(*both):.1e} after ", end="")
-    print(f"{len(both[0].losses)} (the largest weight is {largest:.1f})")
+    apart = f"{early:.1e} after 10 steps, {difference(*both):.1e} after {len(both[0].losses)}"
+    print(f"\nlargest difference of two weights: {apart} (the largest weight is {largest:.1f})")
 
 
 if __name__ == "__main__":

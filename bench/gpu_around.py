@@ -72,15 +72,14 @@ def run_tests(seconds: float, path: Path, arguments: Sequence[str] = TESTS) -> d
 
 
 def output_of(*arguments: str) -> str:
-    """The first line that a command prints, or "unknown"."""
+    """What a command prints, nothing where it fails."""
     try:
-        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+        return subprocess.check_output(arguments, cwd=ROOT, text=True, timeout=20, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip().split("\n")[0] or "unknown"
+        return ""
 
 
 def commit() -> dict[str, Any]:
     """As pytest-benchmark notes it."""
-    dirty = output_of("git", "status", "--porcelain", "--untracked-files=no")
-    return {"id": output_of("git", "rev-parse", "HEAD"), "dirty": dirty != "unknown"}
+    dirty = bool(output_of("git", "status", "--porcelain", "--untracked-files=no"))
+    return {"id": output_of("git", "rev-parse", "HEAD") or "unknown", "dirty": dirty}

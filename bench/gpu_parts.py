@@ -31,9 +31,9 @@ def about(device: torch.device) -> dict[str, Any]:
     machine: dict[str, Any] = {"device": "CPU", "driver": "none", "wd_kernels": versions_here()}
     if device.type != "cpu":
         properties = torch.cuda.get_device_properties(device)
-        machine["device"] = str(properties.name)
-        machine["memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
-        machine["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        machine |= {"device": str(properties.name), "memory": memory, "driver": driver}
     return machine
 
 
@@ -42,16 +42,10 @@ class Report:
 
     def __init__(self, out: Path, device: torch.device, name: str = "gpu") -> None:
         self.path = out / name
-        self.values: dict[str, Any] = {
-            "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-            "commit_info": commit(),
-            "machine_info": about(device),
-            "rehearsal": device.type == "cpu",
-            "finished": False,
-            "missing": {},
-            "left_out": {},
-            "benchmarks": [],
-        }
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        self.values: dict[str, Any] = {"datetime": date, "commit_info": commit(), "machine_info": about(device)}
+        self.values |= {"rehearsal": device.type == "cpu", "finished": False}
+        self.values |= {"missing": {}, "left_out": {}, "benchmarks": []}
 
     def save(self) -> str:
         """Writes the JSON and the text; returns the text."""
@@ -91,7 +85,6 @@ def measure_steps(report: Report, device: torch.device, seconds: float, only: Se
             entries, skipped = measure(case, peers, names, share, timer)
         except Exception as error:
             entries, skipped = [], {"all": f"FAILED: {first_line(error)}"}
-            timer.free()
         values["benchmarks"] += entries
         del values["left_out"][str(case)]
         values["left_out"] |= {str(case): skipped} if skipped else {}

@@ -55,23 +55,22 @@ def dumped(report: Report) -> str:
     return f'{json.dumps(rest, indent=1)[:-2]},\n "benchmarks": [\n  {lines}\n ]\n}}\n'
 
 
-def newest(folder: Path, gpu: bool = False) -> Report | None:
-    """The newest report in a folder of results, whose names begin with their date."""
-    paths = [path for path in sorted(folder.glob("[0-9]*.json")) if path.name.endswith("-gpu.json") == gpu]
+def newest(gpu: bool = False) -> Report | None:
+    """The newest report that is kept; names begin with their date."""
+    paths = [path for path in sorted(RESULTS.glob("[0-9]*.json")) if path.name.endswith("-gpu.json") == gpu]
     return dict(json.loads(paths[-1].read_text())) if paths else None
 
 
-def save(report: Report, folder: Path) -> list[Path]:
+def save(report: Report) -> list[Path]:
     """Writes the JSON, the text and the plots, named by date and device; returns the paths."""
     from plots import plot
 
-    folder.mkdir(parents=True, exist_ok=True)
     report = slim(report)
     stem = stem_of(report)
-    paths = [folder / f"{stem}.json", folder / f"{stem}.txt"]
+    paths = [RESULTS / f"{stem}.json", RESULTS / f"{stem}.txt"]
     paths[0].write_text(dumped(report))
     paths[1].write_text(render(report))
-    return paths + plot(report, folder, stem)
+    return paths + plot(report, RESULTS, stem)
 
 
 # The README -----------------------------------------------------------------------------------------------------------
@@ -153,21 +152,14 @@ def table(cases: Cases) -> str:
         share = ours.share(them.get((CEILING, 1)))
         next_best = min((r for r in peers if r is not fused), key=ours.ratio, default=None)
         rows.append(
-            (
-                size(info).replace(" x ", " × "),
-                rule_name(info),
-                info["dtype"] + ("" if info["threads"] == most else f", {info['threads']} thread"),
-                info["gradients"],
-                ms(ours.median),
-                ms(statistics.median(on_device)) if on_device else "",
-                ms(flat.median) if flat else "",
-                ms(fused.median) if fused else "",
-                f"{next_best.contender}: {ms(next_best.median)}" if next_best else "",
-                f"{min(ours.ratio(r) for r in peers):.2f}×",
-                f"{ours.device_ratio(fused):.2f}×" if fused and on_device else "",
-                "" if share is None else f"{percent(share)}%",
-            )
-        )
+            (size(info).replace(" x ", " × "), rule_name(info),
+             info["dtype"] + ("" if info["threads"] == most else f", {info['threads']} thread"), info["gradients"],
+             ms(ours.median), ms(statistics.median(on_device)) if on_device else "", ms(flat.median) if flat else "",
+             ms(fused.median) if fused else "", f"{next_best.contender}: {ms(next_best.median)}" if next_best else "",
+             f"{min(ours.ratio(r) for r in peers):.2f}×",
+             f"{ours.device_ratio(fused):.2f}×" if fused and on_device else "",
+             "" if share is None else f"{percent(share)}%")
+        )  # fmt: skip
     return markdown(rows)
 
 
@@ -181,29 +173,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables of a report; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("report", type=Path, nargs="?", help="a benchmark's JSON (default: the newest of a CPU, kept)")
-    parser.add_argument(
-        "--save", nargs="?", type=Path, const=RESULTS, metavar="FOLDER", help="keep it, in bench/results"
-    )
-    parser.add_argument("--readme", nargs="?", type=Path, const=README, metavar="FILE", help="rewrite its section")
+    parser.add_argument("--save", action="store_true", help="keep it, in bench/results")
+    parser.add_argument("--readme", action="store_true", help="rewrite the README's section")
     arguments = parser.parse_args(argv)
-    folder: Path = arguments.save or RESULTS
-    report = json.loads(arguments.report.read_text()) if arguments.report else newest(RESULTS)
+    report = json.loads(arguments.report.read_text()) if arguments.report else newest()
     if report is None:
         parser.error(f"no report is in {RESULTS}: give one")
     if report.get("rehearsal") and (arguments.save or arguments.readme):
         parser.error(f"{arguments.report} is of a rehearsal: no figure in it is a GPU's")
     if arguments.report or not arguments.readme:
         print(render(report), end="")
-    if arguments.save:
-        for path in save(report, folder):
-            print(f"saved: {path}")
+    for path in save(report) if arguments.save else ():
+        print(f"saved: {path}")
     if arguments.readme:
-        gpu = slim(report) if of_gpu(report) else newest(folder, gpu=True)
-        cpu = newest(folder) or newest(RESULTS) if of_gpu(report) else slim(report)
+        cpu, gpu = (slim(report) if of_gpu(report) == gpu else newest(gpu) for gpu in (False, True))
         if cpu is None:
-            parser.error(f"no report of a CPU is in {folder}")
-        arguments.readme.write_text(rewritten(arguments.readme.read_text(), cpu, gpu))
-        print(f"rewritten: {arguments.readme}")
+            parser.error(f"no report of a CPU is in {RESULTS}")
+        README.write_text(rewritten(README.read_text(), cpu, gpu))
+        print(f"rewritten: {README}")
     return 0
 
 

@@ -184,12 +184,11 @@ def verdicts(report: Report) -> list[Row]:
         where += f" ({left_out} cases not measured)" if worst and left_out else ""
         found.append((f">= 1.0x {FUSED}, {what}", where, ratios.get(worst), 1.0, "{:.2f}x"))
     found += [(f">= 6x {FUSED}, wall clock", case, walls.get(case), 6.0, "{:.2f}x") for case in MANY]
-    return [
-        (target, where, "-", "not measured")
-        if value is None
-        else (target, where, form.format(value), "reached" if value >= least else "not reached")
-        for target, where, value, least, form in found
-    ]
+    rows: list[Row] = [("target", "where", "found", "verdict")]
+    for target, where, value, limit, form in found:
+        verdict = "not measured" if value is None else "reached" if value >= limit else "not reached"
+        rows.append((target, where, "-" if value is None else form.format(value), verdict))
+    return rows
 
 
 def absent(report: Report) -> list[str]:
@@ -209,5 +208,5 @@ def render(report: Report) -> str:
     if cases:
         parts += [COLUMNS + (ON_GPU if of_gpu(report) else ON_CPU), aligned(filled_columns(steps(cases)), indent="")]
     if of_gpu(report):
-        parts.append("Budgets\n\n" + aligned([("target", "where", "found", "verdict"), *verdicts(report)], indent=""))
+        parts.append("Budgets\n\n" + aligned(verdicts(report), indent=""))
     return "\n\n".join(part for part in (*parts, "\n".join(absent(report))) if part) + "\n"

@@ -58,17 +58,26 @@ class Timer:
             found["launches"] = (contender.inside() - before) / steps
         return found
 
-    def wall(self, contender: Contender, steps: int) -> float:
-        together = steps if contender.prepare is None else 1
+    def _steps(self, contender: Contender, steps: int, together: int, wait: bool) -> float:
+        """Some together, after what comes before a step, and on an idle device; to where the device is idle again."""
         total = 0.0
         for _ in range(0, steps, together):
             self._ready(contender)
             started = time.perf_counter()
             for _ in range(together):
                 contender.step()
-            self.wait()
+            if wait:
+                self.wait()
             total += time.perf_counter() - started
+        if not wait:
+            self.wait()
         return total / steps
+
+    def wall(self, contender: Contender, steps: int) -> float:
+        return self._steps(contender, steps, steps if contender.prepare is None else 1, wait=True)
+
+    def host(self, contender: Contender, steps: int) -> float:
+        return self._steps(contender, steps, 1, wait=False)
 
     def device(self, contender: Contender, steps: int) -> float:
         if not self.on_device:
@@ -86,16 +95,6 @@ class Timer:
             end.record()
         self.wait()
         return sum(float(start.elapsed_time(end)) for start, end in pairs) / steps / 1e3
-
-    def host(self, contender: Contender, steps: int) -> float:
-        total = 0.0
-        for _ in range(steps):
-            self._ready(contender)
-            started = time.perf_counter()
-            contender.step()
-            total += time.perf_counter() - started
-        self.wait()
-        return total / steps
 
     def free(self) -> None:
         """Gives back the device's memory that nothing holds any more."""
@@ -128,8 +127,7 @@ def entry(case: Case, contender: Contender, steps: int, turns: list[dict[str, fl
         **{name: getattr(case, name) for name in ("gradients", "rule", "lr", "sweep")},
         "threads": case.threads or torch.get_num_threads(),
         "contender": contender.name,
-        "groups": contender.groups,
-        "bytes_per_parameter": contender.bytes_per_parameter,
+        **{name: getattr(contender, name) for name in ("groups", "bytes_per_parameter")},
         "steps_per_round": steps,
         **{way: [turn[way] for turn in turns] for way in turns[0] if way != "wall"},
     }

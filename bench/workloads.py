@@ -91,15 +91,9 @@ class Case:
             -DTYPE[+DTYPE of the gradients]-kept|new[-RULE][-Nthreads][-Ngroups-constant|changing][-by-SWEEP].
         only: names of the peers that take part; empty: all.
 
-    Attributes:
-        dtype: of the parameters.
-        grad: the gradients' dtype, for a contender that takes it; all others have the parameters'.
-        gradients: "kept": the same tensors every step; "new": every step has new gradients at new addresses.
-        rule: a key of peers.RULES.
-        threads: of torch; 0: as many as it had.
-        groups: where over 1, every optimizer runs with one group of all tensors and with this many groups.
-        lr: "constant", or "changing" in every group before every step.
-        sweep: a key of SWEEPS, where the case is a point of one; it then runs with its groups only.
+    Gradients are "kept" from step to step, or "new" ones at new addresses; they have a dtype of their own for a
+    contender that takes it. Where there are groups, every optimizer runs with one group of all tensors and with as
+    many, their lr "constant" or "changing" in each before every step. A point of a sweep runs with its groups only.
     """
 
     def __init__(self, text: str, only: tuple[str, ...] = ()) -> None:
@@ -178,10 +172,9 @@ SMALL = (
 )  # fmt: skip
 
 
-def fitting_layers(free: float, bytes_per_parameter: float, most: int = 32) -> int:
+def fitting_layers(free: float, bytes_per_parameter: float) -> int:
     """Layers of the 8B Llama that fit into `free` bytes; 0 where not even the embeddings do."""
-    fits = (n for n in range(most, 0, -1) if elements(llama(n)) * bytes_per_parameter <= free)
-    return next(fits, 0)
+    return next((n for n in range(32, 0, -1) if elements(llama(n)) * bytes_per_parameter <= free), 0)
 
 
 def gpu_cases(free: int) -> list[Case]:

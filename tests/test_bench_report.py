@@ -216,7 +216,7 @@ def test_figures_of_a_gpu(gpu):
 
 
 def verdict_of(report: dict[str, Any], start: str, where: str = "") -> list[str]:
-    found = tables.verdicts(report)
+    found = tables.verdicts(report)[1:]
     return [verdict for target, place, _, verdict in found if target.startswith(start) and where in place]
 
 
@@ -241,7 +241,7 @@ def test_verdicts_of_a_gpu(gpu):
     assert verdict_of(gpu, ">= 1.0x torch fused, device", "10000x1000") == ["not reached"]
 
     for nothing in (gpu | {"benchmarks": []}, gpu | {"rehearsal": True}):
-        assert {verdict for *_, verdict in tables.verdicts(nothing)} == {"not measured"}
+        assert {verdict for *_, verdict in tables.verdicts(nothing)[1:]} == {"not measured"}
     assert set(TARGETS.values()) == {88, 92}
 
 
@@ -272,11 +272,19 @@ def test_the_text_of_a_gpu(gpu):
 # What is kept ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_report_is_saved_by_date_and_processor(report, tmp_path, capsys):
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """What is kept lies in tmp_path / "results", and the README in tmp_path."""
+    monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(program, "README", tmp_path / "README.md")
+    program.RESULTS.mkdir()
+    return program.RESULTS
+
+
+def test_a_report_is_saved_by_date_and_processor(report, folder, tmp_path, capsys):
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(report))
-    folder = tmp_path / "results"
-    assert program.main([str(path), "--save", str(folder)]) == 0
+    assert program.main([str(path), "--save"]) == 0
     assert capsys.readouterr().out.startswith("date")
     stem = "2026-03-04-a-fast-cpu"
     plots = [f"{stem}-{name}.png" for name in ("peers", "scaling")]
@@ -285,17 +293,17 @@ def test_a_report_is_saved_by_date_and_processor(report, tmp_path, capsys):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert (folder / f"{stem}.txt").read_text() == tables.render(program.slim(report))
     again = json.loads((folder / f"{stem}.json").read_text())
-    assert again == program.slim(again) == program.newest(folder)
+    assert again == program.slim(again) == program.newest()
     assert "flags" not in again["machine_info"]["cpu"]
     assert all(entry["stats"].keys() == {"data"} for entry in again["benchmarks"])
 
 
-def test_the_newest_report_is_found(tmp_path):
-    assert program.newest(tmp_path) is None
+def test_the_newest_report_is_found(folder):
+    assert program.newest() is None
     for name in ("2026-03-04-b", "2026-11-01-a", "2027-01-01-x-gpu"):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"name": name}))
-    assert program.newest(tmp_path) == {"name": "2026-11-01-a"}
-    assert program.newest(tmp_path, gpu=True) == {"name": "2027-01-01-x-gpu"}
+        (folder / f"{name}.json").write_text(json.dumps({"name": name}))
+    assert program.newest() == {"name": "2026-11-01-a"}
+    assert program.newest(gpu=True) == {"name": "2027-01-01-x-gpu"}
 
 
 # The README -----------------------------------------------------------------------------------------------------------
@@ -319,13 +327,13 @@ def test_the_section_of_a_report(report):
     assert max(len(line) for line in text.splitlines() if line[:1] not in "|!" and "](" not in line) <= 120
 
 
-def test_a_gpu_report_is_kept_and_joins_the_section(report, gpu, tmp_path, capsys):
+def test_a_gpu_report_is_kept_and_joins_the_section(report, gpu, folder, tmp_path, capsys):
     for name, content in (("bench.json", report), ("gpu.json", gpu)):
         (tmp_path / name).write_text(json.dumps(content))
-    path, folder = tmp_path / "README.md", tmp_path / "results"
+    path = tmp_path / "README.md"
     path.write_text("\n".join(f"<!-- {part}:{end} -->" for part in ("plot", "performance") for end in ("begin", "end")))
-    assert program.main([str(tmp_path / "bench.json"), "--save", str(folder)]) == 0
-    assert program.main([str(tmp_path / "gpu.json"), "--save", str(folder), "--readme", str(path)]) == 0
+    assert program.main([str(tmp_path / "bench.json"), "--save"]) == 0
+    assert program.main([str(tmp_path / "gpu.json"), "--save", "--readme"]) == 0
     assert "Budgets" in capsys.readouterr().out
     text = path.read_text()
     assert "On a GPU: some GPU, torch 2.11.0, 2026-03-04; a copy, the ceiling there, moves 2000 GB/s." in text
@@ -336,10 +344,10 @@ def test_a_gpu_report_is_kept_and_joins_the_section(report, gpu, tmp_path, capsy
     assert "on 2 threads of A (fast) CPU" in text
     files = {f"{stem}{end}" for end in (".json", ".txt", "-peers.png")}
     assert {p.name for p in folder.iterdir() if p.name.startswith(stem)} == files
-    assert program.newest(folder, gpu=True) == program.slim(gpu)
-    assert program.newest(folder) == program.slim(report)
+    assert program.newest(gpu=True) == program.slim(gpu)
+    assert program.newest() == program.slim(report)
     assert (folder / f"{stem}.txt").read_text() == tables.render(gpu)
-    assert program.main([str(tmp_path / "bench.json"), "--save", str(folder), "--readme", str(path)]) == 0
+    assert program.main([str(tmp_path / "bench.json"), "--save", "--readme"]) == 0
     assert path.read_text() == text
 
 
@@ -358,12 +366,12 @@ def test_the_section_is_rewritten_between_its_markers_only(report):
             program.rewritten(broken, report, None)
 
 
-def test_a_rehearsal_is_not_kept(gpu, tmp_path, capsys):
+def test_a_rehearsal_is_not_kept(gpu, folder, tmp_path, capsys):
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(gpu | {"rehearsal": True}))
     for option in ("--save", "--readme"):
         with pytest.raises(SystemExit):
-            program.main([str(path), option, str(tmp_path / "somewhere")])
+            program.main([str(path), option])
         assert "no figure in it is a GPU's" in capsys.readouterr().err
     assert program.main([str(path)]) == 0
 
@@ -371,7 +379,7 @@ def test_a_rehearsal_is_not_kept(gpu, tmp_path, capsys):
 def test_the_readme_says_what_was_measured():
     """`python bench/report.py --readme` makes it so."""
     text = (ROOT / "README.md").read_text()
-    report, gpu = program.newest(program.RESULTS), program.newest(program.RESULTS, gpu=True)
+    report, gpu = program.newest(), program.newest(gpu=True)
     assert report is not None
     assert program.rewritten(text, report, gpu) == text
     for link in {part.split(")")[0] for part in text.split("](bench/")[1:]}:
