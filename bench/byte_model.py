@@ -16,11 +16,7 @@ BLOCK, SHORTEST = 256, 4096  # elements that share a float32 scale; shorter tens
 
 
 def step_bytes(rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> int:
-    """Bytes per parameter and step, all states being of one dtype.
-
-    >>> step_bytes("adamw", torch.bfloat16, torch.bfloat16, torch.float32)
-    22
-    """
+    """Bytes per parameter and step, all states being of one dtype."""
     return 2 * param.itemsize + grad.itemsize + 2 * STATES[rule] * state.itemsize
 
 

@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, read back without a GPU: registers, stack, widths, bytes and instructions.
 
-    python bench/codegen.py [--json FILE] [--save] [--targets sm_90,gfx942] [--ptx FOLDER]
+    python bench/codegen.py [--json FILE] [--save] [--ptx FOLDER]
     python bench/codegen_cuda.py [--json FILE] [--save]     # the same of the CUDA library's kernels, as it was built
 
 Every specialisation that users reach is compiled for NVIDIA's sm_80, sm_90 and sm_100 and AMD's gfx942 and gfx1100 by
@@ -167,15 +167,11 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
     return Cost.of(kernel, target, found, elements, model, asm["ttgir"].count("ttg.convert_layout"))
 
 
-def costs(targets: Sequence[str], workers: int = 2, ptx: Path | None = None) -> list[Cost]:
-    """Of every kernel on the targets. `ptx`: a folder for their PTX."""
-    pairs = list(product(targets, kernels()))
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+def costs(ptx: Path | None = None) -> list[Cost]:
+    """Of every kernel on every target. `ptx`: a folder for their PTX."""
+    pairs = list(product(TARGETS, kernels()))
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(cost, [k for _, k in pairs], [t for t, _ in pairs], [ptx] * len(pairs), chunksize=4))
-
-
-# The table ------------------------------------------------------------------------------------------------------------
 
 
 def render(found: Sequence[Cost], compiler: str) -> str:
@@ -216,11 +212,10 @@ def main() -> None:
     import triton
 
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
-    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
     parser.add_argument("--ptx", type=Path, metavar="FOLDER", help="write the PTX of NVIDIA's targets there")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
-    program(parser, lambda own: (f"Triton {triton.__version__}", costs(own.targets.split(","), ptx=own.ptx)))
+    program(parser, lambda own: (f"Triton {triton.__version__}", costs(own.ptx)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Makes the contenders of a case, on the same memory where they can share it.
 
-Parameters and gradients are shared and, on the CPU, states of the formats that are plain tensors: so no contender has
-the better pages. What must lie elsewhere has copies: gradients of another dtype, flat parameters, the bare loop's
-buffer of many tensors (which the ceiling's stream moves too), and states of other formats.
+Parameters and gradients are shared and, on the CPU, states that are plain tensors: so none has the better pages.
+Copies are: gradients of another dtype, flat parameters, the buffer of all for bare loop and ceiling, other states.
 """
 
 from __future__ import annotations
@@ -128,11 +127,7 @@ def library() -> Callable[..., int] | str:
 
 
 def stream(param: Tensor, grad: Tensor, states: Sequence[Tensor], threads: int) -> Callable[[], None]:
-    """A call that reads all, and writes all but the gradient, with the values that they have; no arithmetic.
-
-    Raises:
-        RuntimeError: there is no compiler, or the mix of widths is not in stream.cpp.
-    """
+    """A call that reads all, and writes all but the gradient, with the values that they have; no arithmetic."""
     function = library()
     if isinstance(function, str):
         raise RuntimeError(function)
@@ -147,9 +142,6 @@ def stream(param: Tensor, grad: Tensor, states: Sequence[Tensor], threads: int) 
             raise RuntimeError(f"no stream of {param.dtype}, {grad.dtype} and {[s.dtype for s in states]} is there")
 
     return run
-
-
-# A case ---------------------------------------------------------------------------------------------------------------
 
 
 class Maker:

@@ -5,9 +5,8 @@
     python bench/gpu.py --out DIR --only tune                        # launch parameters, into DIR/tune.json and .txt
     python bench/gpu.py --out DIR --rehearse                         # on the CPU with tiny tensors
 
-DIR then has gpu.json (everything, written after every case), gpu.txt (the tables), tests.txt, and a plot, peers.png.
-Each part has a budget of time; what fails is said in the report and ends nothing else. bench/report.py makes tables and
-plots of gpu.json again, and keeps them.
+DIR then has gpu.json (everything, written after every case), gpu.txt (the tables), tests.txt and peers.png. Each part
+has a budget of time; what fails is said in the report and ends nothing else. bench/report.py keeps gpu.json.
 """
 
 from __future__ import annotations

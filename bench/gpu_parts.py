@@ -26,24 +26,19 @@ WAYS = ("device", "wall", "host")
 MOST_OF_A_CASE = 15.0  # seconds; a hundredth in a rehearsal
 
 
-def about(device: torch.device) -> dict[str, Any]:
-    """What decides the numbers: device, driver, versions."""
-    machine: dict[str, Any] = {"device": "CPU", "driver": "none", "wd_kernels": versions_here()}
-    if device.type != "cpu":
-        properties = torch.cuda.get_device_properties(device)
-        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        machine |= {"device": str(properties.name), "memory": memory, "driver": driver}
-    return machine
-
-
 class Report:
     """What is known so far, kept on disk; its parts are those of pytest-benchmark's JSON, and more."""
 
     def __init__(self, out: Path, device: torch.device, name: str = "gpu") -> None:
         self.path = out / name
         date = datetime.datetime.now(datetime.timezone.utc).isoformat()
-        self.values: dict[str, Any] = {"datetime": date, "commit_info": commit(), "machine_info": about(device)}
+        machine: dict[str, Any] = {"device": "CPU", "driver": "none", "wd_kernels": versions_here()}
+        if device.type != "cpu":
+            properties = torch.cuda.get_device_properties(device)
+            driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+            memory = f"{properties.total_memory / 2**30:.0f} GiB"
+            machine |= {"device": str(properties.name), "memory": memory, "driver": driver}
+        self.values: dict[str, Any] = {"datetime": date, "commit_info": commit(), "machine_info": machine}
         self.values |= {"rehearsal": device.type == "cpu", "finished": False}
         self.values |= {"missing": {}, "left_out": {}, "benchmarks": []}
 
@@ -78,8 +73,7 @@ def measure_steps(report: Report, device: torch.device, seconds: float, only: Se
         started = time.perf_counter()
         if started >= end:
             break
-        floors = (REFERENCE, BARE_LOOP, CEILING)  # the copy is the ceiling
-        names = [who for who in case.stepping(list(peers)) if who[0] not in floors]
+        names = [who for who in case.stepping(list(peers)) if who[0] not in (REFERENCE, BARE_LOOP, CEILING)]
         share = min((end - started) / (len(todo) - k), MOST_OF_A_CASE / (100 if small else 1))
         try:
             entries, skipped = measure(case, peers, names, share, timer)
@@ -121,33 +115,29 @@ VARIANTS: dict[str, dict[str, int]] = {
 }
 
 
-def variants(case: Case, optimizer: torch.optim.Optimizer, use: Callable[..., None]) -> list[Contender]:
-    """A contender for each, on one optimizer: before another's turn its parameters are set."""
-    active: list[str] = []
+def tune(report: Report, device: torch.device, seconds: float) -> str:
+    """Measures all variants on all cases, each a contender on one optimizer; the text of the report."""
+    end, timer, small = time.perf_counter() + min(seconds, BUDGET), Timer(device, WAYS), device.type == "cpu"
 
-    def prepare(name: str) -> None:
+    def switch(active: list[str], use: Callable[..., None], name: str) -> None:
+        """Before another's turn its parameters are set."""
         if active != [name]:
             active[:] = [name]
             use(**VARIANTS[name])
 
-    moved = PEERS[0].bytes_per_parameter(case.dtype, case.grad)
-    return [Contender(name, 1, moved, optimizer.step, partial(prepare, name)) for name in VARIANTS]
-
-
-def tune(report: Report, device: torch.device, seconds: float) -> str:
-    """Measures all variants on all cases; the text of the report."""
-    end, timer, small = time.perf_counter() + min(seconds, BUDGET), Timer(device, WAYS), device.type == "cpu"
     for k, text in enumerate(TUNED):
         case, skipped = Case(text.replace("00000-", "-") if small else text), dict[str, Any]()
-        tensors = Tensors.of(case, case.grad, device)
+        tensors, moved = Tensors.of(case, case.grad, device), PEERS[0].bytes_per_parameter(case.dtype, case.grad)
         optimizer = wd_kernels.AdamW(tensors.params, lr=1e-3, weight_decay=0.1)
         share = max(end - time.perf_counter(), 0.0) / (len(TUNED) - k) / (100 if small else 1)
         with launch_parameters(optimizer) as use:
-            found = rounds(case, variants(case, optimizer, use), skipped, share, timer)
+            prepare = partial(switch, [], use)
+            them = [Contender(name, 1, moved, optimizer.step, partial(prepare, name)) for name in VARIANTS]
+            found = rounds(case, them, skipped, share, timer)
         report.values["benchmarks"] += [entry(case, *one) for one in found]
         report.values["left_out"] |= {str(case): skipped} if skipped else {}
         report.save()
-        del tensors, optimizer, use, found
+        del tensors, optimizer, use, prepare, them, found
         timer.free()
     report.values["finished"] = True
     return report.save()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from byte_model import STATE_FORMATS, STATES
@@ -25,17 +25,16 @@ EVERYWHERE, CPU = ("cpu", "cuda"), ("cpu",)
 AS_TORCH = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """A rule that is measured: our class (its name in tables, too), torch's, and the options of both."""
 
     ours: str
     torchs: str
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
 
 
 MOMENTUM = {"momentum": 0.9}
-RULES = {"adamw": Rule("AdamW", "AdamW"), "sgdw": Rule("SGDW", "SGD", MOMENTUM)}
+RULES = {"adamw": Rule("AdamW", "AdamW", {}), "sgdw": Rule("SGDW", "SGD", MOMENTUM)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +77,6 @@ def _every_rule(name: str, module: str, states: str, devices: tuple[str, ...] = 
     ]
 
 
-_TE = "transformer_engine.pytorch.optimizers"
 PEERS = (
     *_every_rule(OURS, "wd_kernels", "float32 or wider"),
     *_every_rule(CUDA, "wd_kernels", "float32 or wider", ("cuda",), backend="cuda"),
@@ -88,8 +86,8 @@ PEERS = (
     Peer(DEEPSPEED, "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", "float32", {}, HALVES, devices=CPU),
     Peer("apex", "adamw", "apex.optimizers:FusedAdam", "float32"),
     Peer("apex", "sgdw", "apex.optimizers:FusedSGD", "own dtype", MOMENTUM),
-    Peer("TransformerEngine", "adamw", f"{_TE}:FusedAdam", "float32"),
-    Peer("TransformerEngine", "sgdw", f"{_TE}:FusedSGD", "own dtype", MOMENTUM),
+    Peer("TransformerEngine", "adamw", "transformer_engine.pytorch.optimizers:FusedAdam", "float32"),
+    Peer("TransformerEngine", "sgdw", "transformer_engine.pytorch.optimizers:FusedSGD", "own dtype", MOMENTUM),
     Peer("torch-optimi", "adamw", "optimi:AdamW", "compensated", AS_TORCH, devices=EVERYWHERE),
     Peer("torch-optimi", "sgdw", "optimi:SGD", "compensated", MOMENTUM | {"decouple_wd": True}, devices=EVERYWHERE),
     Peer("torchao 8-bit", "adamw", "torchao.optim:AdamW8bit", "8 bits or own dtype", devices=EVERYWHERE),

@@ -16,8 +16,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
-from peers import CUDA, DEEPSPEED, FLAT, FOREACH, FUSED, OURS
-from tables import REHEARSAL, heading, rule_name, size
+from peers import CUDA, DEEPSPEED, FLAT, FOREACH, FUSED, OURS, RULES
+from tables import REHEARSAL, heading, size
 from workloads import BARE_LOOP, CEILING, LEAD, REFERENCE, TARGETS, TIMED
 
 COLORS = defaultdict(lambda: "#c2703d", {
@@ -29,7 +29,6 @@ COLORS = defaultdict(lambda: "#c2703d", {
 })  # fmt: skip
 #: Ours are drawn over the others, with other marks.
 MARKS = {OURS: "D", FLAT: "d", CUDA: "s", BARE_LOOP: "|", CEILING: "|", REFERENCE: "x"}
-BUDGET = "#c62828"
 SWEEP_TITLES = {
     "tensors": "Over tensors, 10⁶ elements in all", "elements": "Over elements of one tensor",
     "groups": "Over groups, 1000 tensors of 1000, lr changing",
@@ -38,7 +37,6 @@ STYLE: Any = {
     "font.size": 9, "axes.titlelocation": "left", "axes.titlesize": 10, "axes.spines.top": False,
     "axes.spines.right": False, "figure.constrained_layout.use": True, "legend.frameon": False,
 }  # fmt: skip
-Rows = dict[str, dict[str, Result]]
 
 
 def plot(report: Report, folder: Path, stem: str = "") -> list[Path]:
@@ -85,15 +83,15 @@ def lead(cases: Cases) -> Figure | None:
     return figure
 
 
-def rows(cases: Cases) -> Rows:
+def rows(cases: Cases) -> dict[str, dict[str, Result]]:
     """The contenders of every case that is no point of a sweep, by a label of case and number of groups."""
     most = max((r.info["threads"] for them in cases.values() for r in them.values()), default=1)
-    found: Rows = {}
+    found: dict[str, dict[str, Result]] = {}
     for them in cases.values():
         for r in them.values():
             if r.info["sweep"]:
                 continue
-            parts = [f"{size(r.info)}  {rule_name(r.info)}", r.info["dtype"], r.info["gradients"]]
+            parts = [f"{size(r.info)}  {RULES[r.info['rule']].ours}", r.info["dtype"], r.info["gradients"]]
             if r.info["threads"] != most:
                 parts.append(f"{r.info['threads']} thread")
             if any(groups > 1 for _, groups in them):
@@ -129,7 +127,7 @@ def peers(cases: Cases) -> Figure | None:
                 axis.scatter(x, y, s=area, marker=mark, color=COLORS[name], zorder=3 + own, linewidths=width)
             budget = TARGETS.get(them[OURS].case) if on_device and title.startswith("Percent") else None
             if budget:
-                axis.plot([budget] * 2, [y - 0.4, y + 0.4], color=BUDGET, linewidth=1.6)
+                axis.plot([budget] * 2, [y - 0.4, y + 0.4], color="red", linewidth=1.6)
         axis.set_title(title)
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="x", alpha=0.25)
@@ -148,7 +146,7 @@ def peers(cases: Cases) -> Figure | None:
     ]
     if on_device:
         names.append("budget")
-        handles.append(Line2D([], [], color=BUDGET))
+        handles.append(Line2D([], [], color="red"))
     figure.legend(handles, names, loc="outside lower center", ncols=8)
     return figure
 

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from figures import Cases, Report, copy_rate, device, is_peer, of_gpu, points, results, stem_of
-from peers import FLAT, FUSED, OURS
-from tables import filled, filled_columns, lost, ms, percent, render, rule_name, scaling, size
+from peers import FLAT, FUSED, OURS, RULES
+from tables import filled, filled_columns, lost, ms, percent, render, scaling, size
 from workloads import CEILING, LEAD
 
 ROOT = Path(__file__).parent.parent
@@ -40,19 +40,11 @@ def slim(report: Report) -> Report:
         machine = {key: machine[key] for key in ("machine", "system", "cpu", "wd_kernels") if key in machine}
     entries = []
     for entry in report["benchmarks"]:
-        info, data = entry["extra_info"], short(entry["stats"]["data"])
-        info = {key: short(value) for key, value in info.items()}
-        entries.append({"group": entry["group"], "extra_info": info, "stats": {"data": data}})
+        info = {key: short(value) for key, value in entry["extra_info"].items()}
+        entries.append({"group": entry["group"], "extra_info": info, "stats": {"data": short(entry["stats"]["data"])}})
     kept = {name: value for name, value in report.items() if name not in ("version", "benchmarks")}
     own = {"commit_info": {key: commit.get(key) for key in ("id", "dirty")}, "machine_info": machine}
     return kept | own | {"benchmarks": entries}
-
-
-def dumped(report: Report) -> str:
-    """As JSON with a line for each contender."""
-    rest = {key: value for key, value in report.items() if key != "benchmarks"}
-    lines = ",\n  ".join(json.dumps(entry) for entry in report["benchmarks"])
-    return f'{json.dumps(rest, indent=1)[:-2]},\n "benchmarks": [\n  {lines}\n ]\n}}\n'
 
 
 def newest(gpu: bool = False) -> Report | None:
@@ -65,10 +57,11 @@ def save(report: Report) -> list[Path]:
     """Writes the JSON, the text and the plots, named by date and device; returns the paths."""
     from plots import plot
 
-    report = slim(report)
-    stem = stem_of(report)
+    report, stem = slim(report), stem_of(report)
     paths = [RESULTS / f"{stem}.json", RESULTS / f"{stem}.txt"]
-    paths[0].write_text(dumped(report))
+    head = json.dumps({**report, "benchmarks": []}, indent=1).removesuffix("[]\n}")
+    lines = ",\n  ".join(map(json.dumps, report["benchmarks"]))  # one for each contender
+    paths[0].write_text(f"{head}[\n  {lines}\n ]\n}}\n")
     paths[1].write_text(render(report))
     return paths + plot(report, RESULTS, stem)
 
@@ -152,7 +145,7 @@ def table(cases: Cases) -> str:
         share = ours.share(them.get((CEILING, 1)))
         next_best = min((r for r in peers if r is not fused), key=ours.ratio, default=None)
         rows.append(
-            (size(info).replace(" x ", " × "), rule_name(info),
+            (size(info).replace(" x ", " × "), RULES[info["rule"]].ours,
              info["dtype"] + ("" if info["threads"] == most else f", {info['threads']} thread"), info["gradients"],
              ms(ours.median), ms(statistics.median(on_device)) if on_device else "", ms(flat.median) if flat else "",
              ms(fused.median) if fused else "", f"{next_best.contender}: {ms(next_best.median)}" if next_best else "",
@@ -187,8 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"saved: {path}")
     if arguments.readme:
         cpu, gpu = (slim(report) if of_gpu(report) == gpu else newest(gpu) for gpu in (False, True))
-        if cpu is None:
-            parser.error(f"no report of a CPU is in {RESULTS}")
+        assert cpu is not None, f"no report of a CPU is in {RESULTS}"
         README.write_text(rewritten(README.read_text(), cpu, gpu))
         print(f"rewritten: {README}")
     return 0

@@ -30,10 +30,6 @@ by the device time. ms: steps one after another, awaited at the end of the turn;
 the case could stay in it; host: until step() returns. Who takes no gradients of another dtype has the parameters'."""
 
 
-def rule_name(info: dict[str, Any]) -> str:
-    return RULES[info["rule"]].ours
-
-
 def size(info: dict[str, Any]) -> str:
     """A model, or tensors x elements, with Mi where it is whole."""
     elements = info["elements"]
@@ -81,20 +77,16 @@ def heading(report: Report) -> list[tuple[str, str]]:
     return rows
 
 
-HEADER = (
-    "tensors", "rule", "dtype", "gradients", "threads", "optimizer", "groups", "ms", "IQR", "us a group", "launches ms",
-    "device ms", "IQR", "host ms", "GB/s", "% ceiling", "B/param", "x ours", "device: x ours",
-)  # fmt: skip
-
-
 def steps(cases: Cases) -> list[Row]:
     """A row per contender of every case."""
-    rows: list[Row] = [HEADER]
+    head = ("tensors", "rule", "dtype", "gradients", "threads", "optimizer", "groups", "ms", "IQR", "us a group")
+    last = ("GB/s", "% ceiling", "B/param", "x ours", "device: x ours")
+    rows: list[Row] = [(*head, "launches ms", "device ms", "IQR", "host ms", *last)]
     for them in cases.values():
         for i, own in enumerate(them.values()):
             info, ours, one = own.info, them.get((OURS, own.groups)), them.get((own.contender, 1))
             between = info["gradients"] + ", lr changing" * (info["lr"] == "changing")
-            what = (size(info), rule_name(info), info["dtype"], between, str(info["threads"]))
+            what = (size(info), RULES[info["rule"]].ours, info["dtype"], between, str(info["threads"]))
             group_cost = launches = host = "-"
             if one and own.groups > 1:
                 each = statistics.median(b - a for a, b in zip(one.seconds, own.seconds, strict=False))

@@ -7,8 +7,8 @@ A round gives every contender a turn (A B C, C B A, A B C, ...). A turn is the s
             device is held back until the host has queued the step: gaps that the host leaves do not count, as far
             as a queue of about a thousand launches reaches.
     host    until step() returns, beginning on an idle device.
-On the CPU, where nothing is queued, the first is all there is. All contenders have the same share of the time: one
-whose steps are long takes part in the first rounds only, and quotients are of rounds that both have.
+On the CPU the first is all there is. All contenders have the same share of the time: one of long steps takes part in
+the first rounds only, and quotients are of rounds that both have.
 """
 
 from __future__ import annotations

@@ -27,8 +27,6 @@ SWEEPS: dict[str, tuple[str, ...]] = {
 }
 SLOWLY = 100_000  # elements of the largest case that the reference steps
 
-# Shapes of models -----------------------------------------------------------------------------------------------------
-
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -74,8 +72,6 @@ def lora(layers: int = 32, width: int = 4096, inner: int = 11008, rank: int = 16
 MODELS: dict[str, Callable[..., Shapes]] = {
     "gpt2": gpt2, "vit_l16": vit, "llama3_8b": llama, "lora_7b": lora, "tiny_gpt2": partial(gpt2, 2, 32, 101, 16)
 }  # fmt: skip
-
-# Cases ----------------------------------------------------------------------------------------------------------------
 
 _CASE = re.compile(
     rf"((\d+)x(\d+)(|Ki|Mi)|({'|'.join(MODELS)})(?::(\d+))?)-(\w+?)(?:\+(\w+))?-(kept|new)"

@@ -88,8 +88,7 @@ class Plan:
 
     def row(self) -> list[float]:
         """The weight decays of a budget."""
-        decays: list[float] = np.geomspace(*METHODS["AdamW independent"].decays, self.decays).tolist()
-        return decays
+        return METHODS["AdamW independent"].grid(self.decays)[1]
 
 
 def grids(plan: Plan) -> dict[tuple[str, str, str], Run]:
