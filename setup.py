@@ -54,50 +54,42 @@ NAMED = {
 }  # fmt: skip
 
 
-def torch_home() -> Path | None:
-    """The directory of the installed torch, found without importing it."""
-    places = [os.environ.get("WD_KERNELS_TORCH_HOME"), *sys.path, sysconfig.get_paths()["purelib"]]
-    for place in places:
-        if place and (Path(place) / "torch" / "include" / "torch" / "csrc" / "stable").is_dir():
-            return Path(place) / "torch"
-    return None
+class CannotBuild(Exception):
+    """Why a library cannot be built here."""
 
 
-def missing() -> str | None:
-    """Why nothing native can be built here, or None."""
+def torch_home() -> Path:
+    """The directory of the installed torch, found without importing it, where its headers and a compiler are."""
     if os.environ.get("WD_KERNELS_NO_NATIVE", "0") not in ("", "0"):
-        return "WD_KERNELS_NO_NATIVE was set"
+        raise CannotBuild("WD_KERNELS_NO_NATIVE was set")
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
-        return f"no C++ compiler was found ({compiler!r} is not on the PATH; CXX names another)"
-    if torch_home() is None:
-        return (
-            "torch's headers were not found (install torch first; pip's --no-build-isolation shows it to the build, or "
-            "WD_KERNELS_TORCH_HOME, the directory that holds it)"
-        )
-    return None
+        raise CannotBuild(f"no C++ compiler was found ({compiler!r} is not on the PATH; CXX names another)")
+    for place in (os.environ.get("WD_KERNELS_TORCH_HOME"), *sys.path, sysconfig.get_paths()["purelib"]):
+        if place and (Path(place) / "torch" / "include" / "torch" / "csrc" / "stable").is_dir():
+            return Path(place) / "torch"
+    raise CannotBuild(
+        "torch's headers were not found (install torch first; pip's --no-build-isolation shows it to the build, or "
+        "WD_KERNELS_TORCH_HOME, the directory that holds it)"
+    )
 
 
 # CUDA -----------------------------------------------------------------------------------------------------------------
 
 
-class NoCuda(Exception):
-    """Why the CUDA library cannot be built here."""
-
-
 def nvcc() -> str:
     """The compiler of the CUDA toolkit."""
     if os.environ.get("WD_KERNELS_CUDA") == "0":
-        raise NoCuda("WD_KERNELS_CUDA=0 was set")
+        raise CannotBuild("WD_KERNELS_CUDA=0 was set")
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             found = shutil.which("nvcc", path=str(Path(os.environ[name]) / "bin"))
             if found is None:
-                raise NoCuda(f"{name}={os.environ[name]} holds no bin/nvcc")
+                raise CannotBuild(f"{name}={os.environ[name]} holds no bin/nvcc")
             return str(Path(found).absolute())
     found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if found is None:
-        raise NoCuda("no CUDA toolkit was found (no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda)")
+        raise CannotBuild("no CUDA toolkit was found (no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda)")
     return str(Path(found).absolute())
 
 
@@ -106,9 +98,9 @@ def asked(compiler: str, option: str) -> str:
     try:
         done = subprocess.run([compiler, option], capture_output=True, text=True, errors="replace")
     except OSError as error:
-        raise NoCuda(f"{compiler} cannot be run: {error}") from None
+        raise CannotBuild(f"{compiler} cannot be run: {error}") from None
     if done.returncode:
-        raise NoCuda(f"{compiler} {option} failed: {failure(done)}")
+        raise CannotBuild(f"{compiler} {option} failed: {failure(done)}")
     return done.stdout
 
 
@@ -119,12 +111,14 @@ def architectures(compiler: str) -> list[str]:
         known = asked(compiler, "--list-gpu-code").split()
         found = [a for a in ARCHITECTURES if f"sm_{a.replace('.', '')}" in known]
         if not found:
-            raise NoCuda(f"{compiler} knows none of {', '.join(ARCHITECTURES)} (TORCH_CUDA_ARCH_LIST names others)")
+            raise CannotBuild(
+                f"{compiler} knows none of {', '.join(ARCHITECTURES)} (TORCH_CUDA_ARCH_LIST names others)"
+            )
         return [*found[:-1], f"{found[-1]}+PTX"]
     for word in words:
         if word not in NAMED and not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", word):
             names = ", ".join(NAMED)
-            raise NoCuda(f"TORCH_CUDA_ARCH_LIST names {word!r}: expected such as 9.0, 9.0a or 9.0+PTX, or {names}")
+            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST names {word!r}: expected such as 9.0, 9.0a or 9.0+PTX, or {names}")
     return list(dict.fromkeys(own for word in words for own in NAMED.get(word, word).split(";")))
 
 
@@ -133,8 +127,8 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
     compiler = nvcc()
     release = re.search(r"release ([\d.]+)", asked(compiler, "--version"))
     targets = architectures(compiler)
-    numbers = {target.removesuffix("+PTX").replace(".", ""): target.endswith("+PTX") for target in targets}
-    codes = [(n, code) for n, ptx in numbers.items() for code in (f"sm_{n}", *[f"compute_{n}"] * ptx)]
+    split = [target.replace(".", "").partition("+") for target in targets]
+    codes = [(n, code) for n, _, ptx in split for code in (f"sm_{n}", *[f"compute_{n}"] * bool(ptx))]
     gencode = [f"-gencode=arch=compute_{number},code={code}" for number, code in codes]
     built = f"CUDA {release[1] if release else '?'} for {', '.join(targets)}".replace("+PTX", " and its PTX")
     host = os.environ.get("CXX", "")
@@ -250,14 +244,14 @@ class NinjaBuild(build_ext):
 
     def build(self, library: Path, cuda_library: Path) -> dict[str, str]:
         """Why which library could not be built."""
-        why_not, home = missing(), torch_home()
-        if why_not is not None or home is None:
-            return dict.fromkeys(LIBRARIES, str(why_not))
-        absent = {}
-        rules = ninja_rules(home, library)
+        try:
+            home = torch_home()
+        except CannotBuild as why:
+            return dict.fromkeys(LIBRARIES, str(why))
+        absent, rules = {}, ninja_rules(home, library)
         try:
             rules += cuda_rules(home, cuda_library)
-        except NoCuda as why:
+        except CannotBuild as why:
             absent["_cuda"] = str(why)
         BUILD.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ def no_toolkit() -> str | None:
     """Why there is no CUDA compiler, None where there is one."""
     try:
         setup()["nvcc"]()
-    except setup()["NoCuda"] as why:
+    except setup()["CannotBuild"] as why:
         return str(why)
     return None
 
