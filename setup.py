@@ -27,10 +27,10 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 LIBRARIES = {"_C": "native extension", "_cuda": "CUDA library"}
 BUILD = ROOT / "build" / "native"  # one place for every way of building; tests look at what lies there
 TARGET_TORCH = "0x020a000000000000"  # 2.10, the oldest torch supported
@@ -54,50 +54,42 @@ NAMED = {
 }  # fmt: skip
 
 
-def torch_home() -> Path | None:
-    """The directory of the installed torch, found without importing it."""
-    places = [os.environ.get("WD_KERNELS_TORCH_HOME"), *sys.path, sysconfig.get_paths()["purelib"]]
-    for place in places:
-        if place and (Path(place) / "torch" / "include" / "torch" / "csrc" / "stable").is_dir():
-            return Path(place) / "torch"
-    return None
+class CannotBuild(Exception):
+    """Why a library cannot be built here."""
 
 
-def missing() -> str | None:
-    """Why nothing native can be built here, or None."""
+def torch_home() -> Path:
+    """The directory of the installed torch, found without importing it, where its headers and a compiler are."""
     if os.environ.get("WD_KERNELS_NO_NATIVE", "0") not in ("", "0"):
-        return "WD_KERNELS_NO_NATIVE was set"
+        raise CannotBuild("WD_KERNELS_NO_NATIVE was set")
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
-        return f"no C++ compiler was found ({compiler!r} is not on the PATH; CXX names another)"
-    if torch_home() is None:
-        return (
-            "torch's headers were not found (install torch first; pip's --no-build-isolation shows it to the build, or "
-            "WD_KERNELS_TORCH_HOME, the directory that holds it)"
-        )
-    return None
+        raise CannotBuild(f"no C++ compiler was found ({compiler!r} is not on the PATH; CXX names another)")
+    for place in (os.environ.get("WD_KERNELS_TORCH_HOME"), *sys.path, sysconfig.get_paths()["purelib"]):
+        if place and (Path(place) / "torch" / "include" / "torch" / "csrc" / "stable").is_dir():
+            return Path(place) / "torch"
+    raise CannotBuild(
+        "torch's headers were not found (install torch first; pip's --no-build-isolation shows it to the build, or "
+        "WD_KERNELS_TORCH_HOME, the directory that holds it)"
+    )
 
 
 # CUDA -----------------------------------------------------------------------------------------------------------------
 
 
-class NoCuda(Exception):
-    """Why the CUDA library cannot be built here."""
-
-
 def nvcc() -> str:
     """The compiler of the CUDA toolkit."""
     if os.environ.get("WD_KERNELS_CUDA") == "0":
-        raise NoCuda("WD_KERNELS_CUDA=0 was set")
+        raise CannotBuild("WD_KERNELS_CUDA=0 was set")
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             found = shutil.which("nvcc", path=str(Path(os.environ[name]) / "bin"))
             if found is None:
-                raise NoCuda(f"{name}={os.environ[name]} holds no bin/nvcc")
+                raise CannotBuild(f"{name}={os.environ[name]} holds no bin/nvcc")
             return str(Path(found).absolute())
     found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if found is None:
-        raise NoCuda("no CUDA toolkit was found (no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda)")
+        raise CannotBuild("no CUDA toolkit was found (no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda)")
     return str(Path(found).absolute())
 
 
@@ -106,25 +98,27 @@ def asked(compiler: str, option: str) -> str:
     try:
         done = subprocess.run([compiler, option], capture_output=True, text=True, errors="replace")
     except OSError as error:
-        raise NoCuda(f"{compiler} cannot be run: {error}") from None
+        raise CannotBuild(f"{compiler} cannot be run: {error}") from None
     if done.returncode:
-        raise NoCuda(f"{compiler} {option} failed: {failure(done)}")
+        raise CannotBuild(f"{compiler} {option} failed: {failure(done)}")
     return done.stdout
 
 
 def architectures(compiler: str) -> list[str]:
     """What the kernels are compiled for, as torch writes it: "8.0", "9.0a", "10.0+PTX"."""
-    words = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"))
-    if words == [""]:
+    words = re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    if not words:
         known = asked(compiler, "--list-gpu-code").split()
         found = [a for a in ARCHITECTURES if f"sm_{a.replace('.', '')}" in known]
         if not found:
-            raise NoCuda(f"{compiler} knows none of {', '.join(ARCHITECTURES)} (TORCH_CUDA_ARCH_LIST names others)")
+            raise CannotBuild(
+                f"{compiler} knows none of {', '.join(ARCHITECTURES)} (TORCH_CUDA_ARCH_LIST names others)"
+            )
         return [*found[:-1], f"{found[-1]}+PTX"]
     for word in words:
         if word not in NAMED and not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", word):
             names = ", ".join(NAMED)
-            raise NoCuda(f"TORCH_CUDA_ARCH_LIST names {word!r}: expected such as 9.0, 9.0a or 9.0+PTX, or {names}")
+            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST names {word!r}: expected such as 9.0, 9.0a or 9.0+PTX, or {names}")
     return list(dict.fromkeys(own for word in words for own in NAMED.get(word, word).split(";")))
 
 
@@ -133,11 +127,9 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
     compiler = nvcc()
     release = re.search(r"release ([\d.]+)", asked(compiler, "--version"))
     targets = architectures(compiler)
-    gencode = []
-    for target in targets:
-        number = target.removesuffix("+PTX").replace(".", "")
-        codes = [f"sm_{number}"] + ([f"compute_{number}"] if target.endswith("+PTX") else [])
-        gencode += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    split = [target.replace(".", "").partition("+") for target in targets]
+    codes = [(n, code) for n, _, ptx in split for code in (f"sm_{n}", *[f"compute_{n}"] * bool(ptx))]
+    gencode = [f"-gencode=arch=compute_{number},code={code}" for number, code in codes]
     built = f"CUDA {release[1] if release else '?'} for {', '.join(targets)}".replace("+PTX", " and its PTX")
     host = os.environ.get("CXX", "")
     ccbin = f" -ccbin {_word(host)}" if len(host.split()) == 1 else ""  # nvcc takes no "ccache g++"
@@ -155,10 +147,9 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
         f"  command = $nvcc -shared -nodlink -cudart static $in -o $out -L{_word(home / 'lib')} "
         "-Xlinker --push-state,--no-as-needed,-ltorch,--pop-state -ltorch_cpu -lc10",
         "  description = link $out",
-        f"build {_path(kernels)}: nvcc {_path(ROOT / 'csrc' / 'cuda' / 'kernels.cu')}",
-        f"build {_path(ops)}: compile {_path(ROOT / 'csrc' / 'cuda' / 'ops.cpp')}",
-        f"  set = -DUSE_CUDA '-DWD_BUILT=\"{built}\"'",
-        f"build {_path(library)}: nvlink {_path(kernels)} {_path(ops)}",
+        *edge(kernels, "nvcc", CSRC / "cuda" / "kernels.cu"),
+        *edge(ops, "compile", CSRC / "cuda" / "ops.cpp", set=f"-DUSE_CUDA '-DWD_BUILT=\"{built}\"'"),
+        *edge(library, "nvlink", kernels, ops),
     ]
 
 
@@ -176,9 +167,9 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 def ninja_rules(home: Path, library: Path) -> list[str]:
     """How ninja builds the library that is always there, and the CUDA kernels as the tests run them on the CPU."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    sources = [ROOT / "csrc" / "cpu" / "ops.cpp", *sorted((ROOT / "csrc" / "python").glob("*.cpp"))]
     sets = INSTRUCTION_SETS if x86 else {"baseline": ""}
-    sources += [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in sets]
+    sources = [CSRC / "cpu" / "ops.cpp", *sorted((CSRC / "python").glob("*.cpp"))]
+    sources += [CSRC / "cpu" / f"{name}.cpp" for name in sets]
     includes = f"-isystem {_word(home / 'include')} -isystem {_word(sysconfig.get_paths()['include'])}"
     namespace = os.environ.get("WD_KERNELS_NAMESPACE", "wd_kernels")  # of the operators in torch.ops
     if not namespace.isidentifier():
@@ -198,13 +189,18 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
     ]
     objects = [BUILD / (source.stem + ".o") for source in sources]
     for source, target in zip(sources, objects, strict=True):
-        lines += [f"build {_path(target)}: compile {_path(source)}", f"  set = {sets.get(source.stem, '')}"]
-    lines.append(f"build {_path(library)}: link {' '.join(map(_path, objects))}")
+        lines += edge(target, "compile", source, set=sets.get(source.stem, ""))
     on_cpu = [BUILD / "on_cpu" / f"{name}.o" for name in ("ops", "on_cpu")]
+    loops = {"set": f"-DWD_ON_CPU '-DWD_BUILT=\"plain loops\"' {TRAPS}", "namespace": "wd_kernels_on_cpu"}
     for target in on_cpu:
-        lines += [f"build {_path(target)}: compile {_path(ROOT / 'csrc' / 'cuda' / f'{target.stem}.cpp')}"]
-        lines += [f"  set = -DWD_ON_CPU '-DWD_BUILT=\"plain loops\"' {TRAPS}", "  namespace = wd_kernels_on_cpu"]
-    return [*lines, f"build {_path(BUILD / 'on_cpu.so')}: link {' '.join(map(_path, on_cpu))}"]
+        lines += edge(target, "compile", CSRC / "cuda" / f"{target.stem}.cpp", **loops)
+    return [*lines, *edge(library, "link", *objects), *edge(BUILD / "on_cpu.so", "link", *on_cpu)]
+
+
+def edge(target: Path, rule: str, *sources: Path, **variables: str) -> list[str]:
+    """How a file is built."""
+    build = f"build {_path(target)}: {rule} {' '.join(map(_path, sources))}"
+    return [build, *(f"  {name} = {value}" for name, value in variables.items())]
 
 
 def _path(path: Path) -> str:
@@ -248,14 +244,14 @@ class NinjaBuild(build_ext):
 
     def build(self, library: Path, cuda_library: Path) -> dict[str, str]:
         """Why which library could not be built."""
-        why_not, home = missing(), torch_home()
-        if why_not is not None or home is None:
-            return dict.fromkeys(LIBRARIES, str(why_not))
-        absent = {}
-        rules = ninja_rules(home, library)
+        try:
+            home = torch_home()
+        except CannotBuild as why:
+            return dict.fromkeys(LIBRARIES, str(why))
+        absent, rules = {}, ninja_rules(home, library)
         try:
             rules += cuda_rules(home, cuda_library)
-        except NoCuda as why:
+        except CannotBuild as why:
             absent["_cuda"] = str(why)
         BUILD.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -284,15 +280,9 @@ class NinjaBuild(build_ext):
                     shutil.copy(built / file, inplace.with_name(file))
 
 
-class Abi3Wheel(bdist_wheel):
-    """Tags the wheel for every Python from 3.10."""
-
-    def get_tag(self) -> tuple[str, str, str]:
-        return ("cp310", "abi3", super().get_tag()[2])
-
-
 if __name__ == "__main__":  # not where a test reads it
     setup(
         ext_modules=[Extension(f"wd_kernels.{name}", [], py_limited_api=True, optional=True) for name in LIBRARIES],
-        cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Abi3Wheel},
+        cmdclass={"build_ext": NinjaBuild},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

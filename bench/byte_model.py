@@ -2,9 +2,6 @@
 
 A parameter and its states are read and written, a gradient is read. Dividing by the time of a step gives a rate that
 can be held against the machine's memory, and that is comparable between optimizers of different formats.
-
-The functions named `..._states` are the formats that optimizers keep states in: bytes of all states of one parameter,
-by rule, the parameter's dtype, and the elements of its tensor, where that decides. None stands for a long tensor.
 """
 
 from __future__ import annotations
@@ -15,53 +12,34 @@ import torch
 
 #: States of each rule.
 STATES = {"adamw": 2, "adamw amsgrad": 3, "sgdw": 1, "sgdw without momentum": 0}
-States = Callable[[str, torch.dtype, "int | None"], float]
-
-FLOAT32 = torch.float32.itemsize
-BLOCK, SHORTEST = 256, 4096  # elements that share a scale; shorter tensors are not quantised
+BLOCK, SHORTEST = 256, 4096  # elements that share a float32 scale; shorter tensors are not quantised
 
 
 def step_bytes(rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> int:
-    """Bytes per parameter and step, all states being of one dtype.
-
-    >>> step_bytes("adamw", torch.bfloat16, torch.bfloat16, torch.float32)
-    22
-    """
+    """Bytes per parameter and step, all states being of one dtype."""
     return 2 * param.itemsize + grad.itemsize + 2 * STATES[rule] * state.itemsize
 
 
-def float32_states(rule: str, param: torch.dtype, numel: int | None) -> float:
-    return STATES[rule] * FLOAT32
+def _whole_blocks(n: int, size: int, numel: int | None) -> float:
+    short_or_with_a_tail = numel is not None and (numel < SHORTEST or numel % BLOCK != 0)
+    return n * size if short_or_with_a_tail else n * (1 + 4 / BLOCK)
 
 
-def own_dtype_states(rule: str, param: torch.dtype, numel: int | None) -> float:
-    return STATES[rule] * param.itemsize
-
-
-def our_states(rule: str, param: torch.dtype, numel: int | None) -> float:
-    """In the type of the arithmetic, float32 or wider."""
-    return STATES[rule] * max(param.itemsize, FLOAT32)
-
-
-def kahan_states(rule: str, param: torch.dtype, numel: int | None) -> float:
-    """In the parameter's dtype, and a compensation beside a 16-bit parameter."""
-    return (STATES[rule] + (param.itemsize == 2)) * param.itemsize
-
-
-def blockwise_states(rule: str, param: torch.dtype, numel: int | None) -> float:
-    """A byte each, and a float32 scale a block; of short tensors and those with a tail, in the parameter's dtype."""
-    if numel is not None and (numel < SHORTEST or numel % BLOCK):
-        return own_dtype_states(rule, param, numel)
-    return STATES[rule] * (1 + FLOAT32 / BLOCK)
-
-
-def blockwise_states_or_float32(rule: str, param: torch.dtype, numel: int | None) -> float:
-    """A byte each, and a float32 scale a block, the last of which may be short; of short tensors, float32."""
+def _blocks(n: int, size: int, numel: int | None) -> float:
     if numel is not None and numel < SHORTEST:
-        return float32_states(rule, param, numel)
-    return STATES[rule] * (1 + FLOAT32 * (-(-numel // BLOCK) / numel if numel else 1 / BLOCK))
+        return 4 * n
+    return n * (1 + 4 * (-(-numel // BLOCK) / numel if numel else 1 / BLOCK))
 
 
-def companded_states(rule: str, param: torch.dtype, numel: int | None) -> float:
-    """A byte each and a float16 scale for 32 of them; 8 more bits of a 16-bit parameter."""
-    return STATES[rule] * (1 + torch.float16.itemsize / 32) + (param.itemsize == 2)
+#: Bytes of all states of a parameter by their format: of `n` states, a parameter of `size` bytes, and the elements of
+#: its tensor, where these decide; None stands for a long tensor.
+STATE_FORMATS: dict[str, Callable[[int, int, int | None], float]] = {
+    "float32": lambda n, size, numel: 4 * n,
+    "float32 or wider": lambda n, size, numel: n * max(4, size),  # ours: the type of the arithmetic
+    "own dtype": lambda n, size, numel: n * size,
+    "compensated": lambda n, size, numel: (n + (size == 2)) * size,  # Kahan's, beside a 16-bit parameter
+    "8 bits or own dtype": _whole_blocks,
+    "8 bits or float32": _blocks,
+    # A byte each and a float16 scale for 32 of them; 8 more bits of a 16-bit parameter.
+    "companded": lambda n, size, numel: n * (1 + 2 / 32) + (size == 2),
+}

@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, read back without a GPU: registers, stack, widths, bytes and instructions.
 
-    python bench/codegen.py [--json FILE] [--save] [--targets sm_90,gfx942] [--ptx FOLDER]
+    python bench/codegen.py [--json FILE] [--save] [--ptx FOLDER]
     python bench/codegen_cuda.py [--json FILE] [--save]     # the same of the CUDA library's kernels, as it was built
 
 Every specialisation that users reach is compiled for NVIDIA's sm_80, sm_90 and sm_100 and AMD's gfx942 and gfx1100 by
@@ -23,7 +23,6 @@ import concurrent.futures
 import json
 import multiprocessing
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -38,12 +37,9 @@ from internals import KINDS, aligned, format_of
 RESULTS = Path(__file__).parent / "results"
 #: (backend, architecture, width of a warp) of every target.
 TARGETS: dict[str, tuple[str, Any, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-    "gfx1100": ("hip", "gfx1100", 32),
-}
+    "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64), "gfx1100": ("hip", "gfx1100", 32),
+}  # fmt: skip
 #: KiB that a processor should have on their way: A100, H200, B200 (CUB's tuning). None is claimed for AMD.
 IN_FLIGHT = {"sm_80": 16, "sm_90": 48, "sm_100": 64}
 #: Thread instructions that an H200 issues in the time that its memory takes for a byte: 132 multiprocessors, 128 lanes,
@@ -99,13 +95,10 @@ class Cost:
     in_flight: float  # KiB per processor
 
     @classmethod
-    def of(
-        cls, kernel: Kernel, target: str, found: disassembly.Reading, elements: int, model: int, layouts: int = 0
-    ) -> Cost:
-        return cls(
-            str(kernel), target, found.registers, found.stack, found.shared, layouts, found.inexact, found.loads,
-            found.stores, elements, model, found.instructions / elements, found.threads * found.ahead / 1024,
-        )  # fmt: skip
+    def of(cls, kernel: Kernel, target: str, own: disassembly.Reading, elements: int, model: int, layouts: int) -> Cost:
+        costs = own.instructions / elements, own.threads * own.ahead / 1024
+        used = own.registers, own.stack, own.shared, layouts, own.inexact
+        return cls(str(kernel), target, *used, own.loads, own.stores, elements, model, *costs)
 
     @property
     def bytes_per_element(self) -> float:
@@ -162,29 +155,23 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
         (ptx / target / f"{kernel}.ptx").write_text(asm["ptx"])
     # The bytes of an element by the types of the tensors that Triton's IR moves in full blocks, which are the largest;
     # the compiler may have unrolled their loop.
-    moves = [(int(n), int(bits)) for n, bits in re.findall(r"tt\.(?:load|store) .*?tensor<(\d+)x!tt\.ptr<\w*?(\d+)>",
-                                                            asm["ttir"])]  # fmt: skip
-    block = max(moves)[0]
-    model = sum(bits // 8 for n, bits in moves if n == block)
+    moves = re.findall(r"tt\.(?:load|store) .*?tensor<(\d+)x!tt\.ptr<\w*?(\d+)>", asm["ttir"])
+    block = max(int(n) for n, _ in moves)
+    model = sum(int(bits) // 8 for n, bits in moves if int(n) == block)
     moved = block // threads * model
     if backend == "cuda":
         found = disassembly.nvidia(asm, threads)
     else:
         found = disassembly.amd(asm, target, warp, "adamw" in kernel.rule, moved)
-    rounds = max(round((sum(found.loads) + sum(found.stores)) / moved), 1)
-    layouts = asm["ttgir"].count("ttg.convert_layout")
-    return Cost.of(kernel, target, found, block // threads * rounds, model, layouts)
+    elements = block // threads * max(round((sum(found.loads) + sum(found.stores)) / moved), 1)
+    return Cost.of(kernel, target, found, elements, model, asm["ttgir"].count("ttg.convert_layout"))
 
 
-def costs(targets: Sequence[str], workers: int = 2, ptx: Path | None = None) -> list[Cost]:
-    """Of every kernel on the targets. `ptx`: a folder for their PTX."""
-    pairs = list(product(targets, kernels()))
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+def costs(ptx: Path | None = None) -> list[Cost]:
+    """Of every kernel on every target. `ptx`: a folder for their PTX."""
+    pairs = list(product(TARGETS, kernels()))
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(cost, [k for _, k in pairs], [t for t, _ in pairs], [ptx] * len(pairs), chunksize=4))
-
-
-# The table ------------------------------------------------------------------------------------------------------------
 
 
 def render(found: Sequence[Cost], compiler: str) -> str:
@@ -207,13 +194,11 @@ def kept(compiler: str) -> Path:
     return RESULTS / f"codegen-{compiler.lower().replace(' ', '-')}.txt"
 
 
-def program(
-    parser: argparse.ArgumentParser, read: Callable[[argparse.Namespace], tuple[str, list[Cost]]], argv: Any = None
-) -> int:
-    """Prints the table of a compiler's costs, writes what is asked for; returns the exit status."""
+def program(parser: argparse.ArgumentParser, read: Callable[[argparse.Namespace], tuple[str, list[Cost]]]) -> None:
+    """Prints the table of a compiler's costs, writes what is asked for."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--save", action="store_true", help="keep the table in bench/results")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     compiler, found = read(arguments)
     text = render(found, compiler)
     print(text, end="")
@@ -221,23 +206,17 @@ def program(
         arguments.json.write_text(json.dumps({"compiler": compiler, "costs": [asdict(c) for c in found]}))
     if arguments.save:
         kept(compiler).write_text(text)
-    return 0
 
 
-def main() -> int:
+def main() -> None:
+    import triton
+
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
-    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
     parser.add_argument("--ptx", type=Path, metavar="FOLDER", help="write the PTX of NVIDIA's targets there")
-
-    def read(arguments: argparse.Namespace) -> tuple[str, list[Cost]]:
-        import triton
-
-        if triton.knobs.runtime.interpret:
-            parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
-        return f"Triton {triton.__version__}", costs(arguments.targets.split(","), ptx=arguments.ptx)
-
-    return program(parser, read)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    program(parser, lambda own: (f"Triton {triton.__version__}", costs(own.ptx)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

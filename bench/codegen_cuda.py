@@ -9,9 +9,8 @@ import argparse
 import re
 import runpy
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def no_toolkit() -> str | None:
     """Why there is no CUDA compiler, None where there is one."""
     try:
         setup()["nvcc"]()
-    except setup()["NoCuda"] as why:
+    except setup()["CannotBuild"] as why:
         return str(why)
     return None
 
@@ -78,7 +77,7 @@ def carried_ptx(library: Path = LIBRARY) -> str:
     return disassembly.tool("cuobjdump", "-ptx", str(library))
 
 
-def costs(library: Path = LIBRARY) -> list[Cost]:
+def costs(library: Path = LIBRARY) -> Iterator[Cost]:
     """Of every kernel of the library, on every architecture that it was built for.
 
     What is inexact is read from the library too: in the PTX that it carries, compiled with all the rest by one command,
@@ -87,25 +86,19 @@ def costs(library: Path = LIBRARY) -> list[Cost]:
     carried = parts(carried_ptx(library), r"\.entry ")
     with tempfile.TemporaryDirectory() as folder:
         disassembly.tool("cuobjdump", "-xelf", "all", str(library.resolve()), cwd=folder)
-        cubins = {re.findall(r"sm_\d+", path.name)[-1]: path for path in sorted(Path(folder).glob("*.cubin"))}
-        return [cost for target, cubin in cubins.items() for cost in _of_target(target, cubin, carried)]
-
-
-def _of_target(target: str, cubin: Path, carried: Mapping[str, str]) -> Iterator[Cost]:
-    """Of one architecture, by its code and the library's PTX."""
-    sass = parts(disassembly.tool("nvdisasm", "-c", str(cubin)), r"\n\t\.section\t\.text\.")
-    usages = parts(disassembly.tool("cuobjdump", "-res-usage", str(cubin)), r"\bFunction ")
-    for kernel in kernels():
-        key = name(kernel)
-        code = sass[key].splitlines()
-        inexact = disassembly.ptx_inexact(carried[key])
-        if kernel.rule.startswith("sgdw"):
-            inexact += disassembly.sass_inexact(code)
-        found = disassembly.sass_reading(code, disassembly.usage(usages[key]), inexact, THREADS)
-        model = step_bytes(kernel.rule, kernel.param, kernel.grad, kernel.state)
-        yield Cost.of(kernel, target, found, (sum(found.loads) + sum(found.stores)) // model, model)
+        for cubin in sorted(map(str, Path(folder).glob("*.cubin"))):
+            target = re.findall(r"sm_\d+", cubin)[-1]
+            sass = parts(disassembly.tool("nvdisasm", "-c", cubin), r"\n\t\.section\t\.text\.")
+            usages = parts(disassembly.tool("cuobjdump", "-res-usage", cubin), r"\bFunction ")
+            for kernel in kernels():
+                key = name(kernel)
+                code, inexact = sass[key].splitlines(), disassembly.ptx_inexact(carried[key])
+                if kernel.rule.startswith("sgdw"):
+                    inexact += disassembly.sass_inexact(code)
+                found = disassembly.sass_reading(code, disassembly.usage(usages[key]), inexact, THREADS)
+                model = step_bytes(kernel.rule, kernel.param, kernel.grad, kernel.state)
+                yield Cost.of(kernel, target, found, (sum(found.loads) + sum(found.stores)) // model, model, 0)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split(":", 1)[0])
-    sys.exit(program(parser, lambda arguments: (compiler(), costs())))
+    program(argparse.ArgumentParser(description=__doc__.split(":", 1)[0]), lambda _: (compiler(), list(costs())))

@@ -62,14 +62,9 @@ def measured(request: pytest.FixtureRequest) -> Any:
     return of_case
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """What decides the numbers, and not the host's name."""
-    machine_info["node"] = ""
-    machine_info["wd_kernels"] = versions_here()
-
-
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Who is not in it, and why."""
+    """What decides the numbers, and not the host's name; who is not in it, and why."""
+    output_json["machine_info"] |= {"node": "", "wd_kernels": versions_here()}
     elsewhere = [peer for peer in on("cuda") if "cpu" not in peer.devices and peer.name != CUDA]
     missing = {f"{peer.name} {peer.path.split(':')[1]}": "it steps GPU tensors only" for peer in elsewhere}
     no_ceiling = {CEILING: why} if isinstance(why := library(), str) else {}

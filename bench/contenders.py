@@ -1,8 +1,7 @@
 """Makes the contenders of a case, on the same memory where they can share it.
 
-Parameters and gradients are shared and, on the CPU, states of the formats that are plain tensors: so no contender has
-the better pages. What must lie elsewhere has copies: gradients of another dtype, flat parameters, the bare loop's
-buffer of many tensors (which the ceiling's stream moves too), and states of other formats.
+Parameters and gradients are shared and, on the CPU, states that are plain tensors: so none has the better pages.
+Copies are: gradients of another dtype, flat parameters, the buffer of all for bare loop and ceiling, other states.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import copy
 import ctypes
 import math
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from byte_model import float32_states, our_states, own_dtype_states
 from internals import bare_launch, time_launches
 from peers import FLAT, LR, OURS, Peer, first_line
 from torch import Tensor
@@ -30,7 +27,7 @@ from workloads import BARE_LOOP, CEILING, REFERENCE, TIMED, Case
 import wd_kernels
 
 SOURCE = Path(__file__).parent / "stream.cpp"
-PLAIN = (float32_states, our_states, own_dtype_states)
+PLAIN = ("float32", "float32 or wider", "own dtype")
 
 
 @dataclass(eq=False)
@@ -44,16 +41,6 @@ class Contender:
     prepare: Callable[[], object] | None = None  # what comes before each step, untimed
     inside: Callable[[], float] | None = None  # seconds that its launches took so far, where they are timed from within
     host: float = 0.0  # seconds of a step on the host, about
-
-
-def change_lr(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Gives every group another lr than before and than the others have."""
-    for g, group in enumerate(optimizer.param_groups):
-        lr = LR * (1 + g / 1000) / (1 + step / 1000)
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
 
 
 @dataclass
@@ -90,18 +77,13 @@ class Tensors:
         twin = peer.make(cls, [{"params": [p]}])
         twin.step()
         for i, param in enumerate(self.params):
-            own: dict[str, Any] = {}
-            shared = 0
-            for name, value in twin.state[p].items():
-                if isinstance(value, Tensor) and value.shape == p.shape:
-                    key = (i, shared, value.dtype)
-                    if key not in self.pool:
-                        self.pool[key] = torch.zeros_like(param, dtype=value.dtype)
-                    own[name] = self.pool[key]
-                    shared += 1
-                else:
-                    own[name] = copy.deepcopy(value)
-            optimizer.state[param] = own
+            state = optimizer.state[param] = copy.deepcopy(twin.state[p])
+            plain = [n for n, value in state.items() if isinstance(value, Tensor) and value.shape == p.shape]
+            for k, name in enumerate(plain):
+                key = (i, k, state[name].dtype)
+                if key not in self.pool:
+                    self.pool[key] = torch.zeros_like(param, dtype=state[name].dtype)
+                state[name] = self.pool[key]
 
     def between(self, case: Case, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
         """What happens before each step of an optimizer, if anything."""
@@ -115,8 +97,9 @@ class Tensors:
             if case.gradients == "new":  # all new ones are made before the old are freed: no address stays
                 for p, grad in zip(self.params, torch._foreach_mul(self.slopes, 1.0), strict=True):
                     p.grad = grad
-            if case.lr == "changing":
-                change_lr(optimizer, steps)
+            for g, group in enumerate(optimizer.param_groups if case.lr == "changing" else ()):
+                lr = LR * (1 + g / 1000) / (1 + steps / 1000)  # another than before and than the others have
+                group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
         return prepare
 
@@ -127,9 +110,7 @@ class Tensors:
 @cache
 def library() -> Callable[..., int] | str:
     """The compiled stream, on torch's own OpenMP threads; or why it is not there."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        return "no C++ compiler is there"
+    compiler = os.environ.get("CXX", "c++")
     # A second OpenMP runtime would have threads of its own, waiting beside torch's: take torch's, if it has one.
     runtimes = sorted((Path(torch.__file__).parent / "lib").glob("lib[gi]*omp*.so*"))
     with tempfile.TemporaryDirectory() as folder:
@@ -140,25 +121,17 @@ def library() -> Callable[..., int] | str:
             for command in (compiling, linking):
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             function: Callable[..., int] = ctypes.CDLL(whole).wd_bench_stream
-        except subprocess.CalledProcessError as error:
-            return f"{compiler} failed: {(error.stderr.strip() or 'it does not say why').splitlines()[0][:160]}"
-        except (OSError, subprocess.TimeoutExpired, AttributeError) as error:
-            return f"{compiler}: {str(error).splitlines()[0][:160]}"
+        except (OSError, subprocess.SubprocessError, AttributeError) as error:
+            return f"{compiler}: {(getattr(error, 'stderr', '') or str(error)).strip().splitlines()[0][:160]}"
     return function
 
 
 def stream(param: Tensor, grad: Tensor, states: Sequence[Tensor], threads: int) -> Callable[[], None]:
-    """A call that reads all, and writes all but the gradient, with the values that they have; no arithmetic.
-
-    Raises:
-        RuntimeError: there is no compiler, or the mix of widths is not in stream.cpp.
-    """
+    """A call that reads all, and writes all but the gradient, with the values that they have; no arithmetic."""
     function = library()
     if isinstance(function, str):
         raise RuntimeError(function)
     tensors = (param.detach(), grad, *states)
-    if any(t.numel() != param.numel() or not t.is_contiguous() for t in tensors):
-        raise RuntimeError("the tensors are not contiguous, or not of one size")
     width = states[0].element_size() if states else param.element_size()
     addresses = (ctypes.c_void_p * 3)(*(s.data_ptr() for s in states), *([None] * (3 - len(states))))
     places = ctypes.c_void_p(param.data_ptr()), ctypes.c_void_p(grad.data_ptr()), addresses
@@ -169,9 +142,6 @@ def stream(param: Tensor, grad: Tensor, states: Sequence[Tensor], threads: int) 
             raise RuntimeError(f"no stream of {param.dtype}, {grad.dtype} and {[s.dtype for s in states]} is there")
 
     return run
-
-
-# A case ---------------------------------------------------------------------------------------------------------------
 
 
 class Maker:
@@ -233,17 +203,14 @@ def build(
     case: Case, peers: dict[Peer, Callable[..., Any]], names: Sequence[tuple[str, int]], device: torch.device
 ) -> tuple[list[Contender], dict[str, str]]:
     """The contenders by (name, groups), each after its first step; and why others were left out, by name."""
-    maker = Maker(case, peers, device)
-    them: list[Contender] = []
-    skipped: dict[str, str] = {}
+    maker, them, skipped = Maker(case, peers, device), list[Contender](), dict[str, str]()
     for name, groups in names:
         try:
             one = maker.make(name, groups)
             if one.prepare:
                 one.prepare()
             one.step()  # makes states, compiles
+            them.append(one)
         except Exception as error:  # out of memory, or another library's own
             skipped[name] = first_line(error)
-        else:
-            them.append(one)
     return them, skipped

@@ -3,11 +3,10 @@
     python bench/gpu.py --out DIR                                    # all of it
     python bench/gpu.py --out DIR --only copy,steps --case gpt2      # parts, and cases by a part of their name
     python bench/gpu.py --out DIR --only tune                        # launch parameters, into DIR/tune.json and .txt
-    python bench/gpu.py --out DIR --device cpu --scale small         # a rehearsal of this program, without a GPU
+    python bench/gpu.py --out DIR --rehearse                         # on the CPU with tiny tensors
 
-DIR then has gpu.json (everything, written after every case), gpu.txt (the tables), tests.txt, and a plot, peers.png.
-Each part has a budget of time; what fails is said in the report and ends nothing else. bench/report.py makes tables and
-plots of gpu.json again, and keeps them.
+DIR then has gpu.json (everything, written after every case), gpu.txt (the tables), tests.txt and peers.png. Each part
+has a budget of time; what fails is said in the report and ends nothing else. bench/report.py keeps gpu.json.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from gpu_around import ROOT, build, run_tests, say
 
 sys.path.insert(0, str(ROOT))  # nothing need be installed; the package is imported after the build
 
-PARTS = ("build", "tests", "copy", "launches", "steps", "plots")
+PARTS = ("build", "tests", "copy", "steps", "plots")
 SECONDS = {"build": 100.0, "tests": 220.0, "steps": 200.0}
 
 
@@ -34,21 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report goes")
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts: {','.join(PARTS)} (default: all), or tune")
     parser.add_argument("--case", action="append", default=[], help="cases whose name has this in it; may be repeated")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
-    parser.add_argument("--scale", choices=("full", "small"), default="full", help="small: tiny tensors")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU with tiny tensors: it checks this program")
     parser.add_argument("--minutes", type=float, default=8.8, help="for everything (default: 8.8)")
     arguments = parser.parse_args(argv)
     end: float = time.perf_counter() + 60 * arguments.minutes
-    asked, out, small = arguments.only.split(","), arguments.out, arguments.scale == "small"
+    asked, out = arguments.only.split(","), arguments.out
     if not {*asked} <= {*PARTS, "tune"}:
         parser.error(f"--only {arguments.only}: allowed are {', '.join((*PARTS, 'tune'))}")
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("No GPU is there; --device cpu --scale small rehearses this program without one.", file=sys.stderr)
+    if not arguments.rehearse and not torch.cuda.is_available():
+        print("No GPU is there; --rehearse runs this program without one.", file=sys.stderr)
         return 2
+    device = torch.device("cpu" if arguments.rehearse else "cuda")
+    torch.set_num_threads(1 if arguments.rehearse else torch.get_num_threads())  # the tensors are small
     out.mkdir(parents=True, exist_ok=True)
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # the tensors are small
 
     def left(part: str) -> float:
         """Seconds for a part, some kept for the plots."""
@@ -58,19 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     import gpu_parts  # which imports the package
 
     if "tune" in asked:
-        say(gpu_parts.tune(gpu_parts.Report(out, device, "tune"), device, small, end - time.perf_counter()))
+        say(gpu_parts.tune(gpu_parts.Report(out, device, "tune"), device, end - time.perf_counter()))
         return 0
     report = gpu_parts.Report(out, device)
     parts: dict[str, Callable[[], Any]] = {
         "build": lambda: built,
         "tests": lambda: run_tests(left("tests"), out / "tests.txt"),
-        "copy": lambda: gpu_parts.copy_bandwidth(device, 1 << 20 if small else 4 << 30),
-        "launches": lambda: gpu_parts.launches(device, "tiny_gpt2" if small else "gpt2"),
+        "copy": lambda: gpu_parts.copy_bandwidth(device, 1 << 20 if arguments.rehearse else 4 << 30),
     }
     for part in (part for part in parts if part in asked):
         report.part(part, parts[part])
     if "steps" in asked:
-        gpu_parts.measure_steps(report, device, small, left("steps"), arguments.case)
+        gpu_parts.measure_steps(report, device, left("steps"), arguments.case)
     report.values["finished"] = True
     text = report.save()
     if "plots" in asked:

@@ -35,12 +35,9 @@ def run(arguments: Sequence[str], seconds: float, path: Path) -> tuple[int | Non
     python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
     status, started = None, time.perf_counter()
-    with (
-        path.open("w") as output,
-        subprocess.Popen(
-            arguments, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        ) as process,
-    ):
+    with path.open("w") as output:
+        streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(arguments, cwd=ROOT, env=env, start_new_session=True, **streams)
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -48,6 +45,7 @@ def run(arguments: Sequence[str], seconds: float, path: Path) -> tuple[int | Non
         finally:
             if status is None:
                 os.killpg(process.pid, signal.SIGKILL)  # its own session: itself and what it started
+                process.wait()
     how = "CUT OFF" if status is None else f"exit status {status}"
     return status, f"{how} after {time.perf_counter() - started:.0f} s", path.read_text(errors="replace")
 
@@ -72,15 +70,14 @@ def run_tests(seconds: float, path: Path, arguments: Sequence[str] = TESTS) -> d
 
 
 def output_of(*arguments: str) -> str:
-    """The first line that a command prints, or "unknown"."""
+    """What a command prints, nothing where it fails."""
     try:
-        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+        return subprocess.check_output(arguments, cwd=ROOT, text=True, timeout=20, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip().split("\n")[0] or "unknown"
+        return ""
 
 
 def commit() -> dict[str, Any]:
     """As pytest-benchmark notes it."""
-    dirty = output_of("git", "status", "--porcelain", "--untracked-files=no")
-    return {"id": output_of("git", "rev-parse", "HEAD"), "dirty": dirty != "unknown"}
+    dirty = bool(output_of("git", "status", "--porcelain", "--untracked-files=no"))
+    return {"id": output_of("git", "rev-parse", "HEAD") or "unknown", "dirty": dirty}

@@ -1,4 +1,4 @@
-"""The parts of bench/gpu.py that need the package: its report, the copy, what a step launches, the steps."""
+"""The parts of bench/gpu.py that need the package: its report, the copy, the steps, launch parameters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from contenders import Contender, Tensors
 from gpu_around import commit, output_of, say, write
-from internals import buckets, launch_parameters, versions_here
-from peers import LR, OURS, PEERS, first_line, load, on
+from internals import launch_parameters, versions_here
+from peers import OURS, PEERS, first_line, load, on
 from tables import render
-from torch.profiler import ProfilerActivity, profile
 from turns import Timer, entry, measure, rounds
-from workloads import BARE_LOOP, CEILING, MODELS, REFERENCE, SMALL, Case, gpu_cases
+from workloads import BARE_LOOP, CEILING, REFERENCE, SMALL, Case, gpu_cases
 
 import wd_kernels
 
@@ -27,32 +26,21 @@ WAYS = ("device", "wall", "host")
 MOST_OF_A_CASE = 15.0  # seconds; a hundredth in a rehearsal
 
 
-def about(device: torch.device) -> dict[str, Any]:
-    """What decides the numbers: device, driver, versions."""
-    machine: dict[str, Any] = {"device": "CPU", "driver": "none", "wd_kernels": versions_here()}
-    if device.type != "cpu":
-        properties = torch.cuda.get_device_properties(device)
-        machine["device"] = str(properties.name)
-        machine["memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
-        machine["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return machine
-
-
 class Report:
     """What is known so far, kept on disk; its parts are those of pytest-benchmark's JSON, and more."""
 
     def __init__(self, out: Path, device: torch.device, name: str = "gpu") -> None:
         self.path = out / name
-        self.values: dict[str, Any] = {
-            "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-            "commit_info": commit(),
-            "machine_info": about(device),
-            "rehearsal": device.type == "cpu",
-            "finished": False,
-            "missing": {},
-            "left_out": {},
-            "benchmarks": [],
-        }
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        machine: dict[str, Any] = {"device": "CPU", "driver": "none", "wd_kernels": versions_here()}
+        if device.type != "cpu":
+            properties = torch.cuda.get_device_properties(device)
+            driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+            memory = f"{properties.total_memory / 2**30:.0f} GiB"
+            machine |= {"device": str(properties.name), "memory": memory, "driver": driver}
+        self.values: dict[str, Any] = {"datetime": date, "commit_info": commit(), "machine_info": machine}
+        self.values |= {"rehearsal": device.type == "cpu", "finished": False}
+        self.values |= {"missing": {}, "left_out": {}, "benchmarks": []}
 
     def save(self) -> str:
         """Writes the JSON and the text; returns the text."""
@@ -70,12 +58,13 @@ class Report:
         self.save()
 
 
-def measure_steps(report: Report, device: torch.device, small: bool, seconds: float, only: Sequence[str]) -> None:
+def measure_steps(report: Report, device: torch.device, seconds: float, only: Sequence[str]) -> None:
     """Measures the cases, one after another, as long as there is time."""
     values = report.values
     peers, values["missing"] = load(on(device.type))
     timer = Timer(device, WAYS)
     timer.free()
+    small = device.type == "cpu"
     cases = [*map(Case, SMALL)] if small else gpu_cases(torch.cuda.mem_get_info(device)[0])
     todo = [case for case in cases if not only or any(part in str(case) for part in only)]
     end = time.perf_counter() + seconds
@@ -84,14 +73,12 @@ def measure_steps(report: Report, device: torch.device, small: bool, seconds: fl
         started = time.perf_counter()
         if started >= end:
             break
-        floors = (REFERENCE, BARE_LOOP, CEILING)  # the copy is the ceiling
-        names = [who for who in case.stepping(list(peers)) if who[0] not in floors]
+        names = [who for who in case.stepping(list(peers)) if who[0] not in (REFERENCE, BARE_LOOP, CEILING)]
         share = min((end - started) / (len(todo) - k), MOST_OF_A_CASE / (100 if small else 1))
         try:
             entries, skipped = measure(case, peers, names, share, timer)
         except Exception as error:
             entries, skipped = [], {"all": f"FAILED: {first_line(error)}"}
-            timer.free()
         values["benchmarks"] += entries
         del values["left_out"][str(case)]
         values["left_out"] |= {str(case): skipped} if skipped else {}
@@ -108,32 +95,6 @@ def copy_bandwidth(device: torch.device, size: int, rounds: int = 9, copies: int
     contender = Contender("copy", 1, 2, lambda: target.copy_(source))
     timer.device(contender, 2)
     return {"bytes": size, "gb_per_s": [2 * size / timer.device(contender, copies) / 1e9 for _ in range(rounds)]}
-
-
-def launches(device: torch.device, model: str) -> dict[str, Any]:
-    """What one step of ours runs on the device, by the profiler: on tensors of two dtypes, so in two buckets."""
-    params = []
-    for shape, dtype in product(MODELS[model](), (torch.float32, torch.bfloat16)):
-        params.append(torch.nn.Parameter(torch.randn(shape, dtype=dtype, device=device)))
-        params[-1].grad = torch.randn_like(params[-1])
-    optimizer = wd_kernels.AdamW(params, lr=LR)
-    timer = Timer(device, flush=0)
-    for _ in range(3):
-        optimizer.step()
-    timer.wait()
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * timer.on_device) as recorded:
-        optimizer.step()
-        timer.wait()
-    on_device: dict[str, int] = {}
-    for event in recorded.events() or []:
-        if event.device_type.name != "CPU":
-            on_device[event.name] = on_device.get(event.name, 0) + 1
-    return {
-        "tensors": len(params),
-        "buckets": buckets(optimizer),
-        "step_kernels": sum(n for name, n in on_device.items() if "step_kernel" in name) if timer.on_device else None,
-        "on_device": on_device,
-    }
 
 
 # Launch parameters of Triton: nothing is tuned at run time, the package has those that this shows to be best ----------
@@ -154,33 +115,29 @@ VARIANTS: dict[str, dict[str, int]] = {
 }
 
 
-def variants(case: Case, optimizer: torch.optim.Optimizer, use: Callable[..., None]) -> list[Contender]:
-    """A contender for each, on one optimizer: before another's turn its parameters are set."""
-    active: list[str] = []
+def tune(report: Report, device: torch.device, seconds: float) -> str:
+    """Measures all variants on all cases, each a contender on one optimizer; the text of the report."""
+    end, timer, small = time.perf_counter() + min(seconds, BUDGET), Timer(device, WAYS), device.type == "cpu"
 
-    def prepare(name: str) -> None:
+    def switch(active: list[str], use: Callable[..., None], name: str) -> None:
+        """Before another's turn its parameters are set."""
         if active != [name]:
             active[:] = [name]
             use(**VARIANTS[name])
 
-    moved = PEERS[0].bytes_per_parameter(case.dtype, case.grad)
-    return [Contender(name, 1, moved, optimizer.step, partial(prepare, name)) for name in VARIANTS]
-
-
-def tune(report: Report, device: torch.device, small: bool, seconds: float) -> str:
-    """Measures all variants on all cases; the text of the report."""
-    end, timer = time.perf_counter() + min(seconds, BUDGET), Timer(device, WAYS)
     for k, text in enumerate(TUNED):
         case, skipped = Case(text.replace("00000-", "-") if small else text), dict[str, Any]()
-        tensors = Tensors.of(case, case.grad, device)
+        tensors, moved = Tensors.of(case, case.grad, device), PEERS[0].bytes_per_parameter(case.dtype, case.grad)
         optimizer = wd_kernels.AdamW(tensors.params, lr=1e-3, weight_decay=0.1)
         share = max(end - time.perf_counter(), 0.0) / (len(TUNED) - k) / (100 if small else 1)
         with launch_parameters(optimizer) as use:
-            found = rounds(case, variants(case, optimizer, use), skipped, share, timer)
+            prepare = partial(switch, [], use)
+            them = [Contender(name, 1, moved, optimizer.step, partial(prepare, name)) for name in VARIANTS]
+            found = rounds(case, them, skipped, share, timer)
         report.values["benchmarks"] += [entry(case, *one) for one in found]
         report.values["left_out"] |= {str(case): skipped} if skipped else {}
         report.save()
-        del tensors, optimizer, use, found
+        del tensors, optimizer, use, prepare, them, found
         timer.free()
     report.values["finished"] = True
     return report.save()

@@ -22,7 +22,6 @@ __all__ = [
     "KINDS",
     "aligned",
     "bare_launch",
-    "buckets",
     "format_of",
     "launch_parameters",
     "time_launches",
@@ -42,11 +41,6 @@ KINDS: dict[str, tuple[Rule, tuple[str, ...]]] = {
 def versions_here() -> dict[str, str]:
     """Versions of what takes part, and what was chosen on this machine."""
     return dict([*versions(), *choices()])
-
-
-def buckets(optimizer: Any) -> int:
-    """How many launches a step is."""
-    return len(optimizer._table.buckets)
 
 
 def bare_launch(optimizer: Any) -> Callable[[], None]:

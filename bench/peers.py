@@ -10,19 +10,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from byte_model import (
-    States,
-    blockwise_states,
-    blockwise_states_or_float32,
-    companded_states,
-    float32_states,
-    kahan_states,
-    our_states,
-    own_dtype_states,
-)
+from byte_model import STATE_FORMATS, STATES
 
 OURS, FUSED, FOREACH, DEEPSPEED = "wd_kernels", "torch fused", "torch foreach", "DeepSpeed CPU"
 FLAT = f"{OURS} flat"  # on flat parameters
@@ -34,17 +25,16 @@ EVERYWHERE, CPU = ("cpu", "cuda"), ("cpu",)
 AS_TORCH = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """A rule that is measured: our class (its name in tables, too), torch's, and the options of both."""
 
     ours: str
     torchs: str
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
 
 
 MOMENTUM = {"momentum": 0.9}
-RULES = {"adamw": Rule("AdamW", "AdamW"), "sgdw": Rule("SGDW", "SGD", MOMENTUM)}
+RULES = {"adamw": Rule("AdamW", "AdamW", {}), "sgdw": Rule("SGDW", "SGD", MOMENTUM)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +44,7 @@ class Peer:
     name: str
     rule: str  # a key of RULES
     path: str  # module and class, "package.module:Class"
-    states: States  # their format
+    states: str  # their format, a key of STATE_FORMATS
     options: dict[str, Any] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (F32, BF16)
     mixed: bool = False  # takes gradients of another dtype than the parameter's
@@ -67,7 +57,8 @@ class Peer:
     def bytes_per_parameter(self, param: torch.dtype, grad: torch.dtype, numel: int | None = None) -> float:
         """What a step of a tensor of `numel` elements moves, a parameter."""
         grad = self.grad_dtype(param, grad)
-        return 2 * param.itemsize + grad.itemsize + 2 * self.states(self.rule, param, numel)
+        states = STATE_FORMATS[self.states](STATES[self.rule], param.itemsize, numel)
+        return 2 * param.itemsize + grad.itemsize + 2 * states
 
     def make(self, cls: Callable[..., Any], groups: Sequence[dict[str, Any]], **more: Any) -> torch.optim.Optimizer:
         options = self.options | more
@@ -75,9 +66,7 @@ class Peer:
         return optimizer
 
 
-def _every_rule(
-    name: str, module: str, states: States, devices: tuple[str, ...] = EVERYWHERE, **more: Any
-) -> list[Peer]:
+def _every_rule(name: str, module: str, states: str, devices: tuple[str, ...] = EVERYWHERE, **more: Any) -> list[Peer]:
     """Ours, or one of torch's implementations."""
     ours = module == "wd_kernels"
     return [
@@ -88,29 +77,27 @@ def _every_rule(
     ]
 
 
-_TE = "transformer_engine.pytorch.optimizers"
 PEERS = (
-    *_every_rule(OURS, "wd_kernels", our_states),
-    *_every_rule(CUDA, "wd_kernels", our_states, ("cuda",), backend="cuda"),
-    *_every_rule(FUSED, "torch.optim", own_dtype_states, fused=True),
-    *_every_rule(FOREACH, "torch.optim", own_dtype_states, foreach=True),
-    *_every_rule("torch for-loop", "torch.optim", own_dtype_states, CPU, foreach=False, fused=False),
-    Peer(DEEPSPEED, "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", float32_states, {}, HALVES, devices=CPU),
-    Peer("apex", "adamw", "apex.optimizers:FusedAdam", float32_states),
-    Peer("apex", "sgdw", "apex.optimizers:FusedSGD", own_dtype_states, MOMENTUM),
-    Peer("TransformerEngine", "adamw", f"{_TE}:FusedAdam", float32_states),
-    Peer("TransformerEngine", "sgdw", f"{_TE}:FusedSGD", own_dtype_states, MOMENTUM),
-    Peer("torch-optimi", "adamw", "optimi:AdamW", kahan_states, AS_TORCH, devices=EVERYWHERE),
-    Peer("torch-optimi", "sgdw", "optimi:SGD", kahan_states, MOMENTUM | {"decouple_wd": True}, devices=EVERYWHERE),
-    Peer("torchao 8-bit", "adamw", "torchao.optim:AdamW8bit", blockwise_states, devices=EVERYWHERE),
-    Peer("bitsandbytes 8-bit", "adamw", "bitsandbytes.optim:AdamW8bit", blockwise_states_or_float32,
-         devices=EVERYWHERE),
-    Peer("bitsandbytes 32-bit", "adamw", "bitsandbytes.optim:AdamW32bit", float32_states, devices=EVERYWHERE),
+    *_every_rule(OURS, "wd_kernels", "float32 or wider"),
+    *_every_rule(CUDA, "wd_kernels", "float32 or wider", ("cuda",), backend="cuda"),
+    *_every_rule(FUSED, "torch.optim", "own dtype", fused=True),
+    *_every_rule(FOREACH, "torch.optim", "own dtype", foreach=True),
+    *_every_rule("torch for-loop", "torch.optim", "own dtype", CPU, foreach=False, fused=False),
+    Peer(DEEPSPEED, "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", "float32", {}, HALVES, devices=CPU),
+    Peer("apex", "adamw", "apex.optimizers:FusedAdam", "float32"),
+    Peer("apex", "sgdw", "apex.optimizers:FusedSGD", "own dtype", MOMENTUM),
+    Peer("TransformerEngine", "adamw", "transformer_engine.pytorch.optimizers:FusedAdam", "float32"),
+    Peer("TransformerEngine", "sgdw", "transformer_engine.pytorch.optimizers:FusedSGD", "own dtype", MOMENTUM),
+    Peer("torch-optimi", "adamw", "optimi:AdamW", "compensated", AS_TORCH, devices=EVERYWHERE),
+    Peer("torch-optimi", "sgdw", "optimi:SGD", "compensated", MOMENTUM | {"decouple_wd": True}, devices=EVERYWHERE),
+    Peer("torchao 8-bit", "adamw", "torchao.optim:AdamW8bit", "8 bits or own dtype", devices=EVERYWHERE),
+    Peer("bitsandbytes 8-bit", "adamw", "bitsandbytes.optim:AdamW8bit", "8 bits or float32", devices=EVERYWHERE),
+    Peer("bitsandbytes 32-bit", "adamw", "bitsandbytes.optim:AdamW32bit", "float32", devices=EVERYWHERE),
     # pytorch_optimizer.AdamW is torch's own class; this is the nearest of its own, which also clips the update.
-    Peer("pytorch_optimizer", "adamw", "pytorch_optimizer:StableAdamW", kahan_states, AS_TORCH, devices=CPU),
-    Peer("pytorch_optimizer", "sgdw", "pytorch_optimizer:SGDW", own_dtype_states, MOMENTUM, devices=CPU),
-    Peer("flashoptim", "adamw", "flashoptim:FlashAdamW", companded_states),
-    Peer("flashoptim", "sgdw", "flashoptim:FlashSGDW", companded_states, MOMENTUM),
+    Peer("pytorch_optimizer", "adamw", "pytorch_optimizer:StableAdamW", "compensated", AS_TORCH, devices=CPU),
+    Peer("pytorch_optimizer", "sgdw", "pytorch_optimizer:SGDW", "own dtype", MOMENTUM, devices=CPU),
+    Peer("flashoptim", "adamw", "flashoptim:FlashAdamW", "companded"),
+    Peer("flashoptim", "sgdw", "flashoptim:FlashSGDW", "companded", MOMENTUM),
 )  # fmt: skip
 
 

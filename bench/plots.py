@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib as mpl
@@ -16,8 +16,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
-from peers import CUDA, DEEPSPEED, FLAT, FOREACH, FUSED, OURS
-from tables import REHEARSAL, heading, rule_name, size
+from peers import CUDA, DEEPSPEED, FLAT, FOREACH, FUSED, OURS, RULES
+from tables import REHEARSAL, heading, size
 from workloads import BARE_LOOP, CEILING, LEAD, REFERENCE, TARGETS, TIMED
 
 COLORS = defaultdict(lambda: "#c2703d", {
@@ -29,12 +29,14 @@ COLORS = defaultdict(lambda: "#c2703d", {
 })  # fmt: skip
 #: Ours are drawn over the others, with other marks.
 MARKS = {OURS: "D", FLAT: "d", CUDA: "s", BARE_LOOP: "|", CEILING: "|", REFERENCE: "x"}
-BUDGET = "#c62828"
+SWEEP_TITLES = {
+    "tensors": "Over tensors, 10⁶ elements in all", "elements": "Over elements of one tensor",
+    "groups": "Over groups, 1000 tensors of 1000, lr changing",
+}  # fmt: skip
 STYLE: Any = {
     "font.size": 9, "axes.titlelocation": "left", "axes.titlesize": 10, "axes.spines.top": False,
     "axes.spines.right": False, "figure.constrained_layout.use": True, "legend.frameon": False,
 }  # fmt: skip
-Rows = dict[str, dict[str, Result]]
 
 
 def plot(report: Report, folder: Path, stem: str = "") -> list[Path]:
@@ -81,15 +83,15 @@ def lead(cases: Cases) -> Figure | None:
     return figure
 
 
-def rows(cases: Cases) -> Rows:
+def rows(cases: Cases) -> dict[str, dict[str, Result]]:
     """The contenders of every case that is no point of a sweep, by a label of case and number of groups."""
     most = max((r.info["threads"] for them in cases.values() for r in them.values()), default=1)
-    found: Rows = {}
+    found: dict[str, dict[str, Result]] = {}
     for them in cases.values():
         for r in them.values():
             if r.info["sweep"]:
                 continue
-            parts = [f"{size(r.info)}  {rule_name(r.info)}", r.info["dtype"], r.info["gradients"]]
+            parts = [f"{size(r.info)}  {RULES[r.info['rule']].ours}", r.info["dtype"], r.info["gradients"]]
             if r.info["threads"] != most:
                 parts.append(f"{r.info['threads']} thread")
             if any(groups > 1 for _, groups in them):
@@ -125,7 +127,7 @@ def peers(cases: Cases) -> Figure | None:
                 axis.scatter(x, y, s=area, marker=mark, color=COLORS[name], zorder=3 + own, linewidths=width)
             budget = TARGETS.get(them[OURS].case) if on_device and title.startswith("Percent") else None
             if budget:
-                axis.plot([budget] * 2, [y - 0.4, y + 0.4], color=BUDGET, linewidth=1.6)
+                axis.plot([budget] * 2, [y - 0.4, y + 0.4], color="red", linewidth=1.6)
         axis.set_title(title)
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="x", alpha=0.25)
@@ -144,19 +146,14 @@ def peers(cases: Cases) -> Figure | None:
     ]
     if on_device:
         names.append("budget")
-        handles.append(Line2D([], [], color=BUDGET))
+        handles.append(Line2D([], [], color="red"))
     figure.legend(handles, names, loc="outside lower center", ncols=8)
     return figure
 
 
 def scaling(cases: Cases) -> Figure | None:
     """Time of a step over tensors, elements and groups; of ours, that of host and launches apart."""
-    titles = {
-        "tensors": "Over tensors, 10⁶ elements in all",
-        "elements": "Over elements of one tensor",
-        "groups": "Over groups, 1000 tensors of 1000, lr changing",
-    }
-    sweeps = {sweep: at for sweep in titles if len(at := points(cases, sweep)) > 1}
+    sweeps = {sweep: at for sweep in SWEEP_TITLES if len(at := points(cases, sweep)) > 1}
     if not sweeps:
         return None
     figure, axes = plt.subplots(1, len(sweeps), figsize=(4.8 * len(sweeps), 4.9), squeeze=False)
@@ -167,9 +164,7 @@ def scaling(cases: Cases) -> Figure | None:
             lines.append((name, name, "-o", lambda r: r.median))
             if name in TIMED and sweep != "groups":
                 lines.append((TIMED[name], f"{name}, host alone", "--", lambda r: r.host))
-                lines.append(
-                    (TIMED[name], f"{name}, launches alone", ":", lambda r: statistics.median(r.info["launches"]))
-                )
+                lines.append((TIMED[name], f"{name}, launches alone", ":", lambda r: median(r.info["launches"])))
         for name, label, style, value in lines:
             x, y = [n for n in at if name in at[n]], [value(at[n][name]) * 1e3 for n in at if name in at[n]]
             if x:
@@ -180,7 +175,7 @@ def scaling(cases: Cases) -> Figure | None:
         axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.set_title(titles[sweep])
+        axis.set_title(SWEEP_TITLES[sweep])
         axis.grid(alpha=0.25)
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=5 if len(known) > 6 else 6)
     return figure

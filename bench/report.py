@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from figures import Cases, Report, copy_rate, device, is_peer, of_gpu, points, results, stem_of
-from peers import FLAT, FUSED, OURS
-from tables import filled, filled_columns, lost, ms, percent, render, rule_name, scaling, size
+from peers import FLAT, FUSED, OURS, RULES
+from tables import filled, filled_columns, lost, ms, percent, render, scaling, size
 from workloads import CEILING, LEAD
 
 ROOT = Path(__file__).parent.parent
@@ -40,38 +40,30 @@ def slim(report: Report) -> Report:
         machine = {key: machine[key] for key in ("machine", "system", "cpu", "wd_kernels") if key in machine}
     entries = []
     for entry in report["benchmarks"]:
-        info, data = entry["extra_info"], short(entry["stats"]["data"])
-        info = {key: short(value) for key, value in info.items()}
-        entries.append({"group": entry["group"], "extra_info": info, "stats": {"data": data}})
+        info = {key: short(value) for key, value in entry["extra_info"].items()}
+        entries.append({"group": entry["group"], "extra_info": info, "stats": {"data": short(entry["stats"]["data"])}})
     kept = {name: value for name, value in report.items() if name not in ("version", "benchmarks")}
     own = {"commit_info": {key: commit.get(key) for key in ("id", "dirty")}, "machine_info": machine}
     return kept | own | {"benchmarks": entries}
 
 
-def dumped(report: Report) -> str:
-    """As JSON with a line for each contender."""
-    rest = {key: value for key, value in report.items() if key != "benchmarks"}
-    lines = ",\n  ".join(json.dumps(entry) for entry in report["benchmarks"])
-    return f'{json.dumps(rest, indent=1)[:-2]},\n "benchmarks": [\n  {lines}\n ]\n}}\n'
-
-
-def newest(folder: Path, gpu: bool = False) -> Report | None:
-    """The newest report in a folder of results, whose names begin with their date."""
-    paths = [path for path in sorted(folder.glob("[0-9]*.json")) if path.name.endswith("-gpu.json") == gpu]
+def newest(gpu: bool = False) -> Report | None:
+    """The newest report that is kept; names begin with their date."""
+    paths = [path for path in sorted(RESULTS.glob("[0-9]*.json")) if path.name.endswith("-gpu.json") == gpu]
     return dict(json.loads(paths[-1].read_text())) if paths else None
 
 
-def save(report: Report, folder: Path) -> list[Path]:
+def save(report: Report) -> list[Path]:
     """Writes the JSON, the text and the plots, named by date and device; returns the paths."""
     from plots import plot
 
-    folder.mkdir(parents=True, exist_ok=True)
-    report = slim(report)
-    stem = stem_of(report)
-    paths = [folder / f"{stem}.json", folder / f"{stem}.txt"]
-    paths[0].write_text(dumped(report))
+    report, stem = slim(report), stem_of(report)
+    paths = [RESULTS / f"{stem}.json", RESULTS / f"{stem}.txt"]
+    head = json.dumps({**report, "benchmarks": []}, indent=1).removesuffix("[]\n}")
+    lines = ",\n  ".join(map(json.dumps, report["benchmarks"]))  # one for each contender
+    paths[0].write_text(f"{head}[\n  {lines}\n ]\n}}\n")
     paths[1].write_text(render(report))
-    return paths + plot(report, folder, stem)
+    return paths + plot(report, RESULTS, stem)
 
 
 # The README -----------------------------------------------------------------------------------------------------------
@@ -153,21 +145,14 @@ def table(cases: Cases) -> str:
         share = ours.share(them.get((CEILING, 1)))
         next_best = min((r for r in peers if r is not fused), key=ours.ratio, default=None)
         rows.append(
-            (
-                size(info).replace(" x ", " × "),
-                rule_name(info),
-                info["dtype"] + ("" if info["threads"] == most else f", {info['threads']} thread"),
-                info["gradients"],
-                ms(ours.median),
-                ms(statistics.median(on_device)) if on_device else "",
-                ms(flat.median) if flat else "",
-                ms(fused.median) if fused else "",
-                f"{next_best.contender}: {ms(next_best.median)}" if next_best else "",
-                f"{min(ours.ratio(r) for r in peers):.2f}×",
-                f"{ours.device_ratio(fused):.2f}×" if fused and on_device else "",
-                "" if share is None else f"{percent(share)}%",
-            )
-        )
+            (size(info).replace(" x ", " × "), RULES[info["rule"]].ours,
+             info["dtype"] + ("" if info["threads"] == most else f", {info['threads']} thread"), info["gradients"],
+             ms(ours.median), ms(statistics.median(on_device)) if on_device else "", ms(flat.median) if flat else "",
+             ms(fused.median) if fused else "", f"{next_best.contender}: {ms(next_best.median)}" if next_best else "",
+             f"{min(ours.ratio(r) for r in peers):.2f}×",
+             f"{ours.device_ratio(fused):.2f}×" if fused and on_device else "",
+             "" if share is None else f"{percent(share)}%")
+        )  # fmt: skip
     return markdown(rows)
 
 
@@ -181,29 +166,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables of a report; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("report", type=Path, nargs="?", help="a benchmark's JSON (default: the newest of a CPU, kept)")
-    parser.add_argument(
-        "--save", nargs="?", type=Path, const=RESULTS, metavar="FOLDER", help="keep it, in bench/results"
-    )
-    parser.add_argument("--readme", nargs="?", type=Path, const=README, metavar="FILE", help="rewrite its section")
+    parser.add_argument("--save", action="store_true", help="keep it, in bench/results")
+    parser.add_argument("--readme", action="store_true", help="rewrite the README's section")
     arguments = parser.parse_args(argv)
-    folder: Path = arguments.save or RESULTS
-    report = json.loads(arguments.report.read_text()) if arguments.report else newest(RESULTS)
+    report = json.loads(arguments.report.read_text()) if arguments.report else newest()
     if report is None:
         parser.error(f"no report is in {RESULTS}: give one")
     if report.get("rehearsal") and (arguments.save or arguments.readme):
         parser.error(f"{arguments.report} is of a rehearsal: no figure in it is a GPU's")
     if arguments.report or not arguments.readme:
         print(render(report), end="")
-    if arguments.save:
-        for path in save(report, folder):
-            print(f"saved: {path}")
+    for path in save(report) if arguments.save else ():
+        print(f"saved: {path}")
     if arguments.readme:
-        gpu = slim(report) if of_gpu(report) else newest(folder, gpu=True)
-        cpu = newest(folder) or newest(RESULTS) if of_gpu(report) else slim(report)
-        if cpu is None:
-            parser.error(f"no report of a CPU is in {folder}")
-        arguments.readme.write_text(rewritten(arguments.readme.read_text(), cpu, gpu))
-        print(f"rewritten: {arguments.readme}")
+        cpu, gpu = (slim(report) if of_gpu(report) == gpu else newest(gpu) for gpu in (False, True))
+        assert cpu is not None, f"no report of a CPU is in {RESULTS}"
+        README.write_text(rewritten(README.read_text(), cpu, gpu))
+        print(f"rewritten: {README}")
     return 0
 
 

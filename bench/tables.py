@@ -30,10 +30,6 @@ by the device time. ms: steps one after another, awaited at the end of the turn;
 the case could stay in it; host: until step() returns. Who takes no gradients of another dtype has the parameters'."""
 
 
-def rule_name(info: dict[str, Any]) -> str:
-    return RULES[info["rule"]].ours
-
-
 def size(info: dict[str, Any]) -> str:
     """A model, or tensors x elements, with Mi where it is whole."""
     elements = info["elements"]
@@ -69,38 +65,28 @@ def heading(report: Report) -> list[tuple[str, str]]:
         ("date", str(report["datetime"])[:16].replace("T", " ") + " UTC"),
         ("commit", str(commit.get("id", "unknown"))[:12] + (" and uncommitted changes" if commit.get("dirty") else "")),
     ]
-    if of_gpu(report):
-        rows += [(name, machine[name]) for name in ("device", "memory", "driver") if name in machine]
-    else:
+    if not of_gpu(report):
         rows.append(("processor", f"{figures.device(report)}, {machine.get('cpu', {}).get('count', '?')} cores"))
+    rows += [(name, machine[name]) for name in ("device", "memory", "driver") if name in machine]
     rows += machine.get("wd_kernels", {}).items()
     rows += [(part, report[part]["says"]) for part in ("build", "tests", "copy") if "says" in report.get(part, {})]
-    copy, rate = report.get("copy", {}), copy_rate(report)
-    if rate is not None:
-        text = f"{rate:.0f} GB/s read and written, IQR {iqr(copy['gb_per_s']):.0f}, of {copy['bytes'] / 2**20:.0f} MiB"
-        rows.append(("copy", text))
-    if "launches" in report:
-        kinds = ", ".join(f"{n} {name}" for name, n in report["launches"].get("on_device", {}).items())
-        rows.append(("a step runs", kinds or report["launches"].get("says", "nothing")))
+    if (rate := copy_rate(report)) is not None:
+        rows.append(("copy", f"{rate:.0f} GB/s read and written, IQR {iqr(report['copy']['gb_per_s']):.0f}"))
     if of_gpu(report):
         rows.append(("run", "finished" if report.get("finished") else "CUT OFF or still running"))
     return rows
 
 
-HEADER = (
-    "tensors", "rule", "dtype", "gradients", "threads", "optimizer", "groups", "ms", "IQR", "us a group", "launches ms",
-    "device ms", "IQR", "host ms", "GB/s", "% ceiling", "B/param", "x ours", "device: x ours",
-)  # fmt: skip
-
-
 def steps(cases: Cases) -> list[Row]:
     """A row per contender of every case."""
-    rows: list[Row] = [HEADER]
+    head = ("tensors", "rule", "dtype", "gradients", "threads", "optimizer", "groups", "ms", "IQR", "us a group")
+    last = ("GB/s", "% ceiling", "B/param", "x ours", "device: x ours")
+    rows: list[Row] = [(*head, "launches ms", "device ms", "IQR", "host ms", *last)]
     for them in cases.values():
         for i, own in enumerate(them.values()):
             info, ours, one = own.info, them.get((OURS, own.groups)), them.get((own.contender, 1))
             between = info["gradients"] + ", lr changing" * (info["lr"] == "changing")
-            what = (size(info), rule_name(info), info["dtype"], between, str(info["threads"]))
+            what = (size(info), RULES[info["rule"]].ours, info["dtype"], between, str(info["threads"]))
             group_cost = launches = host = "-"
             if one and own.groups > 1:
                 each = statistics.median(b - a for a, b in zip(one.seconds, own.seconds, strict=False))
@@ -190,16 +176,11 @@ def verdicts(report: Report) -> list[Row]:
         where += f" ({left_out} cases not measured)" if worst and left_out else ""
         found.append((f">= 1.0x {FUSED}, {what}", where, ratios.get(worst), 1.0, "{:.2f}x"))
     found += [(f">= 6x {FUSED}, wall clock", case, walls.get(case), 6.0, "{:.2f}x") for case in MANY]
-    launches = report.get("launches", {}) if measured else {}
-    kernels, where = launches.get("step_kernels"), f"profiler, {launches.get('buckets')} buckets"
-    one_each = None if kernels is None else float(kernels == launches["buckets"])
-    found.append(("one launch a bucket", where, one_each, 1.0, f"{kernels} kernels"))
-    return [
-        (target, where, "-", "not measured")
-        if value is None
-        else (target, where, form.format(value), "reached" if value >= least else "not reached")
-        for target, where, value, least, form in found
-    ]
+    rows: list[Row] = [("target", "where", "found", "verdict")]
+    for target, where, value, limit, form in found:
+        verdict = "not measured" if value is None else "reached" if value >= limit else "not reached"
+        rows.append((target, where, "-" if value is None else form.format(value), verdict))
+    return rows
 
 
 def absent(report: Report) -> list[str]:
@@ -219,5 +200,5 @@ def render(report: Report) -> str:
     if cases:
         parts += [COLUMNS + (ON_GPU if of_gpu(report) else ON_CPU), aligned(filled_columns(steps(cases)), indent="")]
     if of_gpu(report):
-        parts.append("Budgets\n\n" + aligned([("target", "where", "found", "verdict"), *verdicts(report)], indent=""))
+        parts.append("Budgets\n\n" + aligned(verdicts(report), indent=""))
     return "\n\n".join(part for part in (*parts, "\n".join(absent(report))) if part) + "\n"

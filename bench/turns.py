@@ -7,8 +7,8 @@ A round gives every contender a turn (A B C, C B A, A B C, ...). A turn is the s
             device is held back until the host has queued the step: gaps that the host leaves do not count, as far
             as a queue of about a thousand launches reaches.
     host    until step() returns, beginning on an idle device.
-On the CPU, where nothing is queued, the first is all there is. All contenders have the same share of the time: one
-whose steps are long takes part in the first rounds only, and quotients are of rounds that both have.
+On the CPU the first is all there is. All contenders have the same share of the time: one of long steps takes part in
+the first rounds only, and quotients are of rounds that both have.
 """
 
 from __future__ import annotations
@@ -58,17 +58,26 @@ class Timer:
             found["launches"] = (contender.inside() - before) / steps
         return found
 
-    def wall(self, contender: Contender, steps: int) -> float:
-        together = steps if contender.prepare is None else 1
+    def _steps(self, contender: Contender, steps: int, together: int, wait: bool) -> float:
+        """Some together, after what comes before a step, and on an idle device; to where the device is idle again."""
         total = 0.0
         for _ in range(0, steps, together):
             self._ready(contender)
             started = time.perf_counter()
             for _ in range(together):
                 contender.step()
-            self.wait()
+            if wait:
+                self.wait()
             total += time.perf_counter() - started
+        if not wait:
+            self.wait()
         return total / steps
+
+    def wall(self, contender: Contender, steps: int) -> float:
+        return self._steps(contender, steps, steps if contender.prepare is None else 1, wait=True)
+
+    def host(self, contender: Contender, steps: int) -> float:
+        return self._steps(contender, steps, 1, wait=False)
 
     def device(self, contender: Contender, steps: int) -> float:
         if not self.on_device:
@@ -87,16 +96,6 @@ class Timer:
         self.wait()
         return sum(float(start.elapsed_time(end)) for start, end in pairs) / steps / 1e3
 
-    def host(self, contender: Contender, steps: int) -> float:
-        total = 0.0
-        for _ in range(steps):
-            self._ready(contender)
-            started = time.perf_counter()
-            contender.step()
-            total += time.perf_counter() - started
-        self.wait()
-        return total / steps
-
     def free(self) -> None:
         """Gives back the device's memory that nothing holds any more."""
         gc.collect()
@@ -112,11 +111,7 @@ def free_memory() -> int | None:
 
 
 def plan(one: float, share: float) -> tuple[int, int]:
-    """Rounds, and steps of a turn, of a contender whose turn of one step takes `one` second, in a share of the time.
-
-    >>> plan(0.001, 1.0), plan(0.2, 1.0), plan(2.0, 1.0)
-    ((15, 50), (5, 1), (3, 1))
-    """
+    """Rounds, and steps of a turn, of a contender whose turn of one step takes `one` second, in a share of the time."""
     rounds = min(max(round(share / one), LEAST_ROUNDS), ROUNDS)
     return rounds, min(max(round(share / (rounds * one)), 1), MOST_STEPS)
 
@@ -132,8 +127,7 @@ def entry(case: Case, contender: Contender, steps: int, turns: list[dict[str, fl
         **{name: getattr(case, name) for name in ("gradients", "rule", "lr", "sweep")},
         "threads": case.threads or torch.get_num_threads(),
         "contender": contender.name,
-        "groups": contender.groups,
-        "bytes_per_parameter": contender.bytes_per_parameter,
+        **{name: getattr(contender, name) for name in ("groups", "bytes_per_parameter")},
         "steps_per_round": steps,
         **{way: [turn[way] for turn in turns] for way in turns[0] if way != "wall"},
     }
@@ -143,10 +137,7 @@ def entry(case: Case, contender: Contender, steps: int, turns: list[dict[str, fl
 def measure(
     case: Case, peers: dict[Peer, Callable[..., Any]], names: Sequence[tuple[str, int]], seconds: float, timer: Timer
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Measures the contenders of a case in turns, for about `seconds`, what comes before the first turn not counted.
-
-    Returns the entry of each, and why others have none, by name. Nothing of the case is alive afterwards.
-    """
+    """The entry of each contender of a case after about `seconds` of turns; and why others have none, by name."""
     free = free_memory()
     if not timer.on_device and free is not None and case.bytes_needed > MOST_MEMORY * free:
         needed = f"needs {case.bytes_needed / 2**30:.3g} GiB, free are {free / 2**30:.3g}"

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from byte_model import STATES, our_states
+from byte_model import STATES
 from peers import DEEPSPEED, FLAT, FUSED, OURS, RULES, Peer
 
 REFERENCE, BARE_LOOP, CEILING = f"{OURS} reference", "bare loop", "ceiling"
@@ -27,8 +27,6 @@ SWEEPS: dict[str, tuple[str, ...]] = {
 }
 SLOWLY = 100_000  # elements of the largest case that the reference steps
 
-# Shapes of models -----------------------------------------------------------------------------------------------------
-
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -37,48 +35,30 @@ def elements(shapes: Sequence[tuple[int, ...]]) -> int:
     return sum(map(math.prod, shapes))
 
 
-def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> Shapes:
-    """GPT-2, its head tied to the token embedding; the defaults are those of the smallest.
-
-    >>> elements(gpt2())
-    124439808
-    """
+def transformer(layers: int, width: int) -> Shapes:
+    """Layers with biases everywhere, and the norm after the last."""
     norm = ((width,), (width,))
     attention = ((width, 3 * width), (3 * width,), (width, width), (width,))
     feed_forward = ((width, 4 * width), (4 * width,), (4 * width, width), (width,))
-    return ((vocabulary, width), (context, width), *(norm + attention + norm + feed_forward) * layers, *norm)
+    return (*(norm + attention + norm + feed_forward) * layers, *norm)
+
+
+def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> Shapes:
+    """GPT-2, its head tied to the token embedding; the defaults are those of the smallest."""
+    return ((vocabulary, width), (context, width), *transformer(layers, width))
 
 
 def vit(layers: int = 24, width: int = 1024, image: int = 224, patch: int = 16, classes: int = 1000) -> Shapes:
-    """A vision transformer with a class token and biases everywhere; the defaults are ViT-L/16.
-
-    >>> elements(vit())
-    304326632
-    """
-    norm = ((width,), (width,))
-    attention = ((3 * width, width), (3 * width,), (width, width), (width,))
-    feed_forward = ((4 * width, width), (4 * width,), (width, 4 * width), (width,))
+    """A vision transformer with a class token; the defaults are ViT-L/16."""
     embedding = ((1, 1, width), (1, (image // patch) ** 2 + 1, width), (width, 3, patch, patch), (width,))
-    return (*embedding, *(norm + attention + norm + feed_forward) * layers, *norm, (classes, width), (classes,))
+    return (*embedding, *transformer(layers, width), (classes, width), (classes,))
 
 
-def llama(
-    layers: int = 32,
-    width: int = 4096,
-    inner: int = 14336,
-    heads: int = 32,
-    kv_heads: int = 8,
-    vocabulary: int = 128256,
-) -> Shapes:
-    """Llama 3 with a head of its own; the defaults are the 8B.
-
-    >>> elements(llama())
-    8030261248
-    """
-    narrow = width // heads * kv_heads
+def llama(layers: int = 32, width: int = 4096, inner: int = 14336, heads: int = 32, vocabulary: int = 128256) -> Shapes:
+    """Llama 3, of 8 heads of keys and values, with a head of its own; the defaults are the 8B."""
+    narrow = width // heads * 8
     attention = ((width, width), (narrow, width), (narrow, width), (width, width))
-    feed_forward = ((inner, width), (inner, width), (width, inner))
-    layer = (*attention, *feed_forward, (width,), (width,))
+    layer = (*attention, (inner, width), (inner, width), (width, inner), (width,), (width,))
     return ((vocabulary, width), *layer * layers, (width,), (vocabulary, width))
 
 
@@ -90,14 +70,8 @@ def lora(layers: int = 32, width: int = 4096, inner: int = 11008, rank: int = 16
 
 #: By name; LAYERS may follow, as in llama3_8b:20. The tiny one is for rehearsals.
 MODELS: dict[str, Callable[..., Shapes]] = {
-    "gpt2": gpt2,
-    "vit_l16": vit,
-    "llama3_8b": llama,
-    "lora_7b": lora,
-    "tiny_gpt2": partial(gpt2, 2, 32, 101, 16),
-}
-
-# Cases ----------------------------------------------------------------------------------------------------------------
+    "gpt2": gpt2, "vit_l16": vit, "llama3_8b": llama, "lora_7b": lora, "tiny_gpt2": partial(gpt2, 2, 32, 101, 16)
+}  # fmt: skip
 
 _CASE = re.compile(
     rf"((\d+)x(\d+)(|Ki|Mi)|({'|'.join(MODELS)})(?::(\d+))?)-(\w+?)(?:\+(\w+))?-(kept|new)"
@@ -113,15 +87,9 @@ class Case:
             -DTYPE[+DTYPE of the gradients]-kept|new[-RULE][-Nthreads][-Ngroups-constant|changing][-by-SWEEP].
         only: names of the peers that take part; empty: all.
 
-    Attributes:
-        dtype: of the parameters.
-        grad: the gradients' dtype, for a contender that takes it; all others have the parameters'.
-        gradients: "kept": the same tensors every step; "new": every step has new gradients at new addresses.
-        rule: a key of peers.RULES.
-        threads: of torch; 0: as many as it had.
-        groups: where over 1, every optimizer runs with one group of all tensors and with this many groups.
-        lr: "constant", or "changing" in every group before every step.
-        sweep: a key of SWEEPS, where the case is a point of one; it then runs with its groups only.
+    Gradients are "kept" from step to step, or "new" ones at new addresses; they have a dtype of their own for a
+    contender that takes it. Where there are groups, every optimizer runs with one group of all tensors and with as
+    many, their lr "constant" or "changing" in each before every step. A point of a sweep runs with its groups only.
     """
 
     def __init__(self, text: str, only: tuple[str, ...] = ()) -> None:
@@ -146,7 +114,7 @@ class Case:
     @property
     def bytes_needed(self) -> float:
         """Memory that it takes, about: parameters, gradients and states; twice that where there are flat copies too."""
-        each = self.dtype.itemsize + self.grad.itemsize + our_states(self.rule, self.dtype, None)
+        each = self.dtype.itemsize + self.grad.itemsize + STATES[self.rule] * max(self.dtype.itemsize, 4)
         return float(self.elements * each) * (1 if self.sweep == "elements" else 3)
 
     def stepping(self, peers: Sequence[Peer]) -> list[tuple[str, int]]:
@@ -188,12 +156,9 @@ CASES = (
 
 #: Cases of one long tensor, and the percentage of the copy bandwidth that they should reach.
 TARGETS = {
-    "1x1000000000-float32-kept": 92,
-    "1x1000000000-bfloat16-kept": 88,
-    "1x1000000000-float32+bfloat16-kept": 88,
-    "1x1000000000-float32-kept-sgdw": 92,
-    "1x1000000000-bfloat16-kept-sgdw": 88,
-}
+    "1x1000000000-float32-kept": 92, "1x1000000000-bfloat16-kept": 88, "1x1000000000-float32+bfloat16-kept": 88,
+    "1x1000000000-float32-kept-sgdw": 92, "1x1000000000-bfloat16-kept-sgdw": 88,
+}  # fmt: skip
 #: Cases of many tensors, which should take a sixth of torch's fused at most.
 MANY = ("10000x1000-float32-kept", "10000x1000-float32-new")
 #: What a rehearsal has instead.
@@ -203,17 +168,15 @@ SMALL = (
 )  # fmt: skip
 
 
-def fitting_layers(free: float, bytes_per_parameter: float, most: int = 32) -> int:
+def fitting_layers(free: float, bytes_per_parameter: float) -> int:
     """Layers of the 8B Llama that fit into `free` bytes; 0 where not even the embeddings do."""
-    fits = (n for n in range(most, 0, -1) if elements(llama(n)) * bytes_per_parameter <= free)
-    return next(fits, 0)
+    return next((n for n in range(32, 0, -1) if elements(llama(n)) * bytes_per_parameter <= free), 0)
 
 
 def gpu_cases(free: int) -> list[Case]:
     """Those that budgets need first; `free` bytes of the device's memory decide what Llama is cut to."""
     models = [f"{model}-float32-{how}" for model in ("gpt2", "vit_l16", "lora_7b") for how in ("kept", "new")]
     # Ours and torch's fused alone, in the memory that both need beside shared parameters and gradients.
-    half = torch.bfloat16
-    needed = 2 * half.itemsize + our_states("adamw", half, None) + STATES["adamw"] * half.itemsize
+    needed = 2 * 2 + STATES["adamw"] * (4 + 2)
     largest = Case(f"llama3_8b:{fitting_layers(0.92 * free, needed)}-bfloat16-kept", only=(OURS, FUSED))
     return [*map(Case, (*TARGETS, *MANY, *models, "465x256-float32-kept-465groups-changing")), largest]

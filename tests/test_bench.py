@@ -82,21 +82,21 @@ def test_bytes_per_parameter(rule, param, grad, state, expected):
 @pytest.mark.parametrize(
     ("states", "param", "numel", "expected"),
     [
-        ("float32_states", BF16, 10, 8),
-        ("own_dtype_states", F64, 10, 16),
-        ("our_states", F16, 10, 8),
-        ("our_states", F64, 10, 16),
-        ("kahan_states", BF16, 10, 6),
-        ("kahan_states", F32, 10, 8),
-        ("blockwise_states", F32, 4096, 2 * (1 + 4 / 256)),
-        ("blockwise_states", F32, 4095, 8),
-        ("blockwise_states", BF16, 4097, 4),
-        ("blockwise_states_or_float32", BF16, 4095, 8),
-        ("blockwise_states_or_float32", F32, 5000, 2 * (1 + 4 * 20 / 5000)),
+        ("float32", BF16, 10, 8),
+        ("own dtype", F64, 10, 16),
+        ("float32 or wider", F16, 10, 8),
+        ("float32 or wider", F64, 10, 16),
+        ("compensated", BF16, 10, 6),
+        ("compensated", F32, 10, 8),
+        ("8 bits or own dtype", F32, 4096, 2 * (1 + 4 / 256)),
+        ("8 bits or own dtype", F32, 4095, 8),
+        ("8 bits or own dtype", BF16, 4097, 4),
+        ("8 bits or float32", BF16, 4095, 8),
+        ("8 bits or float32", F32, 5000, 2 * (1 + 4 * 20 / 5000)),
     ],
 )
 def test_bytes_of_the_states_of_a_parameter(states, param, numel, expected):
-    assert getattr(byte_model, states)("adamw", param, numel) == pytest.approx(expected)
+    assert byte_model.STATE_FORMATS[states](2, param.itemsize, numel) == pytest.approx(expected)
 
 
 def nbytes(tensor: Any) -> int:
@@ -288,8 +288,8 @@ def test_bytes_agree_with_the_byte_model():
 
 
 def test_missing_peers_are_named_with_their_error():
-    absent = peers.Peer("someone", "adamw", "no_such_package.optim:FusedAdam", byte_model.float32_states)
-    changed = peers.Peer("other", "adamw", "torch.optim:NoSuchAdam", byte_model.float32_states)
+    absent = peers.Peer("someone", "adamw", "no_such_package.optim:FusedAdam", "float32")
+    changed = peers.Peer("other", "adamw", "torch.optim:NoSuchAdam", "float32")
     there, missing = peers.load([absent, changed, peers.PEERS[0]])
     assert there == {peers.PEERS[0]: wd_kernels.AdamW}
     assert missing["someone FusedAdam"] == "ModuleNotFoundError: No module named 'no_such_package'"
@@ -458,7 +458,7 @@ class BrokenLater(Broken):
 def test_who_cannot_step_is_left_out_with_the_reason():
     there = loaded(["wd_kernels"])
     for cls in (Broken, BrokenLater):
-        there[peers.Peer(cls.__name__, "adamw", "", byte_model.kahan_states, devices=("cpu",))] = cls
+        there[peers.Peer(cls.__name__, "adamw", "", "compensated", devices=("cpu",))] = cls
     case = Case("2x8-float32-kept")
     entries, skipped = measured(case, case.stepping(list(there)), 0.01, there)
     assert skipped == dict.fromkeys(("Broken", "BrokenLater"), "OutOfMemoryError: no memory")

@@ -15,7 +15,7 @@ from study import program, report, train
 from study.findings import HELD_OUT, Errors, Findings, Fit, Mean, best_decays, fit
 from study.plan import METHODS, RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids
 from study.report import render, section
-from study.train import NOISE, TRAIN, VALIDATION, Config, Networks, Run, split
+from study.train import NOISE, TRAIN, VALIDATION, Networks, Run, split
 from torch.nn import functional as F
 
 import wd_kernels
@@ -27,7 +27,7 @@ TINY = Plan(size=3, epochs=1, seeds=2, budgets=(1, 2, 3), decays=4, finals=2, re
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def alone(run: Run, config: Config, seed: int) -> tuple[int, int]:
+def alone(run: Run, config: dict[str, Any], seed: int) -> tuple[int, int]:
     """The numbers of errors of one network, trained by itself, with torch's layers and torch's optimizer."""
     (x, y), *held_out = split(seed, NOISE[run.network])
     normalised = run.network == "normalised"
@@ -48,13 +48,12 @@ def alone(run: Run, config: Config, seed: int) -> tuple[int, int]:
                 x, over = x.relu(), over.relu()
         return 3 * x if normalised else x
 
-    options = dict(config.options)
     params = weights if normalised else [*weights, *biases]
-    opt = torch.optim.SGD(params, lr=options["lr"], momentum=0.9, weight_decay=options["weight_decay"])
+    opt = torch.optim.SGD(params, lr=config["lr"], momentum=0.9, weight_decay=config["weight_decay"])
     order = torch.Generator().manual_seed(seed)
     for t in range(run.epochs):
         for k, batch in enumerate(torch.randperm(TRAIN, generator=order).split(32)[:18]):
-            opt.param_groups[0]["lr"] = options["lr"] * config.schedule(18 * t + k)
+            opt.param_groups[0]["lr"] = config["lr"] * config["schedule"](18 * t + k)
             opt.zero_grad()
             F.cross_entropy(logits(x[batch]), y[batch]).backward()
             opt.step()
@@ -110,7 +109,7 @@ def test_labels_of_training_alone_are_noisy() -> None:
 
 
 def test_stacks_and_slices_share_memory() -> None:
-    networks = Networks(Run("some", "noisy", "AdamW", (Config((), Constant()),) * 2, epochs=1, seeds=2))
+    networks = Networks(Run("some", "noisy", "AdamW", ({},) * 2, epochs=1, seeds=2))
     params = networks.slices(2, 2)
     for p, stack in zip(params, networks.stacks, strict=True):
         assert p.grad is not None
@@ -130,8 +129,8 @@ def test_the_plan_is_what_was_promised() -> None:
         for name in METHODS:
             run = runs[name, network, "cosine"]
             assert (len(run.configs), run.seeds) == (144, 3)
-            assert len({dict(c.options)["lr"] for c in run.configs}) == 12
-            assert len({dict(c.options)["weight_decay"] for c in run.configs}) == 12
+            assert len({c["lr"] for c in run.configs}) == 12
+            assert len({c["weight_decay"] for c in run.configs}) == 12
     assert len(METHODS) == 7
     every = [*runs.values(), *budgets(Plan()).values()]
     assert len({run.name for run in every}) == len(every)
@@ -140,11 +139,11 @@ def test_the_plan_is_what_was_promised() -> None:
     retrained = finals(Plan(), "noisy", places)
     seen = {seed for run in every for seed in run.draws}
     assert not seen & set(retrained.draws)
-    assert [dict(c.options)["decay"] for c in retrained.configs] == ["l2"] * 3 + ["independent"] * 3
+    assert [c["decay"] for c in retrained.configs] == ["l2"] * 3 + ["independent"] * 3
     names, run = anytime(Plan(), "normalised", places)
     restarting = run.configs[names.index("AdamWR")]
-    assert dict(restarting.options)["weight_decay"] == pytest.approx(0.2 * math.sqrt(60 * 18))
-    assert isinstance(restarting.schedule, wd_kernels.NormalizedDecay)
+    assert restarting["weight_decay"] == pytest.approx(0.2 * math.sqrt(60 * 18))
+    assert isinstance(restarting["schedule"], wd_kernels.NormalizedDecay)
 
 
 # Ridges ---------------------------------------------------------------------------------------------------------------

@@ -36,9 +36,6 @@ class Mean(NamedTuple):
         return f"{100 * self.value:.2f} ± {100 * self.error:.2f}"
 
 
-# Ridges ---------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Fit:
     """A power law y ~ x^slope: its slope, the 95% interval of it, the offset of ln y, and which points were used."""
@@ -102,9 +99,6 @@ def fit(x: Sequence[float], errors: Array, decays: Sequence[float], samples: int
             slopes.append(np.polyfit(logs[drawn], known[seeds][drawn], 1)[0])
     low, high = np.quantile(slopes, (0.025, 0.975)).tolist()
     return Fit(slope, low, high, offset, tuple(used.tolist()))
-
-
-# Findings -------------------------------------------------------------------------------------------------------------
 
 
 class Errors(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 
 from wd_kernels.schedules import Constant, Cosine, NormalizedDecay, StepDrop, WarmRestarts
 
-from .train import NOISE, STEPS_AN_EPOCH, Config, Run
+from .train import NOISE, STEPS_AN_EPOCH, Run
 
 RIVALS = ("Adam-L2", "AdamW independent")
 BUDGET_LR = {"normalised": 1e-3, "noisy": 1e-2}  # where the weight decay matters in all of them
@@ -37,7 +37,7 @@ class Method:
 
     name: str
     rule: str  # the class
-    options: tuple[tuple[str, Any], ...]  # what its groups set
+    options: dict[str, Any]  # what its groups set
     claim: int  # the slope by the paper's reading: -1 where the two are coupled, 0 where they are decoupled
     slopes: tuple[int, int]  # derived, for each network
     lrs: tuple[float, float]  # least, largest
@@ -47,22 +47,23 @@ class Method:
         """(learning rates, weight decays), each in equal ratios."""
         return np.geomspace(*self.lrs, size).tolist(), np.geomspace(*self.decays, size).tolist()
 
-    def config(self, lr: float, weight_decay: float, schedule: Schedule) -> Config:
-        return Config((*self.options, ("lr", lr), ("weight_decay", weight_decay)), schedule)
+    def config(self, lr: float, weight_decay: float, schedule: Schedule) -> dict[str, Any]:
+        return {**self.options, "lr": lr, "weight_decay": weight_decay, "schedule": schedule}
 
 
-_ADAM, _SGD = (3e-4, 1e-1), (3e-3, 1.0)
-_MOMENTUM = ("momentum", 0.9)
+_ADAM, _SGD, _MOMENTUM = (3e-4, 1e-1), (3e-3, 1.0), {"momentum": 0.9}
 METHODS = {
     m.name: m
     for m in (
-        Method("SGD-L2", "SGDW", (_MOMENTUM, ("decay", "l2")), -1, (-1, 0), _SGD, (1e-5, 3.0)),
-        Method("SGDW", "SGDW", (_MOMENTUM, ("form", "paper"), ("decay", "independent")), 0, (0, 1), _SGD, (1e-5, 0.3)),
-        Method("Adam-L2", "AdamW", (("decay", "l2"),), -1, (-2, 0), _ADAM, (1e-5, 10.0)),
-        Method("AdamW lr_scaled", "AdamW", (("decay", "lr_scaled"),), -1, (-1, 0), _ADAM, (1e-3, 300.0)),
-        Method("AdamW independent", "AdamW", (("decay", "independent"),), 0, (0, 1), _ADAM, (1e-5, 0.3)),
-        Method("ProxAdam", "AdamW", (("decay", "proximal"),), 0, (0, 1), _ADAM, (1e-5, 0.3)),
-        Method("metric-proximal", "AdamW", (("decay", "metric_proximal"),), -1, (-2, 0), _ADAM, (1e-5, 10.0)),
+        Method("SGD-L2", "SGDW", {**_MOMENTUM, "decay": "l2"}, -1, (-1, 0), _SGD, (1e-5, 3.0)),
+        Method(
+            "SGDW", "SGDW", {"momentum": 0.9, "form": "paper", "decay": "independent"}, 0, (0, 1), _SGD, (1e-5, 0.3)
+        ),
+        Method("Adam-L2", "AdamW", {"decay": "l2"}, -1, (-2, 0), _ADAM, (1e-5, 10.0)),
+        Method("AdamW lr_scaled", "AdamW", {"decay": "lr_scaled"}, -1, (-1, 0), _ADAM, (1e-3, 300.0)),
+        Method("AdamW independent", "AdamW", {"decay": "independent"}, 0, (0, 1), _ADAM, (1e-5, 0.3)),
+        Method("ProxAdam", "AdamW", {"decay": "proximal"}, 0, (0, 1), _ADAM, (1e-5, 0.3)),
+        Method("metric-proximal", "AdamW", {"decay": "metric_proximal"}, -1, (-2, 0), _ADAM, (1e-5, 10.0)),
     )
 }
 
@@ -87,8 +88,7 @@ class Plan:
 
     def row(self) -> list[float]:
         """The weight decays of a budget."""
-        decays: list[float] = np.geomspace(*METHODS["AdamW independent"].decays, self.decays).tolist()
-        return decays
+        return METHODS["AdamW independent"].grid(self.decays)[1]
 
 
 def grids(plan: Plan) -> dict[tuple[str, str, str], Run]:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +55,10 @@ class Trainer:
             torch.save(found, partial)
             partial.rename(path)
             print(f"{run.name}: {float(found['seconds']):.0f} s", flush=True)
-        kept = torch.load(path, weights_only=True)
+        kept = {name: np.asarray(t, np.float64) for name, t in torch.load(path, weights_only=True).items()}
         self.networks += len(run.configs) * run.seeds
         self.seconds += float(kept["seconds"])
-        return Errors(*(np.asarray(kept[name].numpy(), np.float64) for name in ("validation", "test")))
+        return Errors(kept["validation"], kept["test"])
 
 
 def collect(plan: Plan, work: Path) -> Findings:
@@ -73,13 +73,9 @@ def collect(plan: Plan, work: Path) -> Findings:
         names, run = anytime(plan, network, places)
         curves = trainer(run).both().transpose(1, 0, 2)
         found.anytime |= {(network, name): own for name, own in zip(names, curves, strict=True)}
-    found.about = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "seconds": round(trainer.seconds),
-        "networks": trainer.networks,
-        "machine": f"{torch.get_num_threads()} threads of {get_cpu_info().get('brand_raw', 'an unknown processor')}",
-        "torch": torch.__version__,
-    }
+    machine = f"{torch.get_num_threads()} threads of {get_cpu_info().get('brand_raw', 'an unknown processor')}"
+    found.about = {"date": str(date.today()), "seconds": round(trainer.seconds), "networks": trainer.networks}
+    found.about |= {"machine": machine, "torch": torch.__version__}
     return found
 
 

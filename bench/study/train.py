@@ -7,7 +7,6 @@ forward and a backward pass is a handful of batched products, and a step of all 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -27,14 +26,6 @@ LOGIT_SCALE = 3.0  # of the normalised network, whose logits would else have uni
 
 
 @dataclass(frozen=True)
-class Config:
-    """One param group: what it sets, and its schedule, a function of the number of steps of the run."""
-
-    options: tuple[tuple[str, Any], ...]
-    schedule: Callable[[int], float]
-
-
-@dataclass(frozen=True)
 class Run:
     """Networks that are trained together.
 
@@ -45,7 +36,7 @@ class Run:
     name: str  # of the file that keeps the result
     network: str
     rule: str  # the class of wd_kernels
-    configs: tuple[Config, ...]  # its param groups
+    configs: tuple[dict[str, Any], ...]  # what its param groups set
     epochs: int
     seeds: int = 3  # of each configuration: a split of the data, an initialisation and an order each
     first_seed: int = 0
@@ -123,10 +114,7 @@ class Networks:
 
 def optimizer(run: Run, networks: Networks) -> torch.optim.Optimizer:
     """One optimizer for all networks: a param group for each configuration, with its seeds side by side."""
-    groups = [
-        {"params": networks.slices(k * run.seeds, run.seeds), "schedule": config.schedule, **dict(config.options)}
-        for k, config in enumerate(run.configs)
-    ]
+    groups = [{"params": networks.slices(k * run.seeds, run.seeds), **own} for k, own in enumerate(run.configs)]
     made: torch.optim.Optimizer = getattr(wd_kernels, run.rule)(groups)
     return made
 
