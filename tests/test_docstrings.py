@@ -21,12 +21,11 @@ OWN = [
     )
 ]  # fmt: skip
 OWN += [f"wd_kernels.schedules.{name}" for name in ("composed", "drawing", "normalized", "shapes")]
-BENCH = ["byte_model", "turns", "workloads"]
 # A program, the libraries, and what only a machine with Triton can import.
 NOT_IMPORTED = ("wd_kernels.__main__", "wd_kernels._C", "wd_kernels._cuda", "wd_kernels.backends.triton_kernels")
 
 
-@pytest.mark.parametrize("name", OWN + BENCH)
+@pytest.mark.parametrize("name", OWN)
 def test_examples(name: str) -> None:
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted > 0

@@ -12,7 +12,7 @@ import pytest
 import semantics
 import torch
 from bits import assert_same_optimizers, assert_untouched
-from flat_pairs import ALIKE, SHAPES, Pair, attached, count_runs, fill
+from flat_pairs import ALIKE, SHAPES, Pair, assert_runs, attached, fill
 from semantics import STATES, all_params, build, checked_step, parameters, plain, set_gradients
 from torch import nn
 
@@ -90,7 +90,7 @@ def test_copies_are_ordinary(rule: str, walk: str) -> None:
     assert all(map(torch.equal, before, model.parameters()))
     fill(all_params(opt), 3)
     checked_step(opt)
-    assert count_runs(opt) == 1
+    assert_runs(opt, 1)
 
 
 @both
@@ -107,7 +107,7 @@ def test_modules_that_load_and_convert(rule: str, walk: str) -> None:
         assert all(map(attached, params))
     fill(params, 3)
     checked_step(opt)
-    assert count_runs(opt) == 1
+    assert_runs(opt, 1)
     opt.state.clear()
     for convert in (model.double, model.float, model.bfloat16, lambda: model.to(torch.float32)):
         convert()
@@ -115,12 +115,12 @@ def test_modules_that_load_and_convert(rule: str, walk: str) -> None:
         for t in range(2):
             fill(params, t)
             checked_step(opt)
-            assert count_runs(opt) == 4
+            assert_runs(opt, 4)
         opt.state.clear()
     flatten_(params)
     fill(params, 4)
     checked_step(opt)
-    assert count_runs(opt) == 1
+    assert_runs(opt, 1)
 
 
 @both
@@ -158,7 +158,7 @@ def test_tied_weights() -> None:
             o.step()
             o.zero_grad(set_to_none=False)
         assert_same_optimizers(opt, other)
-        assert count_runs(opt) == 1
+        assert_runs(opt, 1)
 
 
 def test_forms_of_input() -> None:
@@ -184,7 +184,7 @@ def test_forms_of_input() -> None:
         opt = build("adamw", form())
         fill(all_params(opt), 0)
         checked_step(opt)
-        assert count_runs(opt) == (3 if name == "groups" else 1)
+        assert_runs(opt, (3 if name == "groups" else 1))
         unflatten_(form())
         assert all(place_of(p) is None for p in model.parameters())
         checked_step(opt)
@@ -205,7 +205,7 @@ def test_frozen_parameters() -> None:
         for t in range(3):
             fill(params, t)
             checked_step(opt)
-            assert count_runs(opt) == 2
+            assert_runs(opt, 2)
             opt.zero_grad(set_to_none=False)
             assert not any(bool(p.grad.any()) for p in params if p.grad is not None)
         assert_untouched(params[2], before)

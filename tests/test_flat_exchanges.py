@@ -11,7 +11,7 @@ import pytest
 import semantics
 import torch
 from bits import assert_same_state
-from flat_pairs import ALIKE, SHAPES, Pair, count_runs, fill, swap_states
+from flat_pairs import ALIKE, SHAPES, Pair, assert_runs, fill, swap_states
 from semantics import STATES, all_params, build, checked_step, parameters, set_gradients
 from torch import Tensor, nn
 
@@ -190,17 +190,17 @@ def test_states_from_before_stay(rule: str, walk: str) -> None:
     for t in range(2):
         fill(params, t)
         checked_step(opt)
-        assert count_runs(opt) == len(SHAPES)
+        assert_runs(opt, len(SHAPES))
     assert all(opt.state[p][name] is before[p][name] for p in params for name in STATES[rule])
     opt.load_state_dict(opt.state_dict())
     for t in range(2):
         fill(params, 3 + t)
         checked_step(opt)
-        assert count_runs(opt) == 1
+        assert_runs(opt, 1)
     flatten_(params)  # again: nothing moves, nothing is lost
     fill(params, 7)
     checked_step(opt)
-    assert count_runs(opt) == 1
+    assert_runs(opt, 1)
 
 
 def test_options_turned_on_later(walk: str) -> None:
@@ -237,7 +237,7 @@ def test_memory_that_is_no_longer_the_buffers(walk: str, monkeypatch: pytest.Mon
         opt = build("adamw", params)
         fill(params, 0)
         checked_step(opt)
-        assert count_runs(opt) == 1
+        assert_runs(opt, 1)
     assert len(taken) == 5
     buffer = place_of(params[0]).buffer
     for p in params:  # all moves away, the buffers go
@@ -251,7 +251,7 @@ def test_memory_that_is_no_longer_the_buffers(walk: str, monkeypatch: pytest.Mon
         p.grad.data = at(taken[1] + 128 * k, 20).copy_(p.grad.data)
     checked_step(opt)
     checked_step(opt)
-    assert count_runs(opt) == 5
+    assert_runs(opt, 5)
     between = memory[:320].view(10, 32)[:, 20:]
     assert torch.equal(between, canaries[:320].view(10, 32)[:, 20:])
 

@@ -9,7 +9,7 @@ import semantics
 import test_properties
 import torch
 from bits import assert_same_optimizers, assert_untouched
-from flat_pairs import attached, count_runs
+from flat_pairs import assert_runs, attached
 from hypothesis import given
 from hypothesis import strategies as st
 from semantics import all_params, checked_step, plain
@@ -118,7 +118,7 @@ class FlatLife(test_properties.Life):
             # Their states lie likewise, and were all there when they were loaded, or none was.
             followers += alike and a.buffer is b.buffer and a.offset + flat.padded(a.numel) == b.offset
         if all(own for own in opt.state.values()) and len({tuple(own) for own in opt.state.values()}) == 1:
-            assert count_runs(opt) == len(found) - followers
+            assert_runs(opt, len(found) - followers)
 
     def zero_grad(self) -> None:
         to_none = self.data.draw(st.booleans(), label="set_to_none")

@@ -10,7 +10,7 @@ import pytest
 import semantics
 import torch
 from bits import assert_untouched
-from flat_pairs import ALIKE, SHAPES, Pair, attached, count_runs, fill, swap_states
+from flat_pairs import ALIKE, SHAPES, Pair, assert_runs, attached, fill, swap_states
 from semantics import STATES, build, checked_step, parameters, plain, set_gradients
 from torch import Tensor, nn
 
@@ -71,7 +71,7 @@ def test_zero_grad_of_one_of_two_optimizers() -> None:
         grads = [plain(p.grad) for p in params]
         checked_step(opts[t % 2])
         checked_step(opts[t % 2])
-        assert count_runs(opts[t % 2]) == 1
+        assert_runs(opts[t % 2], 1)
         opts[t % 2].zero_grad(set_to_none=False)
         for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
             assert p.grad is not None
@@ -187,7 +187,7 @@ def test_buffers_are_freed(rule: str, walk: str) -> None:
     assert buffer.grad is not None
     fill(params, 5)
     checked_step(opt)
-    assert count_runs(opt) == 1
+    assert_runs(opt, 1)
     for p in params[1:]:
         p.data = p.data.clone()
     assert buffer.data is not None

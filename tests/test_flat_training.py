@@ -10,7 +10,7 @@ import pytest
 import semantics
 import torch
 from bits import assert_same_optimizers, assert_untouched
-from flat_pairs import ALIKE, count_runs, fill
+from flat_pairs import ALIKE, assert_runs, fill
 from semantics import all_params, build, checked_step, parameters, plain
 from torch import nn
 
@@ -52,7 +52,7 @@ def test_training(rule: str, walk: str) -> None:
             opt.zero_grad(set_to_none=False)
         assert_same_optimizers(*opts, f"step {t}")
         assert all(p.grad is view for p, view in zip(model.parameters(), views, strict=True))
-        assert count_runs(opts[0]) == 6
+        assert_runs(opts[0], 6)
     assert all(float(own["step"]) == 12 for own in opts[0].state.values())
 
 
@@ -98,7 +98,7 @@ def test_threads(walk: str) -> None:
     assert not failures
     for opt, twin in zip(opts, twins, strict=True):
         assert_same_optimizers(opt, twin)
-        assert count_runs(opt) == 1
+        assert_runs(opt, 1)
 
 
 def test_flat_within_other_modes(walk: str) -> None:
@@ -124,7 +124,7 @@ def test_flat_within_other_modes(walk: str) -> None:
         opt.zero_grad(set_to_none=False)
     fill(params, 1)
     checked_step(opt)
-    assert count_runs(opt) == 1
+    assert_runs(opt, 1)
     model = nn.Linear(16, 1)
     flatten_(model.parameters())
     model(torch.ones(3, 16)).sum().backward()

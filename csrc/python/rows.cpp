@@ -6,11 +6,11 @@
 namespace wd {
 namespace {
 
-// Writes the runs of the segments [first, last) from run `at` on: neighbours in flat buffers that share a row, and
-// whose origins follow each other, are one. Returns how many there are.
+// Writes the runs of the segments [first, last) from run `at` on: neighbours in flat buffers that share a row, are one.
+// Returns how many there are.
 int64_t merge(const View& view, int64_t first, int64_t last, int64_t at) {
-  int64_t run = at - 1, offset = 0, origin = 0;  // of the run that is being written
-  const FlatRange* before = nullptr;             // the last segment of it, if another may follow
+  int64_t run = at - 1, offset = 0;   // of the run that is being written
+  const FlatRange* before = nullptr;  // the last segment of it, if another may follow
   for (int64_t s = first; s < last; ++s) {
     const Moving& moving = view.moving[s];
     const FlatRange& range = view.ranges[s];
@@ -18,7 +18,7 @@ int64_t merge(const View& view, int64_t first, int64_t last, int64_t at) {
     const bool attached =
         range.buffer != 0 && moving.numel != 0 && reinterpret_cast<int64_t>(moving.grad) == range.grad;
     if (attached && before != nullptr && before->buffer == range.buffer && before->end == range.offset &&
-        view.run_moving[run].row == moving.row && place[kOrigin] - origin == range.offset - offset) {
+        view.run_moving[run].row == moving.row) {
       view.run_moving[run].numel = view.run_capacities[run] = range.offset - offset + moving.numel;
     } else {
       ++run;
@@ -26,7 +26,6 @@ int64_t merge(const View& view, int64_t first, int64_t last, int64_t at) {
       std::memcpy(view.run_places + run * view.place_words, place, size_t(view.place_words) * sizeof(int64_t));
       view.run_capacities[run] = range.numel;
       offset = range.offset;
-      origin = place[kOrigin];
     }
     before = attached ? &range : nullptr;
   }
