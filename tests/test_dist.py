@@ -101,7 +101,7 @@ def test_installed_into_an_empty_environment(kind: str, dist: Path, empty: Path,
     said = installed(next(dist.glob(kind)), empty, tmp_path)
     assert re.search(r"^  cpu +available$", said, re.MULTILINE), said
     assert re.search(r"^  cuda +not available: torch \S+ is built without CUDA$", said, re.MULTILINE), said
-    assert re.search(r"^  walk +native$", said, re.MULTILINE), said
+    assert re.search(r"^  check +native$", said, re.MULTILINE), said
     assert "all backends compute right" in said
 
 
