@@ -113,7 +113,7 @@ def test_installed_without_a_compiler_and_mended(dist: Path, empty: Path, tmp_pa
     why = "no C\\+\\+ compiler was found \\('no-such-compiler' is not on the PATH; CXX names another\\)"
     found = re.search(rf"^  cpu +not available: the native extension is not there \({why}\); .*: (pip .*)$", said, re.M)
     assert found, said
-    assert re.search(r"^  walk +Python .*$", said, re.MULTILINE), said
+    assert re.search(r"^  check +Python .*$", said, re.MULTILINE), said
     assert "all backends compute right" in said
     with tarfile.open(sdist) as file:
         file.extractall(tmp_path, filter="data")
