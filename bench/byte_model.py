@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 #: States of each rule.
-STATES = {"adamw": 2, "adamw amsgrad": 3, "sgdw": 1, "sgdw without momentum": 0}
+STATES = {"adamw": 2, "adamw amsgrad": 3, "sgdw": 1, "sgdw without momentum": 0, "adagradw": 1}
 BLOCK, SHORTEST = 256, 4096  # elements that share a float32 scale; shorter tensors are not quantised
 
 

@@ -162,7 +162,7 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
     if backend == "cuda":
         found = disassembly.nvidia(asm, threads)
     else:
-        found = disassembly.amd(asm, target, warp, "adamw" in kernel.rule, moved)
+        found = disassembly.amd(asm, target, warp, KINDS[kernel.rule][0].metric != "", moved)
     elements = block // threads * max(round((sum(found.loads) + sum(found.stores)) / moved), 1)
     return Cost.of(kernel, target, found, elements, model, asm["ttgir"].count("ttg.convert_layout"))
 

@@ -19,6 +19,7 @@ import disassembly
 import torch
 from byte_model import step_bytes
 from codegen import Cost, Kernel, kernels, program
+from internals import KINDS
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "wd_kernels" / "_cuda.abi3.so"
@@ -27,7 +28,7 @@ _FORMATS = {torch.float64: "Float64", torch.float32: "Float32", torch.bfloat16: 
 #: How C++ calls the rules.
 _RULES = {
     "adamw": "AdamW<{}, false>", "adamw amsgrad": "AdamW<{}, true>", "sgdw": "SGDW<{}, true>",
-    "sgdw without momentum": "SGDW<{}, false>",
+    "sgdw without momentum": "SGDW<{}, false>", "adagradw": "AdagradW<{}>",
 }  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def costs(library: Path = LIBRARY) -> Iterator[Cost]:
             for kernel in kernels():
                 key = name(kernel)
                 code, inexact = sass[key].splitlines(), disassembly.ptx_inexact(carried[key])
-                if kernel.rule.startswith("sgdw"):
+                if not KINDS[kernel.rule][0].metric:
                     inexact += disassembly.sass_inexact(code)
                 found = disassembly.sass_reading(code, disassembly.usage(usages[key]), inexact, THREADS)
                 model = step_bytes(kernel.rule, kernel.param, kernel.grad, kernel.state)

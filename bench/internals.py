@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[Rule, tuple[str, ...]]] = {
     "adamw amsgrad": (RULES["adamw"], ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
     "sgdw": (RULES["sgdw"], ("momentum_buffer",)),
     "sgdw without momentum": (RULES["sgdw"], ()),
+    "adagradw": (RULES["adagradw"], ("sum",)),
 }
 
 

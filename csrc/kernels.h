@@ -9,7 +9,8 @@
   ROW(0, 0, AdamW<T, false>) \
   ROW(0, 1, AdamW<T, true>)  \
   ROW(1, 0, SGDW<T, false>)  \
-  ROW(1, 1, SGDW<T, true>)
+  ROW(1, 1, SGDW<T, true>)   \
+  ROW(2, 0, AdagradW<T>)
 
 // The formats (parameter, gradient, states) that CUDA C++ has kernels for. The CPU takes any, tile by tile.
 #define WD_EACH_FORMATS(ROW)       \

@@ -59,6 +59,21 @@ struct SGDW {
   }
 };
 
+template <class T>
+struct AdagradW {
+  using Arithmetic = T;
+  static constexpr int kStates = 1;
+  WD_SCALARS(frozen, grad_scale, l2, eps, lr_decay, scaled_lr, fixed_decay, scaled_decay, scaled_metric, t, step_size,
+             decay, metric)
+
+  WD_HOST_DEVICE T operator()(T theta, T g, T* state) const {
+    T& sum = state[0];
+    sum = sum + g * g;
+    const T d = root(sum) + eps;
+    return (step_size * g + metric * theta) / (d + metric);
+  }
+};
+
 // What a rule is by its row: every scalar rounded to the arithmetic type, the gradient's scale with its factor.
 template <class Rule>
 WD_HOST_DEVICE inline Rule rule_of_row(const double* row, double grad_factor) {

@@ -30,15 +30,25 @@ from wd_kernels import functional, native
 from wd_kernels.formats import state_dtype
 from wd_kernels.torch_ops import OPERATORS
 
-LISTS: dict[str, Callable[..., None]] = {"adamw": functional.adamw_, "sgdw": functional.sgdw_}
-FLAT: dict[str, Callable[..., None]] = {"adamw": functional.adamw_flat_, "sgdw": functional.sgdw_flat_}
+LISTS: dict[str, Callable[..., None]] = {
+    "adamw": functional.adamw_, "sgdw": functional.sgdw_, "adagradw": functional.adagradw_,
+}  # fmt: skip
+FLAT: dict[str, Callable[..., None]] = {
+    "adamw": functional.adamw_flat_, "sgdw": functional.sgdw_flat_, "adagradw": functional.adagradw_flat_,
+}  # fmt: skip
 DENSE = tuple(piece for piece in PIECES if piece.layout != "gaps")
 FEW = tuple(piece for piece in SMALL if piece.layout != "gaps")
 
 
 def options_of(case: Case) -> dict[str, Any]:
-    """The case's options as a function takes them: AMSGrad is where its state is."""
-    return {name: value for name, value in case.options.items() if name != "amsgrad"}
+    """The case's options as a function takes them: what is of the states is where they are."""
+    return {k: value for k, value in case.options.items() if k not in ("amsgrad", "initial_accumulator_value")}
+
+
+def first_state(p: Tensor, case: Case) -> Tensor:
+    """A state as it begins: of a complex parameter, both parts of it."""
+    value = case.options.get("initial_accumulator_value", 0.0)
+    return torch.full_like(p, complex(value, value) if p.is_complex() else value, dtype=state_dtype(p.dtype))
 
 
 @dataclass
@@ -52,10 +62,7 @@ class Caller:
 
     def __post_init__(self) -> None:
         self.counts = [0] * len(self.params)
-        self.states = [
-            [torch.zeros_like(p.detach(), dtype=state_dtype(p.dtype)) for p in self.params]
-            for _ in states_of(self.case)
-        ]
+        self.states = [[first_state(p.detach(), self.case) for p in self.params] for _ in states_of(self.case)]
 
     def step(self, grads: Sequence[Tensor | None], backend: str, apart: bool = False, **more: Any) -> None:
         """Steps what has a gradient: in one call, or apart: in one for each pair of dtypes."""
@@ -133,8 +140,9 @@ def call_of(case: Case, roles: Sequence[Any], step: Any, overload: str = "defaul
     known = OPERATORS[f"{case.rule}_flat_" if flat else f"{case.rule}_"]
     tensors = [role[0] for role in roles] if flat else [list(role) for role in roles]
     tensors += [None if flat else []] * (len(known.roles) - len(tensors))
-    given = {"eps": 1e-8, "weight_decay": 0.1, "lr": 0.05, "eta": 1.0, "grad_factor": 1.0, "momentum": 0.0,
-             "dampening": 0.0, "nesterov": False, "form": "torch", "backend": "cpu", "step": step}  # fmt: skip
+    given = {"eps": 1e-8, "lr_decay": 0.0, "weight_decay": 0.1, "lr": 0.05, "eta": 1.0, "grad_factor": 1.0,
+             "momentum": 0.0, "dampening": 0.0, "nesterov": False, "form": "torch", "backend": "cpu",
+             "step": step}  # fmt: skip
     given |= {**options_of(case), **changed}
     if case.rule == "adamw":
         given["beta1"], given["beta2"] = given["betas"]

@@ -32,8 +32,10 @@ f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 c64, c128 = torch.complex64, torch.complex128
 
 Device = torch.device | str
-CLASSES: dict[str, Callable[..., Any]] = {"adamw": wd_kernels.AdamW, "sgdw": wd_kernels.SGDW}
-LR = {"adamw": 0.02, "sgdw": 0.1}
+CLASSES: dict[str, Callable[..., Any]] = {
+    "adamw": wd_kernels.AdamW, "sgdw": wd_kernels.SGDW, "adagradw": wd_kernels.AdagradW,
+}  # fmt: skip
+LR = {"adamw": 0.02, "sgdw": 0.1, "adagradw": 0.1}
 
 #: (parameter, gradient), every pair that is allowed.
 DTYPES = (
@@ -55,6 +57,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "nesterov": {"momentum": 0.9, "nesterov": True},
         "paper": {"momentum": 0.9, "form": "paper"},
         "paper-no-momentum": {"form": "paper", "maximize": True},
+    },
+    "adagradw": {
+        "plain": {"maximize": True},
+        "slowed": {"lr_decay": 0.3},
+        "begun": {"initial_accumulator_value": 0.7, "eps": 1e-3, "lr_decay": 0.1},
     },
 }
 
@@ -172,7 +179,7 @@ class Case:
 
 def cases(
     dtypes: Iterable[tuple[torch.dtype, torch.dtype]] = ((f32, f32),),
-    rules: Iterable[str] = ("adamw", "sgdw"),
+    rules: Iterable[str] = tuple(VARIANTS),
     names: Iterable[str] | None = None,
     decays: Iterable[str] = DECAY_MODES,
     flip: Iterable[bool] = (False,),
@@ -279,12 +286,14 @@ REAL = tuple(d for d in DTYPES if not d[0].is_complex)
 BODIES = [
     *cases(rules=["adamw"], names=["plain", "amsgrad"], decays=["metric_proximal"]),
     *cases(rules=["sgdw"], names=["no-momentum", "nesterov"], decays=["independent"]),
+    *cases(rules=["adagradw"], names=["begun"], decays=["metric_proximal"]),
 ]
 STATES = {
     ("adamw", False): ("exp_avg", "exp_avg_sq"),
     ("adamw", True): ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     ("sgdw", False): (),
     ("sgdw", True): ("momentum_buffer",),
+    ("adagradw", False): ("sum",),
 }
 GUARD = 24  # elements before and after
 CANARY = {2: 0x5AC3, 4: 0x5AC35AC3, 8: 0x5AC35AC35AC35AC3}

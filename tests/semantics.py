@@ -15,12 +15,13 @@ import wd_kernels
 from wd_kernels import native
 from wd_kernels.validation import is_dense as is_dense
 
-CLASSES = {"adamw": wd_kernels.AdamW, "sgdw": wd_kernels.SGDW}
+CLASSES = {"adamw": wd_kernels.AdamW, "sgdw": wd_kernels.SGDW, "adagradw": wd_kernels.AdagradW}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1},
     "sgdw": {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.1},
+    "adagradw": {"lr": 0.05, "lr_decay": 0.2, "initial_accumulator_value": 0.3, "weight_decay": 0.1},
 }
-STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgdw": ("momentum_buffer",)}
+STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgdw": ("momentum_buffer",), "adagradw": ("sum",)}
 MODES = ("l2", "lr_scaled", "independent", "proximal", "metric_proximal")
 SHAPES = ((4, 4), (7, 5), (33,), (), (2, 3, 2, 3))
 TWO_ALIKE = ((7, 5), (4, 4), (33,), (4, 4), ())

@@ -17,7 +17,7 @@ from semantics import STATES, all_params, build, checked_step, parameters, plain
 from torch import nn
 
 walk = semantics.walk
-both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
+every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
 quiet = pytest.mark.filterwarnings("ignore:this state has")
 
 
@@ -25,7 +25,7 @@ quiet = pytest.mark.filterwarnings("ignore:this state has")
 
 
 @quiet
-@both
+@every
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64], ids=str
 )
@@ -62,7 +62,7 @@ def test_round_trip(rule: str, dtype: torch.dtype, way: Callable[[Any], Any], wa
 
 
 @quiet
-@both
+@every
 def test_loading_into_a_running_optimizer(rule: str, walk: str) -> None:
     """Goes back in time: the table, its gradients and its counts are of the old state, and are not used."""
     a = build(rule, parameters())
@@ -83,7 +83,7 @@ def test_loading_into_a_running_optimizer(rule: str, walk: str) -> None:
 
 
 @quiet
-@both
+@every
 def test_loaded_tensors_are_copies(rule: str) -> None:
     """Two optimizers that load one state share no memory with it, nor with each other."""
     a = build(rule, parameters())
@@ -103,7 +103,7 @@ def test_loaded_tensors_are_copies(rule: str) -> None:
 
 
 @quiet
-@both
+@every
 def test_what_is_saved_keeps_its_counts(rule: str) -> None:
     """The counts in a state_dict are copies: they stand still while the optimizer counts on. The rest is as torch's."""
     a = build(rule, parameters())
@@ -117,7 +117,7 @@ def test_what_is_saved_keeps_its_counts(rule: str) -> None:
 
 
 @quiet
-@both
+@every
 def test_keys_a_saved_group_lacks_keep_the_live_value(rule: str) -> None:
     a = build(rule, parameters())
     train(a, range(2))
@@ -135,7 +135,7 @@ def test_keys_a_saved_group_lacks_keep_the_live_value(rule: str) -> None:
 
 
 @quiet
-@both
+@every
 def test_an_empty_state_loads(rule: str, walk: str) -> None:
     """As accelerate does when it wraps: load_state_dict(state_dict()) before the first step, and in the midst."""
     a, b = build(rule, parameters()), build(rule, parameters())
@@ -150,7 +150,7 @@ def test_an_empty_state_loads(rule: str, walk: str) -> None:
 
 
 @quiet
-@both
+@every
 def test_layouts_of_loaded_states(rule: str, walk: str) -> None:
     """Contiguous states into a channels_last parameter and back: right values, the parameter's layout."""
     shape = (3, 4, 5, 2)
@@ -175,7 +175,7 @@ def test_layouts_of_loaded_states(rule: str, walk: str) -> None:
             checked_step(copied)
 
 
-@both
+@every
 def test_a_pickle_of_an_older_version(rule: str) -> None:
     """Groups that lack a key get the class's default, and a missing backend is "auto"."""
     opt, twin = (build(rule, parameters(), backend="reference") for _ in range(2))
@@ -195,7 +195,7 @@ def test_a_pickle_of_an_older_version(rule: str) -> None:
 
 
 @quiet
-@both
+@every
 def test_hooks(rule: str) -> None:
     """Pre and post hooks of state_dict and load_state_dict, in torch's order; what they return is taken."""
     a = build(rule, parameters())
@@ -242,7 +242,7 @@ def test_hooks(rule: str) -> None:
 
 
 @quiet
-@both
+@every
 def test_unknown_state_is_kept(rule: str) -> None:
     """What others keep in the state goes through, copied, and is left alone by the step."""
     a = build(rule, parameters())
@@ -276,7 +276,7 @@ def saved_size(thing: Any, way: str) -> int:
 
 
 @quiet
-@both
+@every
 @pytest.mark.parametrize("way", ["torch.save", "pickle"])
 @pytest.mark.parametrize("what", ["state_dict", "optimizer"])
 def test_a_file_is_no_larger_than_torchs(rule: str, way: str, what: str) -> None:

@@ -26,10 +26,10 @@ from semantics import (
 )
 from torch import Tensor, nn
 
-from wd_kernels import SGDW, AdamW
+from wd_kernels import SGDW, AdagradW, AdamW
 
 walk = semantics.walk
-both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
+every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
 quiet = pytest.mark.filterwarnings("ignore:this state has")
 
 
@@ -37,7 +37,7 @@ quiet = pytest.mark.filterwarnings("ignore:this state has")
 
 
 @quiet
-@both
+@every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_states_of_16_bit_parameters_stay_float32(rule: str, dtype: torch.dtype) -> None:
     """torch's own load would round them to the parameter's dtype."""
@@ -78,7 +78,7 @@ def test_torchs_16_bit_states_are_widened_exactly(dtype: torch.dtype, walk: str)
 
 
 @quiet
-@both
+@every
 def test_a_state_that_would_be_narrowed_is_an_error(rule: str) -> None:
     """By name, and the optimizer is as it was: groups, states, counts, the next step."""
     names = ["a.weight", "a.bias", "b.weight", "b.bias", "c"]
@@ -103,7 +103,7 @@ def test_a_state_that_would_be_narrowed_is_an_error(rule: str) -> None:
     assert_same_optimizers(opt, twin)
 
 
-@both
+@every
 @pytest.mark.parametrize(
     ("spoil", "error", "pattern"),
     [
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_an_error(
     checked_step(opt)
 
 
-@both
+@every
 @quiet
 def test_counts_of_any_number_type_load(rule: str) -> None:
     import numpy as np
@@ -163,11 +163,12 @@ PAIRS: list[Any] = [
     pytest.param(SGDW, {"decay": "l2", "dampening": 0.5}, torch.optim.SGD, id="SGD-dampening"),
     pytest.param(SGDW, {"decay": "l2", "nesterov": True}, torch.optim.SGD, id="SGD-nesterov"),
     pytest.param(SGDW, {"decay": "l2", "momentum": 0.0}, torch.optim.SGD, id="SGD-plain"),
+    pytest.param(AdagradW, {"decay": "l2"}, torch.optim.Adagrad, id="Adagrad"),
 ]
 
 
 def make_pair(ours: type, extra: dict[str, Any], theirs: type, named: bool) -> tuple[Any, Any]:
-    options = {**DEFAULTS["adamw" if ours is AdamW else "sgdw"], **extra}
+    options = {**DEFAULTS[ours.__name__.lower()], **extra}
     made = []
     for cls, own in ((ours, options), (theirs, {k: v for k, v in options.items() if k != "decay"})):
         params: list[Any] = parameters()
@@ -198,7 +199,7 @@ def test_interchange(ours: type, extra: dict[str, Any], theirs: type, named: boo
     c, d = make_pair(ours, {"decay": "proximal"}, theirs, named)
     for source, target in ((a, d), (b, c)):
         copy_weights(source, target)
-    c.param_groups[0]["decay"] = extra.get("decay", "lr_scaled") if ours is SGDW else "proximal"
+    c.param_groups[0]["decay"] = extra.get("decay", "lr_scaled") if ours is not AdamW else "proximal"
     c.param_groups[1]["decay"] = c.param_groups[0]["decay"]
     if ours is AdamW and "decay" not in extra:
         c.param_groups[0]["decay"] = c.param_groups[1]["decay"] = "l2"  # the loaded flag says otherwise
@@ -216,7 +217,7 @@ def test_interchange(ours: type, extra: dict[str, Any], theirs: type, named: boo
                 for name, value in y.state[q].items():
                     if name != "step" and isinstance(value, Tensor):
                         assert_close(x.state[p][name], value, ULPS, f"step {t}, {name}")
-    if ours is AdamW:
+    if ours is not SGDW:
         assert [float(a.state[p]["step"]) for p in all_params(a)] == [float(d.state[p]["step"]) for p in all_params(d)]
 
 
@@ -280,6 +281,31 @@ def test_a_momentum_buffer_without_count_has_been_started(walk: str) -> None:
     assert [float(b.state[p]["step"]) for p in all_params(b)] == [3.0] + [4.0] * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_torchs_adagrad_has_the_states_of_all(dtype: torch.dtype, walk: str) -> None:
+    """It makes them at the start and steps no parameter without: parameters that took no step are exported, too."""
+    options = {"lr": 0.1, "lr_decay": 0.3, "initial_accumulator_value": 0.2, "weight_decay": 0.1}
+    a = AdagradW(parameters(dtype=dtype), decay="l2", **options)
+    train(a, range(3), lambda t: [1, 4])
+    assert [len(a.state.get(p, {})) for p in all_params(a)] == [2, 0, 2, 2, 0]
+    saved = through_file(a.state_dict())
+    assert [len(a.state.get(p, {})) for p in all_params(a)] == [2, 0, 2, 2, 0]  # as it was
+    assert sorted(saved["state"]) == [0, 1, 2, 3, 4]
+    b = torch.optim.Adagrad(parameters(dtype=dtype), **options)
+    c = AdagradW(parameters(dtype=dtype), decay="l2", **{**options, "initial_accumulator_value": 0.7})
+    for opt in (b, c):
+        copy_weights(a, opt)
+        opt.load_state_dict(saved)
+    for t in range(3, 6):
+        for opt in (a, b, c):
+            set_gradients(all_params(opt), t)
+            opt.step()
+        assert_same_optimizers(a, c, f"step {t}")
+        for p, q in zip(all_params(a), all_params(b), strict=True):
+            assert_close(torch.view_as_real(p) if p.is_complex() else p, torch.view_as_real(q) if q.is_complex() else q,
+                         ULPS, f"step {t}")  # fmt: skip
+
+
 LOST: list[Any] = [
     ("adamw", {"decay": "independent"}, "decay='independent'.*torch.optim.AdamW"),
     ("adamw", {"decay": "proximal"}, "decay='proximal'"),
@@ -288,6 +314,7 @@ LOST: list[Any] = [
     ("sgdw", {}, r"decay='lr_scaled'.*torch\.optim\.SGD"),
     ("sgdw", {"decay": "l2", "form": "paper"}, "form='paper'"),
     ("sgdw", {"decay": "l2", "eta": torch.tensor(2.0)}, "eta != 1"),
+    ("adagradw", {}, r"decay='lr_scaled'.*torch\.optim\.Adagrad"),
 ]
 KEPT: list[Any] = [
     ("adamw", {}),
@@ -295,6 +322,7 @@ KEPT: list[Any] = [
     ("adamw", {"decay": "proximal", "weight_decay": 0.0}),
     ("sgdw", {"decay": "l2"}),
     ("sgdw", {"weight_decay": 0.0}),
+    ("adagradw", {"decay": "l2"}),
 ]
 
 

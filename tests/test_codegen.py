@@ -220,10 +220,10 @@ def test_the_readme_shows_what_is_kept() -> None:
     triton = kept_rows(f"Triton {importlib.metadata.version('triton')}")
     (nvcc,) = codegen.RESULTS.glob("codegen-nvcc-*.txt")
     cuda = kept_rows(nvcc.stem.removeprefix("codegen-").replace("-", " "))
-    rows = re.findall(r"^\| ((?:AdamW|SGDW)[^|]*) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| ((?:AdamW|SGDW|AdagradW)[^|]*) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     rows = [(name, row.split(" | ")) for name, row in rows if row.count("|") == 7]
     assert len(rows) >= 5
     for name, numbers in rows:
         kernel = re.sub(r", (\w+)(?: with (\w+) gradients)?$", r" (\1, \2)", name).replace(", )", ")")
-        kernel = kernel.replace("AdamW", "adamw").replace("SGDW", "sgdw")
+        kernel = re.sub(r"^\w+", lambda found: found[0].lower(), kernel)
         assert numbers == [*triton[kernel], *cuda[kernel][2:]], name

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:this state has"),
     pytest.mark.filterwarnings("ignore:ComplexHalf"),
 ]
-both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
+every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
 
 
@@ -73,7 +73,7 @@ def test_bits_of_other_backends(body: cases.Case, dtype: torch.dtype, backend: s
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 
-@both
+@every
 def test_one_run_for_one_group(rule: str, walk: str) -> None:
     pair = Pair(rule)
     for t in range(4):
@@ -83,7 +83,7 @@ def test_one_run_for_one_group(rule: str, walk: str) -> None:
         assert not any(bool(p.grad.any()) for p in pair.params if p.grad is not None)
 
 
-@both
+@every
 def test_runs_of_groups(rule: str, walk: str) -> None:
     """Groups in the order of the buffer are a run each; alternating ones are apart."""
     for split, runs in (((0, 0, 1, 1, 1), 2), ((0, 1, 0, 1, 0), 5), ((1, 1, 0, 0, 1), 3), ((0, 1, 2, 2, 3), 4)):
@@ -92,7 +92,7 @@ def test_runs_of_groups(rule: str, walk: str) -> None:
             pair.step(t, runs=runs)
 
 
-@both
+@every
 def test_runs_where_gradients_are_missing(rule: str, walk: str) -> None:
     pair = Pair(rule, parameters(ALIKE))
     grads = [p.grad for p in pair.params]
@@ -107,7 +107,7 @@ def test_runs_where_gradients_are_missing(rule: str, walk: str) -> None:
         pair.step(t, runs=runs)
 
 
-@both
+@every
 def test_runs_of_unlike_counts(rule: str, walk: str) -> None:
     pair = Pair(rule, parameters(ALIKE))
     pair.step(0, runs=1)
@@ -121,7 +121,7 @@ def test_runs_of_unlike_counts(rule: str, walk: str) -> None:
     pair.step(5, runs=1)
 
 
-@both
+@every
 @pytest.mark.parametrize("how", ["replaced", "data", "ddp", "other dtype"])
 def test_gradients_elsewhere_are_stepped_singly(rule: str, how: str, walk: str) -> None:
     pair = Pair(rule, parameters(ALIKE))
@@ -155,7 +155,7 @@ def test_gradients_elsewhere_are_stepped_singly(rule: str, how: str, walk: str) 
         pair.step(t, runs=1)
 
 
-@both
+@every
 def test_gradients_of_another_width_at_flat_addresses(rule: str, walk: str) -> None:
     """The first half of each stretch as bfloat16: the same addresses, shapes and strides, and nothing to merge."""
     pair = Pair(rule, parameters(ALIKE))
@@ -170,7 +170,7 @@ def test_gradients_of_another_width_at_flat_addresses(rule: str, walk: str) -> N
         pair.step(t, runs=5, new=False)
 
 
-@both
+@every
 def test_parameters_of_another_dtype_at_flat_addresses(rule: str, walk: str) -> None:
     """Bits that are read as another dtype are another parameter, though nothing moved."""
     pair = Pair(rule, parameters(ALIKE, torch.float16))
@@ -183,7 +183,7 @@ def test_parameters_of_another_dtype_at_flat_addresses(rule: str, walk: str) -> 
         checked_step(pair.opt)
 
 
-@both
+@every
 def test_one_launch_a_bucket(rule: str, launches: list[int]) -> None:
     """However many runs: one of float32, one of bfloat16."""
     params = parameters(ALIKE) + parameters(ALIKE, torch.bfloat16)
@@ -196,7 +196,7 @@ def test_one_launch_a_bucket(rule: str, launches: list[int]) -> None:
         assert len(launches) == 2
 
 
-@both
+@every
 def test_chunks_follow_the_runs(rule: str, launches: list[int]) -> None:
     """Runs that merge and part from step to step, of more than one block."""
     pair = Pair(rule, parameters([(1030,), (31,), (2050,)]), backend="triton")

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:this state has"),
     pytest.mark.filterwarnings("ignore:ComplexHalf"),
 ]
-both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
+every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
 
 
 def replace_states(opt: Any, params: Sequence[Tensor]) -> None:
@@ -33,7 +33,7 @@ def replace_states(opt: Any, params: Sequence[Tensor]) -> None:
 
 def exchange_states(opt: Any, params: Sequence[Tensor]) -> None:
     """The memory of two states: each is still used by one tensor."""
-    for name in STATES["adamw" if "betas" in opt.defaults else "sgdw"]:
+    for name in STATES[type(opt).__name__.lower()]:
         a, b = opt.state[params[1]][name], opt.state[params[2]][name]
         a.data, b.data = b.data, a.data
 
@@ -116,7 +116,7 @@ MUTATIONS: dict[Callable[..., None], tuple[int, int]] = {  # runs, and once all 
 }
 
 
-@both
+@every
 @pytest.mark.parametrize("mutate", list(MUTATIONS), ids=lambda m: m.__name__)
 def test_whatever_is_exchanged(rule: str, mutate: Callable[..., None], walk: str) -> None:
     """Between two steps; twice. The bits are right, what still lies flat is stepped as one, and all can be again."""
@@ -143,7 +143,7 @@ def test_whatever_is_exchanged(rule: str, mutate: Callable[..., None], walk: str
         pair.step(t, runs=MUTATIONS[mutate][1])
 
 
-@both
+@every
 def test_states_that_were_begun_anew_and_then_moved(rule: str, walk: str) -> None:
     """Cleared states lie in a new buffer; those of the old one are watched as before."""
     pair = Pair(rule, parameters(ALIKE))
@@ -160,7 +160,7 @@ def test_states_that_were_begun_anew_and_then_moved(rule: str, walk: str) -> Non
     pair.step(3)
 
 
-@both
+@every
 def test_old_states_are_not_written(rule: str, walk: str) -> None:
     """Who holds a state dictionary from before keeps its numbers, flat memory or not."""
     pair = Pair(rule)
@@ -177,7 +177,7 @@ def test_old_states_are_not_written(rule: str, walk: str) -> None:
             assert_same_state(own, copies[i])
 
 
-@both
+@every
 def test_states_from_before_stay(rule: str, walk: str) -> None:
     """An optimizer that is made flat under way goes on to the bit, and in one run once its state was loaded."""
     params = parameters(SHAPES)
@@ -256,7 +256,7 @@ def test_memory_that_is_no_longer_the_buffers(walk: str, monkeypatch: pytest.Mon
     assert torch.equal(between, canaries[:320].view(10, 32)[:, 20:])
 
 
-@both
+@every
 def test_a_square_parameter_is_transposed_where_it_lies(rule: str, walk: str) -> None:
     """Its address and shape stay: only strides tell it."""
     params = parameters(((3,), (4, 4), (5, 2)))

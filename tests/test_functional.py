@@ -138,7 +138,8 @@ def test_lists_may_be_any_sequence_or_iterator(walk: str) -> None:
     for other in results[1:]:
         assert_same(other, results[0])
     for function in LISTS.values():
-        function([], [], *([[], []] if function is functional.adamw_ else []), step=1)
+        states = {functional.adamw_: [[], []], functional.adagradw_: [[]]}.get(function, [])
+        function([], [], *states, step=1)
 
 
 def test_gradients_may_be_one_tensor_and_share_memory(walk: str) -> None:

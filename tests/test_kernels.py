@@ -69,6 +69,7 @@ BODIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "adamw amsgrad": ("adamw", ("amsgrad", "half")),
     "sgdw": ("sgdw", ("momentum", "dampening", "nesterov", "paper")),
     "sgdw without momentum": ("sgdw", ("no-momentum", "paper-no-momentum")),
+    "adagradw": ("adagradw", ("plain", "slowed", "begun")),
 }
 KERNELS = [(body, dtypes) for body in BODIES for dtypes in REAL]
 COMPLEX = {(f32, f32): (c64, c64), (f64, f64): (c128, c128)}

@@ -88,7 +88,7 @@ def test_modes_and_tracers_see_the_operator(case: Case) -> None:
     grads = [gradient(Piece((7 + k, 3)), f32, k) for k in range(3)]
     graph = None
     for step in (1, 2):
-        plain.step(grads, "cpu", weight_decay=0.1)
+        plain.step(grads, "cpu", weight_decay=0.1, lr=1e-3)
         for lr, overload in ((1e-3, "default"), (torch.tensor(1e-3), "tensor")):
             seen = Watcher()
             with seen:
@@ -98,7 +98,8 @@ def test_modes_and_tracers_see_the_operator(case: Case) -> None:
             assert operator(case.rule, overload) in seen.seen
 
         def one(params: Any, grads: Any, states: Any, t: Tensor) -> None:
-            LISTS[case.rule](params, grads, *states, step=t, weight_decay=0.1, backend="cpu", **options_of(case))
+            more = {"lr": 1e-3, "weight_decay": 0.1, "backend": "cpu", **options_of(case)}
+            LISTS[case.rule](params, grads, *states, step=t, **more)
 
         arguments = (traced.params, grads, traced.states)
         if graph is None:

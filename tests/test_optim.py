@@ -19,7 +19,7 @@ from wd_kernels import SGDW, AdamW
 
 walk = semantics.walk
 pytestmark = pytest.mark.filterwarnings("ignore:this state has")
-both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
+every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
 
 # Ours and torch's differ in the order of roundings only: a few units in the last place a step, summed over the steps.
 ULPS = 24
@@ -93,7 +93,7 @@ def test_defaults_are_torchs() -> None:
         assert {k: own[k] for k in other if k != said} == {k: v for k, v in other.items() if k != said}
 
 
-@both
+@every
 @pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": True}, {"foreach": False, "fused": False}])
 def test_fused_and_foreach_are_kept_and_change_nothing(rule: str, flags: dict[str, bool]) -> None:
     a, b = build(rule, parameters(), **flags), build(rule, parameters())
@@ -105,7 +105,7 @@ def test_fused_and_foreach_are_kept_and_change_nothing(rule: str, flags: dict[st
     assert_same_optimizers(a, b)
 
 
-@both
+@every
 def test_closure(rule: str) -> None:
     """Called once, with gradients enabled, positionally or by name; its loss is returned; the step follows it."""
     (p,), (q,) = parameters([(5,)]), parameters([(5,)])
@@ -133,7 +133,7 @@ def test_closure(rule: str) -> None:
     assert opt.step() is None
 
 
-@both
+@every
 def test_step_hooks(rule: str) -> None:
     """Pre hooks see the weights before, post hooks after; global ones too; a pre hook may set gradients."""
     (p,) = parameters([(5,)])
@@ -211,7 +211,7 @@ def test_schedulers(schedule: Callable[[Any], Any], ours: type, extra: dict[str,
     assert len(lrs) > 2
 
 
-@both
+@every
 def test_tensor_hyperparameters(rule: str) -> None:
     """Tensors of one element count as their value at the step, also when changed in place."""
     lr, decay, eta = (torch.tensor(v, dtype=torch.float64) for v in (0.05, 0.1, 0.5))
@@ -242,7 +242,7 @@ def test_tensor_betas() -> None:
     assert_same_optimizers(a, b)
 
 
-@both
+@every
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
 def test_lr_0_freezes_weights_while_moments_advance(rule: str, mode: str, zero: Any) -> None:
@@ -283,7 +283,7 @@ def test_lr_0_freezes_weights_in_the_papers_form(mode: str) -> None:
         assert float(opt.state[params[0]]["step"]) == t + 1
 
 
-@both
+@every
 def test_grad_scaler_with_an_overflow_on_the_first_step(rule: str) -> None:
     """The overflowed step is skipped whole: no state, no count; then the bits of a run without a scaler."""
     params, others = parameters(), parameters()
@@ -309,7 +309,7 @@ def test_grad_scaler_with_an_overflow_on_the_first_step(rule: str) -> None:
     assert scales == [512.0, 512.0, 1024.0, 1024.0, 2048.0]
 
 
-@both
+@every
 @pytest.mark.parametrize("layout", ["plain", "gapped"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_autograd_sees_the_write(rule: str, layout: str, backend: str, walk: str) -> None:
@@ -331,7 +331,7 @@ def test_autograd_sees_the_write(rule: str, layout: str, backend: str, walk: str
         q.grad = None
 
 
-@both
+@every
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_grad_modes_do_not_matter(rule: str, context: Callable[[], Any], walk: str) -> None:
     """Also from one step to the next: the first inside the mode, the second outside, and round again."""
@@ -351,7 +351,7 @@ def test_grad_modes_do_not_matter(rule: str, context: Callable[[], Any], walk: s
     assert not any(v.requires_grad for own in opt.state.values() for v in own.values())
 
 
-@both
+@every
 def test_default_device_and_dtype_do_not_matter(rule: str, walk: str) -> None:
     """torch.set_default_device moves tensors that name no device: every vector of the table names its own."""
     others = parameters()
@@ -379,7 +379,7 @@ def test_default_device_and_dtype_do_not_matter(rule: str, walk: str) -> None:
             assert_same_optimizers(opt, other, f"step {t}")
 
 
-@both
+@every
 def test_eta_multiplies_the_lr(rule: str) -> None:
     """eta 0.5 is lr/2 where decay is scaled by the lr, and halves both lr and decay where it is not."""
     for mode, halved in (("lr_scaled", {"lr": 0.025}), ("independent", {"lr": 0.025, "weight_decay": 0.05})):
@@ -399,7 +399,7 @@ def test_eta_multiplies_the_lr(rule: str) -> None:
         assert not torch.equal(semantics.all_params(a)[0], semantics.all_params(b)[0])
 
 
-@both
+@every
 def test_repr_names_class_and_options(rule: str) -> None:
     text = repr(build(rule, parameters(), decay="independent"))
     assert text.startswith(f"{semantics.CLASSES[rule].__name__} (")

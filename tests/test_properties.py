@@ -50,6 +50,15 @@ OPTIONS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             + (({**own, "form": "paper"},) if not own.get("dampening") else ())
         )
     ),
+    "adagradw": st.fixed_dictionaries(
+        {},
+        optional={
+            **common,
+            "lr_decay": number,
+            "initial_accumulator_value": number,
+            "eps": st.sampled_from((1e-10, 1e-2)),
+        },
+    ),
 }  # fmt: skip
 
 
@@ -293,7 +302,7 @@ def examples(n: int) -> Any:
     )
 
 
-both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
+every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
 
 
 def test_mutations_are_known() -> None:
@@ -301,7 +310,7 @@ def test_mutations_are_known() -> None:
     assert {"swap_data", "reload", "deepcopy", "add_group", "fail"} <= set(MUTATIONS)
 
 
-@both
+@every
 @examples(100)
 @given(data=st.data())
 def test_steps_equal_the_reference(rule: str, data: st.DataObject) -> None:
@@ -309,7 +318,7 @@ def test_steps_equal_the_reference(rule: str, data: st.DataObject) -> None:
     live(rule, data, ())
 
 
-@both
+@every
 @examples(150)
 @given(data=st.data())
 def test_steps_equal_the_reference_whatever_happens_between(rule: str, data: st.DataObject) -> None:
@@ -317,7 +326,7 @@ def test_steps_equal_the_reference_whatever_happens_between(rule: str, data: st.
 
 
 @pytest.mark.slow
-@both
+@pytest.mark.parametrize("rule", ["adamw", "sgdw"])
 @examples(1500)
 @given(data=st.data())
 def test_long_lives(rule: str, data: st.DataObject) -> None:

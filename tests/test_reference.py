@@ -123,6 +123,36 @@ def test_sgdw_by_hand(backend: str, options: dict[str, Any], expected: float, bu
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("options", "first", "second"),
+    [
+        # theta 1, gradients 3 and -4, lr 0.5, weight_decay 0.5, eps 0: sums 9 and 25, so that the directions are 1 and
+        # -4/5; lr_decay 1 halves the second step.
+        ({"decay": "lr_scaled"}, 1 * 0.75 - 0.5, 0.25 * 0.75 + 0.5 * 0.8),
+        ({"decay": "lr_scaled", "lr_decay": 1.0}, 1 * 0.75 - 0.5, 0.25 * 0.875 + 0.25 * 0.8),
+        ({"decay": "independent", "lr_decay": 1.0}, 1 * 0.5 - 0.5, 0.25 * 0.8),
+        ({"decay": "proximal", "lr_decay": 1.0}, (1 - 0.5) / 1.5, (0.5 / 1.5 + 0.25 * 0.8) / 1.5),
+        # argmin over y of y^2 / 4 + d / (2 a) * (y - (theta - a g / d))^2, with d = 3 and 5, a = 1/2 and 1/4
+        ({"decay": "metric_proximal", "lr_decay": 1.0}, 1.5 / 3.25, (5 * 1.5 / 3.25 + 0.25 * 4) / 5.125),
+        # l2: gradients 3.5 and -4 + 0.25, sums 12.25 and 26.3125
+        ({"decay": "l2"}, 0.5, 0.5 + 0.5 * 3.75 / math.sqrt(26.3125)),
+        # a sum that begins as 16: 25 and 41
+        ({"initial_accumulator_value": 16.0}, 0.75 - 0.3, 0.45 * 0.75 + 2 / math.sqrt(41.0)),
+    ],
+    ids=str,
+)
+def test_adagradw_by_hand(backend: str, options: dict[str, Any], first: float, second: float) -> None:
+    p = torch.nn.Parameter(torch.ones((), dtype=f64))
+    opt = wd_kernels.AdagradW([p], lr=0.5, eps=0.0, weight_decay=0.5, backend=backend, **options)
+    for gradient, expected in ((3.0, first), (-4.0, second)):
+        p.grad = torch.tensor(gradient, dtype=f64)
+        opt.step()
+        assert p.item() == pytest.approx(expected, rel=1e-14, abs=1e-16)
+    if options.get("decay") != "l2":
+        assert opt.state[p]["sum"].item() == options.get("initial_accumulator_value", 0.0) + 25.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sgdw_proximal_by_hand(backend: str) -> None:
     for decay, divisor in (("proximal", 1.5), ("metric_proximal", 1.125)):
         p = torch.nn.Parameter(torch.ones((), dtype=f64))
@@ -162,12 +192,20 @@ def power(x: float, t: int) -> float:
     return result
 
 
+OPTIONS = {
+    "maximize": False, "amsgrad": False, "dampening": 0.0, "momentum": 0.0, "lr_decay": 0.0,
+    "initial_accumulator_value": 0.0,
+}  # fmt: skip
+EPS = {"adamw": 1e-8, "sgdw": 0.0, "adagradw": 1e-10}
+
+
 def in_numpy(case: Case, theta: Tensor, grads: Sequence[Tensor]) -> list[np.ndarray]:
     """NUMERICS sections 2 to 4 on numpy arrays, whose operations are rounded one by one."""
     kind = np.float64 if theta.dtype == f64 else np.float32
-    o = {"maximize": False, "amsgrad": False, "eps": 1e-8, "dampening": 0.0, "momentum": 0.0, **case.options}
+    o = {**OPTIONS, "eps": EPS[case.rule], **case.options}
     x = theta.numpy().astype(kind)
     m, v, top, b = (np.zeros_like(x) for _ in range(4))
+    s = np.full_like(x, o["initial_accumulator_value"])
 
     def lerp(start: np.ndarray, end: np.ndarray, beta: float) -> np.ndarray:
         w = kind(1 - beta)
@@ -175,7 +213,7 @@ def in_numpy(case: Case, theta: Tensor, grads: Sequence[Tensor]) -> list[np.ndar
 
     for step, gradient in enumerate(grads):
         lr, eta, t = lr_of(step), eta_of(step), step + 1
-        a = eta * lr
+        a = eta * (lr / (1 + (t - 1) * o["lr_decay"]))
         l2, decay, scale, metric = decay_scalars(o["decay"], WEIGHT_DECAY, eta, a, case.rule == "sgdw")
         g = gradient.numpy().astype(kind) * kind(-1 if o["maximize"] else 1)
         g = g + kind(l2) * x
@@ -187,6 +225,14 @@ def in_numpy(case: Case, theta: Tensor, grads: Sequence[Tensor]) -> list[np.ndar
             root = np.sqrt(top if o["amsgrad"] else v)
             d = root * kind(1 / math.sqrt(1 - power(beta2, t))) + kind(o["eps"])
             u = (step_size * m + kind(metric) * x) / (d + kind(metric))
+        elif case.rule == "adagradw":
+            slowed = 1 + (t - 1) * o["lr_decay"]
+            step_size = kind((scale * (eta * lr)) / slowed)
+            if o["decay"] == "lr_scaled":
+                decay = ((eta * lr) * WEIGHT_DECAY) / slowed
+            metric = kind(((eta * lr) * WEIGHT_DECAY) / slowed if o["decay"] == "metric_proximal" else 0)
+            s = s + g * g
+            u = (step_size * g + metric * x) / ((np.sqrt(s) + kind(o["eps"])) + metric)
         elif o["momentum"]:
             paper = o.get("form") == "paper"
             coef = a if paper else 1.0 if step == 0 else 1 - o["dampening"]
@@ -196,7 +242,7 @@ def in_numpy(case: Case, theta: Tensor, grads: Sequence[Tensor]) -> list[np.ndar
         else:
             u = kind(scale * a) * g
         x = x - (kind(decay) * x + u)
-    states = {"adamw": [m, v, *([top] if o["amsgrad"] else [])], "sgdw": [b] if o["momentum"] else []}
+    states = {"adamw": [m, v, *([top] if o["amsgrad"] else [])], "sgdw": [b] if o["momentum"] else [], "adagradw": [s]}
     return [x, *states[case.rule]]
 
 
@@ -216,12 +262,13 @@ def test_same_bits_as_numpy(case: Case, backend: str) -> None:
 
 def exactly(case: Case, theta: float, grads: Sequence[float]) -> Decimal:
     """The parameter by the equations as papers write them, in 60 digits."""
-    o = {"maximize": False, "amsgrad": False, "eps": 1e-8, "dampening": 0.0, "momentum": 0.0, **case.options}
+    o = {**OPTIONS, "eps": EPS[case.rule], **case.options}
     x, lam, one = Decimal(theta), Decimal(WEIGHT_DECAY), Decimal(1)
     m = v = top = b = Decimal(0)
+    s = Decimal(o["initial_accumulator_value"])
     for step, gradient in enumerate(grads):
         lr, eta = Decimal(lr_of(step)), Decimal(eta_of(step))
-        a = eta * lr
+        a = eta * lr / (1 + step * Decimal(o["lr_decay"]))
         g = -Decimal(gradient) if o["maximize"] else Decimal(gradient)
         if o["decay"] == "l2":
             g += lam * x
@@ -233,6 +280,9 @@ def exactly(case: Case, theta: float, grads: Sequence[float]) -> Decimal:
             top = max(v, top)
             d = ((top if o["amsgrad"] else v) / (1 - beta2 ** (step + 1))).sqrt() + Decimal(o["eps"])
             move = a * m / (1 - beta1 ** (step + 1))  # over d
+        elif case.rule == "adagradw":
+            s += g * g
+            d, move = s.sqrt() + Decimal(o["eps"]), a * g
         else:
             mu = Decimal(o["momentum"])
             paper = o.get("form") == "paper" and mu
@@ -278,6 +328,9 @@ THEIRS: list[tuple[str, type[torch.optim.Optimizer], dict[str, Any], dict[str, A
     *(("sgdw", torch.optim.SGD, more, {"decay": "l2", **more}) for more in (
         {"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.9, "nesterov": True},
         {"momentum": 0.8, "maximize": True, "nesterov": True})),
+    ("adagradw", torch.optim.Adagrad, {}, {"decay": "l2"}),
+    *(("adagradw", torch.optim.Adagrad, more, {"decay": "l2", **more}) for more in (
+        {"maximize": True, "lr_decay": 0.2}, {"initial_accumulator_value": 0.4, "eps": 1e-3, "lr_decay": 0.01})),
 ]  # fmt: skip
 
 
@@ -346,7 +399,7 @@ def test_no_less_accurate_than_torch(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rule", ["adamw", "sgdw"])
+@pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
 def test_small_decay_is_not_lost(rule: str, backend: str) -> None:
     """500 steps at lr * weight_decay = 1e-4 without a gradient: 1 - 1e-4 to the power of 500 is 0.9512."""
     theta, _ = data(2000, f32)
@@ -457,11 +510,11 @@ def test_native_root_and_division_are_exact(isa: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [f32, f64, bf16, f16])
-@pytest.mark.parametrize("rule", ["adamw", "sgdw"])
+@pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
 @pytest.mark.parametrize("decay", ["l2", "lr_scaled", "independent", "proximal", "metric_proximal"])
 def test_lr_zero_freezes_weights_only(rule: str, decay: str, dtype: torch.dtype, backend: str) -> None:
     """Infinite and NaN weights keep their bits too; moments and counts advance as under any other lr."""
-    options = VARIANTS[rule]["plain" if rule == "adamw" else "momentum"]
+    options = VARIANTS[rule]["momentum" if rule == "sgdw" else "plain"]
     theta = torch.tensor([1.5, -0.0, math.inf, math.nan, -2.0, 1e-7], dtype=f32).to(dtype)
     if dtype in (bf16, f16):
         theta.view(torch.int16)[3] |= 1  # a NaN that is not the canonical one

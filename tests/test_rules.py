@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wd_kernels import rules
-from wd_kernels.rules import ADAMW, SGDW, Rule, ipow
+from wd_kernels.rules import ADAGRADW, ADAMW, SGDW, Rule, ipow
 
 ADAMW_GROUP: dict[str, Any] = {
     "lr": 0.1, "betas": (0.5, 0.75), "eps": 1e-6, "weight_decay": 0.2, "amsgrad": False, "maximize": False,
@@ -25,11 +25,18 @@ SGDW_GROUP: dict[str, Any] = {
     "lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.2, "nesterov": False, "maximize": False,
     "decay": "lr_scaled", "form": "torch", "eta": 0.5,
 }  # fmt: skip
-GROUPS = {"adamw": ADAMW_GROUP, "sgdw": SGDW_GROUP}
-RULES = {"adamw": ADAMW, "sgdw": SGDW}
+ADAGRADW_GROUP: dict[str, Any] = {
+    "lr": 0.1, "lr_decay": 0.25, "weight_decay": 0.2, "initial_accumulator_value": 0.5, "eps": 1e-6, "maximize": False,
+    "decay": "lr_scaled", "eta": 0.5,
+}  # fmt: skip
+GROUPS = {"adamw": ADAMW_GROUP, "sgdw": SGDW_GROUP, "adagradw": ADAGRADW_GROUP}
+RULES = {"adamw": ADAMW, "sgdw": SGDW, "adagradw": ADAGRADW}
 
 #: What makes a count part of a row, and no kernel reads.
-FOR_COUNTS = {"adamw": ("scaled_lr",), "sgdw": ("first_grad_coef", "later_grad_coef")}
+FOR_COUNTS = {
+    "adamw": ("scaled_lr",), "sgdw": ("first_grad_coef", "later_grad_coef"),
+    "adagradw": ("lr_decay", "scaled_lr", "fixed_decay", "scaled_decay", "scaled_metric"),
+}  # fmt: skip
 
 
 def named(rule: str, values: Tensor) -> dict[str, float]:
@@ -201,6 +208,28 @@ def test_eta_multiplies_alpha_and_lambda_where_the_table_says(rule: str) -> None
     assert row(rule, decay="proximal", lr=0.2)["step_size"] == 2 * row(rule, decay="proximal")["step_size"]
 
 
+# AdagradW -------------------------------------------------------------------------------------------------------------
+
+# lr 0.1, eta 0.5, weight_decay 0.2, step 3 at lr_decay 0.25: a is 0.05 over 1.5.
+ADAGRADW_DECAY = {
+    "l2": {"l2": 0.2, "decay": 0.0, "step_size": 0.05 / 1.5, "metric": 0.0},
+    "lr_scaled": {"l2": 0.0, "decay": (0.05 * 0.2) / 1.5, "step_size": 0.05 / 1.5, "metric": 0.0},
+    "independent": {"l2": 0.0, "decay": 0.5 * 0.2, "step_size": 0.05 / 1.5, "metric": 0.0},
+    "proximal": {"l2": 0.0, "decay": 0.1 / 1.1, "step_size": ((1 / 1.1) * 0.05) / 1.5, "metric": 0.0},
+    "metric_proximal": {"l2": 0.0, "decay": 0.0, "step_size": 0.05 / 1.5, "metric": (0.05 * 0.2) / 1.5},
+}
+
+
+@pytest.mark.parametrize("decay", ADAGRADW_DECAY)
+def test_adagradw_row(decay: str) -> None:
+    """What follows the learning rate falls with it, and nothing else does."""
+    found = row("adagradw", t=3, decay=decay)
+    assert found == {"t": 3.0, "frozen": 0.0, "grad_scale": 1.0, "eps": 1e-6, **ADAGRADW_DECAY[decay]}
+    first, never = row("adagradw", t=1, decay=decay), row("adagradw", t=9, decay=decay, lr_decay=0.0)
+    assert {**never, "t": 1.0} == first
+    assert first["step_size"] == pytest.approx(1.5 * found["step_size"], rel=1e-15)
+
+
 # Frozen ---------------------------------------------------------------------------------------------------------------
 
 
@@ -236,8 +265,10 @@ def test_kinds_of_numbers(rule: str, wrap: Callable[[float], Any]) -> None:
     if rule == "adamw":
         assert row(rule, betas=(wrap(0.5), wrap(0.75)), eps=wrap(1e-6)) == plain
         assert row(rule, betas=[0.5, wrap(0.75)]) == plain
-    else:
+    elif rule == "sgdw":
         assert row(rule, momentum=wrap(0.9), dampening=wrap(0.0)) == plain
+    else:
+        assert row(rule, lr_decay=wrap(0.25), eps=wrap(1e-6), initial_accumulator_value=wrap(0.5)) == plain
 
 
 def test_float32_tensors_are_widened() -> None:
@@ -277,6 +308,10 @@ CHANGES: dict[str, list[tuple[str, Any]]] = {
         ("weight_decay", 0.7), ("momentum", 0.5), ("dampening", 0.25), ("dampening", 0.0), ("nesterov", True),
         ("maximize", True), ("decay", "proximal"), ("nesterov", False), ("form", "paper"), ("lr", 0.3),
         ("momentum", 0.0), ("form", "torch"), ("eta", 0.125), ("momentum", 1), ("decay", "metric_proximal"),
+    ],
+    "adagradw": [
+        ("weight_decay", 0.7), ("lr_decay", 0.5), ("eps", 1e-3), ("maximize", True), ("decay", "l2"), ("lr", 0.3),
+        ("decay", "metric_proximal"), ("eta", 0.125), ("lr_decay", 0.0), ("decay", "proximal"), ("maximize", False),
     ],
 }  # fmt: skip
 
@@ -420,6 +455,11 @@ SGDW_ONLY: list[tuple[str, Any, type[Exception], str, str]] = [
     ("form", "article", ValueError, "'article'", "allowed are 'torch', 'paper'"),
     ("form", None, ValueError, "None", "allowed are 'torch', 'paper'"),
 ]
+ADAGRADW_ONLY: list[tuple[str, Any, type[Exception], str, str]] = [
+    *((name, -0.5, ValueError, "-0.5", ZERO_UP) for name in ("lr_decay", "eps", "initial_accumulator_value")),
+    *((name, math.nan, ValueError, "nan", ZERO_UP) for name in ("lr_decay", "initial_accumulator_value")),
+    ("initial_accumulator_value", "x", TypeError, "'x'", NUMBER),
+]
 
 
 @pytest.mark.parametrize(
@@ -427,6 +467,7 @@ SGDW_ONLY: list[tuple[str, Any, type[Exception], str, str]] = [
     [
         *(("adamw", *each) for each in [*BOTH, *ADAMW_ONLY]),
         *(("sgdw", *each) for each in [*BOTH, *SGDW_ONLY]),
+        *(("adagradw", *each) for each in [*BOTH[-4:], *ADAGRADW_ONLY]),
     ],
 )
 @pytest.mark.parametrize("index", [0, 2])

@@ -17,7 +17,7 @@ import wd_kernels
 from wd_kernels.schedules import Cosine, WarmRestarts
 
 pytestmark = pytest.mark.filterwarnings("ignore:this state has")
-both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
+every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
 
 
 def followed(rule: str, decay: str, scheduler: Callable[[Any], Any], how: str, steps: int = 6) -> dict[str, Any]:
@@ -49,7 +49,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@both
+@every
 def test_from_lr(rule: str, name: str) -> None:
     """Where lr scales the decay it changes no bit; elsewhere it is eta = lr / base_lr, which "independent" follows."""
     scheduler = SCHEDULERS[name]
@@ -63,7 +63,7 @@ def test_from_lr(rule: str, name: str) -> None:
     assert not torch.allclose(followed(rule, "independent", scheduler, "from_lr")["1"], plain["1"], rtol=1e-3)
 
 
-@both
+@every
 def test_from_lr_keeps_its_base(rule: str) -> None:
     """base_lr is the first lr or what is given; it is saved and loaded, also into an optimizer made at another lr."""
     p = torch.nn.Parameter(torch.ones(4))

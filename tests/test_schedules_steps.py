@@ -23,7 +23,7 @@ from wd_kernels.rules import DECAY_MODES
 from wd_kernels.schedules import Constant, Cosine, WarmRestarts, Warmup
 
 pytestmark = pytest.mark.filterwarnings("ignore:this state has")
-both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
+every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
 
 
 # Through the optimizer ------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def test_on_a_gpu(rule: str, decay: str, name: str, backend: str, launches: list
 
 
 @pytest.mark.parametrize("name", [name for name in NAMED if name != "callable"])
-@both
+@every
 def test_resumes_exactly(rule: str, name: str, tmp_path: Path) -> None:
     """Through state_dict, a file of torch.save without code, a pickle, and a deep copy in mid-run."""
     schedule = NAMED[name]
@@ -85,7 +85,7 @@ def test_resumes_exactly(rule: str, name: str, tmp_path: Path) -> None:
 # Counting -------------------------------------------------------------------------------------------------------------
 
 
-@both
+@every
 def test_groups_have_their_own_schedules(rule: str) -> None:
     opt = small(
         rule,
@@ -110,7 +110,7 @@ def test_groups_have_their_own_schedules(rule: str) -> None:
     assert opt.param_groups[4]["eta"] == Cosine(4)(2)
 
 
-@both
+@every
 def test_a_step_that_does_not_happen_is_not_counted(rule: str) -> None:
     """Skipped on the device's flag, refused for a bad gradient, failed in the backend: eta and count stay."""
     opt = small(rule, {}, {}, schedule=Cosine(8))

@@ -12,7 +12,9 @@ import wd_kernels
 from wd_kernels import NormalizedDecay
 from wd_kernels.schedules import Constant, Cosine, Sequential, StepDrop, WarmRestarts, Warmup, WarmupStableDecay
 
-BUILD: dict[str, Callable[..., Any]] = {"adamw": wd_kernels.AdamW, "sgdw": wd_kernels.SGDW}
+BUILD: dict[str, Callable[..., Any]] = {
+    "adamw": wd_kernels.AdamW, "sgdw": wd_kernels.SGDW, "adagradw": wd_kernels.AdagradW,
+}  # fmt: skip
 PIECES = (Piece((5,)), Piece((3, 4)), Piece((40,)), Piece((7,)))
 
 NAMED: dict[str, Callable[[int], float]] = {

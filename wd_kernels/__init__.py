@@ -1,4 +1,4 @@
-"""Fused AdamW and SGDW steps for PyTorch: every form of decoupled weight decay, one launch, exact to the bit.
+"""Fused AdamW, SGDW and AdagradW steps for PyTorch: every form of decoupled weight decay, one launch, exact to the bit.
 
     import wd_kernels
     optimizer = wd_kernels.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)  # was torch.optim.AdamW
@@ -10,13 +10,14 @@ from . import functional, schedules
 from .backends import FallbackWarning
 from .decay_conversion import Conversion, convert_weight_decay
 from .flat import FlatBuffer, flatten_, unflatten_
-from .optim import SGDW, AdamW
+from .optim import SGDW, AdagradW, AdamW
 from .param_groups import decay_groups
 from .schedules import NormalizedDecay, normalized_weight_decay
 from .version import __version__
 
 __all__ = [
     "SGDW",
+    "AdagradW",
     "AdamW",
     "Conversion",
     "FallbackWarning",

@@ -69,13 +69,14 @@ def convert_weight_decay(
         weight_decay: :math:`\lambda \ge 0` in the source mode.
         source, target: decay modes.
         lr: :math:`\alpha > 0`.
-        rule: "adamw" or "sgdw".
+        rule: "adamw", "sgdw" or "adagradw".
         schedule: :math:`\eta` by the number of completed steps; None: 1. With `NormalizedDecay` both weight decays are
             :math:`\lambda_{norm}`.
         steps: how many steps of the schedule the run has; None: all that it has.
         momentum: :math:`\mu` of SGDW, for ``"l2"`` (torch's form, without dampening).
-        metric: a typical :math:`D = \sqrt{\hat v} + \epsilon > 0`, which AdamW's ``"l2"`` and ``"metric_proximal"``
-            need: what they take off a weight depends on its gradients. The conversion is for weights with that D.
+        metric: a typical :math:`D > 0`, :math:`\sqrt{\hat v} + \epsilon` of AdamW, :math:`\sqrt{s} + \epsilon` of
+            AdagradW, whose ``"l2"`` and ``"metric_proximal"`` need it: what they take off a weight depends on its
+            gradients. The conversion is for weights with that D.
 
     Returns:
         A :class:`Conversion`: (weight_decay, exact, deviation).
@@ -125,7 +126,7 @@ def convert_weight_decay(
         c = c / (1.0 - etas[0] * c) if _hyperbolic(target) else c / (1.0 + etas[0] * c)
     if not math.isfinite(c / scales[1]):
         raise ValueError(f"lr={lr} in {WHERE}: no finite weight decay of {target!r} decays as much")
-    if (same_family or constant) and not heavy and not (own.adaptive and "l2" in (source, target)):
+    if (same_family or constant) and not heavy and not (own.metric and "l2" in (source, target)):
         return Conversion(c / scales[1], True, 0.0)
     after = [_taken(target, eta * c, mu) for eta in etas]
     deviation = max(abs(new / old - 1) for new, old in zip(after, before, strict=True) if old)
@@ -164,12 +165,12 @@ def _scale(mode: str, rule: Rule, alpha: float, metric: float | None) -> float:
     """c / lambda."""
     if mode in ("independent", "proximal"):
         return 1.0
-    if not rule.adaptive or mode == "lr_scaled":
+    if not rule.metric or mode == "lr_scaled":
         return alpha
     if metric is None:
         raise ValueError(
             f"metric=None in {WHERE}: {rule.title}'s {mode!r} decays each weight by its own gradients; give a typical "
-            "sqrt(v) + eps, the bias-corrected one, for which to convert"
+            f"{rule.metric}, for which to convert"
         )
     given = at_least_zero("metric", metric, WHERE)
     if given == 0:

@@ -1,9 +1,9 @@
 r"""The step for who brings their own state: lists of tensors, or flat buffers. All are one launch per device and dtype.
 
-    adamw_       sgdw_          lists of parameters, gradients and states
-    adamw_flat_  sgdw_flat_     one flat buffer each, such as a shard of a ZeRO-style partition
+    adamw_       sgdw_       adagradw_        lists of parameters, gradients and states
+    adamw_flat_  sgdw_flat_  adagradw_flat_   one flat buffer each, such as a shard of a ZeRO-style partition
 
-They do what `AdamW` and `SGDW` do, to the bit, in every decay mode and through every backend, and remember nothing:
+They do what the classes do, to the bit, in every decay mode and through every backend, and remember nothing:
 the caller keeps the states and counts the steps. Each is an operator of torch.ops too (`torch_ops.py`), with the
 scalars as numbers or as tensors of one element, and `torch.compile` traces these functions as that. A number of another
 value makes it compile again; a tensor of another value does not.
@@ -23,7 +23,7 @@ from .torch_ops import OPERATORS, Role
 from .torch_ops import step as step_now
 from .validation import is_plain
 
-__all__ = ["adamw_", "adamw_flat_", "sgdw_", "sgdw_flat_"]
+__all__ = ["adagradw_", "adagradw_flat_", "adamw_", "adamw_flat_", "sgdw_", "sgdw_flat_"]
 
 Number: TypeAlias = float | Tensor
 Tensors: TypeAlias = Sequence[Tensor]
@@ -180,6 +180,75 @@ def sgdw_flat_(
     roles = [[param], [grad], [] if momentum_buffer is None else [momentum_buffer]]
     numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
     _run("sgdw_flat_", roles, numbers, (decay, form, nesterov, maximize, backend))
+
+
+def adagradw_(
+    params: Tensors,
+    grads: Tensors,
+    state_sums: Tensors,
+    *,
+    step: int | Tensor,
+    lr: Number = 1e-2,
+    lr_decay: Number = 0.0,
+    weight_decay: Number = 0.0,
+    eps: Number = 1e-10,
+    decay: str = "lr_scaled",
+    eta: Number = 1.0,
+    maximize: bool = False,
+    grad_factor: Number = 1.0,
+    backend: str = "auto",
+) -> None:
+    """One AdagradW step on lists of tensors, in place: the equations and decay modes of :class:`wd_kernels.AdagradW`.
+
+    Args:
+        params, grads: as for :func:`adamw_`.
+        state_sums: the initial accumulator value before the first step, of the parameter's shape and layout, float32
+            for float32 and 16-bit parameters, else of its dtype.
+        step: the number of this step, from 1; or, in a CPU tensor, a number for every parameter.
+        lr, lr_decay, weight_decay, eps, decay, eta, maximize: as for :class:`wd_kernels.AdagradW`.
+        grad_factor, backend: as for :func:`adamw_`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument and the index; nothing was written.
+
+    Example:
+        >>> import torch
+        >>> from wd_kernels.functional import adagradw_
+        >>> w, s = torch.ones(3), torch.zeros(3)
+        >>> adagradw_([w], [torch.full((3,), 2.0)], [s], step=1, lr=0.1, weight_decay=0.5)
+        >>> [round(x, 4) for x in w.tolist()]
+        [0.85, 0.85, 0.85]
+
+    Source: Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", JMLR
+    2011, section 1.1.
+    """
+    roles = _lists("adagradw_", params, grads, state_sums)
+    numbers = (step, lr, lr_decay, eps, weight_decay, eta, grad_factor)
+    _run("adagradw_", roles, numbers, (decay, maximize, backend))
+
+
+def adagradw_flat_(
+    param: Tensor,
+    grad: Tensor,
+    sum: Tensor,
+    *,
+    step: int | Tensor,
+    lr: Number = 1e-2,
+    lr_decay: Number = 0.0,
+    weight_decay: Number = 0.0,
+    eps: Number = 1e-10,
+    decay: str = "lr_scaled",
+    eta: Number = 1.0,
+    maximize: bool = False,
+    grad_factor: Number = 1.0,
+    backend: str = "auto",
+) -> None:
+    """One AdagradW step on flat buffers, in place: one-dimensional, contiguous tensors of equal length.
+
+    Arguments and errors as for :func:`adagradw_`, with one buffer in place of each list.
+    """
+    numbers = (step, lr, lr_decay, eps, weight_decay, eta, grad_factor)
+    _run("adagradw_flat_", [[param], [grad], [sum]], numbers, (decay, maximize, backend))
 
 
 def _lists(name: str, *roles: Any) -> list[Role]:

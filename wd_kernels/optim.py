@@ -1,4 +1,4 @@
-"""AdamW and SGDW: thin classes over one base, one table, one rule and one launch a bucket."""
+"""AdamW, SGDW and AdagradW: thin classes over one base, one table, one rule and one launch a bucket."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import DecoupledOptimizer
-from .rules import ADAMW
+from .rules import ADAGRADW, ADAMW
 from .rules import SGDW as SGDW_RULE
 from .schedules.stepping import ScheduleLike
 
-__all__ = ["SGDW", "AdamW"]
+__all__ = ["SGDW", "AdagradW", "AdamW"]
 
 Number: TypeAlias = float | Tensor
 
@@ -101,23 +101,11 @@ class AdamW(DecoupledOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decay": decay,
-            "eta": eta,
-            "schedule": schedule,
-            "base_lr": base_lr,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, backend)
+        super().__init__(
+            params, backend, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
+            maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, foreach=foreach, fused=fused,
+            capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip
 
 
 class SGDW(DecoupledOptimizer):
@@ -187,20 +175,76 @@ class SGDW(DecoupledOptimizer):
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "decay": decay,
-            "form": form,
-            "eta": eta,
-            "schedule": schedule,
-            "base_lr": base_lr,
-            "foreach": foreach,
-            "fused": fused,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, backend)
+        super().__init__(
+            params, backend, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            nesterov=nesterov, maximize=maximize, decay=decay, form=form, eta=eta, schedule=schedule, base_lr=base_lr,
+            foreach=foreach, fused=fused, differentiable=differentiable,
+        )  # fmt: skip
+
+
+class AdagradW(DecoupledOptimizer):
+    r"""Adagrad with decoupled weight decay, in one launch.
+
+    With :math:`\alpha_t = \alpha / (1 + (t - 1)\gamma)`, :math:`a = \eta\alpha_t`, and :math:`\lambda'` as in
+    :class:`AdamW`, where :math:`\alpha_t` stands for :math:`\alpha` and :math:`\sqrt{s} + \epsilon` for Adam's metric:
+
+    .. math::
+        s &\leftarrow s + g^2 \\
+        \theta &\leftarrow \theta - \Big(\lambda' \theta + a\,\frac{g}{\sqrt{s} + \epsilon}\Big)
+
+    ``decay="l2"`` makes it torch.optim.Adagrad. ``state[p]`` holds ``step`` and ``sum`` (float32 for 16-bit ones).
+
+    Args:
+        params: parameters, named parameters, or dicts of parameter groups.
+        lr: learning rate :math:`\alpha \ge 0`; 0 freezes the weights of a group while its sums advance.
+        lr_decay: :math:`\gamma \ge 0`, by which the learning rate falls with a parameter's own steps, and with it the
+            decay of every mode that follows the learning rate.
+        weight_decay: :math:`\lambda \ge 0`.
+        initial_accumulator_value: what sums begin with, >= 0; of a complex parameter both parts do.
+        eps: :math:`\epsilon \ge 0`.
+        maximize: ascend.
+        decay: the form of weight decay.
+        eta, schedule, base_lr, backend, foreach, fused, differentiable: as in :class:`AdamW`.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
+
+    Example:
+        >>> import torch, wd_kernels
+        >>> w = torch.nn.Parameter(torch.ones(3))
+        >>> opt = wd_kernels.AdagradW([w], lr=0.1, weight_decay=0.5)
+        >>> w.grad = torch.full((3,), 2.0)
+        >>> opt.step()
+        >>> [round(x, 4) for x in w.tolist()]
+        [0.85, 0.85, 0.85]
+
+    Source: Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", JMLR
+    2011, section 1.1; decay: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
+    """
+
+    rule = ADAGRADW
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: Number = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        decay: str = "lr_scaled",
+        eta: Number = 1.0,
+        schedule: ScheduleLike = None,
+        base_lr: Number | None = None,
+        backend: str = "auto",
+        fused: bool | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(
+            params, backend, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize, decay=decay, eta=eta,
+            schedule=schedule, base_lr=base_lr, foreach=foreach, fused=fused, differentiable=differentiable,
+        )  # fmt: skip

@@ -29,7 +29,7 @@ class DecoupledOptimizer(Optimizer):
 
     rule: Rule
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str) -> None:
+    def __init__(self, params: ParamsT, backend: str, **defaults: Any) -> None:
         defaults = {**stepping.SETTINGS, **defaults}
         _refuse_flags(defaults, "")
         if backend not in backends.NAMES:
@@ -127,7 +127,7 @@ class DecoupledOptimizer(Optimizer):
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = OrderedDict()  # they see what is exported
         try:
-            packed = state_dicts.export(self.rule, super().state_dict())
+            packed = state_dicts.export(self.rule, super().state_dict(), self.param_groups)
         finally:
             self._optimizer_state_dict_post_hooks = hooks
         lost = None if self._warned_of_export else state_dicts.lost_on_torch(self.rule, packed["param_groups"])

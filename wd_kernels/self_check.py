@@ -93,8 +93,7 @@ def roles(optimizer: Any, group: int, p: Tensor) -> list[Tensor]:
     settings, own = optimizer.param_groups[group], optimizer.state.get(p, {})
     found = [p]
     for state in optimizer.rule.hypers([settings])[0][0].states:
-        first = 0.0 if state.initial is None else settings[state.initial]
-        found.append(own.get(state.name, torch.full_like(p, first, dtype=torch.float64)))
+        found.append(own.get(state.name, state.begin(torch.zeros_like(p, dtype=torch.float64), settings)))
     return found
 
 

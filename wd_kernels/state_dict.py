@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .flat.buffers import place_of
 from .flat.states import FlatStates
+from .formats import state_dtype
 from .rules import RULES, Rule
 from .schedules import stepping
 from .schedules.shapes import named
@@ -55,15 +57,29 @@ def with_own_counts(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return own
 
 
-def export(rule: Rule, packed: Mapping[str, Any]) -> dict[str, Any]:
-    """What leaves an optimizer: step counts of its own, `decoupled_weight_decay` as torch's Adam reads it."""
+def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What leaves an optimizer: step counts of its own, and what torch's class cannot do without.
+
+    That is `decoupled_weight_decay`, as its Adam reads it, and the states of parameters that have taken no step, where
+    it makes all at the start. `live` are the optimizer's groups.
+    """
+    state = with_own_counts(packed["state"])
     groups = []
     for group in packed["param_groups"]:
         group = {**group, "schedule": named(group.get("schedule"))}
         if rule.torch.decoupled_flag:
             group["decoupled_weight_decay"] = group["decay"] != "l2"
         groups.append(group)
-    return {**packed, "state": dict(with_own_counts(packed["state"])), "param_groups": groups}
+    for group, own in zip(groups, live, strict=True) if rule.torch.all_states else ():
+        for key, p in zip(group["params"], own["params"], strict=True):
+            if not state.get(key) and not is_lazy(p):
+                state[key] = {"step": torch.tensor(0.0, device="cpu"), **_first_states(rule, p, own)}
+    return {**packed, "state": dict(state), "param_groups": groups}
+
+
+def _first_states(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    (settings, *_), dtype = rule.hypers([group])[0], state_dtype(p.dtype)
+    return {state.name: state.begin(torch.zeros_like(p.detach(), dtype=dtype), group) for state in settings.states}
 
 
 def lost_on_torch(rule: Rule, groups: Sequence[Mapping[str, Any]]) -> str | None:

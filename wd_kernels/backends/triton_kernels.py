@@ -177,6 +177,18 @@ def sgdw(theta, g, states, names: tl.constexpr, scalars, root: tl.constexpr):
 
 
 @triton.jit
+def adagradw(theta, g, states, names: tl.constexpr, scalars, root: tl.constexpr):
+    """Section 3a on a block: (update, states)."""
+    (
+        frozen, grad_scale, l2, eps, lr_decay, scaled_lr, fixed_decay, scaled_decay, scaled_metric,
+        t, step_size, decay, metric,
+    ) = scalars  # fmt: skip
+    total = states[0] + g * g
+    d = root(total) + eps
+    return divide(step_size * g + metric * theta, d + metric), (total,)
+
+
+@triton.jit
 def step(theta, g, states, names: tl.constexpr, scalars, scalar_names: tl.constexpr, rule: tl.constexpr,
          root: tl.constexpr):  # fmt: skip
     """The step that all rules share: (theta, states) after it."""

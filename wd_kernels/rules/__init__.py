@@ -1,11 +1,13 @@
 """Rules: hyperparameters to scalar rows, states, and the equation; one page each (numerics, sections 2 to 5)."""
 
+from .adagradw import ADAGRADW
 from .adamw import ADAMW
 from .rule import Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
 from .scalars import DECAY_MODES, at_least_zero, ipow, scalar
 from .sgdw import FORMS, SGDW
 
 __all__ = [
+    "ADAGRADW",
     "ADAMW",
     "DECAY_MODES",
     "FORMS",
@@ -24,7 +26,7 @@ __all__ = [
 ]
 
 #: Every rule by its name, in the order of the list in csrc/kernels.h: the place in it is its number there.
-RULES: dict[str, Rule] = {rule.name: rule for rule in (ADAMW, SGDW)}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (ADAMW, SGDW, ADAGRADW)}
 
 
 def code_of(rule: Rule) -> int:

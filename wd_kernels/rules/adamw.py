@@ -103,6 +103,6 @@ ADAMW = Rule(
     count_part=count_part,
     equation=equation,
     torch=TorchTwin("torch.optim.AdamW", decays=("l2", "lr_scaled"), decoupled_flag=True),
-    adaptive=True,
+    metric="sqrt(v) + eps, the bias-corrected one",
     variants=MappingProxyType({"plain": {}, "maximize": {"maximize": True}, "amsgrad": {"amsgrad": True}}),
 )  # fmt: skip

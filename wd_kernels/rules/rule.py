@@ -48,6 +48,12 @@ class State:
     late: bool = False
     fresh: bool = False
 
+    def begin(self, zeros: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """`zeros`, as the state begins in a group; of a complex one both parts do."""
+        if self.initial is not None:
+            (torch.view_as_real(zeros) if zeros.is_complex() else zeros).fill_(float(group[self.initial]))
+        return zeros
+
 
 @dataclass(frozen=True)
 class Hyperparameter:
@@ -74,6 +80,7 @@ class TorchTwin:
         decays: the decay modes that it has.
         decoupled_flag: its groups have `decoupled_weight_decay`, which is False for "l2".
         counts_steps: its states have step counts; without one, states that are there have begun.
+        all_states: it has the states of all parameters from the start, and cannot step one without.
         fixed: hyperparameters of ours that it has not, and what they are there.
     """
 
@@ -81,6 +88,7 @@ class TorchTwin:
     decays: tuple[str, ...]
     decoupled_flag: bool = False
     counts_steps: bool = True
+    all_states: bool = False
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -113,7 +121,7 @@ class Rule:
         equation: the normative arithmetic: (scalars by name, theta, g, states by name) to (u, new states), where g has
             its factor and its share of "l2", and the step is theta - (decay * theta + u).
         torch: the class of torch that it equals.
-        adaptive: its steps are divided by a metric of the gradients.
+        metric: what its steps are divided by, in words; empty: by nothing.
         variants: options that between them show all it can do, by name; the self-check runs them.
     """
 
@@ -128,7 +136,7 @@ class Rule:
     count_part: Callable[[Part, int, bool], Part]
     equation: Callable[[SimpleNamespace, Tensor, Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
     torch: TorchTwin
-    adaptive: bool
+    metric: str
     variants: Mapping[str, Mapping[str, Any]]
     _memo: dict[tuple[Any, ...], Settings] = field(default_factory=dict, repr=False)
 

@@ -100,7 +100,7 @@ SGDW = Rule(
     torch=TorchTwin(
         "torch.optim.SGD", decays=("l2",), counts_steps=False, fixed=MappingProxyType({"form": "torch"})
     ),
-    adaptive=False,
+    metric="",
     variants=MappingProxyType({
         "no momentum": {},
         "momentum": {"momentum": 0.9},

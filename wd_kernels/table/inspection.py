@@ -134,10 +134,7 @@ def _first(
         made = flat.zeros(place, theta, state.name, dtype)
     else:
         made = torch.zeros_like(theta, dtype=dtype, memory_format=torch.preserve_format)
-    if state.initial is None:
-        return made
-    (torch.view_as_real(made) if made.is_complex() else made).fill_(settings[state.initial])
-    return made
+    return state.begin(made, settings)
 
 
 def _stand_in(like: Tensor, dtype: torch.dtype, old: Tensor | None) -> Tensor:
