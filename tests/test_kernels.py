@@ -131,13 +131,14 @@ def test_matrix(of: dict[str, Any], engine: Engine, monkeypatch: pytest.MonkeyPa
     of_size(of["size"], monkeypatch)
     found = run(case, engine.backend, pieces=pieces, steps=steps, device=engine.device)
     assert_same(found, run(case, "reference", pieces=pieces, steps=steps))
-    counts = [int(value) for name, value in found.items() if name.endswith(" step")]
+    # AdagradW saves states of what took no step, too: torch's class cannot step a parameter without.
+    counts = [int(value) for name, value in found.items() if name.endswith(" step") and value > 0]
     assert len(counts) == sum(any(has_gradient(k, step) for step in range(steps)) for k in range(len(pieces)))
     assert len(set(counts)) > 1  # some gradients were missing
     assert {name.split()[1] for name in found if " " in name} == {"step", *states_of(case)}
     for k, p in enumerate(make_params(pieces, case.dtype, case.grad_dtype)):
         assert bool(found[f"{k}"].isfinite().all())
-        stepped = p.numel() >= 20 and f"{k} step" in found
+        stepped = p.numel() >= 20 and float(found.get(f"{k} step", 0)) > 0
         assert torch.equal(found[f"{k}"], p.detach()) != stepped or p.numel() < 20
 
 
