@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -187,14 +188,25 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
         f"  command = $cxx -shared $in -o $out -L{_word(home / 'lib')} -ltorch_cpu -ltorch -lc10 {LINK}",
         "  description = link $out",
     ]
-    objects = [BUILD / (source.stem + ".o") for source in sources]
+    lines += linked(library, BUILD, sources)
+    # For tests: the CPU's and CUDA's kernels with an epilogue that only tests have, CUDA's as plain loops.
+    probe = "'-DWD_TEST_EPILOGUE=\"../tests/probe.h\"'"
+    cpu = [source for source in sources if source.parent.name == "cpu"]
+    lines += linked(BUILD / "probe.so", BUILD / "probe", cpu, probe, namespace="wd_kernels_probe")
+    cuda, loops = [CSRC / "cuda" / f"{name}.cpp" for name in ("ops", "on_cpu")], "-DWD_ON_CPU '-DWD_BUILT=\"loops\"'"
+    for name, more in (("on_cpu", ""), ("probe_on_cpu", probe)):
+        own = f"{loops} {TRAPS} {more}"
+        lines += linked(BUILD / f"{name}.so", BUILD / name, cuda, own, namespace=f"wd_kernels_{name}")
+    return lines
+
+
+def linked(library: Path, folder: Path, sources: Sequence[Path], flags: str = "", **variables: str) -> list[str]:
+    """How a library of these sources is built, each with the flags of its instruction set."""
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    lines = edge(library, "link", *objects)
     for source, target in zip(sources, objects, strict=True):
-        lines += edge(target, "compile", source, set=sets.get(source.stem, ""))
-    on_cpu = [BUILD / "on_cpu" / f"{name}.o" for name in ("ops", "on_cpu")]
-    loops = {"set": f"-DWD_ON_CPU '-DWD_BUILT=\"plain loops\"' {TRAPS}", "namespace": "wd_kernels_on_cpu"}
-    for target in on_cpu:
-        lines += edge(target, "compile", CSRC / "cuda" / f"{target.stem}.cpp", **loops)
-    return [*lines, *edge(library, "link", *objects), *edge(BUILD / "on_cpu.so", "link", *on_cpu)]
+        lines += edge(target, "compile", source, set=f"{INSTRUCTION_SETS.get(source.stem, '')} {flags}", **variables)
+    return lines
 
 
 def edge(target: Path, rule: str, *sources: Path, **variables: str) -> list[str]:

@@ -23,10 +23,11 @@ import concurrent.futures
 import json
 import multiprocessing
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import disassembly
@@ -109,8 +110,8 @@ class Cost:
         return INSTRUCTIONS_PER_BYTE * self.bytes_per_element / 2
 
 
-def compiled(kernel: Kernel, target: str, **changes: Any) -> Any:
-    """Triton's compiled kernel, as the package would launch it but for the changes to its options.
+def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] = MappingProxyType({}), **changes: Any) -> Any:
+    """Triton's compiled kernel, as the package would launch it but for other constants and changes to its options.
 
     All that this program knows of the package's Triton backend is here.
     """
@@ -129,7 +130,11 @@ def compiled(kernel: Kernel, target: str, **changes: Any) -> Any:
         "scalar_names": rule.scalars,
         "states": states,
         "formats": tuple(fmt.code for fmt in kernel.formats),
+        "epilogue": None,
+        "epilogue_scalars": (),
+        "n_sums": 0,
         "block": own.block(kernel.formats),
+        **constants,
     }
     types = {"chunks": "*i64", "places": "*i64", "moving": "*i64", "rows": "*fp64", "control": "*fp64"}
     signature = {**types, "place_words": "i32", "chunk_size": "i32", **dict.fromkeys(constants, "constexpr")}

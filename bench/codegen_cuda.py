@@ -55,9 +55,10 @@ def compiler() -> str:
 
 def name(kernel: Kernel) -> str:
     """How the C++ compiler calls the kernel's template arguments."""
-    rule = _RULES[kernel.rule].format("double" if kernel.param == torch.float64 else "float")
+    arithmetic = "double" if kernel.param == torch.float64 else "float"
     formats = (_FORMATS[dtype] for dtype in (kernel.param, kernel.grad, kernel.state))
-    return ", ".join(f"wd::cuda::{part}" for part in (rule, *formats))
+    parts = (_RULES[kernel.rule].format(arithmetic), *formats, f"NoEpilogue<{arithmetic}>")
+    return ", ".join(f"wd::cuda::{part}" for part in parts)
 
 
 def parts(text: str, begin: str) -> dict[str, str]:
@@ -69,7 +70,7 @@ def parts(text: str, begin: str) -> dict[str, str]:
             readable = subprocess.run(["c++filt", mangled[0]], check=True, capture_output=True, text=True).stdout
             arguments = re.search(r"step_kernel<(.*)>\(", readable)
             assert arguments, readable
-            found[arguments[1]] = part
+            found[arguments[1].strip()] = part
     return found
 
 

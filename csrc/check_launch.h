@@ -40,8 +40,8 @@ Launch check_launch(const char* operation, const Tensor& chunks, const Tensor& p
   STD_TORCH_CHECK(control.numel() == 2, operation, ": control must hold grad_factor and skip");
   STD_TORCH_CHECK(places.size(0) == moving.size(0), operation, ": ", places.size(0), " places beside ", moving.size(0),
                   " segments");
-  STD_TORCH_CHECK(chunk_size > 0 && chunk_size % 1024 == 0 && chunk_size <= std::numeric_limits<int32_t>::max() / 2,
-                  operation, ": chunk_size=", chunk_size, ": expected a multiple of 1024");
+  STD_TORCH_CHECK(chunk_size > 0 && chunk_size % kBlock == 0 && chunk_size <= std::numeric_limits<int32_t>::max() / 2,
+                  operation, ": chunk_size=", chunk_size, ": expected a multiple of ", kBlock);
   STD_TORCH_CHECK(chunks.numel() <= std::numeric_limits<int32_t>::max(), operation, ": ", chunks.numel(),
                   " chunks are too many");
   return {static_cast<const int64_t*>(chunks.const_data_ptr()),

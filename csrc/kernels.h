@@ -1,7 +1,6 @@
 // Which kernels there are.
 //
-// Include inside the namespace of one instruction set (see cpu/mover.inc), after rules.h and formats.h; it needs
-// layout.h.
+// Include inside the namespace of one instruction set (see cpu/mover.inc), after epilogues.h; it needs layout.h.
 
 // Every rule with every set of its states: its number (the order of RULES in wd_kernels/rules), the bits of the states
 // that were asked for, its type.
@@ -22,6 +21,13 @@
   ROW(BFloat16, Float32, Float32)  \
   ROW(Float16, Float16, Float32)   \
   ROW(Float16, Float32, Float32)
+
+// Every epilogue: its code (wd_kernels/epilogues.py), its type.
+#ifdef WD_TEST_EPILOGUE
+#define WD_EACH_EPILOGUE(ROW) ROW(0, NoEpilogue<T>) ROW(1, TestEpilogue<T>)
+#else
+#define WD_EACH_EPILOGUE(ROW) ROW(0, NoEpilogue<T>)
+#endif
 
 // `Of<Rule>::found()` for a rule with its states, or null where there is none.
 template <class T, template <class> class Of>

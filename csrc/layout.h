@@ -28,6 +28,7 @@ namespace wd {
 
 enum Role : int { kParam = 0, kGrad = 1, kState = 2 };
 constexpr int kMaxRoles = 16;
+constexpr int kBlock = 1024;  // elements that a sum adds up in the arithmetic type; chunks are multiples of it
 
 // What a step may change of a segment.
 struct Moving {

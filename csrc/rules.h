@@ -74,26 +74,40 @@ struct AdagradW {
   }
 };
 
-// What a rule is by its row: every scalar rounded to the arithmetic type, the gradient's scale with its factor.
+// How many scalars an aggregate of them has: 0 if it is empty, though its size is 1.
+template <class Scalars>
+WD_HOST_DEVICE constexpr int width_of() {
+  return int(sizeof(Scalars) / sizeof(typename Scalars::Arithmetic));
+}
+
+// An aggregate of scalars by the row where they lie, each rounded to the arithmetic type.
+template <class Scalars>
+WD_HOST_DEVICE inline Scalars of_row(const double* row) {
+  using T = typename Scalars::Arithmetic;
+  Scalars found = {};
+  if constexpr (width_of<Scalars>() > 0) {
+    T scalars[width_of<Scalars>()];
+    WD_UNROLL
+    for (int i = 0; i < width_of<Scalars>(); ++i) scalars[i] = T(row[i]);
+    __builtin_memcpy(&found, scalars, sizeof(Scalars));
+  }
+  return found;
+}
+
+// What a rule is by its row; the gradient's scale takes its factor in.
 template <class Rule>
 WD_HOST_DEVICE inline Rule rule_of_row(const double* row, double grad_factor) {
-  using T = typename Rule::Arithmetic;
-  constexpr int width = sizeof(Rule) / sizeof(T);
-  T scalars[width];
-  WD_UNROLL
-  for (int i = 0; i < width; ++i) scalars[i] = T(row[i]);
-  Rule rule;
-  __builtin_memcpy(&rule, scalars, sizeof(Rule));
-  rule.grad_scale = rule.grad_scale * T(grad_factor);
+  Rule rule = of_row<Rule>(row);
+  rule.grad_scale = rule.grad_scale * typename Rule::Arithmetic(grad_factor);
   return rule;
 }
 
-// The step that all rules share; returns the update.
+// The step that all rules share: theta, g (which takes its factor) and states become what they are after it; returns
+// the update.
 template <class Rule, class T>
-WD_HOST_DEVICE inline T step(const Rule& rule, T& theta, T g, T* state) {
+WD_HOST_DEVICE inline T step(const Rule& rule, T& theta, T& g, T* state) {
   g = g * rule.grad_scale;
-  g = g + rule.l2 * theta;
-  const T u = rule(theta, g, state);
+  const T u = rule(theta, g + rule.l2 * theta, state);
   theta = theta - (rule.decay * theta + u);
   return u;
 }

@@ -80,10 +80,40 @@ def triton_kernel(version: str, target: str, kernel: codegen.Kernel) -> ptx.Kern
     return ptx.parse(triton_ptx(version, target, kernel))
 
 
-def _nvcc(target: str, path: Path) -> None:
+PROBE = """
+import sys, pathlib, codegen, probe_triton
+kernel = next(k for k in codegen.kernels() if str(k) == sys.argv[1])
+formats = tuple(fmt.code for fmt in kernel.formats)
+outputs = (1 if formats[0] == 1 else 3,) * 2
+more = {"epilogue": probe_triton.probe, "epilogue_scalars": ("fade", "weight"), "n_sums": 2, "block": 1024}
+made = codegen.compiled(kernel, sys.argv[2], {**more, "formats": formats + outputs})
+pathlib.Path(sys.argv[3]).write_text(made.asm["ptx"])
+print(made.metadata.shared)
+"""
+
+
+@cache
+def triton_probe(version: str, target: str, kernel: codegen.Kernel) -> ptx.Kernel:
+    """A kernel with the epilogue of probe.py, to be executed."""
+
+    def make(path: Path) -> None:
+        own = environment(version)
+        own["PYTHONPATH"] += os.pathsep + str(ROOT / "tests")
+        command = [sys.executable, "-c", PROBE, str(kernel), target, str(path / "ptx")]
+        done = subprocess.run(command, env=own, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        (path / "shared").write_text(done.stdout)
+
+    path = _once(f"probe-{version}-{target}-{kernel}", make)
+    found = ptx.parse((path / "ptx").read_text())
+    found.shared_size += int((path / "shared").read_text())  # what a launch would ask for
+    return found
+
+
+def _nvcc(target: str, path: Path, *more: str) -> None:
     """The PTX of all kernels for a target ("sm_90"), compiled as the library's are."""
     setup = codegen_cuda.setup()
-    what = (f"-arch=compute_{target.removeprefix('sm_')}", "-ptx", str(ROOT / "csrc" / "cuda" / "kernels.cu"))
+    what = (f"-arch=compute_{target.removeprefix('sm_')}", *more, "-ptx", str(ROOT / "csrc" / "cuda" / "kernels.cu"))
     command = [setup["nvcc"](), *setup["NVCC_FLAGS"].split(), *what, "-o", str(path)]
     subprocess.run(command, check=True, capture_output=True)
 
@@ -93,6 +123,8 @@ def _cuda(target: str) -> dict[str, str]:
     def make(path: Path) -> None:
         if target == "library":
             (path / "kernels.ptx").write_text(codegen_cuda.carried_ptx())
+        elif target.startswith("probe"):
+            _nvcc(target.removeprefix("probe-"), path / "kernels.ptx", '-DWD_TEST_EPILOGUE="../tests/probe.h"')
         else:
             _nvcc(target, path / "kernels.ptx")
 
@@ -110,3 +142,9 @@ def cuda_ptx(target: str, kernel: codegen.Kernel) -> str:
 def cuda_kernel(target: str, kernel: codegen.Kernel) -> ptx.Kernel:
     """The same, to be executed."""
     return ptx.parse(cuda_ptx(target, kernel))
+
+
+@cache
+def cuda_probe(target: str, kernel: codegen.Kernel) -> ptx.Kernel:
+    """A kernel with the epilogue of probe.h, to be executed."""
+    return ptx.parse(_cuda(f"probe-{target}")[codegen_cuda.name(kernel).replace("NoEpilogue", "TestEpilogue")])

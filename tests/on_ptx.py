@@ -15,7 +15,7 @@ from typing import Any
 import codegen
 import ptx
 import torch
-from compiled import cuda_kernel, triton_kernel
+from compiled import cuda_kernel, cuda_probe, triton_kernel, triton_probe
 from internals import KINDS
 from torch import Tensor
 
@@ -24,8 +24,8 @@ from wd_kernels.backends.cuda import CUDA
 from wd_kernels.backends.device_copy import DeviceCopy
 from wd_kernels.backends.triton import THREADS, Triton
 from wd_kernels.flat.buffers import PADDING, attached, place_of
-from wd_kernels.layout import Bucket, Spec, Table
-from wd_kernels.rules import RULES, Rule, code_of
+from wd_kernels.layout import Bucket, Spec, Table, native_kernel
+from wd_kernels.rules import RULES, Rule
 
 __all__ = ["ENGINES", "CUDAOnPTX", "Launch", "OnPTX", "TritonOnPTX", "kernel_of"]
 
@@ -68,7 +68,8 @@ class Launch:
 
     def run(self) -> None:
         arguments = self.arguments(self.tables)
-        self.report = ptx.launch(self.kernel, self.blocks, arguments, self.memory, threads=THREADS)
+        reduces = self.bucket.spec.epilogue is not None
+        self.report = ptx.launch(self.kernel, self.blocks, arguments, self.memory, threads=THREADS, unwritten=reduces)
 
 
 def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
@@ -80,10 +81,13 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
     for i in bucket.members:
         if not table.active[i]:
             continue
-        theta, grad, states, _ = table.tensors(i)
+        theta, grad, states, _, outputs, sums = table.tensors(i)
         place = place_of(theta) if isinstance(theta, torch.nn.Parameter) else None
         roles = [("parameter", theta, True), ("gradient", grad, False)]
         roles += [(f"state {k}", state, True) for k, state in enumerate(states.values())]
+        roles += [(f"output {k}", output, True) for k, output in enumerate(outputs.values())]
+        if sums is not None:
+            memory.add("sums", sums.data_ptr(), sums.nbytes, sums.itemsize, writable=True)
         for name, tensor, writable in roles:
             size = padded = tensor.numel() * tensor.element_size()
             if place is not None and (name != "gradient" or attached(theta)):
@@ -94,7 +98,8 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
     for address, following in zip(ends, [*ends, 1 << 62][1:], strict=True):
         name, size, padded, writable = found[address]
         formats = bucket.spec.formats
-        part = {"parameter": formats[0], "gradient": formats[1]}.get(name, formats[-1]).dtype.itemsize
+        state = formats[2] if name.startswith("state") else formats[-1]
+        part = {"parameter": formats[0], "gradient": formats[1]}.get(name, state).dtype.itemsize
         end = min(address + padded, following) if padded > size else address + size
         memory.add(name, address, end - address, part, writable, noted=True)
 
@@ -130,7 +135,8 @@ class TritonOnPTX(OnPTX, Triton):
     def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
         """The product's own, whose kernels are these."""
         kernel = kernel_of(table.rule, bucket.spec)
-        own = _TritonKernel(self, triton_kernel(self.version, self.target, kernel), kernel, table, bucket)
+        of = triton_kernel if bucket.spec.epilogue is None else triton_probe
+        own = _TritonKernel(self, of(self.version, self.target, kernel), kernel, table, bucket)
         names = SimpleNamespace(
             step_kernel=own, root="root", scaled_root="scaled_root", **{rule: rule for rule in RULES}
         )
@@ -170,13 +176,20 @@ class _TritonKernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def go(*arguments: Any, **how: Any) -> None:
-            tables, (words, size, rule, root, scalars, states, formats, block) = list(arguments[:5]), arguments[5:]
-            # What the PTX was compiled for (bench/codegen.py) is what the launch says.
-            own = self.table.rule
-            assert (rule, root, scalars, states) == (own.name, "root", own.scalars, self.bucket.spec.states)
+            tables = list(arguments[:5])
+            words, size, rule, root, scalars, states, formats, *also, block = arguments[5:]
+            # What the PTX was compiled for (bench/codegen.py, tests/compiled.py) is what the launch says.
+            own, spec = self.table.rule, self.bucket.spec
+            assert (rule, root, scalars, states) == (own.name, "root", own.scalars, spec.states)
             assert words == tables[1].shape[1]
-            assert formats == tuple(fmt.code for fmt in self.which.formats)
-            assert block == triton_backend.block(self.which.formats)
+            if spec.epilogue is None:
+                assert formats == tuple(fmt.code for fmt in self.which.formats)
+                assert also == [None, (), 0]
+                assert block == triton_backend.block(self.which.formats)
+            else:
+                assert formats[:-2] == tuple(fmt.code for fmt in self.which.formats)
+                assert also[1:] == [("fade", "weight"), 2]
+                assert block == 1024
             assert how == {"num_warps": THREADS // 32, "enable_fp_fusion": False}
             assert all(tensor.data_ptr() % 16 == 0 for tensor in tables)  # Triton looks, and compiles for it
             assert size % 16 == 0
@@ -199,7 +212,8 @@ class CUDAOnPTX(OnPTX, CUDA):
         self.target = target
 
     def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
-        self._own = cuda_kernel(self.target, kernel_of(table.rule, bucket.spec)), table, bucket
+        of = cuda_kernel if bucket.spec.epilogue is None else cuda_probe
+        self._own = of(self.target, kernel_of(table.rule, bucket.spec)), table, bucket
         return super().launch(table, bucket, size, copy)
 
     @property
@@ -208,11 +222,10 @@ class CUDAOnPTX(OnPTX, CUDA):
         kernel, table, bucket = self._own
 
         def step(*given: Any) -> None:
-            chunks, places, moving, control, size, number, variant, codes, rows = given
-            rule, spec = table.rule, bucket.spec
-            assert (number, variant, list(codes)) == (code_of(rule), rule.variant(spec.states), spec.codes)
+            chunks, places, moving, control, size, *which, rows = given
+            assert tuple(which) == native_kernel(table.rule, bucket.spec)
             launch = Launch(kernel, table, bucket, [chunks, places, moving, rows, control])
-            sizes = places.shape[1], len(rule.scalars), size
+            sizes = places.shape[1], rows.shape[1], size
             # The struct Launch of csrc/layout.h, by value.
             self.step(launch, lambda tables: [struct.pack("<5Qiii4x", *(t.data_ptr() for t in tables), *sizes)])
 

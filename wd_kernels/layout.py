@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import native
+from .epilogues import Epilogue
 from .formats import Format, gradient_formats, parameter_format, state_format
-from .rules import Rule, State
+from .reference import BLOCK  # chunks are multiples of it, and begin where their segment's alignment holds
+from .rules import Rule, State, code_of
 
 __all__ = [
     "BLOCK",
@@ -27,15 +30,15 @@ __all__ = [
     "Segments",
     "Spec",
     "Table",
+    "Tensors",
     "address_word",
     "cut",
+    "native_kernel",
     "numel_of",
     "spec_of",
     "write_segment",
 ]
 
-#: Chunks are multiples of this many elements, and so begin where their segment's alignment holds.
-BLOCK = 1024
 CPU = torch.device("cpu")  # a table's own memory, whatever the default device
 
 
@@ -114,16 +117,20 @@ class Spec:
 
     Attributes:
         states: by name, in the rule's order.
-        formats: of parameter, gradient and each state.
+        formats: of parameter, gradient, each state, and each output of the epilogue.
+        epilogue: what is run with the rule.
     """
 
     device: torch.device
     states: tuple[str, ...]
     formats: tuple[Format, ...]
+    epilogue: Epilogue | None = None
 
-    @property
-    def codes(self) -> list[int]:
-        return [fmt.code for fmt in self.formats]
+
+def native_kernel(rule: Rule, spec: Spec) -> tuple[int, int, int, list[int]]:
+    """(rule, variant, epilogue, formats), by which native code finds the kernel of a bucket."""
+    epilogue = spec.epilogue.code if spec.epilogue is not None else 0
+    return code_of(rule), rule.variant(spec.states), epilogue, [fmt.code for fmt in spec.formats]
 
 
 @lru_cache
@@ -145,6 +152,17 @@ class Bucket:
     index: int
     first: int
     members: Sequence[int]
+
+
+class Tensors(NamedTuple):
+    """What is stepped of one parameter: its roles, its row, and what an epilogue writes."""
+
+    theta: Tensor
+    grad: Tensor
+    states: Mapping[str, Tensor]
+    row: int
+    outputs: Mapping[str, Tensor] = MappingProxyType({})
+    sums: Tensor | None = None
 
 
 class Table(Protocol):
@@ -169,8 +187,8 @@ class Table(Protocol):
     def span(self, bucket: Bucket) -> tuple[int, int]:
         """(first, count) of the segments of a bucket."""
 
-    def tensors(self, i: int) -> tuple[Tensor, Tensor, Mapping[str, Tensor], int]:
-        """Parameter, gradient, states and row of parameter `i`, for a backend that works on tensors."""
+    def tensors(self, i: int) -> Tensors:
+        """Those of parameter `i`, for a backend that works on tensors."""
 
 
 # Chunks ---------------------------------------------------------------------------------------------------------------

@@ -9,15 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .epilogues import Element, Epilogue
 from .formats import arithmetic_dtype
 
-__all__ = ["Equation", "lerp", "load", "new_values", "sqrt", "step_", "store"]
+__all__ = ["BLOCK", "Equation", "block_sums", "lerp", "load", "new_values", "sqrt", "step_", "store"]
+
+#: Elements that a sum adds up in the arithmetic type.
+BLOCK = 1024
 
 
 def sqrt(x: Tensor) -> Tensor:
@@ -64,6 +68,20 @@ def lerp(x: Tensor, y: Tensor, beta: Tensor, w: Tensor) -> Tensor:
     return y + beta * (x - y)
 
 
+def block_sums(x: Tensor) -> Tensor:
+    """The sums of blocks of `BLOCK` elements, in storage order: [blocks]. What the last one lacks is 0.
+
+    Within a block i is added to i + 512, then to i + 256, ... 1, in the dtype of `x`, dense in any order.
+    """
+    order = sorted(range(x.dim()), key=lambda dim: -x.stride()[dim])
+    flat = x.permute(order).reshape(-1)
+    padded = torch.cat([flat, flat.new_zeros(-flat.numel() % BLOCK)]).view(-1, BLOCK)
+    while padded.shape[1] > 1:
+        half = padded.shape[1] // 2
+        padded = padded[:, :half] + padded[:, half:]
+    return padded[:, 0]
+
+
 class Equation(Protocol):
     """What is needed of a rule (`wd_kernels.rules.Rule`)."""
 
@@ -77,24 +95,28 @@ class Equation(Protocol):
 
 def new_values(
     rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """One step on one tensor: (theta after it, update u, states after it), in the dtype of `theta`.
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """One step on one tensor: (theta after it, g with its factor, update u, states after it), in theta's dtype.
 
     Args:
         rule: whose equation.
-        row: float64 [len(rule.scalars)].
+        row: float64 [len(rule.scalars)], or longer.
         grad_factor: float64 factor of the gradient (1 unless gradients are unscaled or clipped).
         theta, g, states: the loaded tensors, float32 or float64, of one shape; states by name.
     """
-    scalars = row.to(device=theta.device, dtype=theta.dtype)
-    s = SimpleNamespace(**dict(zip(rule.scalars, scalars, strict=True)))
+    s = _named(rule.scalars, row, theta)
     factor = torch.tensor(grad_factor, dtype=torch.float64, device="cpu").to(theta)
 
     g = g * (s.grad_scale * factor)
-    g = g + s.l2 * theta
-    u, new = rule.equation(s, theta, g, states)
+    u, new = rule.equation(s, theta, g + s.l2 * theta, states)
     theta = theta - (s.decay * theta + u)
-    return theta, u, new
+    return theta, g, u, new
+
+
+def _named(names: tuple[str, ...], row: Tensor, like: Tensor) -> SimpleNamespace:
+    """The first scalars of a row, rounded to the arithmetic type."""
+    scalars = row[: len(names)].to(device=like.device, dtype=like.dtype)
+    return SimpleNamespace(**dict(zip(names, scalars, strict=True)))
 
 
 _TINY = (5e-324, 0.0)  # their sum is 0 where subnormals are flushed
@@ -116,13 +138,29 @@ def subnormals() -> Iterator[None]:
 @torch.no_grad()
 @subnormals()
 def step_(
-    rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor]
-) -> None:
-    """One step of `rule` in place, on tensors as they are stored; a row's `frozen` keeps the bits of theta."""
+    rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor],
+    epilogue: Epilogue | None = None, outputs: Mapping[str, Tensor] = MappingProxyType({}), sums: Tensor | None = None,
+) -> None:  # fmt: skip
+    """One step of `rule` in place, on tensors as they are stored; a row's `frozen` keeps the bits of theta.
+
+    Args:
+        rule, row, grad_factor, theta, g, states: as for `new_values`; an epilogue's scalars follow in the row.
+        epilogue, outputs: what is run after it, on tensors that it reads and writes.
+        sums: [blocks, len(epilogue.sums)], for the sums of its blocks.
+    """
     dtype = arithmetic_dtype(theta.dtype)
     own = {name: load(state, dtype) for name, state in states.items()}
-    after, _, new = new_values(rule, row, grad_factor, load(theta, dtype), load(g, dtype), own)
+    before = load(theta, dtype).clone()
+    after, g, u, new = new_values(rule, row, grad_factor, before, load(g, dtype), own)
     if not float(row[rule.scalars.index("frozen")]):
         store(theta, after)
     for name, state in states.items():
         store(state, new[name])
+    if epilogue is not None:
+        s = _named(epilogue.scalars, row[len(rule.scalars) :], before)
+        element = Element(before, load(theta, dtype), g, u, new)
+        produced, summands = epilogue.equation(s, element, {k: load(own, dtype) for k, own in outputs.items()})
+        for name, output in outputs.items():
+            store(output, produced[name])
+        if sums is not None:
+            sums.copy_(torch.stack([block_sums(summands[name]) for name in epilogue.sums], -1))

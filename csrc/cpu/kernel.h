@@ -6,7 +6,7 @@
 namespace wd {
 
 struct Kernel {
-  const void* rule;  // of the instruction set's own types, as are the formats
+  const void *rule, *epilogue;  // of the instruction set's own types, as are the formats; no epilogue: null
   const void* formats[kMaxRoles];
   int64_t sizes[kMaxRoles];  // bytes of an element of each role
   int roles;
@@ -15,17 +15,17 @@ struct Kernel {
   void (*step_chunks)(const Kernel& kernel, const Launch& launch, int64_t first, int64_t last);
 };
 
-// The kernel for a rule with its states and the format of every role (parameter, gradient, states); false where there
-// is none. One for each file of this directory.
+// The kernel for a rule with its states, an epilogue, and the format of every role (parameter, gradient, states,
+// outputs of the epilogue); false where there is none. One for each file of this directory.
 namespace baseline {
-bool find(int64_t rule, int64_t variant, const int64_t* formats, int roles, Kernel* found);
+bool find(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles, Kernel* found);
 }
 #if defined(__x86_64__)
 namespace avx2 {
-bool find(int64_t rule, int64_t variant, const int64_t* formats, int roles, Kernel* found);
+bool find(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles, Kernel* found);
 }
 namespace avx512 {
-bool find(int64_t rule, int64_t variant, const int64_t* formats, int roles, Kernel* found);
+bool find(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles, Kernel* found);
 }
 #endif
 

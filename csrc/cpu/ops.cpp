@@ -14,8 +14,10 @@
 namespace wd {
 namespace {
 
+#include "../formats.h"
 #include "../rules.h"
 
+#include "../epilogues.h"
 #include "../kernels.h"
 
 // Below this many elements a step is done before a second thread would have woken.
@@ -25,7 +27,7 @@ constexpr int64_t kTaken = 8192;
 
 struct InstructionSet {
   const char* name;
-  bool (*find)(int64_t rule, int64_t variant, const int64_t* formats, int roles, Kernel* found);
+  bool (*find)(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles, Kernel* found);
   bool present;
 };
 
@@ -83,14 +85,14 @@ int64_t count_elements(const Launch& launch, int64_t chunks, int64_t segments, i
   return elements;
 }
 
-// Steps the chunks of one bucket; `check_launch` has the shapes. rule and variant: a row of kernels.h; formats: the
-// FormatCode of parameter, gradient and each state.
+// Steps the chunks of one bucket; `check_launch` has the shapes. rule, variant and epilogue: rows of kernels.h;
+// formats: the FormatCode of parameter, gradient, each state and each output of the epilogue.
 void step_(const Tensor chunks, const Tensor places, const Tensor moving, const Tensor control, int64_t chunk_size,
-           int64_t rule, int64_t variant, std::vector<int64_t> formats, const Tensor rows) {
+           int64_t rule, int64_t variant, int64_t epilogue, std::vector<int64_t> formats, const Tensor rows) {
   check_roles("step_", formats.size());
   Kernel kernel;
-  STD_TORCH_CHECK(chosen_set().find(rule, variant, formats.data(), int(formats.size()), &kernel),
-                  "step_: no CPU kernel for this rule and these storage formats");
+  STD_TORCH_CHECK(chosen_set().find(rule, variant, epilogue, formats.data(), int(formats.size()), &kernel),
+                  "step_: no CPU kernel for this rule, this epilogue and these storage formats");
   const Launch launch = check_launch("step_", chunks, places, moving, rows, control, chunk_size, formats.size(),
                                      kernel.width, [](const Tensor& tensor) { return tensor.is_cpu(); });
   const int64_t blocks = chunks.numel();
@@ -121,7 +123,7 @@ void step_(const Tensor chunks, const Tensor places, const Tensor moving, const 
 WD_EXPANDED(STABLE_TORCH_LIBRARY, WD_NAMESPACE, m) {
   m.def(
       "step_(Tensor chunks, Tensor places, Tensor moving, Tensor control, int chunk_size, int rule, int variant, "
-      "int[] formats, Tensor rows) -> ()");
+      "int epilogue, int[] formats, Tensor rows) -> ()");
   m.def("instruction_set() -> str");
   m.def("rules() -> str");
 }

@@ -17,14 +17,18 @@ namespace cuda {
 #include "../formats.h"
 #include "../rules.h"
 
+#include "../epilogues.h"
 #include "../kernels.h"
 
 constexpr int kThreads = 128;  // lanes of a block
 // Accesses of a thread to each role that are on their way at once: of 16 bytes of the widest role, or of one element.
 constexpr int kVectors = 2, kSingles = 4;
 
-// A phase: `WD_EACH_LANE(lane) { ... }`.
+// A phase: `WD_EACH_LANE(lane) { ... }`; what lanes share is `WD_SHARED`, and between two phases that use it is
+// WD_SYNC.
 #ifdef __CUDA_ARCH__
+#define WD_SHARED __shared__
+#define WD_SYNC() __syncthreads()
 #define WD_EACH_LANE(lane) for (int lane = int(threadIdx.x), once = 1; once != 0; once = 0)
 template <class Registers>
 struct Lanes {
@@ -32,6 +36,8 @@ struct Lanes {
   WD_HOST_DEVICE Registers& operator[](int) { return own; }
 };
 #else
+#define WD_SHARED
+#define WD_SYNC()
 #define WD_EACH_LANE(lane) for (int lane = kThreads - 1; lane >= 0; --lane)  // in an order that no device takes
 template <class Registers>
 struct Lanes {
@@ -86,31 +92,77 @@ WD_HOST_DEVICE inline void write(void* at, const V& value) {
 }
 
 // The roles of a segment, from the chunk's first element on.
-template <class Rule, class P, class G, class S>
+template <class Rule, class P, class G, class S, class E>
 struct Roles {
-  static constexpr int kWidest = larger(Rule::kStates > 0 ? sizeof(typename S::Memory) : 0,
-                                        larger(sizeof(typename P::Memory), sizeof(typename G::Memory)));
+  using O = typename E::Output;
+  static constexpr int kWidest = larger(
+      larger(Rule::kStates > 0 ? sizeof(typename S::Memory) : 0, E::kOutputs > 0 ? sizeof(typename O::Memory) : 0),
+      larger(sizeof(typename P::Memory), sizeof(typename G::Memory)));
   static constexpr int kWidth = 16 / kWidest;  // elements of a vector access: 16 bytes of the widest role
 
   typename P::Memory* theta;
   const typename G::Memory* grad;
   typename S::Memory* state[Rule::kStates + 1];
+  typename O::Memory* output[E::kOutputs + 1];
+};
+
+// The sums of a block of kBlock elements, while they are under way: of pairs half a block apart, until one is left.
+template <class T, int sums>
+struct BlockSums {
+  T block[sums][kBlock];
+
+  // Element `at` of its block has these.
+  WD_HOST_DEVICE void put(int at, const T* summands) {
+    WD_UNROLL
+    for (int n = 0; n < sums; ++n) block[n][at] = summands[n];
+  }
+
+  // Ends a block, of which `count` elements were put.
+  WD_HOST_DEVICE void end(int count, T* to) {
+    WD_SYNC();
+    WD_EACH_LANE(lane) {
+      for (int i = count + lane; i < kBlock; i += kThreads)
+        for (int n = 0; n < sums; ++n) block[n][i] = 0;
+    }
+    for (int half = kBlock / 2; half > 0; half /= 2) {
+      WD_SYNC();
+      WD_EACH_LANE(lane) {
+        for (int i = lane; i < half; i += kThreads)
+          for (int n = 0; n < sums; ++n) block[n][i] = block[n][i] + block[n][i + half];
+      }
+    }
+    WD_SYNC();
+    WD_EACH_LANE(lane) {
+      if (lane < sums) to[lane] = block[lane][0];
+    }
+    WD_SYNC();
+  }
+};
+
+template <class T>
+struct BlockSums<T, 0> {
+  WD_HOST_DEVICE void put(int, const T*) {}
+  WD_HOST_DEVICE void end(int, T*) {}
 };
 
 // What a lane has of one round, which begins at `from`: `accesses` of `width` neighbours of every role. If `masked`, of
 // that only what lies below `end`.
-template <class Rule, class P, class G, class S, int width, int accesses, bool masked>
+template <class Rule, class P, class G, class S, class E, int width, int accesses, bool masked>
 struct Round {
   using T = typename Rule::Arithmetic;
-  static constexpr int kStates = Rule::kStates;
+  using O = typename E::Output;
+  using Own = Roles<Rule, P, G, S, E>;
+  static constexpr int kStates = Rule::kStates, kOutputs = E::kOutputs;
+  static_assert(kOutputs == 0 || sizeof(typename O::Arithmetic) == sizeof(T), "outputs are rounded once");
 
   Vector<P, width> p[accesses];
   Vector<G, width> g[accesses];
   Vector<S, width> s[accesses][kStates + 1];
+  Vector<O, width> o[accesses][kOutputs + 1];
 
   WD_HOST_DEVICE static int at(int from, int lane, int k) { return from + (k * kThreads + lane) * width; }
 
-  WD_HOST_DEVICE void load(const Roles<Rule, P, G, S>& roles, int from, int end, int lane) {
+  WD_HOST_DEVICE void load(const Own& roles, int from, int end, int lane) {
     WD_UNROLL
     for (int k = 0; k < accesses; ++k) {
       const int i = at(from, lane, k);
@@ -119,10 +171,13 @@ struct Round {
       g[k] = read<Vector<G, width>>(roles.grad + i);
       WD_UNROLL
       for (int n = 0; n < kStates; ++n) s[k][n] = read<Vector<S, width>>(roles.state[n] + i);
+      WD_UNROLL
+      for (int n = 0; n < kOutputs; ++n) o[k][n] = read<Vector<O, width>>(roles.output[n] + i);
     }
   }
 
-  WD_HOST_DEVICE void step_and_store(const Roles<Rule, P, G, S>& roles, const Rule& rule, int from, int end, int lane) {
+  WD_HOST_DEVICE void step_and_store(const Own& roles, const Rule& rule, const E& epilogue,
+                                     BlockSums<T, E::kSums>& sums, int from, int end, int lane) {
     const bool frozen = rule.frozen != 0;
     WD_UNROLL
     for (int k = 0; k < accesses; ++k) {
@@ -133,27 +188,41 @@ struct Round {
         T x = P::load(p[k].element + e), own[kStates + 1];
         WD_UNROLL
         for (int n = 0; n < kStates; ++n) own[n] = S::load(s[k][n].element + e);
-        step(rule, x, T(G::load(g[k].element + e)), own);
+        const T before = x;
+        T gradient = G::load(g[k].element + e);
+        const T u = step(rule, x, gradient, own);
         P::store(p[k].element + e, x);
         WD_UNROLL
         for (int n = 0; n < kStates; ++n) S::store(s[k][n].element + e, own[n]);
+        if constexpr (kOutputs + E::kSums > 0) {
+          T output[kOutputs + 1], summands[E::kSums + 1];
+          WD_UNROLL
+          for (int n = 0; n < kOutputs; ++n) output[n] = O::load(o[k][n].element + e);
+          const T after = frozen ? before : T(P::load(p[k].element + e));
+          epilogue(Element<T>{before, after, gradient, u, own, kStates}, output, summands);
+          WD_UNROLL
+          for (int n = 0; n < kOutputs; ++n) O::store(o[k][n].element + e, output[n]);
+          sums.put((i + e) % kBlock, summands);
+        }
       }
       if (!frozen) write(roles.theta + i, p[k]);
       WD_UNROLL
       for (int n = 0; n < kStates; ++n) write(roles.state[n] + i, s[k][n]);
+      WD_UNROLL
+      for (int n = 0; n < kOutputs; ++n) write(roles.output[n] + i, o[k][n]);
     }
   }
 };
 
-template <class Format>
-WD_HOST_DEVICE inline typename Format::Memory* memory(void* at, int64_t offset) {
+template <class Element>
+WD_HOST_DEVICE inline Element* memory(void* at, int64_t offset) {
 #ifdef __CUDA_ARCH__
   __builtin_assume(__isGlobal(at));  // so that its accesses are those of global memory
 #endif
-  return static_cast<typename Format::Memory*>(at) + offset;
+  return static_cast<Element*>(at) + offset;
 }
 
-template <class Rule, class P, class G, class S>
+template <class Rule, class P, class G, class S, class E>
 WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
   const int64_t chunk = launch.chunks[block];
   // Words of addresses are read as pointers: the compiler believes nothing of what was a number.
@@ -164,57 +233,90 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
   if (rest <= 0 || launch.control->skip != 0) return;
   const int count = rest < launch.chunk_size ? int(rest) : launch.chunk_size;
 
-  const Rule rule = rule_of_row<Rule>(launch.rows + moving.row * launch.row_width, launch.control->grad_factor);
-  using Own = Roles<Rule, P, G, S>;
-  Own roles = {memory<P>(place[address_word(kParam)], begin), memory<G>(moving.grad, begin), {}};
+  const double* const row = launch.rows + moving.row * launch.row_width;
+  const Rule rule = rule_of_row<Rule>(row, launch.control->grad_factor);
+  const E epilogue = of_row<E>(row + width_of<Rule>());
+  using T = typename Rule::Arithmetic;
+  using Own = Roles<Rule, P, G, S, E>;
+  Own roles = {memory<typename P::Memory>(place[address_word(kParam)], begin),
+               memory<typename G::Memory>(moving.grad, begin),
+               {},
+               {}};
   WD_UNROLL
-  for (int n = 0; n < Rule::kStates; ++n) roles.state[n] = memory<S>(place[address_word(kState + n)], begin);
+  for (int n = 0; n < Rule::kStates; ++n)
+    roles.state[n] = memory<typename S::Memory>(place[address_word(kState + n)], begin);
+  WD_UNROLL
+  for (int n = 0; n < E::kOutputs; ++n)
+    roles.output[n] = memory<typename E::Output::Memory>(place[address_word(kState + Rule::kStates + n)], begin);
+  WD_SHARED BlockSums<T, E::kSums> sums;
+  // Ends the blocks that end where a round does, which is at a multiple of half a block, or with the chunk.
+  const auto end_block = [&](int from, int to) {
+    if (E::kSums == 0 || (to % kBlock != 0 && to < count)) return;
+    const int last = (to < count ? to : count) - 1, first = last / kBlock * kBlock;
+    sums.end(last + 1 - first, memory<T>(place[kOutput], (begin + first) / kBlock * E::kSums));
+  };
 
   constexpr int vectors = Own::kWidth == 8 ? kVectors / 2 : kVectors;  // 8 elements a lane are enough
   constexpr int of_round = kThreads * vectors * Own::kWidth;
   const int done = moving.aligned ? count - count % of_round : 0;
   for (int from = 0; from < done; from += of_round) {
-    Lanes<Round<Rule, P, G, S, Own::kWidth, vectors, false>> lanes;
+    Lanes<Round<Rule, P, G, S, E, Own::kWidth, vectors, false>> lanes;
     WD_EACH_LANE(lane) lanes[lane].load(roles, from, done, lane);
-    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, from, done, lane);
+    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, sums, from, done, lane);
+    end_block(from, from + of_round);
   }
   for (int from = done; from < count; from += kThreads * kSingles) {
-    Lanes<Round<Rule, P, G, S, 1, kSingles, true>> lanes;
+    Lanes<Round<Rule, P, G, S, E, 1, kSingles, true>> lanes;
     WD_EACH_LANE(lane) lanes[lane].load(roles, from, count, lane);
-    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, from, count, lane);
+    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, sums, from, count, lane);
+    end_block(from, from + kThreads * kSingles);
   }
 }
 
-// Have all states this format?
-inline bool all_are(int64_t code, const int64_t* formats, int roles) {
-  for (int role = kState; role < roles; ++role)
+// Have the roles from `first` to `last` this format?
+inline bool all_are(int64_t code, const int64_t* formats, int first, int last) {
+  for (int role = first; role < last; ++role)
     if (formats[role] != code) return false;
   return true;
 }
 
-// A kernel whose code is `Of<Rule, P, G, S>::entry()`.
-template <template <class, class, class, class> class Of, class P, class G, class S>
+// A kernel whose code is `Of<Rule, P, G, S, E>::entry()`.
+template <template <class, class, class, class, class> class Of, class P, class G, class S, class E>
 struct WithFormats {
   template <class Rule>
   struct Found {
     static const Kernel* found() {
-      static const Kernel kernel = {Of<Rule, P, G, S>::entry(), Rule::kStates,
-                                    int(sizeof(Rule) / sizeof(typename Rule::Arithmetic))};
+      static const Kernel kernel = {Of<Rule, P, G, S, E>::entry(), kState + Rule::kStates + E::kOutputs,
+                                    width_of<Rule>() + width_of<E>()};
       return &kernel;
     }
   };
 };
 
-// The kernel for a row of WD_EACH_RULE and a row of WD_EACH_FORMATS, or null where there is none.
-template <template <class, class, class, class> class Of>
-const Kernel* find_kernel(int64_t rule, int64_t variant, const int64_t* formats, int roles) {
+// The kernel for rows of WD_EACH_RULE, WD_EACH_EPILOGUE and WD_EACH_FORMATS, or null where there is none.
+template <template <class, class, class, class, class> class Of, class P, class G, class S>
+const Kernel* find_with(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles) {
+  using T = typename P::Arithmetic;
+#define WD_ROW(code, ...)                                                                                            \
+  if (epilogue == code && all_are(S::kCode, formats, kState, roles - __VA_ARGS__::kOutputs) &&                       \
+      all_are(__VA_ARGS__::Output::kCode, formats, roles - __VA_ARGS__::kOutputs, roles)) {                          \
+    const Kernel* const kernel = find_rule<T, WithFormats<Of, P, G, S, __VA_ARGS__>::template Found>(rule, variant); \
+    return kernel != nullptr && kernel->roles == roles ? kernel : nullptr;                                           \
+  }
+  WD_EACH_EPILOGUE(WD_ROW)
+#undef WD_ROW
+  return nullptr;
+}
+
+template <template <class, class, class, class, class> class Of>
+const Kernel* find_kernel(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles) {
   const Kernel* kernel = nullptr;
-#define WD_ROW(P, G, S)                                                                               \
-  if (formats[kParam] == P::kCode && formats[kGrad] == G::kCode && all_are(S::kCode, formats, roles)) \
-    kernel = find_rule<typename P::Arithmetic, WithFormats<Of, P, G, S>::template Found>(rule, variant);
+#define WD_ROW(P, G, S)                                                               \
+  if (kernel == nullptr && formats[kParam] == P::kCode && formats[kGrad] == G::kCode) \
+    kernel = find_with<Of, P, G, S>(rule, variant, epilogue, formats, roles);
   WD_EACH_FORMATS(WD_ROW)
 #undef WD_ROW
-  return kernel != nullptr && roles == kState + kernel->states ? kernel : nullptr;
+  return kernel;
 }
 
 }  // namespace cuda

@@ -8,12 +8,12 @@ namespace cuda {
 
 struct Kernel {
   const void* entry;
-  int states, width;  // of its rule: states, scalars in a row
+  int roles, width;  // scalars in a row
 };
 
-// The kernel for a rule with its states and the formats of its roles (parameter, gradient, states), or null where there
-// is none.
-const Kernel* find(int64_t rule, int64_t variant, const int64_t* formats, int roles);
+// The kernel for a rule with its states, an epilogue, and the formats of its roles (parameter, gradient, states,
+// outputs of the epilogue), or null where there is none.
+const Kernel* find(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles);
 
 // Both act on the current device and say what went wrong, null if nothing did. `load` brings a kernel there; `launch`
 // steps `blocks` chunks, and does not wait.

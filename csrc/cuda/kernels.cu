@@ -21,22 +21,22 @@ constexpr int resident() {
   return size == 8 ? 8 : 12;
 }
 
-template <class Rule, class P, class G, class S>
+template <class Rule, class P, class G, class S, class E>
 __global__ void __launch_bounds__(kThreads, (resident<Rule, P, G>())) step_kernel(const Launch launch) {
-  step_chunk<Rule, P, G, S>(launch, blockIdx.x);
+  step_chunk<Rule, P, G, S, E>(launch, blockIdx.x);
 }
 
-template <class Rule, class P, class G, class S>
+template <class Rule, class P, class G, class S, class E>
 struct Step {
-  static const void* entry() { return reinterpret_cast<const void*>(&step_kernel<Rule, P, G, S>); }
+  static const void* entry() { return reinterpret_cast<const void*>(&step_kernel<Rule, P, G, S, E>); }
 };
 
 const char* wrong(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 }  // namespace
 
-const Kernel* find(int64_t rule, int64_t variant, const int64_t* formats, int roles) {
-  return find_kernel<Step>(rule, variant, formats, roles);
+const Kernel* find(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles) {
+  return find_kernel<Step>(rule, variant, epilogue, formats, roles);
 }
 
 const char* load(const Kernel* kernel) {

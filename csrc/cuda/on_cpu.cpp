@@ -11,15 +11,15 @@ namespace {
 
 using StepChunk = void (*)(const Launch& launch, int64_t block);
 
-template <class Rule, class P, class G, class S>
+template <class Rule, class P, class G, class S, class E>
 struct Step {
-  static const void* entry() { return reinterpret_cast<const void*>(&step_chunk<Rule, P, G, S>); }
+  static const void* entry() { return reinterpret_cast<const void*>(&step_chunk<Rule, P, G, S, E>); }
 };
 
 }  // namespace
 
-const Kernel* find(int64_t rule, int64_t variant, const int64_t* formats, int roles) {
-  return find_kernel<Step>(rule, variant, formats, roles);
+const Kernel* find(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles) {
+  return find_kernel<Step>(rule, variant, epilogue, formats, roles);
 }
 
 const char* load(const Kernel*) { return nullptr; }

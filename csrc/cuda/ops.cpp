@@ -46,19 +46,20 @@ class Device {
 };
 #endif
 
-const Kernel* known(int64_t rule, int64_t variant, const std::vector<int64_t>& formats) {
+const Kernel* known(int64_t rule, int64_t variant, int64_t epilogue, const std::vector<int64_t>& formats) {
   check_roles("cuda_step_", formats.size());
-  const Kernel* kernel = find(rule, variant, formats.data(), int(formats.size()));
-  STD_TORCH_CHECK(kernel != nullptr, "there is no CUDA kernel for this rule and these storage formats");
+  const Kernel* kernel = find(rule, variant, epilogue, formats.data(), int(formats.size()));
+  STD_TORCH_CHECK(kernel != nullptr, "there is no CUDA kernel for this rule, this epilogue and these storage formats");
   return kernel;
 }
 
 // Steps the chunks of one bucket, on torch's current stream of their device, without waiting; `check_launch` has the
-// shapes. rule and variant: a row of kernels.h; formats: the FormatCode of parameter, gradient and each state.
+// shapes. rule, variant and epilogue: rows of kernels.h; formats: the FormatCode of parameter, gradient, each state and
+// each output of the epilogue.
 void step_(const Tensor chunks, const Tensor places, const Tensor moving, const Tensor control, int64_t chunk_size,
-           int64_t rule, int64_t variant, std::vector<int64_t> formats, const Tensor rows) {
+           int64_t rule, int64_t variant, int64_t epilogue, std::vector<int64_t> formats, const Tensor rows) {
   const int32_t device = chunks.get_device_index();
-  const Kernel* kernel = known(rule, variant, formats);
+  const Kernel* kernel = known(rule, variant, epilogue, formats);
   const Launch what =
       check_launch("cuda_step_", chunks, places, moving, rows, control, chunk_size, formats.size(), kernel->width,
                    [&](const Tensor& tensor) { return is_here(tensor) && tensor.get_device_index() == device; });
@@ -70,8 +71,8 @@ void step_(const Tensor chunks, const Tensor places, const Tensor moving, const 
 }
 
 // Brings a kernel to a device, where that fails before a step is begun; says why it cannot be, or "".
-std::string load_on(int64_t device, int64_t rule, int64_t variant, std::vector<int64_t> formats) {
-  const Kernel* kernel = known(rule, variant, formats);
+std::string load_on(int64_t device, int64_t rule, int64_t variant, int64_t epilogue, std::vector<int64_t> formats) {
+  const Kernel* kernel = known(rule, variant, epilogue, formats);
   const Device current(device);
   const char* wrong = load(kernel);
   return wrong == nullptr ? "" : wrong;
@@ -89,8 +90,8 @@ PyModuleDef module = {
 WD_EXPANDED(STABLE_TORCH_LIBRARY_FRAGMENT, WD_NAMESPACE, m) {
   m.def(
       "cuda_step_(Tensor chunks, Tensor places, Tensor moving, Tensor control, int chunk_size, int rule, int variant, "
-      "int[] formats, Tensor rows) -> ()");
-  m.def("cuda_load(int device, int rule, int variant, int[] formats) -> str");
+      "int epilogue, int[] formats, Tensor rows) -> ()");
+  m.def("cuda_load(int device, int rule, int variant, int epilogue, int[] formats) -> str");
   m.def("cuda_built() -> str");
 }
 

@@ -66,6 +66,10 @@ class _Shared:
 
     def store(self, address: Any, values: Sequence[Any], size: int, ids: Any, line: int) -> None:
         at = self._places(address, size * len(values), ids, line, "store")
+        # Threads that hold the same may all store it: compilers do so with what a reduction has left in several.
+        _, first, which = np.unique(at, return_index=True, return_inverse=True)
+        if len(first) < len(at) and all(bool((value == value[first][which]).all()) for value in values):
+            at, ids, values = at[first], ids[first], [value[first] for value in values]
         self._note(self.races.store, at, size * len(values), ids, line)
         room = self.bytes.view(f"u{size}")
         for i, value in enumerate(values):
@@ -114,6 +118,7 @@ def launch(
     memory: Memory,
     threads: int | None = None,
     shared: int = 0,
+    unwritten: bool = False,
 ) -> Report:
     """Executes all threads of a launch.
 
@@ -124,6 +129,8 @@ def launch(
         memory: what the launch may touch.
         threads: of a block; may be left out where the kernel names them (.reqntid).
         shared: bytes of dynamic shared memory of a block.
+        unwritten: let threads read registers that they have not written, and find poison there: what compilers make of
+            reductions does so in threads whose result nobody wants. Where somebody does, poison is what comes out.
 
     Raises:
         PtxError: an instruction that is not known, wrong arguments, or an access that is not allowed.
@@ -140,6 +147,8 @@ def launch(
         raise PtxError(f"a launch of {blocks} blocks: 1 to {2**31 - 1} are allowed")
     state = _State(kernel, blocks, threads, kernel.shared_size + shared, memory)
     state.arguments = _arguments(kernel, arguments)
+    if unwritten:
+        state.whole = [True] * len(state.whole)
     memory.seal()
     report = Report(blocks, threads)
     try:

@@ -8,8 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from .. import native
-from ..layout import Bucket, Spec, Table, cut
-from ..rules import code_of
+from ..layout import Bucket, Spec, Table, cut, native_kernel
 
 __all__ = ["CPU"]
 
@@ -36,7 +35,7 @@ class CPU:
         calls = []
         for bucket in buckets:
             chunks = cut(table, bucket, CHUNK)
-            kernel = (code_of(rule), rule.variant(bucket.spec.states), bucket.spec.codes)
+            kernel = native_kernel(rule, bucket.spec)
             calls.append(
                 partial(step_, chunks.words, segments.places, segments.moving, table.control, chunks.size, *kernel)
             )

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from .. import native
-from ..layout import Bucket, Spec, Table
-from ..rules import code_of
+from ..layout import Bucket, Spec, Table, native_kernel
 from .device import OnDevice
 from .device_copy import DeviceCopy
 
 __all__ = ["CUDA"]
 
-#: Rule, variant and formats of a kernel that is always there: whether it loads tells it of all.
-ANY_KERNEL = (0, 0, [2, 2, 2, 2])
+#: A kernel that is always there (`native_kernel`): whether it loads tells it of all.
+ANY_KERNEL = (0, 0, 0, [2, 2, 2, 2])
 
 
 class CUDA(OnDevice):
@@ -64,8 +63,8 @@ class CUDA(OnDevice):
 
     def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
         there, spec = copy.there, bucket.spec
-        kernel = (code_of(table.rule), table.rule.variant(spec.states), spec.codes)
-        key = (spec.device, *kernel[:2], *spec.codes)
+        kernel = native_kernel(table.rule, spec)
+        key = (spec.device, *kernel[:3], *kernel[3])
         if key not in self._loaded:  # here, where a failure leaves every tensor as it was
             wrong = self.ops.cuda_load(spec.device.index or 0, *kernel)
             if wrong:

@@ -33,5 +33,8 @@ class Reference:
             return
         for i in bucket.members:
             if table.active[i]:
-                theta, grad, states, row = table.tensors(i)
-                reference.step_(table.rule, rows[row], grad_factor, theta, grad, states)
+                own = table.tensors(i)
+                reference.step_(
+                    table.rule, rows[own.row], grad_factor, own.theta, own.grad, own.states, bucket.spec.epilogue,
+                    own.outputs, own.sums,
+                )  # fmt: skip

@@ -50,9 +50,9 @@ def interpreted() -> bool:
     return not isinstance(module, str) and type(module.step_kernel).__name__ == "InterpretedFunction"
 
 
-def block(formats: tuple[Any, ...]) -> int:
-    """Elements of a block: 8 a thread, or 4 of float64."""
-    return BLOCK // 2 if formats[0].dtype == torch.float64 else BLOCK
+def block(formats: tuple[Any, ...], sums: int = 0) -> int:
+    """Elements of a block: 8 a thread, or 4 of float64; where an epilogue sums, what it sums."""
+    return BLOCK // 2 if formats[0].dtype == torch.float64 and not sums else BLOCK
 
 
 def options(formats: tuple[Any, ...], warp: int, nvidia: bool) -> dict[str, Any]:
@@ -117,10 +117,13 @@ class Triton(OnDevice):
 
     def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
         kernels, spec, there, chunks = _kernels(), bucket.spec, copy.there, copy.there[bucket.index]
+        own = spec.epilogue
+        epilogue, more, sums = (own.in_triton(), own.scalars, own.sums) if own is not None else (None, (), ())
         arguments = (
             chunks, there["places"], there["moving"], there["rows"], there["control"], there["places"].shape[1], size,
             getattr(kernels, table.rule.name), kernels.scaled_root if torch.version.hip else kernels.root,
-            table.rule.scalars, spec.states, tuple(spec.codes), block(spec.formats),
+            table.rule.scalars, spec.states, tuple(fmt.code for fmt in spec.formats), epilogue, more, len(sums),
+            block(spec.formats, len(sums)),
         )  # fmt: skip
         nvidia = spec.device.type == "cuda" and not torch.version.hip
         how = options(spec.formats, machine(spec.device)[1], nvidia)

@@ -23,9 +23,8 @@ BFLOAT16 = tl.constexpr(3)
 FLOAT16 = tl.constexpr(4)
 
 MOVING_WORDS = tl.constexpr(Moving.WORDS)
+OUTPUT = tl.constexpr(Place.OUTPUT)
 ADDRESSES = tl.constexpr(Place.ADDRESSES)
-# Elements of a block on the masked path.
-REST_BLOCK = tl.constexpr(512)
 
 
 @triton.constexpr_function
@@ -191,19 +190,34 @@ def adagradw(theta, g, states, names: tl.constexpr, scalars, root: tl.constexpr)
 @triton.jit
 def step(theta, g, states, names: tl.constexpr, scalars, scalar_names: tl.constexpr, rule: tl.constexpr,
          root: tl.constexpr):  # fmt: skip
-    """The step that all rules share: (theta, states) after it."""
+    """The step that all rules share: (theta after it, g with its factor, update, states after it)."""
     g = g * scalars[position(scalar_names, "grad_scale")]
-    g = g + scalars[position(scalar_names, "l2")] * theta
-    u, new = rule(theta, g, states, names, scalars, root)
-    return theta - (scalars[position(scalar_names, "decay")] * theta + u), new
+    u, new = rule(theta, g + scalars[position(scalar_names, "l2")] * theta, states, names, scalars, root)
+    return theta - (scalars[position(scalar_names, "decay")] * theta + u), g, u, new
 
 
 # Mover ----------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def move(at, count, scalars, frozen, rule: tl.constexpr, root: tl.constexpr, scalar_names: tl.constexpr,
-         states: tl.constexpr, formats: tl.constexpr, block: tl.constexpr, full: tl.constexpr):  # fmt: skip
+def add(x, y):
+    return x + y
+
+
+@triton.jit
+def block_sum(x, size: tl.constexpr):
+    """The sum of a block (numerics, section 7): of pairs half a block apart, until one is left."""
+    half: tl.constexpr = size // 2
+    if size == 2:
+        return tl.reduce(x, 0, add)
+    else:
+        return block_sum(tl.reduce(tl.reshape(x, (2, half)), 0, add), half)
+
+
+@triton.jit
+def move(at, count, scalars, frozen, sums, rule: tl.constexpr, root: tl.constexpr, scalar_names: tl.constexpr,
+         states: tl.constexpr, formats: tl.constexpr, epilogue: tl.constexpr, n_sums: tl.constexpr,
+         block: tl.constexpr, full: tl.constexpr):  # fmt: skip
     """Steps `count` elements from `at` on, a block at most; `full`: a whole block, and every address is aligned."""
     if full:
         lanes = tl.arange(0, block)
@@ -214,11 +228,24 @@ def move(at, count, scalars, frozen, rule: tl.constexpr, root: tl.constexpr, sca
     values = ()
     for role in tl.static_range(len(formats)):
         values += (load(at[role], lanes, mask, formats[role]),)
-    theta, new = step(values[0], values[1], values[2:], states, scalars, scalar_names, rule, root)
+    own = scalars[: len(scalar_names)]
+    theta, g, u, new = step(values[0], values[1], values[2:], states, own, scalar_names, rule, root)
     if not frozen:
         store(at[0], lanes, theta, mask, formats[0])
-    for role in tl.static_range(2, len(formats)):
+    for role in tl.static_range(2, 2 + len(states)):
         store(at[role], lanes, new[role - 2], mask, formats[role])
+    if epilogue is not None:
+        after = tl.where(frozen, values[0], widen(narrow(theta, formats[0]), formats[0]))
+        outputs, summands = epilogue(
+            values[0], after, g, u, new, states, values[2 + len(states) :], scalars[len(scalar_names) :]
+        )
+        for role in tl.static_range(2 + len(states), len(formats)):
+            store(at[role], lanes, outputs[role - 2 - len(states)], mask, formats[role])
+        for n in tl.static_range(n_sums):
+            summand = summands[n]
+            if not full:
+                summand = tl.where(mask, summand, 0.0)
+            tl.store(sums + n, block_sum(summand, block))
 
 
 @triton.jit
@@ -233,21 +260,36 @@ def ahead(at, offset, formats: tl.constexpr, full: tl.constexpr):
     return further
 
 
+@triton.jit
+def block_of(sums, element, formats: tl.constexpr, n_sums: tl.constexpr):
+    """Where the sums of the block of an element go."""
+    if n_sums == 0:
+        return None
+    elif formats[0] == FLOAT64:
+        return sums.to(tl.pointer_type(tl.float64)) + element // 1024 * n_sums
+    else:
+        return sums.to(tl.pointer_type(tl.float32)) + element // 1024 * n_sums
+
+
 @triton.jit(do_not_specialize=["place_words"])
 def step_kernel(chunks, places, moving, rows, control, place_words, chunk_size,
                 rule: tl.constexpr, root: tl.constexpr, scalar_names: tl.constexpr, states: tl.constexpr,
-                formats: tl.constexpr, block: tl.constexpr):  # fmt: skip
+                formats: tl.constexpr, epilogue: tl.constexpr, epilogue_scalars: tl.constexpr, n_sums: tl.constexpr,
+                block: tl.constexpr):  # fmt: skip
     """Steps one chunk.
 
-    Compile-time arguments: the rule, the root that is exact on the target, the names of a row's scalars and of the
-    states, the formats' codes (parameter, gradient, states), the elements of a block.
+    Compile-time arguments: the rule, the root that is exact on the target, the names of the rule's scalars and of the
+    states, the formats' codes (parameter, gradient, states, outputs of the epilogue), the epilogue (or None), the names
+    of its scalars, which follow the rule's in a row, how many sums it has, the elements of a block.
     """
+    width: tl.constexpr = len(scalar_names) + len(epilogue_scalars)
+    rest: tl.constexpr = block if n_sums > 0 else 512  # elements of a block on the masked path
     chunk = tl.load(chunks + tl.program_id(0))
     place = places + (chunk & 0xFFFFFFFF) * place_words + ADDRESSES
     moved = moving + (chunk & 0xFFFFFFFF) * MOVING_WORDS
     begin = (chunk >> 32) * chunk_size
     numel = tl.load(moved + 1)  # 0 without a gradient
-    row = rows + tl.load(moved + 2) * len(scalar_names)
+    row = rows + tl.load(moved + 2) * width
     aligned = tl.load(moved + 3) != 0
     skip = tl.load(control + 1) != 0
     ended = skip | (begin >= numel)
@@ -258,18 +300,21 @@ def step_kernel(chunks, places, moving, rows, control, place_words, chunk_size,
         at += (pointer(tl.load(place + role - 1), formats[role]) + begin,)
     frozen = tl.load(row + position(scalar_names, "frozen")) != 0
     scalars = ()
-    for i in tl.static_range(len(scalar_names)):
+    for i in tl.static_range(width):
         if i == position(scalar_names, "grad_scale"):
             scalars += (scalar(row, i, formats) * scalar(control, 0, formats),)
         else:
             scalars += (scalar(row, i, formats),)
 
+    sums = tl.load(place - ADDRESSES + OUTPUT) if n_sums > 0 else 0
     done = 0
     if aligned:
         done = count - count % block
         for offset in range(0, done, block):
-            move(ahead(at, offset, formats, True), block, scalars, frozen, rule, root, scalar_names, states, formats,
-                 block, True)  # fmt: skip
-    for offset in range(done, count, REST_BLOCK):
-        move(ahead(at, offset, formats, False), count - offset, scalars, frozen, rule, root, scalar_names, states,
-             formats, REST_BLOCK, False)  # fmt: skip
+            move(ahead(at, offset, formats, True), block, scalars, frozen,
+                 block_of(sums, begin + offset, formats, n_sums), rule, root, scalar_names, states, formats, epilogue,
+                 n_sums, block, True)  # fmt: skip
+    for offset in range(done, count, rest):
+        move(ahead(at, offset, formats, False), count - offset, scalars, frozen,
+             block_of(sums, begin + offset, formats, n_sums), rule, root, scalar_names, states, formats, epilogue,
+             n_sums, rest, False)  # fmt: skip

@@ -7,7 +7,7 @@ nothing is remembered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import backends, native
 from ..formats import state_dtype
-from ..layout import CPU, GRAD, PARAM, Bucket, Moving, Segments, Spec, spec_of, write_segment
+from ..layout import CPU, GRAD, PARAM, Bucket, Moving, Segments, Spec, Tensors, spec_of, write_segment
 from ..rules import Rule, State
 from ..validation import (
     Extent,
@@ -109,10 +109,10 @@ class Lists:
     def span(self, bucket: Bucket) -> tuple[int, int]:
         return bucket.first, len(bucket.members)
 
-    def tensors(self, i: int) -> tuple[Tensor, Tensor, Mapping[str, Tensor], int]:
+    def tensors(self, i: int) -> Tensors:
         theta, grad, *states = (own[i] for own in self.roles)
         own = {state.name: t for state, t in zip(self.states, states, strict=True)}
-        return theta.detach(), grad, own, int(self.segments.moving[self.order.index(i), Moving.ROW])
+        return Tensors(theta.detach(), grad, own, int(self.segments.moving[self.order.index(i), Moving.ROW]))
 
 
 def _like(p: Tensor, grad: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from .. import backends, native
 from ..flat import buffers
 from ..flat.states import FlatStates
-from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, numel_of, write_segment
+from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, write_segment
 from ..rules import Hyper, Rule, State
 from ..validation import Extent, check_disjoint, label
 from .changes import Counts, Expected, FlatRange, Keys, Kind, Watch, expect
@@ -153,14 +153,14 @@ class TensorTable:
     def active(self) -> Tensor:
         return self.counts.active
 
-    def tensors(self, i: int) -> tuple[Tensor, Tensor, Mapping[str, Tensor], int]:
+    def tensors(self, i: int) -> Tensors:
         known, p = self.known[i], self.params[i]
         assert known is not None
         theta = p if known.param_copy is None else known.param_copy
         grad = p.grad if known.grad_copy is None else known.grad_copy
         assert grad is not None
         row = int(self.own_segments.moving[known.segment, Moving.ROW])
-        return theta, grad, {name: self.state[p][name] for name in known.spec.states}, row
+        return Tensors(theta, grad, {name: self.state[p][name] for name in known.spec.states}, row)
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
         if self.ranges is None:

@@ -1,0 +1,27 @@
+// Epilogues: what else a pass produces (docs/numerics.md, section 8). One sees every element after its parameter is
+// stored, may read and write an element of outputs of its own, and gives numbers that are summed over blocks.
+//
+// Include inside the namespace of one instruction set, after rules.h and formats.h; it needs layout.h.
+
+template <class T>
+struct Element {
+  T before, after;  // the parameter as it was, and as it is now stored
+  T g, u;           // the gradient with its factor, and the update
+  const T* state;   // so many as the rule made them
+  int states;
+};
+
+// An aggregate of its scalars (WD_SCALARS), which follow the rule's in a row; `Output` is the format that CUDA C++ has
+// for its outputs (the CPU takes any). Called with an element, its outputs, and where its summands go.
+template <class T>
+struct NoEpilogue {
+  using Arithmetic = T;
+  using Output = Float32;
+  static constexpr int kOutputs = 0, kSums = 0;
+  WD_HOST_DEVICE void operator()(const Element<T>&, T*, T*) const {}
+};
+
+// One that tests bring.
+#ifdef WD_TEST_EPILOGUE
+#include WD_TEST_EPILOGUE
+#endif

@@ -1,0 +1,28 @@
+// An epilogue that only tests have (probe.py): it uses all that one may.
+
+template <class T>
+struct ProbeOutput {
+  using Format = BFloat16;
+};
+template <>
+struct ProbeOutput<double> {
+  using Format = Float64;
+};
+
+template <class T>
+struct TestEpilogue {
+  using Arithmetic = T;
+  using Output = typename ProbeOutput<T>::Format;
+  static constexpr int kOutputs = 2, kSums = 2;
+  WD_SCALARS(fade, weight)
+
+  WD_HOST_DEVICE void operator()(const Element<T>& of, T* output, T* summand) const {
+    T &trace = output[0], &copy = output[1];
+    const T moved = of.after - of.before;
+    trace = fade * trace + weight * moved;
+    if (of.states > 0) trace = trace + of.state[of.states - 1];
+    copy = weight * of.after;
+    summand[0] = moved * moved;
+    summand[1] = of.g * of.u;
+  }
+};

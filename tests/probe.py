@@ -1,0 +1,98 @@
+"""An epilogue that only tests have: it uses all that one may. And a table whose buckets have it."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from wd_kernels.epilogues import Element, Epilogue
+from wd_kernels.formats import parameter_format, state_dtype
+from wd_kernels.layout import BLOCK, Bucket, Moving, Place, Segments, Spec, Tensors, write_segment
+from wd_kernels.rules import Rule
+
+__all__ = ["PROBE", "ProbeTable", "operators"]
+
+BUILD = Path(__file__).parent.parent / "build" / "native"
+
+
+def equation(s: SimpleNamespace, of: Element, outputs: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    moved = of.after - of.before
+    trace = s.fade * outputs["trace"] + s.weight * moved
+    if of.states:
+        trace = trace + list(of.states.values())[-1]
+    return {"trace": trace, "copy": s.weight * of.after}, {"moved": moved * moved, "worked": of.g * of.u}
+
+
+PROBE = Epilogue(
+    name="probe",
+    code=1,
+    scalars=("fade", "weight"),
+    outputs=("trace", "copy"),
+    sums=("moved", "worked"),
+    equation=equation,
+    in_triton=lambda: importlib.import_module("probe_triton").probe,
+)
+
+
+@cache
+def operators(name: str) -> Any:
+    """Of a test build that has it: "probe" is the CPU's, "probe_on_cpu" CUDA's as plain loops."""
+    command = [sys.executable, "-m", "ninja", "-C", str(BUILD), str(BUILD / f"{name}.so")]
+    with FileLock(BUILD / f"{name}.lock"):
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"the test build {name} failed:\n{done.stdout}{done.stderr}"
+    torch.ops.load_library(BUILD / f"{name}.so")
+    return getattr(torch.ops, f"wd_kernels_{name}")
+
+
+@dataclass
+class ProbeTable:
+    """One bucket (`layout.Table`): lists of parameters, gradients (None: it is missing), states, traces and copies."""
+
+    rule: Rule
+    states: tuple[str, ...]
+    roles: Sequence[Sequence[Any]]
+    rows_of: Sequence[int]
+    backend: Any = None
+    control: Tensor = field(default_factory=lambda: torch.tensor([1.0, 0.0], dtype=torch.float64))
+    device_copies: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        params, grads = self.roles[:2]
+        dtype = state_dtype(params[0].dtype)
+        spare = [torch.empty_like(p, dtype=next(g.dtype for g in grads if g is not None)) for p in params]
+        own = [params, [g if g is not None else s for g, s in zip(grads, spare, strict=True)], *self.roles[2:]]
+        self.sums = [torch.full((-(-p.numel() // BLOCK), len(PROBE.sums)), 7.0, dtype=dtype) for p in params]
+        self.segments = Segments.empty(len(params), len(own) - 2)
+        for k, tensors in enumerate(zip(*own, strict=True)):
+            write_segment(self.segments, k, tensors)
+            self.segments.moving[k, Moving.ROW] = self.rows_of[k]
+            self.segments.places[k, Place.OUTPUT] = self.sums[k].data_ptr()
+        self.segments.capacities.copy_(self.segments.moving[:, Moving.NUMEL])
+        self.active = torch.tensor([int(g is not None) for g in grads])
+        self.segments.moving[:, Moving.NUMEL] *= self.active
+        formats = tuple(parameter_format(role[0].dtype) for role in own)
+        assert None not in formats
+        self.buckets = [
+            Bucket(Spec(params[0].device, self.states, formats, PROBE), self.backend, 0, 0, range(len(params)))  # type: ignore[arg-type]
+        ]
+
+    def span(self, bucket: Bucket) -> tuple[int, int]:
+        return 0, len(self.roles[0])
+
+    def tensors(self, i: int) -> Tensors:
+        theta, grad, *others = (role[i] for role in self.roles)
+        states = dict(zip(self.states, others, strict=False))
+        outputs = dict(zip(PROBE.outputs, others[len(states) :], strict=True))
+        return Tensors(theta, grad, states, self.rows_of[i], outputs, self.sums[i])

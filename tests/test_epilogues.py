@@ -1,0 +1,131 @@
+"""The seam of epilogues, by one that only tests have (probe.py): every engine gives the reference's bits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import codegen_cuda
+import pytest
+import torch
+from bits import assert_same_bits
+from cases import BODIES, Case, Piece, bf16, f16, f32, f64, gradient, guarded, states_of, with_dtypes
+from covering import covering
+from engines import CPU, absent
+from on_cpu import OnCPU
+from on_ptx import CUDAOnPTX, TritonOnPTX
+from probe import ProbeTable, operators
+from torch import Tensor
+
+from wd_kernels import native
+from wd_kernels.backends import BACKENDS, cpu, device
+from wd_kernels.rules import RULES
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow
+
+#: Sizes about blocks, one that is missing, one that is empty; (n, offset from alignment).
+PIECES = ((1, 0), (1023, 0), (1024, 0), (1025, 1), (5000, 0), (0, 0), (2600, 3), (700, 0), (4096, 0))
+MISSING = 7
+DTYPES = ((f32, f32), (bf16, bf16), (f16, f32), (f64, f64))
+SCALARS = (0.75, -0.3)
+
+
+def group_of(case: Case) -> dict[str, Any]:
+    """A group with every hyperparameter."""
+    own = {"adamw": {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": False},
+           "sgdw": {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "form": "torch"},
+           "adagradw": {"lr_decay": 0.1, "eps": 1e-10, "initial_accumulator_value": 0.0}}[case.rule]  # fmt: skip
+    return {"weight_decay": 0.2, "maximize": False, "eta": 0.9, **own, **case.options}
+
+
+def made(case: Case, seed: int = 0) -> ProbeTable:
+    """Parameters of every piece and one that is transposed, in rows 0, 1 and 2, of which the last is frozen."""
+    generator = torch.Generator().manual_seed(seed)
+    shaped = torch.randn(37, 41, generator=generator).to(case.dtype).mT
+    outputs = bf16 if case.dtype != f64 else f64
+    roles: list[list[Any]] = []
+    arithmetic = f64 if case.dtype == f64 else f32
+    dtypes = (case.dtype, case.grad_dtype, *(arithmetic for _ in states_of(case)), outputs, outputs)
+    for role, dtype in enumerate(dtypes):
+        own = []
+        for n, offset in PIECES:
+            values = torch.randn(n, generator=generator).to(dtype)
+            own.append(guarded(values.abs() if role >= 2 else values, offset if role % 2 == 0 else 0)[1])
+        like = shaped if role == 0 else torch.randn(37, 41, generator=generator).to(dtype).mT
+        roles.append([*own, like.abs() if role >= 2 else like])
+    roles[1][MISSING] = None
+    return ProbeTable(RULES[case.rule], states_of(case), roles, [k % 3 for k in range(len(roles[0]))])
+
+
+def rows_of(case: Case, t: int) -> Tensor:
+    """Three rows, each with the epilogue's scalars behind it."""
+    rule, group = RULES[case.rule], group_of(case)
+    groups = [{**group, "lr": 0.1 / t}, {**group, "lr": 0.02 * t, "weight_decay": 0.05}, {**group, "lr": 0.0}]
+    rows = rule.rows(rule.hypers(groups), [(g, t, t == 1) for g in range(3)])
+    return torch.cat([rows, torch.tensor([[s * (1 + 0.1 * t + g) for s in SCALARS] for g in range(3)], dtype=f64)], 1)
+
+
+def steps(case: Case, backend: Any, count: int = 3) -> list[list[Tensor]]:
+    """All roles and sums after each step; the second has a gradient factor, the third is skipped."""
+    table = made(case)
+    table.buckets[0].backend = backend
+    found = []
+    for t in range(1, count + 1):
+        table.control.copy_(torch.tensor([(1.0, 0.5, math.nan)[t - 1], float(t == 3)], dtype=f64))
+        for k, grad in enumerate(table.roles[1]):
+            if grad is not None:
+                grad.copy_(gradient(Piece(tuple(grad.shape)), case.grad_dtype, 100 * t + k))
+        for go in backend.prepare(table, table.buckets)(rows_of(case, t)):
+            go()
+        found.append([t.clone() for role in (*table.roles, table.sums) for t in role if t is not None])
+    return found
+
+
+ENGINES = [
+    *(f"cpu-{engine.form}" for engine in CPU), "cuda-on_cpu", "triton-interpreted",
+    "triton-newest/sm_90", "triton-newest/sm_100", "triton-oldest/sm_90", "cuda-nvcc/sm_90",
+]  # fmt: skip
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The backend of an engine that has the probe."""
+    name, form = request.param.split("-", 1)
+    if name == "cpu":
+        if absent(form):
+            pytest.skip(f"this processor has no {form}")
+        monkeypatch.setenv("WD_KERNELS_ISA", form)
+        monkeypatch.setattr(native, "OPS", operators("probe"))
+        return BACKENDS["cpu"]
+    if "/" in form:
+        version, target = form.split("/")
+        if name == "cuda" and (why_not := codegen_cuda.no_toolkit()):
+            pytest.skip(why_not)
+        return {"triton": TritonOnPTX, "cuda": CUDAOnPTX}[name](version, target)
+    if name == "cuda":
+        found = OnCPU()
+        monkeypatch.setattr(OnCPU, "ops", property(lambda self: operators("probe_on_cpu")))
+        return found
+    return BACKENDS["triton"]
+
+
+ROWS = covering({"engine": ENGINES, "case": BODIES, "dtypes": DTYPES, "size": [1024, 4096]})
+
+
+@pytest.mark.parametrize(
+    ("backend", "case", "size"),
+    [(of["engine"], with_dtypes([of["case"]], [of["dtypes"]])[0], of["size"]) for of in ROWS],
+    indirect=["backend"], ids=[f"{of['engine']}-{of['case'].rule}-{of['dtypes']}-{of['size']}" for of in ROWS],
+)  # fmt: skip
+def test_every_engine_gives_the_references_bits(
+    backend: Any, case: Case, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "chunk_size", lambda elements, processors: size)
+    monkeypatch.setattr(cpu, "CHUNK", size)
+    found, expected = steps(case, backend), steps(case, BACKENDS["reference"])
+    for t, (a, b) in enumerate(zip(found, expected, strict=True)):
+        for k, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"step {t + 1}, tensor {k}")
+    for a, b in zip(expected[1], expected[2], strict=True):
+        if a.shape == b.shape and a.dtype != case.grad_dtype:
+            assert_same_bits(a, b, "a skipped step")
