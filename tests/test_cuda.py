@@ -41,6 +41,7 @@ def arguments(n: int = 1024, offset: int = 0, aligned: int = 1) -> dict[str, Any
         "chunk_size": 1024,
         "rule": 0,
         "variant": 0,
+        "epilogue": 0,
         "formats": FORMATS,
         "rows": row,
         "keep": (theta, *others),
@@ -48,7 +49,7 @@ def arguments(n: int = 1024, offset: int = 0, aligned: int = 1) -> dict[str, Any
 
 
 def step(given: dict[str, Any]) -> None:
-    on_cpu.operators().cuda_step_(*[given[name] for name in list(given)[:9]])
+    on_cpu.operators().cuda_step_(*[given[name] for name in list(given)[:10]])
 
 
 # The operators --------------------------------------------------------------------------------------------------------
@@ -70,11 +71,12 @@ def step(given: dict[str, Any]) -> None:
         ("chunk_size", 0, "chunk_size=0: expected a multiple of 1024"),
         ("chunk_size", 2**31, "expected a multiple of 1024"),
         ("formats", [2], "formats must name 2 to 16 roles"),
-        ("formats", [2, 1, 2, 2], "no CUDA kernel for this rule and these storage formats"),
-        ("formats", [3, 3, 3, 3], "no CUDA kernel for this rule and these storage formats"),
+        ("formats", [2, 1, 2, 2], "no CUDA kernel for this rule, this epilogue and these"),
+        ("formats", [3, 3, 3, 3], "no CUDA kernel for this rule, this epilogue and these"),
         ("rule", 7, "no CUDA kernel for this rule"),
         ("variant", 1, "no CUDA kernel for this rule"),
         ("variant", 2, "no CUDA kernel for this rule"),
+        ("epilogue", 1, "no CUDA kernel for this rule"),
     ],
 )
 def test_bad_arguments_are_named(name: str, value: Any, message: str) -> None:
@@ -166,7 +168,7 @@ def two_gpus(with_cuda: Any) -> Any:
     """cuda:0 is too old for the library, and cuda:1 is not; what `wrong` says of it comes before."""
     wrong: list[str] = []
 
-    def cuda_load(device: int, rule: int, variant: int, formats: list[int]) -> str:
+    def cuda_load(device: int, rule: int, variant: int, epilogue: int, formats: list[int]) -> str:
         return wrong.pop() if wrong else ("" if device else "no kernel image is available for execution on the device")
 
     ops = SimpleNamespace(cuda_load=cuda_load, cuda_built=lambda: "CUDA 13.0 for 8.0, 9.0, 10.0 and its PTX")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import codegen_cuda
+import numpy as np
 import pytest
 import torch
 from bits import assert_same_bits
@@ -14,10 +16,10 @@ from covering import covering
 from engines import CPU, absent
 from on_cpu import OnCPU
 from on_ptx import CUDAOnPTX, TritonOnPTX
-from probe import ProbeTable, operators
+from probe import PROBE, ProbeTable, operators
 from torch import Tensor
 
-from wd_kernels import native
+from wd_kernels import native, reference
 from wd_kernels.backends import BACKENDS, cpu, device
 from wd_kernels.rules import RULES
 
@@ -129,3 +131,61 @@ def test_every_engine_gives_the_references_bits(
     for a, b in zip(expected[1], expected[2], strict=True):
         if a.shape == b.shape and a.dtype != case.grad_dtype:
             assert_same_bits(a, b, "a skipped step")
+
+
+# The arithmetic, by other hands ---------------------------------------------------------------------------------------
+
+
+def tree(values: Sequence[float]) -> np.float32:
+    """The sum of a block of 1024, as a recursion: what is even, and what is odd."""
+    if len(values) == 1:
+        return np.float32(values[0])
+    return np.float32(tree(values[::2]) + tree(values[1::2]))
+
+
+def test_sums_of_blocks() -> None:
+    """i and i + 512 meet first: so what is left at the end is the even ones' sum and the odd ones'."""
+    x = torch.randn(2500, generator=torch.Generator().manual_seed(7)) * torch.logspace(-3, 3, 2500)
+    found = reference.block_sums(x)
+    padded = [*x.tolist(), *[0.0] * (3 * 1024 - 2500)]
+    expected = [tree(padded[k : k + 1024]) for k in (0, 1024, 2048)]
+    assert found.tolist() == expected
+    assert found[0].item() != x[:1024].sum().item() or found[1].item() != x[1024:2048].sum().item()
+    for k in range(3):
+        assert found[k].item() == pytest.approx(math.fsum(padded[1024 * k : 1024 * (k + 1)]), rel=1e-4)
+    assert_same_bits(reference.block_sums(x.view(50, 50).t()), found)  # in storage order
+    assert_same_bits(reference.block_sums(torch.full((3,), -0.0)), torch.zeros(1))
+    assert reference.block_sums(torch.empty(0)).shape == (0,)
+    exact = torch.arange(1024.0) % 7
+    assert reference.block_sums(exact.double()).item() == float(exact.sum())
+
+
+@pytest.mark.parametrize("case", with_dtypes(BODIES, [(bf16, f32), (f64, f64)]), ids=str)
+def test_what_an_epilogue_sees(case: Case) -> None:
+    """The parameter before and as stored, the gradient before its decay, the update; nothing of the step changes."""
+    rule, lr = RULES[case.rule], 0.1
+    hypers = rule.hypers([{**group_of(case), "decay": "l2", "lr": lr}])
+    row = torch.cat([rule.rows(hypers, [(0, 3, False)])[0], torch.tensor(SCALARS, dtype=f64)])
+    table, plain = made(case), made(case)
+    k = 4
+    theta, grad, states, _, outputs, _ = table.tensors(k)
+    before, trace = (x.to(f64, copy=True) for x in (theta, outputs["trace"]))
+    reference.step_(rule, row, 0.5, theta, grad, states, PROBE, outputs, table.sums[k])
+    others = {name: role[k] for name, role in zip(states, plain.roles[2:], strict=False)}
+    reference.step_(rule, row, 0.5, plain.roles[0][k], plain.roles[1][k], others)
+    for name, role in zip(("theta", *states), (0, *range(2, 2 + len(states))), strict=True):
+        assert_same_bits(table.roles[role][k], plain.roles[role][k], name)
+    close = {"rtol": 1e-2, "atol": 1e-3} if case.dtype == bf16 else {"rtol": 1e-12, "atol": 1e-14}
+    moved = theta.double() - before
+    last = list(states.values())[-1].double() if states else 0.0
+    torch.testing.assert_close(outputs["trace"].double(), SCALARS[0] * trace + SCALARS[1] * moved + last, **close)
+    torch.testing.assert_close(outputs["copy"].double(), SCALARS[1] * theta.double(), **close)
+    sign = -1 if case.options["maximize"] else 1
+    g = sign * 0.5 * grad.double()
+    assert table.sums[k].shape == (5, 2)
+    for block in range(5):
+        at = slice(1024 * block, 1024 * (block + 1))
+        assert table.sums[k][block, 0].item() == pytest.approx(float(moved[at].square().sum()), rel=1e-5)
+        if not states:  # the update is lr times the gradient with its decay
+            u = lr * group_of(case)["eta"] * (g + 0.2 * before)
+            assert table.sums[k][block, 1].item() == pytest.approx(float((g * u)[at].sum()), rel=1e-4)

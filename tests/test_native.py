@@ -103,6 +103,7 @@ def arguments(**changed: Any) -> list[Any]:
         "chunk_size": 1024,
         "rule": 0,
         "variant": 0,
+        "epilogue": 0,
         "formats": [2, 2, 2, 2],
         "rows": torch.zeros(2, W, dtype=f64),
     }
@@ -157,7 +158,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"chunk_size": 2**31}, "expected a multiple of 1024"),
     ({"formats": [2]}, "formats must name 2 to 16 roles"),
     ({"formats": [2] * 17}, "formats must name 2 to 16 roles"),
-    ({"formats": [2, 2]}, "no CPU kernel for this rule and these storage formats"),  # AdamW without states
+    (
+        {"formats": [2, 2]},
+        "no CPU kernel for this rule, this epilogue and these storage formats",
+    ),  # AdamW without states
     ({"formats": [2, 2, 2, 2, 2]}, "no CPU kernel"),  # AMSGrad's formats, AdamW's variant
     ({"variant": 1}, "no CPU kernel"),
     ({"variant": 2}, "no CPU kernel"),
@@ -166,6 +170,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"formats": [0, 0, 0, 0]}, "no CPU kernel"),
     ({"formats": [9, 9, 9, 9]}, "no CPU kernel"),
     ({"rule": 99}, "no CPU kernel"),
+    ({"epilogue": 1}, "no CPU kernel"),  # tests have one of that number
     ({"rule": -1}, "no CPU kernel"),
     ({"rule": 1}, "no CPU kernel"),  # SGDW with two states
 ]

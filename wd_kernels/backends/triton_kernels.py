@@ -40,6 +40,12 @@ def position(names, name):
 
 
 @triton.constexpr_function
+def arithmetic(formats):
+    """The format of the arithmetic type."""
+    return 1 if formats[0] == 1 else 2
+
+
+@triton.constexpr_function
 def vector(formats, role):
     """Bytes of a role in one vector access, where the widest role has 16: more would want another layout."""
     size = {1: 8, 2: 4, 3: 2, 4: 2}
@@ -215,10 +221,13 @@ def block_sum(x, size: tl.constexpr):
 
 
 @triton.jit
-def move(at, count, scalars, frozen, sums, rule: tl.constexpr, root: tl.constexpr, scalar_names: tl.constexpr,
+def move(at, count, scalars, frozen, sums, first, rule: tl.constexpr, root: tl.constexpr, scalar_names: tl.constexpr,
          states: tl.constexpr, formats: tl.constexpr, epilogue: tl.constexpr, n_sums: tl.constexpr,
          block: tl.constexpr, full: tl.constexpr):  # fmt: skip
-    """Steps `count` elements from `at` on, a block at most; `full`: a whole block, and every address is aligned."""
+    """Steps `count` elements from `at` on, a block at most; `full`: a whole block, and every address is aligned.
+
+    `sums` is where the sums of the segment's blocks go, `first` the place of the first element in it.
+    """
     if full:
         lanes = tl.arange(0, block)
         mask = None
@@ -245,7 +254,7 @@ def move(at, count, scalars, frozen, sums, rule: tl.constexpr, root: tl.constexp
             summand = summands[n]
             if not full:
                 summand = tl.where(mask, summand, 0.0)
-            tl.store(sums + n, block_sum(summand, block))
+            tl.store(pointer(sums, arithmetic(formats)) + (first // block * n_sums + n), block_sum(summand, block))
 
 
 @triton.jit
@@ -258,17 +267,6 @@ def ahead(at, offset, formats: tl.constexpr, full: tl.constexpr):
         else:
             further += (at[role] + offset,)
     return further
-
-
-@triton.jit
-def block_of(sums, element, formats: tl.constexpr, n_sums: tl.constexpr):
-    """Where the sums of the block of an element go."""
-    if n_sums == 0:
-        return None
-    elif formats[0] == FLOAT64:
-        return sums.to(tl.pointer_type(tl.float64)) + element // 1024 * n_sums
-    else:
-        return sums.to(tl.pointer_type(tl.float32)) + element // 1024 * n_sums
 
 
 @triton.jit(do_not_specialize=["place_words"])
@@ -312,9 +310,9 @@ def step_kernel(chunks, places, moving, rows, control, place_words, chunk_size,
         done = count - count % block
         for offset in range(0, done, block):
             move(ahead(at, offset, formats, True), block, scalars, frozen,
-                 block_of(sums, begin + offset, formats, n_sums), rule, root, scalar_names, states, formats, epilogue,
+                 sums, begin + offset, rule, root, scalar_names, states, formats, epilogue,
                  n_sums, block, True)  # fmt: skip
     for offset in range(done, count, rest):
         move(ahead(at, offset, formats, False), count - offset, scalars, frozen,
-             block_of(sums, begin + offset, formats, n_sums), rule, root, scalar_names, states, formats, epilogue,
+             sums, begin + offset, rule, root, scalar_names, states, formats, epilogue,
              n_sums, rest, False)  # fmt: skip
