@@ -1,4 +1,4 @@
-"""The reference against NUMERICS worked by other hands: decimals, numpy, exact fractions, and torch's own classes."""
+"""The reference against docs/numerics.md by other hands: decimals, numpy, exact fractions, and torch's own classes."""
 
 from __future__ import annotations
 
@@ -165,11 +165,11 @@ def test_sgdw_proximal_by_hand(backend: str) -> None:
             assert p.item() == pytest.approx(expected, rel=1e-14)
 
 
-# NUMERICS in numpy: the same bits -------------------------------------------------------------------------------------
+# numerics.md in numpy: the same bits -----------------------------------------------------------------------------------
 
 
 def decay_scalars(mode: str, lam: float, eta: float, a: float, sgdw: bool) -> tuple[float, float, float, float]:
-    """(l2, decay, scale, metric) of NUMERICS section 2."""
+    """(l2, decay, scale, metric) of numerics, section 2."""
     if mode == "proximal":
         return 0.0, (eta * lam) / (1 + eta * lam), 1 / (1 + eta * lam), 0.0
     if mode == "metric_proximal" and sgdw:
@@ -200,7 +200,7 @@ EPS = {"adamw": 1e-8, "sgdw": 0.0, "adagradw": 1e-10}
 
 
 def in_numpy(case: Case, theta: Tensor, grads: Sequence[Tensor]) -> list[np.ndarray]:
-    """NUMERICS sections 2 to 4 on numpy arrays, whose operations are rounded one by one."""
+    """numerics, sections 2 to 4, on numpy arrays, whose operations are rounded one by one."""
     kind = np.float64 if theta.dtype == f64 else np.float32
     o = {**OPTIONS, "eps": EPS[case.rule], **case.options}
     x = theta.numpy().astype(kind)

@@ -1,4 +1,4 @@
-"""Hyperparameters to rows, against NUMERICS written out by hand, and every error that a hyperparameter can be."""
+"""Hyperparameters to rows, against docs/numerics.md written out by hand, and every error that a hyperparameter can be."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def unused(rule: Rule) -> Rule:
 
 
 def row(rule: str, t: int = 2, fresh: bool = False, **changed: Any) -> dict[str, float]:
-    """One row by the names of NUMERICS."""
+    """One row by the names of its scalars."""
     own = RULES[rule]
     rows = own.rows(own.hypers([{**GROUPS[rule], **changed}]), [(0, t, fresh)])
     assert rows.dtype == torch.float64

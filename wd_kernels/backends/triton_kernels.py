@@ -1,10 +1,10 @@
-"""The step in Triton: rules, formats and movers (NUMERICS sections 3, 4 and 6), for CUDA and ROCm devices.
+"""The step in Triton: rules, formats and movers (numerics, sections 3 to 8), for CUDA and ROCm devices.
 
 A program takes one chunk of one segment: chunk -> segment -> row, by the records of `layout.py` (`device_copy.py`
 brings them to the device). Blocks of an aligned segment take the vector path; the rest of it, and all of any other
 segment, the masked path, which promises nothing of addresses.
 
-The rules are transcriptions of `reference.py`: same names, same order, every operation rounded on its own. Launch with
+The rules are transcriptions of the reference: same names, same order, every operation rounded on its own. Launch with
 `enable_fp_fusion=False`. What is `constexpr` comes from what is there (formats, amsgrad, a momentum buffer), never from
 a hyperparameter. Only `triton.py` beside this imports this module, and only when it is used.
 """
