@@ -37,25 +37,23 @@ def imported(name: str, path: Path, known: set[str]) -> set[str]:
 
 
 def graph(paths: dict[str, Path]) -> dict[str, set[str]]:
-    """What each module imports. A package's names come with it; of a module of one's own package, it is not asked."""
+    """What each module imports. What leads into a package is its `__init__`, unless the name is a module of it."""
     return {name: imported(name, path, set(paths)) for name, path in paths.items()}
 
 
 def test_there_is_no_circle() -> None:
     found = graph(modules())
     assert len(found) > 30
-    assert {"rules", "layout"} <= found["backends.cpu"] | found["layout"]
+    assert "layout" in found["backends.cpu"]
+    assert "rules" in found["layout"]
     list(TopologicalSorter(found).static_order())
 
 
 def test_a_circle_would_be_seen(tmp_path: Path) -> None:
-    for name, text in (
-        ("a", "def f():\n    from .b import g\n"),
-        ("b", "from . import c\n"),
-        ("c", "from .a import f\n"),
-    ):
-        (tmp_path / f"{name}.py").write_text(text)
-    paths = {name: tmp_path / f"{name}.py" for name in "abc"}
+    texts = {"a": "def f():\n    from .b import g\n", "b": "from . import c\n", "c": "from .a import f\n"}
+    paths = {name: tmp_path / f"{name}.py" for name in texts}
+    for name, text in texts.items():
+        paths[name].write_text(text)
     with pytest.raises(CycleError):
         list(TopologicalSorter(graph(paths)).static_order())
 

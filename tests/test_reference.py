@@ -165,7 +165,7 @@ def test_sgdw_proximal_by_hand(backend: str) -> None:
             assert p.item() == pytest.approx(expected, rel=1e-14)
 
 
-# numerics.md in numpy: the same bits -----------------------------------------------------------------------------------
+# numerics.md in numpy: the same bits ----------------------------------------------------------------------------------
 
 
 def decay_scalars(mode: str, lam: float, eta: float, a: float, sgdw: bool) -> tuple[float, float, float, float]:

@@ -1,4 +1,4 @@
-"""Hyperparameters to rows, against docs/numerics.md written out by hand, and every error that a hyperparameter can be."""
+"""Hyperparameters to rows, against docs/numerics.md by hand, and every error that a hyperparameter can be."""
 
 from __future__ import annotations
 
