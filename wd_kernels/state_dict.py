@@ -11,6 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -78,8 +79,8 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
 
 
 def _first_states(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    (settings, *_), dtype = rule.hypers([group])[0], state_dtype(p.dtype)
-    return {state.name: state.begin(torch.zeros_like(p.detach(), dtype=dtype), group) for state in settings.states}
+    zeros = partial(torch.zeros_like, p.detach(), dtype=state_dtype(p.dtype))
+    return {state.name: state.begin(zeros(), group) for state in rule.states}
 
 
 def lost_on_torch(rule: Rule, groups: Sequence[Mapping[str, Any]]) -> str | None:
