@@ -194,7 +194,7 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
     cpu = [source for source in sources if source.parent.name == "cpu"]
     lines += linked(BUILD / "probe.so", BUILD / "probe", cpu, probe, namespace="wd_kernels_probe")
     cuda, loops = [CSRC / "cuda" / f"{name}.cpp" for name in ("ops", "on_cpu")], "-DWD_ON_CPU '-DWD_BUILT=\"loops\"'"
-    for name, more in (("on_cpu", ""), ("probe_on_cpu", probe)):
+    for name, more in (("on_cpu", ""), ("probe_on_cpu", f"{probe} -O1")):
         own = f"{loops} {TRAPS} {more}"
         lines += linked(BUILD / f"{name}.so", BUILD / name, cuda, own, namespace=f"wd_kernels_{name}")
     return lines
