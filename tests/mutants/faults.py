@@ -72,8 +72,8 @@ RULES_H = _of(
     ),
     (
         "c++: the gradient's factor also scales the l2 term",
-        "g = g * grad_scale;\n    g = g + l2 * theta;\n    m =",
-        "g = (g + l2 * theta) * grad_scale;\n    m =",
+        "g = g * rule.grad_scale;\n  const T u = rule(theta, g + rule.l2 * theta, state);",
+        "const T u = rule(theta, (g + rule.l2 * theta) * rule.grad_scale, state);\n  g = g * rule.grad_scale;",
     ),
     (
         "c++: the second moment as a weighted sum, which rounds otherwise",
@@ -98,33 +98,23 @@ RULES_H = _of(
         "step_size * (m / (d + metric)) + metric * theta / (d + metric)",
     ),
     (
-        "c++: AdamW's decay is rounded into the weight before the update",
-        "theta = theta - (decay * theta + u);",
-        "theta = (theta - decay * theta) - u;",
-        0,
+        "c++: the decay is rounded into the weight before the update",
+        "theta = theta - (rule.decay * theta + u);",
+        "theta = (theta - rule.decay * theta) - u;",
     ),
-    (
-        "c++: SGDW's decay is rounded into the weight before the update",
-        "theta = theta - (decay * theta + u);",
-        "theta = (theta - decay * theta) - u;",
-        1,
-    ),
-    (
-        "c++: 1 - beta2 is taken in the arithmetic type",
-        "one_minus_beta2(T(row[7]))",
-        "one_minus_beta2(T(1) - T(row[6]))",
-    ),
-    ("c++: AdamW reads decay where metric stands", "metric(T(row[12]))", "metric(T(row[11]))"),
+    ("c++: 1 - beta2 is taken in the arithmetic type", "beta2, one_minus_beta2);", "beta2, T(1) - beta2);"),
+    ("c++: AdamW reads metric where decay stands", "l2, decay, metric, beta1", "l2, metric, decay, beta1"),
     ("c++: the buffer's part is scaled by the momentum", "+ update_buf * b)", "+ momentum * b)"),
     (
         "c++: the step size is multiplied in first, which rounds otherwise",
-        "u = step_size * (update_grad * g + update_buf * b);",
-        "u = step_size * update_grad * g + step_size * update_buf * b;",
+        "return step_size * (update_grad * g + update_buf * b);",
+        "return step_size * update_grad * g + step_size * update_buf * b;",
     ),
+    ("c++: AdagradW's eps inside the root", "root(sum) + eps", "root(sum + eps)"),
 )
 
-STORAGE_H = _of(
-    "csrc/storage.h",
+FORMATS_H = _of(
+    "csrc/formats.h",
     "storage kernels backends movers",
     ("c++: bfloat16 ties are rounded up", "bits + 0x7fffu + ((bits >> 16) & 1u)", "bits + 0x8000u"),
     (
@@ -159,30 +149,47 @@ STORAGE_H = _of(
 CPU_MOVER = _of(
     "csrc/cpu/mover.inc",
     "backends kernels optim native",
-    ("cpu: frozen weights move", "row[kFrozen] != 0", "row[kFrozen] < 0"),
-    ("cpu: a thread goes on to the end of its segment", "rest < end - begin ? rest : end - begin", "rest"),
-    ("cpu: a later thread takes a whole segment's length", "segment.numel - offset;", "segment.numel;"),
+    ("cpu: frozen weights move", "return rule.frozen != 0;", "return rule.frozen < 0;"),
+    ("cpu: a thread goes on to the end of its segment", "rest < most ? rest : most", "most > 0 ? rest : most"),
+    (
+        "cpu: a later thread takes a whole segment's length",
+        "rest = own.moving.numel - own.begin,",
+        "rest = own.moving.numel,",
+    ),
     ("cpu: subnormals are flushed as the caller has set", "_mm_setcsr(0x1f80)", "_mm_setcsr(saved_)"),
     ("cpu: the caller's flushing of subnormals is not put back", "{ _mm_setcsr(saved_); }", "{ (void)saved_; }"),
-    ("cpu: the gradients' factor is ignored", "rule(row, plan.grad_factor)", "rule(row, 1.0)"),
-    ("cpu: all segments use the first row", "plan.rows + segment.row * plan.row_width", "plan.rows"),
+    ("cpu: the gradients' factor is ignored", "rule.read(row, launch.control->grad_factor,", "rule.read(row, 1.0,"),
+    ("cpu: all segments use the first row", "launch.rows + own.moving.row * launch.row_width", "launch.rows"),
+)
+
+CPU_EPILOGUES = _of(
+    "csrc/cpu/mover.inc",
+    "epilogues",
+    (
+        "cpu: a block adds up neighbours, not halves",
+        "block[i] = block[i] + block[i + half];",
+        "block[i] = block[2 * i] + block[2 * i + 1];",
+    ),
+    ("cpu: what a last block lacks is the block before", "i = within + n; i < kBlock;", "i = within + n; i < 0;"),
+    (
+        "cpu: an epilogue sees the parameter as it was not yet rounded",
+        "if (!in_place[kParam])  // as",
+        "if (in_place[kParam] && frozen)  // as",
+    ),
+    (
+        "cpu: a later thread's sums go where the first one's do",
+        "(own.begin + done) / kBlock * epilogue->sums",
+        "done / kBlock * epilogue->sums",
+    ),
 )
 
 CPU_OPS = _of(
-    "csrc/ops.cpp",
+    "csrc/cpu/ops.cpp",
     "native backends",
-    ("cpu: skip is ignored", "switches->skip != 0 || total == 0", "total == 0"),
-    ("cpu: a row just past the end is accepted", "table[i].row < rows.size(0),", "table[i].row <= rows.size(0),"),
-    (
-        "cpu: a range past the last segment is accepted",
-        "count <= segments.size(0) - first,",
-        "count <= segments.size(0),",
-    ),
-    (
-        "cpu: elements by the last segment's start alone",
-        "table[count - 1].start + table[count - 1].numel",
-        "table[count - 1].start",
-    ),
+    ("cpu: skip is ignored", "launch.control->skip != 0 || elements == 0", "elements == 0"),
+    ("cpu: a row just past the end is accepted", "moving.row < rows,", "moving.row <= rows,"),
+    ("cpu: a chunk past the last segment is accepted", "segment < segments &&", "segment <= segments &&"),
+    ("cpu: elements are those of the last chunk alone", "elements += std::max", "elements = std::max"),
     (
         "cpu: the instruction set is chosen once for all",
         "  const char* forced = std::getenv",
@@ -195,8 +202,8 @@ CUDA_CHUNK = _of(
     "movers kernels cuda",
     (
         "cuda: the last round writes one element too many",
-        "if (masked && at >= end) continue;",
-        "if (masked && at > end) continue;",
+        "if (masked && i >= end) continue;",
+        "if (masked && i > end) continue;",
         1,
     ),
     (
@@ -215,7 +222,7 @@ CUDA_CHUNK = _of(
         "for (int from = done; from < count;",
         "for (int from = done + (done > 0); from < count;",
     ),
-    ("cuda: frozen weights move", "row[kFrozen] != 0", "row[kFrozen] < 0"),
+    ("cuda: frozen weights move", "rule.frozen != 0", "rule.frozen < 0"),
     ("cuda: skip is ignored", "if (rest <= 0 || launch.control->skip != 0) return;", "if (rest <= 0) return;"),
     (
         "cuda: a chunk goes on to the end of its segment",
@@ -223,42 +230,62 @@ CUDA_CHUNK = _of(
         "int(rest)",
     ),
     ("cuda: a step has 65536 segments at most", "launch.moving[chunk & 0xffffffff]", "launch.moving[chunk & 0xffff]"),
-    ("cuda: states are not moved on to the chunk", "memory<S>(place.state[i], begin)", "memory<S>(place.state[i], 0)"),
-    ("cuda: the gradients' factor is ignored", "rule(row, launch.control->grad_factor)", "rule(row, 1.0)"),
-)
-
-CUDA_OPS = _of(
-    "csrc/cuda/ops.cpp",
-    "cuda movers kernels",
-    ("cuda: chunks of any size are accepted", "chunk_size > 0 && chunk_size % 1024 == 0", "chunk_size > 0"),
     (
-        "cuda: rows of another rule are accepted",
-        'check(rows, "rows", ScalarType::Double, width, device);',
-        'check(rows, "rows", ScalarType::Double, rows.size(1), device);',
+        "cuda: states are not moved on to the chunk",
+        "(place[address_word(kState + n)], begin)",
+        "(place[address_word(kState + n)], 0)",
+    ),
+    (
+        "cuda: the gradients' factor is ignored",
+        "rule_of_row<Rule>(row, launch.control->grad_factor)",
+        "rule_of_row<Rule>(row, 1.0)",
     ),
 )
 
+CUDA_EPILOGUES = _of(
+    "csrc/cuda/chunk.h",
+    "epilogues",
+    ("cuda: a block adds up what mirrors itself, not halves", "+ block[n][i + half];", "+ block[n][2 * half - 1 - i];"),
+    (
+        "cuda: what a last block lacks is the block before",
+        "for (int i = count + lane; i < kBlock;",
+        "for (int i = count + lane; i < 0;",
+    ),
+    (
+        "cuda: an epilogue sees the parameter as it was not yet rounded",
+        "frozen ? before : T(P::load(p[k].element + e))",
+        "frozen ? before : x",
+    ),
+    ("cuda: a later chunk's sums go where the first one's do", "(begin + first) / kBlock", "first / kBlock"),
+)
+
+CHECK_LAUNCH = _of(
+    "csrc/check_launch.h",
+    "cuda native movers",
+    ("launch: chunks of any size are accepted", "chunk_size > 0 && chunk_size % kBlock == 0", "chunk_size > 0"),
+    ("launch: rows of another rule are accepted", "ScalarType::Double, width);", "ScalarType::Double, rows.size(1));"),
+)
+
 WALK = _of(
-    "csrc/walk.cpp",
-    "table walks properties native flat kernels",
+    "csrc/python/changes.cpp",
+    "table properties native flat kernels",
     (
         "walk: strides are not compared",
         "shape[d] > 1 && e.numel > 0) return false;",
         "shape[d] > 1 && e.numel < 0) return false;",
     ),
     ("walk: shapes are not compared", "if (t.shape[d] != shape[d]) return false;", ""),
-    ("walk: dtypes are not compared", "wd::dtype_of(t) != dtype || ", "(void(dtype), false) || "),
+    ("walk: dtypes are not compared", "wd::dtype_of(t) != role.dtype || ", ""),
     (
-        "walk: the parameter's address is kept unchecked",
-        "if (wd::address(t) != segment.address[wd::kParam]) return 0;",
-        "",
+        "walk: addresses are kept unchecked",
+        "return role.address == 0 || reinterpret_cast<int64_t>(wd::address(t)) == role.address;",
+        "return true;",
     ),
     (
-        "walk: the states' addresses are kept unchecked",
-        "if (wd::address(t) != segment.address[wd::kState + s - 1]) return 0;",
-        "",
+        "walk: another step count is not seen",
+        "if (count != reinterpret_cast<PyObject*>(e.view)) return",
+        "if (count == nullptr) return",
     ),
-    ("walk: another step count is not seen", "if (value != view) return 0;", "(void)view;"),
     (
         "walk: addresses are aligned by 8 bytes",
         "reinterpret_cast<uintptr_t>(grad_address) % 16 == 0",
@@ -266,10 +293,10 @@ WALK = _of(
     ),
     (
         "walk: a parameter without a gradient is stepped with its last",
-        "      segments[e.segment].numel = 0;",
+        "      view.moving[e.segment].numel = 0;",
         "      (void)0;",
     ),
-    ("walk: it says nothing of gradients that came or went", "changed |= now != (active[i] != 0);", ""),
+    ("walk: it says nothing of gradients that came or went", "changed |= now != (view.active[i] != 0);", ""),
     ("walk: the border between groups is not seen", "i >= total || expected[i].group != g", "i >= total"),
     ("walk: states in another order are taken for those before", "if (key != params[order[i]]) return 0;", ""),
     (
@@ -279,32 +306,32 @@ WALK = _of(
     ),
     ("walk: a conjugate is not seen", "t.code == wd::kComplexCode || e.numel == 1;", "e.numel == 1;"),
     ("walk: gradients may die before the launch", "if (PyList_Append(keep, grad) < 0) return -1;", "(void)keep;"),
-    ("walk: a count below 0 is taken", "steps[i] >= 0 && steps[i] < 0x1p53f", "steps[i] < 0x1p53f"),
+    ("walk: a count below 0 is taken", "steps >= 0 && steps < 0x1p53f", "steps < 0x1p53f"),
     (
         "walk: gradients are known by their address alone",
-        "always || grad != seen.grad || grad_address",
-        "always || grad_address",
+        "look || grad != seen.grad || grad_address",
+        "look || grad_address",
     ),
 )
 
 HELD = _of(
-    "csrc/held.cpp",
+    "csrc/python/handles.cpp",
     "flat_tensors flat native",
     (
         "flat walk: the states' addresses are kept unchecked",
-        "role < kState + e.states; ++role)\n    if",
-        "role < kState; ++role)\n    if",
+        "role < e.roles; ++role)\n    if (!lies_at",
+        "role < kState; ++role)\n    if (!lies_at",
     ),
     (
         "flat walk: the gradient's shape is not compared",
-        " || !is_as_held(held[kGrad], e, dims)) return 0;",
-        ") return 0;",
+        "for (const Role role : {kParam, kGrad})",
+        "for (const Role role : {kParam})",
     ),
     ("flat walk: dtypes are not compared", "if (dtype_of(tensor) != held.dtype) return false;", ""),
     (
         "flat walk: strides are not compared",
-        "(strides[d] != dims[e.dims + ndim + d] && shape[d] > 1)",
-        "(strides[d] != dims[e.dims + ndim + d] && shape[d] < 0)",
+        "(strides[d] != dims[role.dims + ndim + d] && shape[d] > 1)",
+        "(strides[d] != dims[role.dims + ndim + d] && shape[d] < 0)",
     ),
     (
         "flat walk: any gradient object will do",
@@ -313,42 +340,48 @@ HELD = _of(
     ),
     (
         "flat walk: any state under the name will do",
-        "    if (found <= 0) return found;",
-        "    if (found < 0) return found;",
+        "names[roles[role].name], held[role].object);",
+        "names[roles[role].name], held[role].object) < 0 ? -1 : 1;",
     ),
 )
 
-ASSIGN = _of(
-    "csrc/assign.cpp",
-    "table walks flat properties",
+ROWS = _of(
+    "csrc/python/rows.cpp",
+    "table flat properties",
     (
         "rows: a fresh buffer shares the row of others",
-        "steps[leader] == steps[i] && (made[leader] != 0) == fresh",
-        "steps[leader] == steps[i]",
+        "view.steps[leader] == view.steps[i] && (view.fresh[leader] != 0) == fresh",
+        "view.steps[leader] == view.steps[i]",
     ),
     ("rows: groups of the same count share a row", "      of_group = count;\n", "      (void)0;\n"),
     (
         "rows: counts that differ by 4096 share a row",
-        "steps[leader] == steps[i] &&",
-        "int(steps[leader]) % 4096 == int(steps[i]) % 4096 &&",
+        "view.steps[leader] == view.steps[i] &&",
+        "int(view.steps[leader]) % 4096 == int(view.steps[i]) % 4096 &&",
     ),
-    ("runs: neighbours of different rows are one", " &&\n        runs[count - 1].row == segment.row) {", ") {"),
-    ("runs: parameters with others between them are one", " && before->end == lie.offset", ""),
-    ("runs: neighbours of different buffers are one", "before->buffer == lie.buffer && ", ""),
+    ("runs: neighbours of different rows are one", " &&\n        view.run_moving[run].row == moving.row) {", ") {"),
+    ("runs: parameters with others between them are one", " && before->end == range.offset", ""),
+    ("runs: neighbours of different buffers are one", "before->buffer == range.buffer && ", ""),
     (
         "runs: gradients elsewhere are taken for flat ones",
-        " && reinterpret_cast<int64_t>(segment.address[kGrad]) == lie.grad;",
+        " && reinterpret_cast<int64_t>(moving.grad) == range.grad;",
         ";",
     ),
     (
         "runs: the padding is not stepped over",
-        "lie.offset - offset + segment.numel",
-        "runs[count - 1].numel + segment.numel",
+        "range.offset - offset + moving.numel",
+        "view.run_moving[run].numel + moving.numel",
     ),
 )
 
+CUT = _of(
+    "csrc/python/rows.cpp",
+    "device_copy movers",
+    ("chunks: one too many for whole multiples", "(numels[s] + size - 1) / size", "numels[s] / size + 1"),
+)
+
 GATHER = _of(
-    "csrc/gather.cpp",
+    "csrc/python/lists.cpp",
     "functional operators compile",
     (
         "lists: a gradient that shares a parameter's memory is taken",
@@ -364,14 +397,14 @@ GATHER = _of(
     ("lists: a gradient's negative bit is not seen", "role == kGrad || t.code", "t.code"),
     (
         "lists: alignment is that of the last role",
-        "segment.aligned &= begin % 16 == 0;",
-        "segment.aligned = begin % 16 == 0;",
+        "moving.aligned &= begin % 16 == 0;",
+        "moving.aligned = begin % 16 == 0;",
     ),
     ("lists: parameters with gaps are stepped as dense", "if (numel > 0 && !dense(t)) return 0;", ""),
     (
         "lists: a complex element counts as one",
-        "segment.numel = numel * (t.code == kComplexCode ? 2 : 1);",
-        "segment.numel = numel;",
+        "moving.numel = numel * (t.code == kComplexCode ? 2 : 1);",
+        "moving.numel = numel;",
     ),
 )
 
@@ -387,11 +420,10 @@ REFERENCE = _of(
     ),
     (
         "reference: frozen weights move",
-        "if memory is theta and float(row[1]) != 0:",
-        "if memory is theta and float(row[1]) < 0:",
+        'if not float(row[rule.scalars.index("frozen")]):',
+        'if float(row[rule.scalars.index("frozen")]) >= 0:',
     ),
     ("reference: bfloat16 ties are rounded up", "(bits + 0x7FFF + ((bits >> 16) & 1))", "(bits + 0x8000)"),
-    ("reference: amsgrad loses a NaN", "(v > v_max) | (v != v)", "v > v_max"),
     (
         "reference: a float16 NaN is left as it comes",
         "memory.view(torch.int16).masked_fill_(value.isnan(), 0x7E00)",
@@ -403,20 +435,35 @@ REFERENCE = _of(
         "@torch.no_grad()\n",
     ),
     (
-        "reference: eps inside the bias correction",
-        "d = sqrt(second) * inv_sqrt_bias2 + eps",
-        "d = (sqrt(second) + eps) * inv_sqrt_bias2",
-    ),
-    (
         "reference: the gradients' factor is multiplied in after the l2 term",
-        "    g = g * (grad_sign * factor)\n    g = g + l2 * theta\n    m =",
-        "    g = (g + l2 * theta) * (grad_sign * factor)\n    m =",
+        "    g = g * (s.grad_scale * factor)\n    u, new = rule.equation(s, theta, g + s.l2 * theta, states)",
+        "    u, new = rule.equation(s, theta, (g + s.l2 * theta) * (s.grad_scale * factor), states)",
     ),
     (
-        "reference: SGDW's decay is rounded into the weight before the update",
-        "theta = theta - (decay * theta + u)",
-        "theta = (theta - decay * theta) - u",
-        1,
+        "reference: the decay is rounded into the weight before the update",
+        "theta = theta - (s.decay * theta + u)",
+        "theta = (theta - s.decay * theta) - u",
+    ),
+)
+
+REFERENCE_EPILOGUES = _of(
+    "wd_kernels/reference.py",
+    "epilogues",
+    (
+        "reference: a block adds up neighbours, not halves",
+        "padded[:, :half] + padded[:, half:]",
+        "padded[:, ::2] + padded[:, 1::2]",
+    ),
+    ("reference: blocks are summed up in order of indices", "key=lambda dim: -x.stride()[dim]", "key=lambda dim: dim"),
+    (
+        "reference: an epilogue sees the parameter as it was not yet rounded",
+        "element = Element(before, load(theta, dtype), g, u, new)",
+        "element = Element(before, after, g, u, new)",
+    ),
+    (
+        "reference: an epilogue sees the gradient with its share of an l2 decay",
+        "    u, new = rule.equation(s, theta, g + s.l2 * theta, states)",
+        "    g = g + s.l2 * theta\n    u, new = rule.equation(s, theta, g, states)",
     ),
 )
 
@@ -450,7 +497,7 @@ TRITON_KERNELS = _of(
     ("triton: the last block writes one element too many", "mask = lanes < count", "mask = lanes <= count"),
     ("triton: alignment is not asked for", "aligned = tl.load(moved + 3) != 0", "aligned = tl.load(moved + 3) >= 0"),
     ("triton: skip is ignored", "ended = skip | (begin >= numel)", "ended = begin >= numel"),
-    ("triton: frozen weights move", "frozen = tl.load(row + 1) != 0", "frozen = tl.load(row + 1) < 0"),
+    ("triton: frozen weights move", '(scalar_names, "frozen")) != 0', '(scalar_names, "frozen")) < 0'),
     ("triton: a bfloat16 NaN is another", "0x7FC00000", "0x7FC10000"),
     (
         "triton: a float16 NaN is left as it comes",
@@ -461,8 +508,8 @@ TRITON_KERNELS = _of(
     ("triton: a chunk goes on to the end of its segment", "tl.minimum(numel - begin, chunk_size)", "(numel - begin)"),
     (
         "triton: a rest of one element is not stepped",
-        "for offset in range(done, count, REST_BLOCK):",
-        "for offset in range(done, count - 1, REST_BLOCK):",
+        "for offset in range(done, count, rest):",
+        "for offset in range(done, count - 1, rest):",
     ),
     (
         "triton: scalars in float32 for float64",
@@ -470,15 +517,25 @@ TRITON_KERNELS = _of(
         "        return tl.load(row + position).to(tl.float32).to(tl.float64)\n",
     ),
     (
-        "triton: AdamW's decay is rounded into the weight before the update",
-        "theta = theta - (decay * theta + u)",
-        "theta = (theta - decay * theta) - u",
-        0,
+        "triton: the decay is rounded into the weight before the update",
+        'return theta - (scalars[position(scalar_names, "decay")] * theta + u), g,',
+        'return (theta - scalars[position(scalar_names, "decay")] * theta) - u, g,',
     ),
+    ("triton: AdagradW's eps inside the root", "d = root(total) + eps", "d = root(total + eps)"),
     (
         "triton: float32 vectors are promised to be twice as long",
         "size = {1: 8, 2: 4, 3: 2, 4: 2}",
         "size = {1: 8, 2: 8, 3: 2, 4: 2}",
+    ),
+)
+
+TRITON_EPILOGUES = _of(
+    "wd_kernels/backends/triton_kernels.py",
+    "epilogues",
+    (
+        "triton: an epilogue sees the parameter as it was not yet rounded",
+        "tl.where(frozen, values[0], widen(narrow(theta, formats[0]), formats[0]))",
+        "tl.where(frozen, values[0], theta)",
     ),
 )
 
@@ -488,8 +545,8 @@ TRITON = _of(
     ("triton: products and sums are fused", '"enable_fp_fusion": False', '"enable_fp_fusion": True'),
     (
         "triton: a kernel of other formats is taken as compiled",
-        "key = (device, table.rule.name, formats)",
-        "key = (device, table.rule.name)",
+        "key = (spec.device, table.rule.name, spec)",
+        "key = (spec.device, table.rule.name)",
     ),
     ("triton: the interpreter takes GPU tensors", 'if device.type != "cpu":', 'if device.type == "meta":'),
     ("triton: a version too old is taken", "< OLDEST:", "< (0, 0):"),
@@ -507,8 +564,8 @@ BACKENDS = [
         "cuda movers",
         (
             "cuda: a kernel of other formats is taken as loaded",
-            "key = (device, table.rule.code, *bucket.codes)",
-            "key = (device, table.rule.code)",
+            "key = (spec.device, *kernel[:3], *kernel[3])",
+            "key = (spec.device, *kernel[:3])",
         ),
         (
             "cuda: a failure to load is remembered as none",
@@ -519,8 +576,8 @@ BACKENDS = [
     *_of(
         "wd_kernels/backends/device.py",
         "triton movers",
-        ("gpu: a step can be captured in a graph", "                _refuse_capture(device)", "                pass"),
-        ("gpu: one launch for a bucket without elements", " and mirror.chunks(bucket).numel():", ":"),
+        ("gpu: a step can be captured in a graph", "    _refuse_capture(device)", "    pass"),
+        ("gpu: one launch for a bucket without elements", " and chunks[bucket.index].words.numel():", ":"),
     ),
     *_of(
         "wd_kernels/backends/reference.py",
@@ -529,78 +586,120 @@ BACKENDS = [
     ),
 ]
 
-RULES = _of(
-    "wd_kernels/rules.py",
-    "rules reference propositions optim",
-    ("rules: lr_scaled decay without lr", "return 0.0, a * lam, 1.0, 0.0", "return 0.0, eta * lam, 1.0, 0.0"),
-    ("rules: independent decay ignores the schedule", "return 0.0, eta * lam, 1.0, 0.0", "return 0.0, lam, 1.0, 0.0"),
-    ("rules: proximal does not shrink the step", "1.0 / (1.0 + eta * lam), 0.0", "1.0, 0.0"),
-    ("rules: metric_proximal without lr", "return 0.0, 0.0, 1.0, a * lam", "return 0.0, 0.0, 1.0, eta * lam"),
-    (
-        "rules: powers as the machine has them, which round otherwise",
-        "    r = 1.0\n    while t:",
-        "    return x**t\n    r = 1.0\n    while t:",
+RULES = [
+    *_of(
+        "wd_kernels/rules/scalars.py",
+        "rules reference propositions optim",
+        ("rules: lr_scaled decay without lr", "return 0.0, a * lam, 1.0, 0.0", "return 0.0, eta * lam, 1.0, 0.0"),
+        (
+            "rules: independent decay ignores the schedule",
+            "return 0.0, eta * lam, 1.0, 0.0",
+            "return 0.0, lam, 1.0, 0.0",
+        ),
+        ("rules: proximal does not shrink the step", "1.0 / (1.0 + eta * lam), 0.0", "1.0, 0.0"),
+        ("rules: metric_proximal without lr", "return 0.0, 0.0, 1.0, a * lam", "return 0.0, 0.0, 1.0, eta * lam"),
+        ("rules: l2 decays at the schedule's rate", "return lam, 0.0, 1.0, 0.0", "return eta * lam, 0.0, 1.0, 0.0"),
+        (
+            "rules: powers as the machine has them, which round otherwise",
+            "    r = 1.0\n    while t:",
+            "    return x**t\n    r = 1.0\n    while t:",
+        ),
+        ("rules: -0.0 stays -0.0", "return number + 0.0  # -0.0", "return number  # -0.0"),
     ),
-    ("rules: the bias correction is a step ahead", "(1.0 - ipow(beta1, t), 1.0", "(1.0 - ipow(beta1, t + 1), 1.0"),
-    (
-        "rules: the root of the quotient, which rounds otherwise",
-        "1.0 / math.sqrt(1.0 - ipow(beta2, t))",
-        "math.sqrt(1.0 / (1.0 - ipow(beta2, t)))",
+    *_of(
+        "wd_kernels/rules/rule.py",
+        "rules reference optim checkpoint",
+        (
+            "rules: what tensors held is remembered",
+            "if all(type(v) in (float, bool, str) for",
+            "if all(type(v) in (float, bool, str, torch.Tensor) for",
+        ),
+        (
+            "rules: of a complex state the real part alone begins at its first value",
+            "(torch.view_as_real(zeros) if zeros.is_complex() else zeros).fill_(",
+            "zeros.fill_(",
+        ),
     ),
-    (
-        "rules: the scale is multiplied in last, which rounds otherwise",
-        "step_size = (scale * a) / bias1",
-        "step_size = scale * (a / bias1)",
+    *_of(
+        "wd_kernels/rules/adamw.py",
+        "rules reference propositions optim kernels",
+        ("rules: the bias correction is a step ahead", "(1.0 - ipow(beta1, t), 1.0", "(1.0 - ipow(beta1, t + 1), 1.0"),
+        (
+            "rules: the root of the quotient, which rounds otherwise",
+            "1.0 / math.sqrt(1.0 - ipow(beta2, t))",
+            "math.sqrt(1.0 / (1.0 - ipow(beta2, t)))",
+        ),
+        (
+            "rules: the step size by a reciprocal, which rounds otherwise",
+            "scaled_lr / bias1",
+            "scaled_lr * (1.0 / bias1)",
+        ),
+        (
+            "rules: AdamW freezes where the schedule is 0",
+            "frozen = 1.0 if lr == 0.0 else 0.0",
+            "frozen = 1.0 if a == 0.0 else 0.0",
+        ),
+        (
+            "rules: bias corrections are remembered by beta2 alone",
+            "_biases.get((beta1, beta2, t))",
+            "next((found for (_, *key), found in _biases.items() if key == [beta2, t]), None)",
+        ),
+        ("rules: a beta of 1 is accepted", "if not 0.0 <= beta < 1.0:", "if not 0.0 <= beta <= 1.0:"),
+        ("reference: amsgrad loses a NaN", "(v > v_max) | (v != v)", "v > v_max"),
+        (
+            "reference: eps inside the bias correction",
+            "d = sqrt(second) * s.inv_sqrt_bias2 + s.eps",
+            "d = (sqrt(second) + s.eps) * s.inv_sqrt_bias2",
+        ),
     ),
-    (
-        "rules: AdamW freezes where the schedule is 0",
-        "frozen = 1.0 if lr == 0.0 else 0.0",
-        "frozen = 1.0 if a == 0.0 else 0.0",
-        0,
+    *_of(
+        "wd_kernels/rules/sgdw.py",
+        "rules reference propositions optim",
+        (
+            "rules: SGDW freezes where the schedule is 0",
+            "frozen = 1.0 if lr == 0.0 else 0.0",
+            "frozen = 1.0 if a == 0.0 else 0.0",
+        ),
+        ("rules: a new buffer is dampened", "first_grad_coef if fresh else later_grad_coef", "later_grad_coef"),
+        ("rules: nesterov without momentum's factor", "(1.0, momentum) if nesterov", "(1.0, 1.0) if nesterov"),
+        ("rules: the paper's form without momentum takes no lr", "if paper and momentum:", "if paper:"),
+        ("rules: the paper's form is not scaled by proximal", "step_size = a, a, scale", "step_size = a, a, 1.0"),
+        (
+            "rules: SGDW's metric_proximal without lr",
+            'decay_scalars("proximal", lam, a, a)',
+            'decay_scalars("proximal", lam, eta, a)',
+        ),
     ),
-    (
-        "rules: SGDW freezes where the schedule is 0",
-        "frozen = 1.0 if lr == 0.0 else 0.0",
-        "frozen = 1.0 if a == 0.0 else 0.0",
-        1,
+    *_of(
+        "wd_kernels/rules/adagradw.py",
+        "rules reference propositions optim",
+        ("rules: lr_decay is a step ahead", "slowed = 1.0 + (t - 1) * lr_decay", "slowed = 1.0 + t * lr_decay"),
+        (
+            "rules: lr_decay slows independent decay too",
+            "fixed_decay + scaled_decay / slowed",
+            "(fixed_decay + scaled_decay) / slowed",
+        ),
+        ("reference: AdagradW has no eps", "d = sqrt(total) + s.eps", "d = sqrt(total)"),
     ),
-    ("rules: a new buffer is dampened", "(1.0 if fresh else 1.0 - dampening)", "(1.0 - dampening)"),
-    ("rules: nesterov without momentum's factor", "(1.0, momentum) if nesterov", "(1.0, 1.0) if nesterov"),
-    ("rules: the paper's form without momentum takes no lr", "if paper and momentum:", "if paper:"),
-    (
-        "rules: the paper's form is not scaled by proximal",
-        "grad_coef, step_size = a, scale",
-        "grad_coef, step_size = a, 1.0",
-    ),
-    (
-        "rules: SGDW's metric_proximal without lr",
-        '_place_decay("proximal", lam, a, a)',
-        '_place_decay("proximal", lam, eta, a)',
-    ),
-    ("rules: -0.0 stays -0.0", "return number + 0.0  # -0.0", "return number  # -0.0", 0),
-    (
-        "rules: what tensors held is remembered",
-        "if all(type(v) in (float, bool, str) for",
-        "if all(type(v) in (float, bool, str, torch.Tensor) for",
-    ),
-    ("rules: bias corrections are remembered by beta2 alone", "key = (beta1, beta2, t)", "key = (beta2, beta2, t)"),
-    ("rules: a beta of 1 is accepted", "if not 0.0 <= beta < 1.0:", "if not 0.0 <= beta <= 1.0:"),
-    ("rules: l2 decays at the schedule's rate", "return lam, 0.0, 1.0, 0.0", "return eta * lam, 0.0, 1.0, 0.0"),
-)
+]
 
-MIRROR = _of(
-    "wd_kernels/mirror.py",
-    "mirror flat movers kernels",
-    ("mirror: chunks are twice as long", "2 * size * processors * PER_PROCESSOR", "size * processors * PER_PROCESSOR"),
-    ("mirror: a chunk too many for whole multiples", "(numels + (size - 1)) // size", "numels // size + 1"),
-    ("mirror: what did not change is sent", "if k not in sent or not torch.equal(sent[k], b)", "if b is not None"),
-    ("mirror: what has the same shape is not sent", "not torch.equal(sent[k], b)", "sent[k].shape != b.shape"),
-    ("mirror: another stream trusts what one before it sent", "if stream != self._stream:", "if self._stream is None:"),
-    ("mirror: chunks of other sizes stay", " or not torch.equal(table.capacities, self._capacities)", ""),
-    ("mirror: chunks of other buckets stay", "if table.buckets is not self._buckets or not", "if not"),
-    ("mirror: capacities are noted and not copied", "table.capacities.clone()", "table.capacities"),
+DEVICE_COPY = _of(
+    "wd_kernels/backends/device_copy.py",
+    "device_copy flat movers kernels",
     (
-        "mirror: what failed to be sent is noted as sent",
+        "device copy: chunks are twice as long",
+        "2 * size * processors * PER_PROCESSOR",
+        "size * processors * PER_PROCESSOR",
+    ),
+    ("device copy: what did not change is sent", "if k not in sent or not torch.equal(sent[k], b)", "if b is not None"),
+    ("device copy: what has the same shape is not sent", "not torch.equal(sent[k], b)", "sent[k].shape != b.shape"),
+    (
+        "device copy: another stream trusts what one before it sent",
+        "if stream != self._stream:",
+        "if self._stream is None:",
+    ),
+    (
+        "device copy: what failed to be sent is noted as sent",
         "        lines = [-(-part.numel()",
         "        self._sent.update({k: part.view(torch.int64).clone() for k, part in parts.items()})\n"
         "        lines = [-(-part.numel()",
@@ -608,12 +707,12 @@ MIRROR = _of(
 )
 
 TABLE = _of(
-    "wd_kernels/table.py",
+    "wd_kernels/table/table.py",
     "table properties flat failures optim surroundings kernels",
     ("table: autograd is not told", "            torch.autograd.graph.increment_version(self.stepped)\n", ""),
     (
         "table: counts stay advanced when a launch fails",
-        "                self.steps -= counted\n                raise",
+        "                self.counts.steps.sub_(counted)\n                raise",
         "                raise",
     ),
     (
@@ -621,24 +720,24 @@ TABLE = _of(
         "counted = self.active if skip == 0 else torch.zeros_like(self.active)",
         "counted = self.active",
     ),
-    ("table: a stand-in is not copied back", "self.params[i].detach().copy_(slot.param_copy)", "pass"),
+    ("table: a stand-in is not copied back", "self.params[i].detach().copy_(known.param_copy)", "pass"),
     (
         "table: an old stand-in is copied back without a step",
-        "slot.param_copy is not None and self.active[i]:",
-        "slot.param_copy is not None:",
+        "known.param_copy is not None and self.active[i]:",
+        "known.param_copy is not None:",
     ),
-    ("table: buffers stay fresh", "            self.fresh.zero_()\n", ""),
-    ("table: memory of dead buffers is trusted", " or any(ref() is None for ref in self.buffers)", ""),
-    ("table: flattening is not noticed", "self.generation != flat.generation() or ", ""),
+    ("table: buffers stay fresh", "            self.counts.fresh.zero_()\n", ""),
+    ("table: memory of dead buffers is trusted", " or any(ref() is None for ref in self.memory)", ""),
+    ("table: flattening is not noticed", "self.generation != buffers.generation() or ", ""),
     (
-        "table: states are made in the caller's inference mode",
+        "table: its counts are made in the caller's inference mode",
         "with torch.inference_mode(False):  # what",
         "with torch.inference_mode(torch.is_inference_mode_enabled()):  # what",
     ),
     (
         "table: other states than before are not noticed",
-        "walking.walk(self) if needs == self.needs else None",
-        "walking.walk(self) if self.needs else None",
+        "if self.watch and needs == self.needs else None",
+        "if self.watch else None",
     ),
     (
         "table: it goes on after a failed refresh",
@@ -647,133 +746,132 @@ TABLE = _of(
     ),
     (
         "table: its memory follows the default device's dtype",
-        "self.steps = torch.zeros(n, dtype=torch.float32, device=CPU)",
-        "self.steps = torch.zeros(n, device=CPU)",
+        "torch.zeros(n, dtype=torch.float32, device=CPU) for",
+        "torch.zeros(n, device=CPU) for",
     ),
-)
-
-MENDING = _of(
-    "wd_kernels/mending.py",
-    "table properties walks flat checkpoint",
-    ("mending: an old view of a count moves on", "superseded.data = superseded.clone()", "pass"),
+    ("table: chunks of runs of other sizes stay", " or not torch.equal(runs.capacities, self.segments.capacities)", ""),
     (
-        "mending: states that come to overlap are not seen",
-        "return table.words[at : at + len(f.states)] != [t.data_ptr() for t in f.states]",
+        "table: chunks of other buckets stay",
+        "self.ranges, self.runs)\n        self.launches = None",
+        "self.ranges, self.runs)",
+    ),
+    ("table: capacities are noted and not copied", "runs.capacities.clone()", "runs.capacities"),
+    ("table: a step count that was exchanged is ignored", ' or f.own.get("step") is not self.views[i]', ""),
+    ("table: an old view of a count moves on", "superseded.data = superseded.clone()", "pass"),
+    (
+        "table: states that come to overlap are not seen",
+        "return states[: len(f.states)] != [t.data_ptr() for t in f.states]",
         "return False",
     ),
+    ("table: flat complex elements count as one", "scale = 2 if p.is_complex() else 1", "scale = 1"),
     (
-        "mending: one aligned role makes all aligned",
-        "int(all(address % 16 == 0 for address in addresses))",
-        "int(any(address % 16 == 0 for address in addresses))",
-    ),
-    ("mending: flat complex elements count as one", "scale = 2 if p.is_complex() else 1", "scale = 1"),
-    (
-        "mending: neighbours in a buffer are not sorted",
-        "        members.sort(key=lambda i: table.lie_of[i][:2])",
-        "        members.sort(reverse=True)",
+        "table: neighbours in a buffer are not sorted",
+        "members.sort(key=lambda i: self.range_of[i][:2])",
+        "members.sort(reverse=True)",
     ),
     (
-        "mending: flat parameters end before their padding",
-        "end = offset + flat.padded(f.place.numel)",
+        "table: flat parameters end before their padding",
+        "end = offset + buffers.padded(f.place.numel)",
         "end = offset + f.place.numel",
     ),
     (
-        "mending: a new state is noted and not put into the optimizer",
+        "table: a new state is noted and not put into the optimizer",
         "        f.own.update(f.put)\n",
         "        f.own.update({k: t for k, t in f.put.items() if k not in f.own})\n",
     ),
 )
 
-WALKING = _of(
-    "wd_kernels/walking.py",
-    "native flat table walks",
-    ("python walk: another step count is not seen", ' or own.get("step") is not view:', ":"),
+LAYOUT = _of(
+    "wd_kernels/layout.py",
+    "table functional movers kernels",
     (
-        "python walk: the parameter's address is kept unchecked",
-        "if p.data_ptr() != words[at + Segment.PARAM] or any(",
-        "if any(",
-    ),
-    (
-        "python walk: the states' addresses are kept unchecked",
-        "        if value.data_ptr() != words[at + Segment.STATE + s]:\n            return False\n",
-        "",
-    ),
-    (
-        "walking: the parameter's alignment is that of all",
-        "for t in found.written)),\n        group,",
-        "for t in found.written[:1])),\n        group,",
-    ),
-    (
-        "walking: complex parameters are compared by handles",
-        "native.WALKS and not p.is_complex() and",
-        "native.WALKS and",
-    ),
-    (
-        "walking: parameters that refer to the optimizer are held",
-        "not p.is_complex() and not refers",
-        "not p.is_complex()",
-    ),
-    (
-        "python rows: neighbours of different rows are one",
-        "follows and runs[count - 1, Segment.ROW] == words[Segment.ROW]:",
-        "follows:",
+        "layout: one aligned role makes all aligned",
+        "int(all(address % 16 == 0 for address in addresses))",
+        "int(any(address % 16 == 0 for address in addresses))",
     ),
 )
 
-SLOTS = _of(
-    "wd_kernels/slots.py",
-    "table errors optim surroundings flat",
-    ("slots: a negated gradient is read as it lies", "grad.is_conj() or grad.is_neg():", "grad.is_conj():"),
+CHANGES = _of(
+    "wd_kernels/table/changes.py",
+    "table flat native",
+    ("changes: the parameter's address is not compared", "address = 0 if role == GRAD", "address = 0 if role <= GRAD"),
+    ("changes: the states' addresses are not compared", "address = 0 if role == GRAD", "address = 0 if role >= GRAD"),
     (
-        "slots: a gradient of other strides is read as it lies",
+        "changes: the parameter's alignment is that of all",
+        "written = (found.theta, *found.states)",
+        "written = (found.theta,)",
+    ),
+    (
+        "changes: complex parameters are compared by handles",
+        "native.CHECKS and not p.is_complex() and",
+        "native.CHECKS and",
+    ),
+    (
+        "changes: parameters that refer to the optimizer are held",
+        "not p.is_complex() and not refers",
+        "not p.is_complex()",
+    ),
+    ("python rows: a buffer is never fresh", "int(steps[i]) + 1, bool(fresh[i])", "int(steps[i]) + 1, False"),
+)
+
+INSPECTION = _of(
+    "wd_kernels/table/inspection.py",
+    "table errors optim surroundings flat",
+    ("inspection: a negated gradient is read as it lies", "grad.is_conj() or grad.is_neg():", "grad.is_conj():"),
+    (
+        "inspection: a gradient of other strides is read as it lies",
         "if not same_layout(grad, theta) or grad.is_conj()",
         "if grad.is_conj()",
     ),
-    ("slots: a buffer without a count has not been started", "count = 1.0 if present else 0.0", "count = 0.0"),
-    ("slots: a buffer that is there is fresh", ' and "momentum_buffer" not in present', ""),
-    ("slots: 16-bit gradients are taken for flat ones", " or grad.dtype != p.dtype:", ":"),
-    ("slots: a stand-in of another dtype is used again", " and old.dtype == dtype and same_layout", " and same_layout"),
+    ("inspection: a buffer without a count has not been started", "count = 1.0 if present else 0.0", "count = 0.0"),
+    ("inspection: a buffer that is there is fresh", "state.fresh and state.name not in present for", "state.fresh for"),
+    ("inspection: 16-bit gradients are taken for flat ones", " or grad.dtype != p.dtype:", ":"),
     (
-        "slots: states that are missing are made anew",
+        "inspection: a stand-in of another dtype is used again",
+        " and old.dtype == dtype and same_layout",
+        " and same_layout",
+    ),
+    (
+        "inspection: states that are missing are made anew",
         "    if missing and (count or present):",
         "    if missing and count < 0:",
     ),
 )
 
-CHECKS = _of(
-    "wd_kernels/checks.py",
+VALIDATION = _of(
+    "wd_kernels/validation.py",
     "errors table checkpoint optim",
     (
-        "checks: a conjugated state is taken as it lies",
+        "validation: a conjugated state is taken as it lies",
         "same_layout(value, like) and not (value.is_conj() or value.is_neg())",
         "same_layout(value, like)",
     ),
-    ("checks: neighbours in memory overlap", "if o[1] > span[0]]", "if o[1] >= span[0]]"),
+    ("validation: neighbours in memory overlap", "if o[1] > span[0]]", "if o[1] >= span[0]]"),
     (
-        "checks: an overlap by one element is not seen",
+        "validation: an overlap by one element is not seen",
         "begin + (last + 1) * t.element_size()",
         "begin + last * t.element_size()",
     ),
-    ("checks: a count of 2**53 is taken", "0 <= float(value) < 2**53", "0 <= float(value) <= 2**53"),
+    ("validation: a count of 2**53 is taken", "0 <= float(value) < 2**53", "0 <= float(value) <= 2**53"),
     (
-        "checks: interleaved slices overlap",
+        "validation: interleaved slices overlap",
         "    if all(is_dense(e.tensor) for e in pair) or bool(",
         "    if any(is_dense(e.tensor) for e in pair) or bool(",
     ),
     (
-        "checks: a state is laid out as it came",
+        "validation: a state is laid out as it came",
         "return torch.empty_like(like, dtype=dtype).copy_(value)",
         "return value.to(dtype)",
     ),
     (
-        "checks: sizes of 1 make a layout another",
+        "validation: sizes of 1 make a layout another",
         "all(n == 1 or s == t for n, s, t in zip(a.shape",
         "all(s == t for n, s, t in zip(a.shape",
     ),
 )
 
 CHECKPOINT = _of(
-    "wd_kernels/checkpoint.py",
+    "wd_kernels/state_dict.py",
     "checkpoint schedules",
     ("checkpoint: a saved schedule's name replaces the schedule", 'LIVE = (*HOW, "schedule")', "LIVE = HOW"),
     ("checkpoint: saved counts go on counting", '"step": value["step"].clone()}', '"step": value["step"]}'),
@@ -788,7 +886,7 @@ CHECKPOINT = _of(
         "settings = {k: deepcopy(v) for",
         "settings = {k: v for",
     ),
-    ("checkpoint: bad hyperparameters load", "    optimizer.rule.hypers(groups)\n    for", "    for"),
+    ("checkpoint: bad hyperparameters load", "    rule.hypers(groups)\n    for", "    for"),
     (
         "checkpoint: groups of other lengths load",
         '        if len(own["params"]) != len(other["params"]):',
@@ -797,15 +895,21 @@ CHECKPOINT = _of(
     (
         "checkpoint: loaded states of flat parameters lie anywhere",
         "            if place is not None:\n                own[name]",
-        "            if place is None and not p.numel():\n                own[name]",
+        "            if place is not None and not p.numel():\n                own[name]",
     ),
     ("checkpoint: l2 is not told to torch", 'group["decay"] != "l2"', 'group["decay"] != ""'),
     ("checkpoint: the eta of a schedule stays where there is none", 'lost.add("eta")', "pass"),
+    (
+        "checkpoint: torch's Adagrad gets the states of those alone that were stepped",
+        "if rule.torch.all_states else ():",
+        "if not groups else ():",
+    ),
+    ("checkpoint: exported states of what was not stepped are zeros", "state.begin(zeros(), group)", "zeros()"),
 )
 
 FLAT = [
     *_of(
-        "wd_kernels/flat.py",
+        "wd_kernels/flat/buffers.py",
         "flat flat_tensors",
         ("flat: a parameter of another dtype is taken for flat", "            and p.dtype == self.dtype\n", ""),
         ("flat: padding of 16 elements", "PADDING = 32", "PADDING = 16"),
@@ -816,7 +920,7 @@ FLAT = [
         ),
     ),
     *_of(
-        "wd_kernels/flat_states.py",
+        "wd_kernels/flat/states.py",
         "flat_tensors flat",
         ("flat: zeroing spares nobody", "if sum(map(stretches, memory)) != sum(a != 0 for a in lie):", "if not lie:"),
         ("flat: memory of old states is given out again", " or place.offset in base.given:", ":"),
@@ -827,7 +931,7 @@ FLAT = [
         ),
     ),
     *_of(
-        "wd_kernels/flatten.py",
+        "wd_kernels/flat/flatten.py",
         "flat_tensors flat",
         ("flatten: gradients are lost", "grad.zero_() if p.grad is None else grad.copy_(p.grad)", "grad.zero_()"),
         (
@@ -850,8 +954,8 @@ FLAT = [
 
 FUNCTIONAL = [
     *_of(
-        "wd_kernels/operators.py",
-        "functional",
+        "wd_kernels/torch_ops.py",
+        "functional operators",
         ("operators: autograd is not told of states", "if role != 1 for t in own]", "if role == 0 for t in own]"),
         ("operators: the buffer is never dampened", "starts and t == 1)", "starts)"),
         (
@@ -872,7 +976,7 @@ FUNCTIONAL = [
         ),
     ),
     *_of(
-        "wd_kernels/lists.py",
+        "wd_kernels/table/lists.py",
         "functional",
         (
             "lists: a mixed list reads a negated gradient as it lies",
@@ -880,16 +984,11 @@ FUNCTIONAL = [
             "if same_layout(grad, p):",
         ),
         (
-            "lists: in a mixed list one aligned role makes all aligned",
-            "= all(address % 16 == 0",
-            "= any(address % 16 == 0",
-        ),
-        (
             "lists: a state of other strides is taken",
             "    if not same_layout(state, p):",
             "    if state.dim() != p.dim():",
         ),
-        ("lists: overlaps in a mixed list are not seen", "written=role != 1)", "written=False)"),
+        ("lists: overlaps in a mixed list are not seen", "written=role != GRAD)", "written=False)"),
     ),
 ]
 
@@ -937,8 +1036,8 @@ SCHEDULES = [
         ),
         (
             "stepping: from_lr scales the lr too",
-            "result[i] = static, lr, _ratio(lr, base_lr, eta, i), lr",
-            "result[i] = static, lr, _ratio(lr, base_lr, eta, i), lr * _ratio(lr, base_lr, eta, i)",
+            "result[i] = settings, lr, _ratio(lr, base_lr, eta, i), lr",
+            "result[i] = settings, lr, _ratio(lr, base_lr, eta, i), lr * _ratio(lr, base_lr, eta, i)",
         ),
         (
             "stepping: eta is written before the step",
@@ -955,7 +1054,7 @@ SCHEDULES = [
 
 AROUND = [
     *_of(
-        "wd_kernels/base.py",
+        "wd_kernels/optimizer.py",
         "schedules checkpoint optim surroundings",
         (
             "optimizer: a skipped step advances its schedule",
@@ -964,7 +1063,7 @@ AROUND = [
         ),
         (
             "optimizer: pickles hold the whole vector of counts",
-            '        packed["state"] = checkpoint.with_own_counts(packed["state"])\n',
+            '        packed["state"] = state_dicts.with_own_counts(packed["state"])\n',
             "",
         ),
         ("optimizer: a refused group stays", "            del self.param_groups[index:]\n", ""),
@@ -976,7 +1075,7 @@ AROUND = [
         ),
     ),
     *_of(
-        "wd_kernels/conversion.py",
+        "wd_kernels/decay_conversion.py",
         "conversion",
         (
             "conversion: to hyperbolic with the sign of the way back",
@@ -992,7 +1091,7 @@ AROUND = [
         ),
     ),
     *_of(
-        "wd_kernels/groups.py",
+        "wd_kernels/param_groups.py",
         "groups",
         (
             "groups: shared parameters are excluded by one name alone",
@@ -1021,29 +1120,34 @@ AROUND = [
 FAULTS: tuple[Fault, ...] = (
     *RULES,
     *REFERENCE,
+    *REFERENCE_EPILOGUES,
     *SCHEDULES,
     *AROUND,
     *TABLE,
-    *MENDING,
-    *SLOTS,
-    *CHECKS,
+    *LAYOUT,
+    *INSPECTION,
+    *VALIDATION,
     *CHECKPOINT,
     *FLAT,
     *FUNCTIONAL,
-    *MIRROR,
-    *WALKING,
+    *DEVICE_COPY,
+    *CHANGES,
     *TRITON,
     *BACKENDS,
     *TRITON_ROUNDING,
     *TRITON_KERNELS,
+    *TRITON_EPILOGUES,
     *WALK,
     *HELD,
-    *ASSIGN,
+    *ROWS,
+    *CUT,
     *GATHER,
     *CPU_OPS,
     *CPU_MOVER,
+    *CPU_EPILOGUES,
     *CUDA_CHUNK,
-    *CUDA_OPS,
-    *STORAGE_H,
+    *CUDA_EPILOGUES,
+    *CHECK_LAUNCH,
+    *FORMATS_H,
     *RULES_H,
 )
