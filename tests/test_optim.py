@@ -15,7 +15,7 @@ from semantics import DEFAULTS, MODES, assert_close, build, parameters, plain, s
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from wd_kernels import SGDW, AdamW
+from wd_kernels import SGDW, AdagradW, AdamW
 
 walk = semantics.walk
 pytestmark = pytest.mark.filterwarnings("ignore:this state has")
@@ -74,7 +74,8 @@ def test_tracks_torch(ours: type, extra: dict[str, Any], theirs: type, dtype: to
 
 
 def test_positional_arguments_are_torchs() -> None:
-    for ours, theirs in ((AdamW, torch.optim.AdamW), (SGDW, torch.optim.SGD)):
+    pairs = ((AdamW, torch.optim.AdamW), (SGDW, torch.optim.SGD), (AdagradW, torch.optim.Adagrad))
+    for ours, theirs in pairs:
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
         names = [[n for n, p in inspect.signature(c).parameters.items() if p.kind in kinds] for c in (ours, theirs)]
         assert names[0] == names[1]
@@ -84,10 +85,14 @@ def test_positional_arguments_are_torchs() -> None:
     assert (a["lr"], a["betas"], a["eps"], a["weight_decay"], a["amsgrad"]) == (0.3, (0.5, 0.6), 1e-5, 0.7, True)
     s = SGDW(parameters(), 0.3, 0.9, 0.0, 0.7, True).param_groups[0]
     assert (s["lr"], s["momentum"], s["dampening"], s["weight_decay"], s["nesterov"]) == (0.3, 0.9, 0.0, 0.7, True)
+    names = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
+    g = AdagradW(parameters(), 0.3, 0.2, 0.7, 0.4, 1e-5).param_groups[0]
+    assert [g[name] for name in names] == [0.3, 0.2, 0.7, 0.4, 1e-5]
 
 
 def test_defaults_are_torchs() -> None:
-    for ours, theirs in ((AdamW, torch.optim.AdamW), (SGDW, torch.optim.SGD)):
+    pairs = ((AdamW, torch.optim.AdamW), (SGDW, torch.optim.SGD), (AdagradW, torch.optim.Adagrad))
+    for ours, theirs in pairs:
         own, other = ours(parameters()).defaults, theirs(parameters()).defaults
         said = "decoupled_weight_decay"  # said by decay=
         assert {k: own[k] for k in other if k != said} == {k: v for k, v in other.items() if k != said}
