@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import gpu
-import gpu_around
 import gpu_parts
 import internals
 import pytest
@@ -32,10 +31,10 @@ SMALLEST = "1x100000-float32-kept"
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "report"
-    gpu_around.write(path, "first")
+    gpu_parts.write(path, "first")
     monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        gpu_around.write(path, "second")
+        gpu_parts.write(path, "second")
     assert path.read_text() == "first"
 
 
@@ -43,22 +42,22 @@ def test_tests_and_build_keep_to_their_time_and_say_how_they_went(tmp_path):
     path = tmp_path / "tests.txt"
     slow = "import time; print('t.py::a PASSED [ 1%]', flush=True); time.sleep(60)"
     started = time.perf_counter()
-    found = gpu_around.run_tests(1.5, path, (sys.executable, "-u", "-c", slow))
+    found = gpu.run_tests(1.5, path, (sys.executable, "-u", "-c", slow))
     assert time.perf_counter() - started < 30
     assert found["PASSED"] == 1
     assert found["says"].startswith("1 passed, CUT OFF after ")
     assert "t.py::a PASSED" in path.read_text()
     lines = "t.py::a PASSED\nt.py::b[c-d] FAILED [ 2%]\nt.py::c PASSED [ 3%]\nt.py::d "
-    whole = gpu_around.run_tests(30, path, (sys.executable, "-c", f"print({lines!r}); raise SystemExit(1)"))
+    whole = gpu.run_tests(30, path, (sys.executable, "-c", f"print({lines!r}); raise SystemExit(1)"))
     assert (whole["PASSED"], whole["FAILED"]) == (2, 1)
     assert whole["says"].startswith("2 passed, 1 failed, exit status 1 after ")
-    assert gpu_around.run_tests(30, path, (sys.executable, "-c", "pass"))["says"].startswith("no tests, exit status 0")
+    assert gpu.run_tests(30, path, (sys.executable, "-c", "pass"))["says"].startswith("no tests, exit status 0")
 
-    broken = gpu_around.build(30, (sys.executable, "-c", "print('no compiler'); raise SystemExit(3)"))
+    broken = gpu.build(30, (sys.executable, "-c", "print('no compiler'); raise SystemExit(3)"))
     assert re.fullmatch(r"FAILED: exit status 3 after \d+ s: no compiler", broken["says"])
-    assert gpu_around.build(30, (sys.executable, "-c", "pass"))["says"].startswith("exit status 0 after ")
+    assert gpu.build(30, (sys.executable, "-c", "pass"))["says"].startswith("exit status 0 after ")
     without = "wd_kernels: installing without the CUDA library: no CUDA toolkit was found"
-    partly = gpu_around.build(30, (sys.executable, "-c", f"print({without!r})"))
+    partly = gpu.build(30, (sys.executable, "-c", f"print({without!r})"))
     assert not partly["says"].startswith("FAILED")
     assert partly["says"].endswith(" s, without the CUDA library: no CUDA toolkit was found")
 

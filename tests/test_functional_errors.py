@@ -22,7 +22,9 @@ walk = semantics.walk
 ROLES = {
     "adamw": ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"),
     "sgdw": ("params", "grads", "momentum_buffers"),
+    "adagradw": ("params", "grads", "state_sums"),
 }
+MORE: dict[str, dict[str, Any]] = {"adamw": {"betas": (0.9, 0.99)}, "sgdw": {"momentum": 0.9}, "adagradw": {}}
 SHAPE = (6, 5)
 
 
@@ -42,8 +44,7 @@ def good(rule: str, amsgrad: bool = True) -> dict[str, list[Any]]:
 
 
 def step_of(rule: str, own: dict[str, Any], **changed: Any) -> None:
-    momentum = {} if rule == "adamw" else {"momentum": 0.9}
-    LISTS[rule](*own.values(), **{"step": 2, "lr": 0.1, "weight_decay": 0.1, **momentum, **changed})
+    LISTS[rule](*own.values(), **{"step": 2, "lr": 0.1, "weight_decay": 0.1, **MORE[rule], **changed})
 
 
 def contents(values: Any) -> list[Any]:
@@ -164,7 +165,7 @@ def test_what_does_not_belong(name: str, rule: str, walk: str) -> None:
     refused(lambda: step_of(rule, own), error, match, tensors)
     plain = all(type(t) is Tensor and t.layout == torch.strided for role in roles for t in role)
     if plain and not any(t.device.type == "meta" for role in roles for t in role):
-        case = Case(rule, "", {"betas": (0.9, 0.99)} if rule == "adamw" else {"momentum": 0.9})
+        case = Case(rule, "", MORE[rule])
         for overload in ("default", "tensor"):
             arguments = call_of(case, roles, 2, overload, decay="l2", maximize=False)
             refused(partial(operator(rule, overload), *arguments), error, match, tensors)
@@ -245,6 +246,8 @@ NUMBERS: list[tuple[str, str, Any, Any, str]] = [
     ("adamw", "betas", (0.9, torch.nan), ValueError, r"betas\[1\]=nan"),
     ("adamw", "betas", (torch.ones((), device="meta"), 0.9), ValueError, r"betas\[0\] in adamw_ is a tensor on meta"),
     ("adamw", "eps", -1e-8, ValueError, r"eps=-1e-08"),
+    ("adagradw", "eps", -1e-10, ValueError, r"eps=-1e-10 in adagradw_"),
+    ("adagradw", "lr_decay", -0.1, ValueError, r"lr_decay=-0.1 in adagradw_: allowed are finite numbers >= 0"),
     ("sgdw", "momentum", -0.9, ValueError, r"momentum=-0.9"),
     ("sgdw", "dampening", torch.nan, ValueError, r"dampening=nan"),
     ("sgdw", "form", "other", ValueError, r"form='other' in sgdw_: allowed are 'torch', 'paper'"),
@@ -266,7 +269,7 @@ def test_numbers_and_options(rule: str) -> None:
         known = OPERATORS[f"{rule}_"]
         given: dict[str, Any] = {"decay": "l2", "maximize": False, **({} if name == "step" else {name: value})}
         if name in known.numbers and type(value) in (float, int) and abs(value) < 2**53:
-            case = Case(rule, "", {"betas": (0.9, 0.99)} if rule == "adamw" else {"momentum": 0.9})
+            case = Case(rule, "", MORE[rule])
             for overload in ("default", "tensor"):
                 if name == "step" and overload == "default" and type(value) is float:
                     continue  # torch refuses it

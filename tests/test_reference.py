@@ -465,7 +465,7 @@ def test_lerp_starts_from_the_nearer_end() -> None:
     scalars = rule.rows(rule.hypers([group]), [(0, 2, False)])[0]
     assert scalars[rule.scalars.index("one_minus_beta1")] < 0.5
     theta = torch.tensor([1.0])
-    _, _, found = reference.new_values(rule, scalars, 1.0, theta, y, {"exp_avg": x, "exp_avg_sq": torch.ones(1)})
+    *_, found = reference.new_values(rule, scalars, 1.0, theta, y, {"exp_avg": x, "exp_avg_sq": torch.ones(1)})
     assert found["exp_avg"].item() == (y + half * (x - y)).item()
 
 
