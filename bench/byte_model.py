@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from internals import KINDS
 
-#: States of each rule.
-STATES = {"adamw": 2, "adamw amsgrad": 3, "sgdw": 1, "sgdw without momentum": 0, "adagradw": 1}
+#: How many states each rule has.
+STATES = {kind: len(states) for kind, (_, states) in KINDS.items()}
 BLOCK, SHORTEST = 256, 4096  # elements that share a float32 scale; shorter tensors are not quantised
 
 
@@ -20,15 +21,12 @@ def step_bytes(rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dt
     return 2 * param.itemsize + grad.itemsize + 2 * STATES[rule] * state.itemsize
 
 
-def _whole_blocks(n: int, size: int, numel: int | None) -> float:
-    short_or_with_a_tail = numel is not None and (numel < SHORTEST or numel % BLOCK != 0)
-    return n * size if short_or_with_a_tail else n * (1 + 4 / BLOCK)
-
-
-def _blocks(n: int, size: int, numel: int | None) -> float:
-    if numel is not None and numel < SHORTEST:
-        return 4 * n
-    return n * (1 + 4 * (-(-numel // BLOCK) / numel if numel else 1 / BLOCK))
+def _blocks(plain: int, n: int, numel: int | None, tail: bool) -> float:
+    """Bytes of `n` quantised states; `plain` ones where the tensor is short, or has a tail and that is not allowed."""
+    numel = BLOCK * SHORTEST if numel is None else numel
+    if numel < SHORTEST or (numel % BLOCK and not tail):
+        return plain
+    return n * (1 + 4 * -(-numel // BLOCK) / numel)
 
 
 #: Bytes of all states of a parameter by their format: of `n` states, a parameter of `size` bytes, and the elements of
@@ -38,8 +36,8 @@ STATE_FORMATS: dict[str, Callable[[int, int, int | None], float]] = {
     "float32 or wider": lambda n, size, numel: n * max(4, size),  # ours: the type of the arithmetic
     "own dtype": lambda n, size, numel: n * size,
     "compensated": lambda n, size, numel: (n + (size == 2)) * size,  # Kahan's, beside a 16-bit parameter
-    "8 bits or own dtype": _whole_blocks,
-    "8 bits or float32": _blocks,
+    "8 bits or own dtype": lambda n, size, numel: _blocks(n * size, n, numel, tail=False),
+    "8 bits or float32": lambda n, size, numel: _blocks(4 * n, n, numel, tail=True),
     # A byte each and a float16 scale for 32 of them; 8 more bits of a 16-bit parameter.
     "companded": lambda n, size, numel: n * (1 + 2 / 32) + (size == 2),
 }

@@ -27,12 +27,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import disassembly
 import torch
-from byte_model import STATES
 from internals import KINDS, aligned, format_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,7 +50,7 @@ _PAIRS = ((F64, F64), (F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (BF16, 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One specialisation: a key of byte_model.STATES, and the dtypes of parameter and gradient."""
+    """One specialisation: a key of internals.KINDS, and the dtypes of parameter and gradient."""
 
     rule: str
     param: torch.dtype
@@ -65,7 +63,7 @@ class Kernel:
     @property
     def formats(self) -> tuple[Any, ...]:
         """The package's, of every role."""
-        return tuple(map(format_of, (self.param, self.grad, *[self.state] * STATES[self.rule])))
+        return tuple(map(format_of, (self.param, self.grad, *(self.state for _ in KINDS[self.rule][1]))))
 
     def __str__(self) -> str:
         dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in (self.param, self.grad))
@@ -74,43 +72,39 @@ class Kernel:
 
 def kernels() -> list[Kernel]:
     """Every specialisation that users reach."""
-    return [Kernel(rule, p, g) for rule, (p, g) in product(STATES, _PAIRS)]
+    return [Kernel(rule, p, g) for rule, (p, g) in product(KINDS, _PAIRS)]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a kernel costs on a target; accesses are bytes of each load and store in the loop over full blocks."""
+class Cost(disassembly.Reading):
+    """What a kernel costs on a target."""
 
     kernel: str
     target: str
-    registers: int
-    stack: int  # bytes of a thread, spills included
-    shared: int  # bytes of a program
-    layouts: int  # conversions of a layout in the TTGIR
-    inexact: int  # operations that are fused, approximate or flush subnormals
-    loads: tuple[int, ...]
-    stores: tuple[int, ...]
-    elements: int  # of a thread, in one round of that loop
+    elements: int  # of a thread, in one round of the loop over full blocks
     model: int  # bytes that a step of one element loads and stores: by the types in Triton's IR, or the byte model
-    instructions: float  # per element
-    in_flight: float  # KiB per processor
-
-    @classmethod
-    def of(cls, kernel: Kernel, target: str, own: disassembly.Reading, elements: int, model: int, layouts: int) -> Cost:
-        costs = own.instructions / elements, own.threads * own.ahead / 1024
-        used = own.registers, own.stack, own.shared, layouts, own.inexact
-        return cls(str(kernel), target, *used, own.loads, own.stores, elements, model, *costs)
+    layouts: int = 0  # conversions of a layout in the TTGIR
 
     @property
     def bytes_per_element(self) -> float:
-        return (sum(self.loads) + sum(self.stores)) / self.elements
+        return self.moved / self.elements
+
+    @property
+    def instructions(self) -> float:
+        """Per element."""
+        return self.issued / self.elements
+
+    @property
+    def in_flight(self) -> float:
+        """KiB per processor."""
+        return self.threads * self.ahead / 1024
 
     @property
     def budget(self) -> float:
         return INSTRUCTIONS_PER_BYTE * self.bytes_per_element / 2
 
 
-def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] = MappingProxyType({}), **changes: Any) -> Any:
+def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] | None = None, **changes: Any) -> Any:
     """Triton's compiled kernel, as the package would launch it but for other constants and changes to its options.
 
     All that this program knows of the package's Triton backend is here.
@@ -134,7 +128,7 @@ def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] = Mapping
         "epilogue_scalars": (),
         "n_sums": 0,
         "block": own.block(kernel.formats),
-        **constants,
+        **(constants or {}),
     }
     types = {"chunks": "*i64", "places": "*i64", "moving": "*i64", "rows": "*fp64", "control": "*fp64"}
     signature = {**types, "place_words": "i32", "chunk_size": "i32", **dict.fromkeys(constants, "constexpr")}
@@ -168,8 +162,8 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
         found = disassembly.nvidia(asm, threads)
     else:
         found = disassembly.amd(asm, target, warp, KINDS[kernel.rule][0].metric != "", moved)
-    elements = block // threads * max(round((sum(found.loads) + sum(found.stores)) / moved), 1)
-    return Cost.of(kernel, target, found, elements, model, asm["ttgir"].count("ttg.convert_layout"))
+    elements, layouts = block // threads * max(round(found.moved / moved), 1), asm["ttgir"].count("ttg.convert_layout")
+    return Cost(**vars(found), kernel=str(kernel), target=target, elements=elements, model=model, layouts=layouts)
 
 
 def costs(ptx: Path | None = None) -> list[Cost]:

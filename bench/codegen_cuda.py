@@ -25,11 +25,6 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "wd_kernels" / "_cuda.abi3.so"
 THREADS = 128  # kThreads of csrc/cuda/chunk.h
 _FORMATS = {torch.float64: "Float64", torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
-#: How C++ calls the rules.
-_RULES = {
-    "adamw": "AdamW<{}, false>", "adamw amsgrad": "AdamW<{}, true>", "sgdw": "SGDW<{}, true>",
-    "sgdw without momentum": "SGDW<{}, false>", "adagradw": "AdagradW<{}>",
-}  # fmt: skip
 
 
 @cache
@@ -55,9 +50,11 @@ def compiler() -> str:
 
 def name(kernel: Kernel) -> str:
     """How the C++ compiler calls the kernel's template arguments."""
+    rule, states = KINDS[kernel.rule]
     arithmetic = "double" if kernel.param == torch.float64 else "float"
+    asked = [str(state.name in states).lower() for state in rule.states if state.asked_by]
     formats = (_FORMATS[dtype] for dtype in (kernel.param, kernel.grad, kernel.state))
-    parts = (_RULES[kernel.rule].format(arithmetic), *formats, f"NoEpilogue<{arithmetic}>")
+    parts = (f"{rule.title}<{', '.join([arithmetic, *asked])}>", *formats, f"NoEpilogue<{arithmetic}>")
     return ", ".join(f"wd::cuda::{part}" for part in parts)
 
 
@@ -99,7 +96,8 @@ def costs(library: Path = LIBRARY) -> Iterator[Cost]:
                     inexact += disassembly.sass_inexact(code)
                 found = disassembly.sass_reading(code, disassembly.usage(usages[key]), inexact, THREADS)
                 model = step_bytes(kernel.rule, kernel.param, kernel.grad, kernel.state)
-                yield Cost.of(kernel, target, found, (sum(found.loads) + sum(found.stores)) // model, model, 0)
+                elements = found.moved // model
+                yield Cost(**vars(found), kernel=str(kernel), target=target, elements=elements, model=model)
 
 
 if __name__ == "__main__":

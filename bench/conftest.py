@@ -47,14 +47,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def measured(request: pytest.FixtureRequest) -> Any:
+def measured(pytestconfig: pytest.Config) -> Any:
     """Gives what was measured of a case by (name, groups), and who was skipped; a case is measured once."""
-    timer = Timer(torch.device("cpu"))
 
     @cache
     def of_case(case: Case) -> tuple[dict[tuple[str, int], dict[str, Any]], dict[str, str]]:
-        seconds = request.config.getoption("--seconds")
-        entries, skipped = measure(case, peers()[0], names(request.config, case), seconds, timer)
+        who, seconds = names(pytestconfig, case), pytestconfig.getoption("--seconds")
+        entries, skipped = measure(case, peers()[0], who, seconds, Timer(torch.device("cpu")))
         if skipped:
             left_out[str(case)] = skipped
         return {(e["extra_info"]["contender"], e["extra_info"]["groups"]): e for e in entries}, skipped

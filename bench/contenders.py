@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 import math
 import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +90,15 @@ class Tensors:
         """What happens before each step of an optimizer, if anything."""
         if case.gradients == "kept" and case.lr == "constant":
             return None
-        steps = 0
+        steps = itertools.count(1)
 
         def prepare() -> None:
-            nonlocal steps
-            steps += 1
+            step = next(steps)
             if case.gradients == "new":  # all new ones are made before the old are freed: no address stays
                 for p, grad in zip(self.params, torch._foreach_mul(self.slopes, 1.0), strict=True):
                     p.grad = grad
             for g, group in enumerate(optimizer.param_groups if case.lr == "changing" else ()):
-                lr = LR * (1 + g / 1000) / (1 + steps / 1000)  # another than before and than the others have
+                lr = LR * (1 + g / 1000) / (1 + step / 1000)  # another than before and than the others have
                 group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
         return prepare
@@ -111,16 +111,14 @@ class Tensors:
 def library() -> Callable[..., int] | str:
     """The compiled stream, on torch's own OpenMP threads; or why it is not there."""
     compiler = os.environ.get("CXX", "c++")
-    # A second OpenMP runtime would have threads of its own, waiting beside torch's: take torch's, if it has one.
+    # A second OpenMP runtime would have threads of its own, waiting beside torch's: link torch's alone, if it has one.
     runtimes = sorted((Path(torch.__file__).parent / "lib").glob("lib[gi]*omp*.so*"))
     with tempfile.TemporaryDirectory() as folder:
-        half, whole = f"{folder}/stream.o", f"{folder}/stream.so"
-        compiling = [compiler, "-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-c", str(SOURCE), "-o", half]
-        linking = [compiler, "-shared", half, str(runtimes[0]) if runtimes else "-fopenmp", "-o", whole]
+        path, flags = f"{folder}/stream.so", ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+        command = [compiler, *flags, str(SOURCE), "-Wl,--as-needed", *map(str, runtimes[:1]), "-o", path]
         try:
-            for command in (compiling, linking):
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            function: Callable[..., int] = ctypes.CDLL(whole).wd_bench_stream
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            function: Callable[..., int] = ctypes.CDLL(path).wd_bench_stream
         except (OSError, subprocess.SubprocessError, AttributeError) as error:
             return f"{compiler}: {(getattr(error, 'stderr', '') or str(error)).strip().splitlines()[0][:160]}"
     return function
@@ -151,7 +149,6 @@ class Maker:
         self.case, self.device = case, device
         self.peers = {peer.name: (peer, cls) for peer, cls in peers.items() if peer.rule == case.rule}
         self.tensors = cache(lambda grad: Tensors.of(case, grad, device))
-        self.flat_step = cache(self._flat_step)
 
     def make(self, name: str, groups: int) -> Contender:
         if name in (BARE_LOOP, CEILING):
@@ -171,7 +168,8 @@ class Maker:
         moved = peer.bytes_per_parameter(self.case.dtype, grad, sizes.pop() if len(sizes) == 1 else None)
         return Contender(name, groups, moved, optimizer.step, tensors.between(self.case, optimizer), inside)
 
-    def _flat_step(self) -> tuple[Any, Callable[[], object] | None]:
+    @cached_property
+    def flat_step(self) -> tuple[Any, Callable[[], object] | None]:
         """An optimizer of one flat buffer of all elements, after a step; and what comes between two of them."""
         tensors, again = self.tensors(self.case.dtype), None
         if len(tensors.params) > 1:
@@ -188,7 +186,7 @@ class Maker:
 
     def floor(self, name: str) -> Contender:
         """On one flat buffer of as many elements: the backend's launch alone, or the stream that moves as much."""
-        optimizer, prepare = self.flat_step()
+        optimizer, prepare = self.flat_step
         (p,) = optimizer.param_groups[0]["params"]
         if name == BARE_LOOP:
             step = bare_launch(optimizer)

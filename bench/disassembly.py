@@ -18,14 +18,19 @@ class Reading:
     """What a kernel takes, and its loop over full blocks: bytes of each load and store, number of instructions."""
 
     registers: int
-    stack: int
-    shared: int
-    inexact: int
+    stack: int  # bytes of a thread, spills included
+    shared: int  # bytes of a program
+    inexact: int  # operations that are fused, approximate or flush subnormals
     loads: tuple[int, ...]
     stores: tuple[int, ...]
-    instructions: int
+    issued: int  # instructions
     threads: int  # that one processor can run at once
     ahead: float  # bytes of a thread's loads before something waits for one of them
+
+    @property
+    def moved(self) -> int:
+        """Bytes of all of them."""
+        return sum(self.loads) + sum(self.stores)
 
 
 def loops(code: Sequence[str], label: str, branch: str) -> list[list[str]]:
@@ -33,11 +38,9 @@ def loops(code: Sequence[str], label: str, branch: str) -> list[list[str]]:
     at: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
     for i, line in enumerate(code):
-        found = re.match(label, line)
-        if found:
+        if found := re.match(label, line):
             at[found[1]] = i
-        back = re.search(branch, line)
-        if back and back[1] in at:
+        if (back := re.search(branch, line)) and back[1] in at:
             begin = at[back[1]]
             while spans and spans[-1][1] > begin:
                 begin = min(begin, spans.pop()[0])
@@ -74,19 +77,18 @@ def longest_way(body: Sequence[str]) -> list[str]:
             begins[label[1]] = len(blocks) - 1
         else:
             blocks[-1].append(line)
-    best: list[list[str] | None] = [None] * (len(blocks) + 1)  # from each block to the loop's next round
-    for i in range(len(blocks) - 1, -1, -1):
-        last = blocks[i][-1] if blocks[i] else ""
+    best: dict[int, list[str]] = {}  # from a block to the loop's next round, where there is a way
+    for i, block in reversed([*enumerate(blocks)]):
+        last = block[-1] if block else ""
         jump = re.search(_BRANCH, last)
         conditional = re.search(r"@|BRA\S*\s+!?U?P\d", last)
         ends = re.search(r"\b(?:EXIT|RET)\b", last)
-        ways = [best[i + 1]] if conditional or not (jump or ends) else []
-        if jump and jump[1] in begins:
-            ways.append([] if begins[jump[1]] <= i else best[begins[jump[1]]])
-        calls = any("CALL" in line and "@" not in line for line in blocks[i])
-        if not calls and any(way is not None for way in ways):
-            best[i] = blocks[i] + max((way for way in ways if way is not None), key=len)
-    if best[0] is None:
+        following = [i + 1] if conditional or not (jump or ends) else []
+        following += [begins[jump[1]]] if jump and jump[1] in begins else []
+        ways = [best[k] if k > i else [] for k in following if k <= i or k in best]
+        if ways and not any("CALL" in line and "@" not in line for line in block):
+            best[i] = block + max(ways, key=len)
+    if 0 not in best:
         raise ValueError("no way through the loop is without a call")
     return best[0]
 
@@ -177,20 +179,19 @@ def amd(asm: Mapping[str, Any], target: str, warp: int, divides: bool, moved: in
     label = r"(\.LBB\w+):"
     body = full_blocks(loops(code, label, r"s_c?branch\w*\s+(\.LBB\w+)"), _amd_load)
     body = [line for line in body if not re.match(label, line)]
-    registers = known["vgpr_count"]
     # Vector registers of a lane and their granule, waves at most, and how many such units there are.
     lanes, granule, most, units = (512, 8, 8, 4) if target == "gfx942" else (1536, 24, 16, 2)
     loads = tuple(filter(None, map(_amd_load, body)))
     stores = tuple(_amd_width(line) for line in body if "_store_" in line)
     return Reading(
-        registers,
+        known["vgpr_count"],
         known["private_segment_fixed_size"] + 4 * (known["vgpr_spill_count"] + known["sgpr_spill_count"]),
         known["group_segment_fixed_size"],
         _amd_inexact(asm["llir"], text, divides),
         loads,
         stores,
         sum(not line.startswith("\ts_") for line in body),  # the scalar unit has issue slots of its own
-        min(lanes // (-(-registers // granule) * granule), most) * units * warp,
+        min(lanes // (-(-known["vgpr_count"] // granule) * granule), most) * units * warp,
         sum(loads) / max(round((sum(loads) + sum(stores)) / moved), 1),  # of one round, where the loop is unrolled
     )
 

@@ -21,15 +21,8 @@ Report = dict[str, Any]
 
 def iqr(values: Sequence[float]) -> float:
     """The distance of the quartiles; 0 of a single value."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low
-
-
-def ratio(own: Sequence[float], other: Sequence[float]) -> float:
-    """How many times longer the other takes, round by round, in the rounds that both have."""
-    return statistics.median(b / a for a, b in zip(own, other, strict=False))
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [0.0]
+    return quartiles[-1] - quartiles[0]
 
 
 @dataclass(frozen=True)
@@ -63,10 +56,11 @@ class Result:
         return float(statistics.median(s - k for s, k in zip(self.seconds, self.info["launches"], strict=True)))
 
     def ratio(self, other: Result) -> float:
-        return ratio(self.seconds, other.seconds)
+        """How many times longer the other takes, round by round, in the rounds that both have."""
+        return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=False))
 
     def device_ratio(self, other: Result) -> float:
-        return ratio(self.device, other.device)
+        return statistics.median(b / a for a, b in zip(self.device, other.device, strict=False))
 
     def share(self, ceiling: Result | None) -> float | None:
         """Percent of the ceiling's rate; None where there was no ceiling."""
@@ -93,13 +87,11 @@ def results(report: Report) -> Cases:
         key = str(info["contender"]), int(info["groups"])
         result = Result(entry["group"], *key, seconds, info["device"] or seconds, info)
         cases.setdefault(result.case, {})[key] = result
-    rate = copy_rate(report)
-    for case, them in cases.items():
-        if rate is None:
-            break
-        own = next(iter(them.values()))
-        seconds = [own.bytes / rate / 1e9] * max(len(r.seconds) for r in them.values())
-        them[CEILING, 1] = Result(case, CEILING, 1, seconds, seconds, own.info | {"host": []})
+    if (rate := copy_rate(report)) is not None:
+        for case, them in cases.items():
+            own = next(iter(them.values()))
+            seconds = [own.bytes / rate / 1e9] * max(len(r.seconds) for r in them.values())
+            them[CEILING, 1] = Result(case, CEILING, 1, seconds, seconds, own.info | {"host": []})
     return cases
 
 

@@ -12,19 +12,66 @@ has a budget of time; what fails is said in the report and ends nothing else. be
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import signal
+import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_around import ROOT, build, run_tests, say
 
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # nothing need be installed; the package is imported after the build
 
+BUILD = (sys.executable, "setup.py", "build_ext", "--inplace")
+TESTS = (sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-vv", "-p", "no:cacheprovider", "tests")
 PARTS = ("build", "tests", "copy", "steps", "plots")
 SECONDS = {"build": 100.0, "tests": 220.0, "steps": 200.0}
+
+
+def run(arguments: Sequence[str], seconds: float, path: Path) -> tuple[int | None, str, str]:
+    """Runs it in the root folder, its output into a file; exit status (None: cut off), that in words, its output."""
+    python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
+    status, started = None, time.perf_counter()
+    with path.open("w") as output:
+        streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(arguments, cwd=ROOT, env=env, start_new_session=True, **streams)
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                status = process.wait(seconds)
+        finally:
+            if status is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: itself and what it started
+                process.wait()
+    how = "CUT OFF" if status is None else f"exit status {status}"
+    return status, f"{how} after {time.perf_counter() - started:.0f} s", path.read_text(errors="replace")
+
+
+def build(seconds: float, arguments: Sequence[str] = BUILD) -> dict[str, Any]:
+    """Builds the native libraries in place."""
+    with tempfile.TemporaryDirectory() as folder:
+        status, how, text = run(arguments, seconds, Path(folder) / "output")
+    lines = text.splitlines()
+    without = [line.removeprefix("wd_kernels: installing ") for line in lines if ": installing without the " in line]
+    if status == 0 and not any("native extension" in line for line in without):
+        return {"says": ", ".join([how, *without])}
+    return {"says": f"FAILED: {how}: {lines[-1] if lines else 'no output'}", "tail": lines[-30:]}
+
+
+def run_tests(seconds: float, path: Path, arguments: Sequence[str] = TESTS) -> dict[str, Any]:
+    """Runs the tests that need a GPU, their output into a file; counts what it says, also where it was cut off."""
+    _, how, text = run(arguments, seconds, path)
+    counts = Counter(re.findall(r"::.*? (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", text))
+    says = [f"{n} {outcome.lower()}" for outcome, n in counts.items()] or ["no tests"]
+    return {**counts, "says": ", ".join([*says, how])}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import gpu_parts  # which imports the package
 
     if "tune" in asked:
-        say(gpu_parts.tune(gpu_parts.Report(out, device, "tune"), device, end - time.perf_counter()))
+        print(gpu_parts.tune(gpu_parts.Report(out, device, "tune"), device, end - time.perf_counter()))
         return 0
     report = gpu_parts.Report(out, device)
     parts: dict[str, Callable[[], Any]] = {
@@ -73,10 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             from plots import plot
 
-            say(f"plots: {', '.join(map(str, plot(report.values, out)))}")
+            print(f"plots: {', '.join(map(str, plot(report.values, out)))}")
         except ImportError as error:
-            say(f"no plots: {error}")
-    say("\n" + text)
+            print(f"no plots: {error}")
+    print("\n" + text)
     return 0
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import datetime
 import json
+import subprocess
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import Contender, Tensors
-from gpu_around import commit, output_of, say, write
 from internals import launch_parameters, versions_here
 from peers import OURS, PEERS, first_line, load, on
 from tables import render
@@ -26,21 +26,43 @@ WAYS = ("device", "wall", "host")
 MOST_OF_A_CASE = 15.0  # seconds; a hundredth in a rehearsal
 
 
+def write(path: Path, text: str) -> None:
+    """Whole or not at all, whenever this program is cut off."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def output_of(*arguments: str) -> str:
+    """What a command prints, nothing where it fails."""
+    try:
+        here = Path(__file__).parent
+        done = subprocess.run(arguments, cwd=here, check=True, capture_output=True, text=True, timeout=20)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def commit() -> dict[str, Any]:
+    """As pytest-benchmark notes it."""
+    dirty = bool(output_of("git", "status", "--porcelain", "--untracked-files=no"))
+    return {"id": output_of("git", "rev-parse", "HEAD") or "unknown", "dirty": dirty}
+
+
 class Report:
     """What is known so far, kept on disk; its parts are those of pytest-benchmark's JSON, and more."""
 
     def __init__(self, out: Path, device: torch.device, name: str = "gpu") -> None:
         self.path = out / name
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat()
         machine: dict[str, Any] = {"device": "CPU", "driver": "none", "wd_kernels": versions_here()}
         if device.type != "cpu":
             properties = torch.cuda.get_device_properties(device)
             driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
             memory = f"{properties.total_memory / 2**30:.0f} GiB"
             machine |= {"device": str(properties.name), "memory": memory, "driver": driver}
-        self.values: dict[str, Any] = {"datetime": date, "commit_info": commit(), "machine_info": machine}
-        self.values |= {"rehearsal": device.type == "cpu", "finished": False}
-        self.values |= {"missing": {}, "left_out": {}, "benchmarks": []}
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        self.values: dict[str, Any] = {"datetime": now, "commit_info": commit(), "machine_info": machine, "missing": {}}
+        self.values |= {"rehearsal": device.type == "cpu", "finished": False, "left_out": {}, "benchmarks": []}
 
     def save(self) -> str:
         """Writes the JSON and the text; returns the text."""
@@ -83,7 +105,7 @@ def measure_steps(report: Report, device: torch.device, seconds: float, only: Se
         del values["left_out"][str(case)]
         values["left_out"] |= {str(case): skipped} if skipped else {}
         report.save()
-        say(f"{case}: {time.perf_counter() - started:.1f} s")
+        print(f"{case}: {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def copy_bandwidth(device: torch.device, size: int, rounds: int = 9, copies: int = 5) -> dict[str, Any]:
@@ -118,20 +140,13 @@ VARIANTS: dict[str, dict[str, int]] = {
 def tune(report: Report, device: torch.device, seconds: float) -> str:
     """Measures all variants on all cases, each a contender on one optimizer; the text of the report."""
     end, timer, small = time.perf_counter() + min(seconds, BUDGET), Timer(device, WAYS), device.type == "cpu"
-
-    def switch(active: list[str], use: Callable[..., None], name: str) -> None:
-        """Before another's turn its parameters are set."""
-        if active != [name]:
-            active[:] = [name]
-            use(**VARIANTS[name])
-
     for k, text in enumerate(TUNED):
         case, skipped = Case(text.replace("00000-", "-") if small else text), dict[str, Any]()
         tensors, moved = Tensors.of(case, case.grad, device), PEERS[0].bytes_per_parameter(case.dtype, case.grad)
         optimizer = wd_kernels.AdamW(tensors.params, lr=1e-3, weight_decay=0.1)
         share = max(end - time.perf_counter(), 0.0) / (len(TUNED) - k) / (100 if small else 1)
         with launch_parameters(optimizer) as use:
-            prepare = partial(switch, [], use)
+            prepare = lru_cache(1)(lambda name, use=use: use(**VARIANTS[name]))  # does nothing for the same name again
             them = [Contender(name, 1, moved, optimizer.step, partial(prepare, name)) for name in VARIANTS]
             found = rounds(case, them, skipped, share, timer)
         report.values["benchmarks"] += [entry(case, *one) for one in found]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 from wd_kernels.__main__ import aligned, choices, versions
 from wd_kernels.backends import device_copy
@@ -18,18 +19,10 @@ from wd_kernels.backends import triton as backend
 from wd_kernels.formats import parameter_format as format_of
 from wd_kernels.rules import RULES, Rule
 
-__all__ = [
-    "KINDS",
-    "aligned",
-    "bare_launch",
-    "format_of",
-    "launch_parameters",
-    "time_launches",
-    "versions_here",
-]
+__all__ = ["KINDS", "aligned", "bare_launch", "format_of", "launch_parameters", "time_launches", "versions_here"]
 
 
-#: The rule and the states of each key of byte_model.STATES.
+#: What is measured and compiled, as tables call it: a rule with its states.
 KINDS: dict[str, tuple[Rule, tuple[str, ...]]] = {
     "adamw": (RULES["adamw"], ("exp_avg", "exp_avg_sq")),
     "adamw amsgrad": (RULES["adamw"], ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
@@ -66,15 +59,13 @@ def time_launches(optimizer: Any) -> Callable[[], float]:
         launch()
         seconds[0] += time.perf_counter() - started
 
+    def all_timed(ready: Callable[[Any], list[Callable[[], None]]]) -> Callable[[Any], list[Callable[[], None]]]:
+        return lambda rows: [partial(timed, launch) for launch in ready(rows)]
+
     def resolve_timed(spec: Any) -> Any:
         own = copy.copy(resolve(spec))
         prepare = own.prepare
-
-        def prepare_timed(*arguments: Any) -> Callable[[Any], list[Callable[[], None]]]:
-            ready = prepare(*arguments)
-            return lambda rows: [partial(timed, launch) for launch in ready(rows)]
-
-        own.prepare = prepare_timed
+        own.prepare = lambda *arguments: all_timed(prepare(*arguments))
         return own
 
     optimizer._table.resolve = cache(resolve_timed)
@@ -99,18 +90,10 @@ def launch_parameters(optimizer: Any) -> Iterator[Callable[..., None]]:
             how["maxnreg"] = how.get("maxnreg") if registers is None else registers
             return {name: value for name, value in how.items() if name != "maxnreg" or value}
 
-        def elements(formats: tuple[Any, ...], sums: int = 0) -> int:
-            return block or own_block(formats, sums)
-
-        backend.block, backend.options = elements, options
+        backend.block, backend.options = lambda formats, sums=0: block or own_block(formats, sums), options
         device_copy.LONGEST, device_copy.PER_PROCESSOR = longest or chunks[0], per_processor or chunks[1]
         optimizer._table.launches = None  # they hold chunks
 
-    try:
+    as_before = patch.multiple(device_copy, LONGEST=chunks[0], PER_PROCESSOR=chunks[1])
+    with patch.multiple(backend, block=own_block, options=own_options), as_before:
         yield use
-    finally:
-        backend.block, backend.options, (device_copy.LONGEST, device_copy.PER_PROCESSOR) = (
-            own_block,
-            own_options,
-            chunks,
-        )

@@ -8,12 +8,13 @@ that all do the same mathematics where they can: decoupled decay scaled by lr, b
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from byte_model import STATE_FORMATS, STATES
+from internals import KINDS
 
 OURS, FUSED, FOREACH, DEEPSPEED = "wd_kernels", "torch fused", "torch foreach", "DeepSpeed CPU"
 FLAT = f"{OURS} flat"  # on flat parameters
@@ -25,16 +26,9 @@ EVERYWHERE, CPU = ("cpu", "cuda"), ("cpu",)
 AS_TORCH = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
-class Rule(NamedTuple):
-    """A rule that is measured: our class (its name in tables, too), torch's, and the options of both."""
-
-    ours: str
-    torchs: str
-    options: dict[str, Any]
-
-
 MOMENTUM = {"momentum": 0.9}
-RULES = {"adamw": Rule("AdamW", "AdamW", {}), "sgdw": Rule("SGDW", "SGD", MOMENTUM)}
+#: Options of the rules that are measured, of our classes and torch's.
+RULES: dict[str, dict[str, Any]] = {"adamw": {}, "sgdw": MOMENTUM}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,28 +55,25 @@ class Peer:
         return 2 * param.itemsize + grad.itemsize + 2 * states
 
     def make(self, cls: Callable[..., Any], groups: Sequence[dict[str, Any]], **more: Any) -> torch.optim.Optimizer:
-        options = self.options | more
-        optimizer: torch.optim.Optimizer = cls(list(groups), lr=LR, weight_decay=WEIGHT_DECAY, **options)
+        optimizer: torch.optim.Optimizer = cls(list(groups), lr=LR, weight_decay=WEIGHT_DECAY, **self.options | more)
         return optimizer
 
 
-def _every_rule(name: str, module: str, states: str, devices: tuple[str, ...] = EVERYWHERE, **more: Any) -> list[Peer]:
+def _every_rule(name: str, states: str, devices: tuple[str, ...] = EVERYWHERE, **more: Any) -> Iterator[Peer]:
     """Ours, or one of torch's implementations."""
-    ours = module == "wd_kernels"
-    return [
-        Peer(
-            name, key, f"{module}:{rule.ours if ours else rule.torchs}", states, rule.options | more, ALL, ours, devices
-        )
-        for key, rule in RULES.items()
-    ]
+    ours = name.startswith(OURS)
+    for key, options in RULES.items():
+        rule = KINDS[key][0]
+        module, _, cls = (f"{OURS}.{rule.title}" if ours else rule.torch.name).rpartition(".")
+        yield Peer(name, key, f"{module}:{cls}", states, options | more, ALL, ours, devices)
 
 
 PEERS = (
-    *_every_rule(OURS, "wd_kernels", "float32 or wider"),
-    *_every_rule(CUDA, "wd_kernels", "float32 or wider", ("cuda",), backend="cuda"),
-    *_every_rule(FUSED, "torch.optim", "own dtype", fused=True),
-    *_every_rule(FOREACH, "torch.optim", "own dtype", foreach=True),
-    *_every_rule("torch for-loop", "torch.optim", "own dtype", CPU, foreach=False, fused=False),
+    *_every_rule(OURS, "float32 or wider"),
+    *_every_rule(CUDA, "float32 or wider", ("cuda",), backend="cuda"),
+    *_every_rule(FUSED, "own dtype", fused=True),
+    *_every_rule(FOREACH, "own dtype", foreach=True),
+    *_every_rule("torch for-loop", "own dtype", CPU, foreach=False, fused=False),
     Peer(DEEPSPEED, "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", "float32", {}, HALVES, devices=CPU),
     Peer("apex", "adamw", "apex.optimizers:FusedAdam", "float32"),
     Peer("apex", "sgdw", "apex.optimizers:FusedSGD", "own dtype", MOMENTUM),

@@ -9,14 +9,12 @@ from statistics import median
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")
 from figures import Cases, Report, Result, copy_rate, device, is_peer, points, results
-from matplotlib import pyplot as plt
+from internals import KINDS
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
-from peers import CUDA, DEEPSPEED, FLAT, FOREACH, FUSED, OURS, RULES
+from peers import CUDA, DEEPSPEED, FLAT, FOREACH, FUSED, OURS
 from tables import REHEARSAL, heading, size
 from workloads import BARE_LOOP, CEILING, LEAD, REFERENCE, TARGETS, TIMED
 
@@ -46,15 +44,12 @@ def plot(report: Report, folder: Path, stem: str = "") -> list[Path]:
     rate = copy_rate(report)
     title = REHEARSAL if report.get("rehearsal") else title + (f", a copy moves {rate:.0f} GB/s" if rate else "")
     paths = []
-    with plt.rc_context(STYLE):
+    with mpl.rc_context(STYLE):
         for name, draw in {"lead": lead, "peers": peers, "scaling": scaling}.items():
-            figure = draw(cases)
-            if figure is None:
-                continue
-            figure.suptitle(title, x=0.01, ha="left", size=11)
-            paths.append(folder / "-".join(filter(None, (stem, f"{name}.png"))))
-            figure.savefig(paths[-1], dpi=110, metadata={"Software": None})
-            plt.close(figure)
+            if (figure := draw(cases)) is not None:
+                figure.suptitle(title, x=0.01, ha="left", size=11)
+                paths.append(folder / "-".join(filter(None, (stem, f"{name}.png"))))
+                figure.savefig(paths[-1], dpi=110, metadata={"Software": None})
     return paths
 
 
@@ -66,8 +61,8 @@ def lead(cases: Cases) -> Figure | None:
         chosen.append(sorted(own, key=lambda r: r.median))
     if not chosen:
         return None
-    size_of_all = (4.6 * len(chosen), 1.2 + 0.27 * max(map(len, chosen)))
-    figure, axes = plt.subplots(1, len(chosen), figsize=size_of_all, squeeze=False)
+    figure = Figure(figsize=(4.6 * len(chosen), 1.2 + 0.27 * max(map(len, chosen))))
+    axes = figure.subplots(1, len(chosen), squeeze=False)
     for axis, own in zip(axes[0], chosen, strict=True):
         values = [r.median * 1e3 for r in own]
         bars = axis.barh([r.contender for r in own], values, color=[COLORS[r.contender] for r in own], height=0.72)
@@ -75,8 +70,8 @@ def lead(cases: Cases) -> Figure | None:
         for label, r in zip(axis.get_yticklabels(), own, strict=True):
             label.set_fontweight("bold" if r.contender in (OURS, FLAT) else "normal")
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.12 * max(values))
-        axis.set_title(f"{size(own[0].info)}, {own[0].info['dtype']}".replace(" x ", " × "))
+        title = f"{size(own[0].info)}, {own[0].info['dtype']}".replace(" x ", " × ")
+        axis.set(xlim=(0, 1.12 * max(values)), title=title)
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
     figure.supxlabel("ms, one step of AdamW: shorter is better", size=9)
@@ -91,7 +86,7 @@ def rows(cases: Cases) -> dict[str, dict[str, Result]]:
         for r in them.values():
             if r.info["sweep"]:
                 continue
-            parts = [f"{size(r.info)}  {RULES[r.info['rule']].ours}", r.info["dtype"], r.info["gradients"]]
+            parts = [f"{size(r.info)}  {KINDS[r.info['rule']][0].title}", r.info["dtype"], r.info["gradients"]]
             if r.info["threads"] != most:
                 parts.append(f"{r.info['threads']} thread")
             if any(groups > 1 for _, groups in them):
@@ -110,12 +105,12 @@ def peers(cases: Cases) -> Figure | None:
     panels: dict[str, Callable[[Result, dict[str, Result]], float | None]] = {
         "Time of a step, ms (logarithmic)": lambda r, them: r.median * 1e3,
         "How many times longer than wd_kernels (logarithmic)": lambda r, them: them[OURS].ratio(r),
-        "The same on the device (logarithmic)": lambda r, them: them[OURS].device_ratio(r),
-        "Percent of the ceiling": lambda r, them: r.share(them.get(CEILING)),
     }
-    if not on_device:
-        del panels["The same on the device (logarithmic)"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3 + 5 * len(panels), 1.9 + 0.27 * len(labelled)), sharey=True)
+    if on_device:
+        panels["The same on the device (logarithmic)"] = lambda r, them: them[OURS].device_ratio(r)
+    panels["Percent of the ceiling"] = lambda r, them: r.share(them.get(CEILING))
+    figure = Figure(figsize=(3 + 5 * len(panels), 1.9 + 0.27 * len(labelled)))
+    axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (title, value) in zip(axes, panels.items(), strict=True):
         for y, them in enumerate(labelled.values()):
             axis.axhline(y, color="#e4e4e4", linewidth=0.7, zorder=0)
@@ -128,26 +123,20 @@ def peers(cases: Cases) -> Figure | None:
             budget = TARGETS.get(them[OURS].case) if on_device and title.startswith("Percent") else None
             if budget:
                 axis.plot([budget] * 2, [y - 0.4, y + 0.4], color="red", linewidth=1.6)
-        axis.set_title(title)
+        axis.set(title=title, axisbelow=True)
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="x", alpha=0.25)
-        axis.set_axisbelow(True)
         if "logarithmic" in title:
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter("{x:g}")
         if not title.startswith("Time"):
-            axis.axvline(*((100,) if title.startswith("Percent") else (1,)), color=COLORS[OURS], linewidth=1.2)
-    axes[0].set_yticks(range(len(labelled)), list(labelled))
-    axes[0].set_ylim(len(labelled) - 0.4, -0.6)
-    names = list(dict.fromkeys(name for them in labelled.values() for name in them))
-    handles = [
-        Line2D([], [], linestyle="", marker=MARKS.get(n, "o"), color=COLORS[n], markersize=7, markeredgewidth=1.5)
-        for n in names
-    ]
-    if on_device:
-        names.append("budget")
-        handles.append(Line2D([], [], color="red"))
-    figure.legend(handles, names, loc="outside lower center", ncols=8)
+            axis.axvline(100 if title.startswith("Percent") else 1, color=COLORS[OURS], linewidth=1.2)
+    axes[0].set(yticks=range(len(labelled)), yticklabels=list(labelled), ylim=(len(labelled) - 0.4, -0.6))
+    names = dict.fromkeys(name for them in labelled.values() for name in them)
+    looks: Any = {"linestyle": "", "markersize": 7, "markeredgewidth": 1.5}
+    lines = [Line2D([], [], marker=MARKS.get(name, "o"), color=COLORS[name], label=name, **looks) for name in names]
+    lines += [Line2D([], [], color="red", label="budget")] * on_device
+    figure.legend(handles=lines, loc="outside lower center", ncols=8)
     return figure
 
 
@@ -156,7 +145,8 @@ def scaling(cases: Cases) -> Figure | None:
     sweeps = {sweep: at for sweep in SWEEP_TITLES if len(at := points(cases, sweep)) > 1}
     if not sweeps:
         return None
-    figure, axes = plt.subplots(1, len(sweeps), figsize=(4.8 * len(sweeps), 4.9), squeeze=False)
+    figure = Figure(figsize=(4.8 * len(sweeps), 4.9))
+    axes = figure.subplots(1, len(sweeps), squeeze=False)
     known: dict[str, Any] = {}
     for axis, (sweep, at) in zip(axes[0], sweeps.items(), strict=True):
         lines: list[tuple[str, str, str, Callable[[Result], float]]] = []
@@ -170,12 +160,11 @@ def scaling(cases: Cases) -> Figure | None:
             if x:
                 color = COLORS[label.split(",")[0]]
                 (known[label],) = axis.plot(x, y, style, markersize=4, color=color, linewidth=1.6)
-        axis.set(xscale="log", yscale="log", xlabel=sweep, ylabel="ms")
+        axis.set(xscale="log", yscale="log", xlabel=sweep, ylabel="ms", title=SWEEP_TITLES[sweep])
         low, high = axis.get_ylim()
         axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.set_title(SWEEP_TITLES[sweep])
         axis.grid(alpha=0.25)
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=5 if len(known) > 6 else 6)
     return figure

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from figures import Cases, Report, copy_rate, device, is_peer, of_gpu, points, results, stem_of
-from peers import FLAT, FUSED, OURS, RULES
+from internals import KINDS
+from peers import FLAT, FUSED, OURS
 from tables import filled, filled_columns, lost, ms, percent, render, scaling, size
 from workloads import CEILING, LEAD
 
@@ -112,13 +113,8 @@ def section(report: Report, gpu: Report | None) -> str:
     """What stands between the markers."""
     cases, files, own = results(report), f"bench/results/{stem_of(report)}", report["machine_info"]["wd_kernels"]
     names = dict.fromkeys(name for them in cases.values() for name, _ in them if is_peer(name))
-    missing = f"Missing: {', '.join(report['missing'])}." if report.get("missing") else ""
-    about = own | {
-        "cpu": device(report),
-        "date": report["datetime"][:10],
-        "names": ", ".join(names),
-        "missing": missing,
-    }
+    about = own | {"cpu": device(report), "date": report["datetime"][:10], "names": ", ".join(names)}
+    about["missing"] = f"Missing: {', '.join(report['missing'])}." if report.get("missing") else ""
     parts = [filled(OPENING.format(**about)), table(cases), filled(LEGEND), lost(cases), scaling(cases)]
     parts.append(f"![All contenders side by side]({files}-peers.png)")
     if points(cases, "tensors"):
@@ -145,7 +141,7 @@ def table(cases: Cases) -> str:
         share = ours.share(them.get((CEILING, 1)))
         next_best = min((r for r in peers if r is not fused), key=ours.ratio, default=None)
         rows.append(
-            (size(info).replace(" x ", " × "), RULES[info["rule"]].ours,
+            (size(info).replace(" x ", " × "), KINDS[info["rule"]][0].title,
              info["dtype"] + ("" if info["threads"] == most else f", {info['threads']} thread"), info["gradients"],
              ms(ours.median), ms(statistics.median(on_device)) if on_device else "", ms(flat.median) if flat else "",
              ms(fused.median) if fused else "", f"{next_best.contender}: {ms(next_best.median)}" if next_best else "",

@@ -21,27 +21,16 @@ void stream(P* __restrict__ p, const G* __restrict__ g, S* __restrict__ a, S* __
   }
 }
 
+// Runs the stream of these widths where they are what is asked for; returns whether it did.
 template <class P, class G, class S>
-bool run(int states, void* p, const void* g, void* const* s, int64_t n, unsigned zero, int threads) {
-  auto* pp = static_cast<P*>(p);
-  auto* gg = static_cast<const G*>(g);
-  auto *a = static_cast<S*>(s[0]), *b = static_cast<S*>(s[1]), *c = static_cast<S*>(s[2]);
-  switch (states) {
-    case 0:
-      stream<P, G, S, 0>(pp, gg, a, b, c, n, zero, threads);
-      return true;
-    case 1:
-      stream<P, G, S, 1>(pp, gg, a, b, c, n, zero, threads);
-      return true;
-    case 2:
-      stream<P, G, S, 2>(pp, gg, a, b, c, n, zero, threads);
-      return true;
-    case 3:
-      stream<P, G, S, 3>(pp, gg, a, b, c, n, zero, threads);
-      return true;
-    default:
-      return false;
-  }
+bool run(int param, int grad, int state, int states, void* p, const void* g, void* const* s, int64_t n, unsigned zero,
+         int threads) {
+  constexpr decltype(&stream<P, G, S, 0>) by_states[] = {stream<P, G, S, 0>, stream<P, G, S, 1>, stream<P, G, S, 2>,
+                                                         stream<P, G, S, 3>};
+  if (param != sizeof(P) || grad != sizeof(G) || state != sizeof(S) || states < 0 || states > 3) return false;
+  by_states[states](static_cast<P*>(p), static_cast<const G*>(g), static_cast<S*>(s[0]), static_cast<S*>(s[1]),
+                    static_cast<S*>(s[2]), n, zero, threads);
+  return true;
 }
 
 }  // namespace
@@ -49,16 +38,9 @@ bool run(int states, void* p, const void* g, void* const* s, int64_t n, unsigned
 // Widths in bytes of parameter, gradient and state; returns 0, or 1 where such a mix is not here.
 extern "C" int wd_bench_stream(int param, int grad, int state, int states, void* p, const void* g, void* const* s,
                                int64_t n, unsigned zero, int threads) {
-  bool done = false;
-  if (param == 2 && grad == 2 && state == 2)
-    done = run<uint16_t, uint16_t, uint16_t>(states, p, g, s, n, zero, threads);
-  if (param == 2 && grad == 2 && state == 4)
-    done = run<uint16_t, uint16_t, uint32_t>(states, p, g, s, n, zero, threads);
-  if (param == 4 && grad == 2 && state == 4)
-    done = run<uint32_t, uint16_t, uint32_t>(states, p, g, s, n, zero, threads);
-  if (param == 4 && grad == 4 && state == 4)
-    done = run<uint32_t, uint32_t, uint32_t>(states, p, g, s, n, zero, threads);
-  if (param == 8 && grad == 8 && state == 8)
-    done = run<uint64_t, uint64_t, uint64_t>(states, p, g, s, n, zero, threads);
+  const auto one = [&](auto* run) { return run(param, grad, state, states, p, g, s, n, zero, threads); };
+  const bool done = one(run<uint16_t, uint16_t, uint16_t>) || one(run<uint16_t, uint16_t, uint32_t>) ||
+                    one(run<uint32_t, uint16_t, uint32_t>) || one(run<uint32_t, uint32_t, uint32_t>) ||
+                    one(run<uint64_t, uint64_t, uint64_t>);
   return done ? 0 : 1;
 }

@@ -9,8 +9,8 @@ from typing import Any
 
 import figures
 from figures import Cases, Report, copy_rate, iqr, of_gpu, points
-from internals import aligned
-from peers import CUDA, FLAT, FUSED, OURS, RULES
+from internals import KINDS, aligned
+from peers import CUDA, FLAT, FUSED, OURS
 from workloads import CEILING, MANY, TARGETS, TIMED
 
 Row = tuple[str, ...]
@@ -86,7 +86,7 @@ def steps(cases: Cases) -> list[Row]:
         for i, own in enumerate(them.values()):
             info, ours, one = own.info, them.get((OURS, own.groups)), them.get((own.contender, 1))
             between = info["gradients"] + ", lr changing" * (info["lr"] == "changing")
-            what = (size(info), RULES[info["rule"]].ours, info["dtype"], between, str(info["threads"]))
+            what = (size(info), KINDS[info["rule"]][0].title, info["dtype"], between, str(info["threads"]))
             group_cost = launches = host = "-"
             if one and own.groups > 1:
                 each = statistics.median(b - a for a, b in zip(one.seconds, own.seconds, strict=False))
@@ -110,15 +110,14 @@ def lost(cases: Cases) -> str:
     found, pairs = figures.behind(cases)
     if not found:
         return f"Ours is ahead in all {pairs} comparisons of a peer and a case." if pairs else ""
-    lines = [
-        f"Ours is ahead in {pairs - len(found)} of {pairs} comparisons of a peer and a case, and behind in these:\n"
-    ]
+    ahead = f"Ours is ahead in {pairs - len(found)} of {pairs} comparisons of a peer and a case"
+    lines = [f"{ahead}, and behind in these:\n"]
     for ratio, own, peer in found:
         groups, flat = own.groups, cases[own.case].get((FLAT, own.groups))
         text = f"- `{own.case}`{f', {groups} groups' if groups > 1 else ''}: {peer.contender}, {ratio:.2f}×"
         if own.bytes != peer.bytes:
-            each = (f"{r.info['bytes_per_parameter']:g}" for r in (own, peer))
-            text += " (bytes a parameter: ours {}, theirs {})".format(*each)
+            ours, theirs = (r.info["bytes_per_parameter"] for r in (own, peer))
+            text += f" (bytes a parameter: ours {ours:g}, theirs {theirs:g})"
         lines.append(text + (f"; flat: {flat.ratio(peer):.2f}×" if flat else ""))
     return "\n".join(lines)
 
@@ -152,8 +151,7 @@ def scaling(cases: Cases) -> str:
 
 def verdicts(report: Report) -> list[Row]:
     """(target, where, what was found, verdict) of every budget. A rehearsal reaches nothing: nothing is measured."""
-    measured = of_gpu(report) and not report.get("rehearsal")
-    cases = figures.results(report) if measured else {}
+    cases = figures.results(report) if of_gpu(report) and not report.get("rehearsal") else {}
     pairs = {
         case + (f", {groups} groups" if groups > 1 else ""): (own, them[FUSED, groups])
         for case, them in cases.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -47,9 +48,7 @@ class Fit:
     used: tuple[bool, ...]
 
     def __str__(self) -> str:
-        if np.isnan(self.slope):
-            return "none"
-        return f"{self.slope:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+        return "none" if np.isnan(self.slope) else f"{self.slope:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
     def seen(self, expected: float) -> str:
         """Whether the slope is the expected one: its interval holds it, it is within 0.5 of it, or neither."""
@@ -88,15 +87,13 @@ def fit(x: Sequence[float], errors: Array, decays: Sequence[float], samples: int
     slope, offset = np.polyfit(logs[rows], best[rows], 1).tolist()
     generator = np.random.default_rng(0)
     count, slopes = errors.shape[-1], []
-    known: dict[tuple[int, ...], Array] = {}  # there are few ways to draw as many seeds
+    # There are few ways to draw as many seeds.
+    best_of = cache(lambda *seeds: best_decays(errors[:, :, seeds], decays, samples)[0])
     for _ in range(DRAWS):
-        picked: list[int] = generator.integers(0, count, size=(count,)).tolist()
-        seeds = tuple(sorted(picked))
+        seeds: list[int] = generator.integers(0, count, size=(count,)).tolist()
         drawn = generator.choice(rows, len(rows))
         if len(set(drawn.tolist())) >= 2:
-            if seeds not in known:
-                known[seeds] = best_decays(errors[:, :, seeds], decays, samples)[0]
-            slopes.append(np.polyfit(logs[drawn], known[seeds][drawn], 1)[0])
+            slopes.append(np.polyfit(logs[drawn], best_of(*sorted(seeds))[drawn], 1)[0])
     low, high = np.quantile(slopes, (0.025, 0.975)).tolist()
     return Fit(slope, low, high, offset, tuple(used.tolist()))
 

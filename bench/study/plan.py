@@ -51,21 +51,17 @@ class Method:
         return {**self.options, "lr": lr, "weight_decay": weight_decay, "schedule": schedule}
 
 
-_ADAM, _SGD, _MOMENTUM = (3e-4, 1e-1), (3e-3, 1.0), {"momentum": 0.9}
-METHODS = {
-    m.name: m
-    for m in (
-        Method("SGD-L2", "SGDW", {**_MOMENTUM, "decay": "l2"}, -1, (-1, 0), _SGD, (1e-5, 3.0)),
-        Method(
-            "SGDW", "SGDW", {"momentum": 0.9, "form": "paper", "decay": "independent"}, 0, (0, 1), _SGD, (1e-5, 0.3)
-        ),
-        Method("Adam-L2", "AdamW", {"decay": "l2"}, -1, (-2, 0), _ADAM, (1e-5, 10.0)),
-        Method("AdamW lr_scaled", "AdamW", {"decay": "lr_scaled"}, -1, (-1, 0), _ADAM, (1e-3, 300.0)),
-        Method("AdamW independent", "AdamW", {"decay": "independent"}, 0, (0, 1), _ADAM, (1e-5, 0.3)),
-        Method("ProxAdam", "AdamW", {"decay": "proximal"}, 0, (0, 1), _ADAM, (1e-5, 0.3)),
-        Method("metric-proximal", "AdamW", {"decay": "metric_proximal"}, -1, (-2, 0), _ADAM, (1e-5, 10.0)),
-    )
-}
+_ADAM, _SGD = (3e-4, 1e-1), (3e-3, 1.0)
+_METHODS = (
+    Method("SGD-L2", "SGDW", {"momentum": 0.9, "decay": "l2"}, -1, (-1, 0), _SGD, (1e-5, 3.0)),
+    Method("SGDW", "SGDW", {"momentum": 0.9, "form": "paper", "decay": "independent"}, 0, (0, 1), _SGD, (1e-5, 0.3)),
+    Method("Adam-L2", "AdamW", {"decay": "l2"}, -1, (-2, 0), _ADAM, (1e-5, 10.0)),
+    Method("AdamW lr_scaled", "AdamW", {"decay": "lr_scaled"}, -1, (-1, 0), _ADAM, (1e-3, 300.0)),
+    Method("AdamW independent", "AdamW", {"decay": "independent"}, 0, (0, 1), _ADAM, (1e-5, 0.3)),
+    Method("ProxAdam", "AdamW", {"decay": "proximal"}, 0, (0, 1), _ADAM, (1e-5, 0.3)),
+    Method("metric-proximal", "AdamW", {"decay": "metric_proximal"}, -1, (-2, 0), _ADAM, (1e-5, 10.0)),
+)
+METHODS = {method.name: method for method in _METHODS}
 
 
 @dataclass(frozen=True)
@@ -118,10 +114,8 @@ def budgets(plan: Plan) -> dict[tuple[str, int], Run]:
 
 def finals(plan: Plan, network: str, places: Places) -> Run:
     """Figure (b) without the luck of the choice: what was best, at its `places`, trained with new seeds."""
-    configs = tuple(
-        METHODS[name].config(*place, SCHEDULES[schedule](plan.epochs * STEPS_AN_EPOCH))
-        for (name, schedule), place in places.items()
-    )
+    steps = plan.epochs * STEPS_AN_EPOCH
+    configs = tuple(METHODS[name].config(*place, SCHEDULES[s](steps)) for (name, s), place in places.items())
     return Run(f"finals-{network}", network, "AdamW", configs, plan.epochs, plan.finals, first_seed=1000)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cpuinfo import get_cpu_info  # type: ignore[import-untyped]
-from report import replaced
+from report import README, RESULTS, replaced
 
 from . import train
 from .figures import draw
@@ -30,8 +30,6 @@ from .plan import RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids
 from .report import render, section
 from .train import NOISE, Run
 
-ROOT = Path(__file__).parent.parent.parent
-RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 REHEARSAL = Plan(size=4, epochs=4, seeds=2, budgets=(2, 4, 8), decays=6, finals=2, restarts=(2, 2, 6))
 
 

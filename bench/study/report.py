@@ -24,9 +24,8 @@ def signed(slope: int) -> str:
 def tables(found: Findings) -> dict[str, Rows]:
     """By title: (a) slopes and best errors, (b) what was best under each schedule, (c) budgets, (d) ends of periods."""
     ends = found.plan.period_ends()
-    ridges: Rows = [
-        ("network", "method", "lowest error, %", "slope (95%)", "derived", "seen?", "paper's reading", "seen?")
-    ]
+    of_slopes = ("slope (95%)", "derived", "seen?", "paper's reading", "seen?")
+    ridges: Rows = [("network", "method", "lowest error, %", *of_slopes)]
     schedules: Rows = [("network", "schedule", *(f"{name}, %" for name in RIVALS), "difference, %", "95%")]
     budgets: Rows = [("network", "lr", "exponent of λ (95%)", "of λ √steps", "-0.5 seen?")]
     anytime: Rows = [("network", "after epoch", *map(str, ends))]
@@ -118,17 +117,15 @@ PICTURES = {
 
 def section(found: Findings) -> str:
     """The README's section."""
-    minutes, noise = f"{found.about['seconds'] / 60:.0f}", NOISE["noisy"]
-    opening = OPENING.format(
-        **found.about, minutes=minutes, train=TRAIN, batch=BATCH, steps=STEPS_AN_EPOCH, noise=noise
-    )
+    trained = {"minutes": f"{found.about['seconds'] / 60:.0f}", "train": TRAIN, "noise": NOISE["noisy"]}
+    opening = OPENING.format(**found.about, **trained, batch=BATCH, steps=STEPS_AN_EPOCH)
     seen = [claims(found, network) for network in NOISE]
     rows = [(claim, *(own[claim] for own in seen)) for claim in seen[0]]
     parts = [
-        filled(*opening.split()),
-        filled(*RIDGES.split()),
+        filled(opening),
+        filled(RIDGES),
         markdown(next(iter(tables(found).values()))),
-        filled(*BETWEEN.format(finals=found.plan.finals).split()),
+        filled(BETWEEN.format(finals=found.plan.finals)),
         markdown([("claim", *(f"on the {network} network" for network in NOISE)), *rows]),
         *(f"![{title}](bench/results/study_{name}.png)" for name, title in PICTURES.items()),
         "All numbers are in [bench/results](bench/results/study.txt). To train again, and to keep what comes:",
