@@ -1,6 +1,6 @@
-// The update rules on one element: docs/numerics.md, sections 3, 3a and 4, line for line. A rule maps (theta, g, states) to
-// (update, states) in registers and knows nothing of memory, learning rates or decay modes: those are scalars of its
-// row. T is the arithmetic type. Compile without contraction (-ffp-contract=off, -fmad=false).
+// The update rules on one element: docs/numerics.md, sections 3, 3a and 4, line for line. A rule maps (theta, g,
+// states) to (update, states) in registers and knows nothing of memory, learning rates or decay modes: those are
+// scalars of its row. T is the arithmetic type. Compile without contraction (-ffp-contract=off, -fmad=false).
 //
 // Include inside the namespace of one instruction set (see cpu/mover.inc); it needs layout.h.
 
