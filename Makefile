@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 # A stamp, not the extension itself: without a compiler the package is there without it.
 NATIVE  := $(VENV)/built
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
-CPP     := $(SOURCES) bench/stream.cpp
+CPP     := $(SOURCES) bench/stream.cpp tests/probe.h
 
 # How tests are spread over processes; PARALLEL= runs them in one.
 PARALLEL ?= -n 2 --dist worksteal

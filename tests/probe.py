@@ -82,10 +82,9 @@ class ProbeTable:
         self.segments.capacities.copy_(self.segments.moving[:, Moving.NUMEL])
         self.active = torch.tensor([int(g is not None) for g in grads])
         self.segments.moving[:, Moving.NUMEL] *= self.active
-        formats = tuple(parameter_format(role[0].dtype) for role in own)
-        assert None not in formats
+        formats = tuple(fmt for fmt in (parameter_format(role[0].dtype) for role in own) if fmt is not None)
         self.buckets = [
-            Bucket(Spec(params[0].device, self.states, formats, PROBE), self.backend, 0, 0, range(len(params)))  # type: ignore[arg-type]
+            Bucket(Spec(params[0].device, self.states, formats, PROBE), self.backend, 0, 0, range(len(params)))
         ]
 
     def span(self, bucket: Bucket) -> tuple[int, int]:

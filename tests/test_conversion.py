@@ -93,6 +93,26 @@ def test_worked_by_hand() -> None:
     assert two.deviation == pytest.approx(max(abs(w / (0.1 / 1.1) - 1), abs(w / 2 / (0.05 / 1.05) - 1)), rel=1e-12)
 
 
+@pytest.mark.parametrize("mode", ["l2", "metric_proximal"])
+def test_adagradw_decays_by_its_metric(mode: str) -> None:
+    """Without a gradient its sum stays: D is 0.5 in every step of metric_proximal, and l2's is to first order."""
+    with pytest.raises(ValueError, match=r"metric=None.*AdagradW's.*give a typical sqrt\(sum\) \+ eps"):
+        convert_weight_decay(0.2, mode, "lr_scaled", lr=0.1, rule="adagradw")
+    weight_decay = 0.2 if mode == "metric_proximal" else 1e-4
+    found = convert_weight_decay(weight_decay, mode, "lr_scaled", lr=0.1, rule="adagradw", metric=0.5)
+    paths = []
+    for decay, lam in ((mode, weight_decay), ("lr_scaled", found.weight_decay)):
+        p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        options: dict[str, Any] = {"initial_accumulator_value": 0.25, "eps": 0.0, "decay": decay, "weight_decay": lam}
+        opt = wd_kernels.AdagradW([p], lr=0.1, **options)
+        for _ in range(5):
+            p.grad = torch.zeros_like(p)
+            opt.step()
+        paths.append(1 - p[0].item())
+    assert paths[0] == pytest.approx(paths[1], rel=1e-12 if mode == "metric_proximal" else 1e-6)
+    assert paths[0] > 1e-5
+
+
 def test_momentum_multiplies_l2() -> None:
     """With SGD's momentum l2 takes a lambda / (1 - mu) a step in the long run, to first order; exactly, a root."""
     found = convert_weight_decay(0.001, "l2", "lr_scaled", lr=LR, rule="sgdw", momentum=0.9)

@@ -16,7 +16,8 @@ mode                  a step takes off                                          
 So each mode is a family and a coefficient :math:`c`, with :math:`x = \eta c`. Within a family a conversion is exact in
 every step of every schedule. Between them it is exact at a constant :math:`\eta`; else it is made so that the whole run
 shrinks a weight as much. With (*), and with ``l2`` for AdamW, whose :math:`D = \sqrt{\hat v} + \epsilon` moves with the
-gradients and with the decay, it is an approximation.
+gradients and with the decay, it is an approximation. AdagradW is as AdamW, with :math:`D = \sqrt s + \epsilon` and the
+lr as its ``lr_decay`` has left it.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Epilogue:
     """One epilogue, declared.
 
     Attributes:
-        name: of its equation in every backend.
+        name: what it is called.
         code: its number in native code (csrc/epilogues.h); 0 stands for none.
         scalars: what it reads of a row, after the rule's.
         outputs: tensors of its own: roles after the states, each with a format, of the parameter's shape and layout.

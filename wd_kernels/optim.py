@@ -192,7 +192,8 @@ class AdagradW(DecoupledOptimizer):
         s &\leftarrow s + g^2 \\
         \theta &\leftarrow \theta - \Big(\lambda' \theta + a\,\frac{g}{\sqrt{s} + \epsilon}\Big)
 
-    ``decay="l2"`` makes it torch.optim.Adagrad. ``state[p]`` holds ``step`` and ``sum`` (float32 for 16-bit ones).
+    ``decay="l2"`` makes it torch.optim.Adagrad. ``state[p]`` holds ``step`` and ``sum``, which is float32 for 16-bit
+    parameters.
 
     Args:
         params: parameters, named parameters, or dicts of parameter groups.

@@ -159,7 +159,8 @@ def step_(
     if epilogue is not None:
         s = _named(epilogue.scalars, row[len(rule.scalars) :], before)
         element = Element(before, load(theta, dtype), g, u, new)
-        produced, summands = epilogue.equation(s, element, {k: load(own, dtype) for k, own in outputs.items()})
+        loaded = {name: load(output, dtype) for name, output in outputs.items()}
+        produced, summands = epilogue.equation(s, element, loaded)
         for name, output in outputs.items():
             store(output, produced[name])
         if sums is not None:

@@ -1,4 +1,4 @@
-"""Rules: hyperparameters to scalar rows, states, and the equation; one page each (numerics, sections 2 to 5)."""
+"""Rules: hyperparameters to scalar rows, states, and the equation; one page each (numerics, sections 2 to 4)."""
 
 from .adagradw import ADAGRADW
 from .adamw import ADAMW
