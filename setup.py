@@ -169,7 +169,7 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
     """How ninja builds the library that is always there, and the CUDA kernels as the tests run them on the CPU."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = INSTRUCTION_SETS if x86 else {"baseline": ""}
-    sources = [CSRC / "cpu" / "ops.cpp", *sorted((CSRC / "python").glob("*.cpp"))]
+    sources = [CSRC / "cpu" / "plan.cpp", *sorted((CSRC / "python").glob("*.cpp"))]
     sources += [CSRC / "cpu" / f"{name}.cpp" for name in sets]
     includes = f"-isystem {_word(home / 'include')} -isystem {_word(sysconfig.get_paths()['include'])}"
     namespace = os.environ.get("WD_KERNELS_NAMESPACE", "wd_kernels")  # of the operators in torch.ops
@@ -191,8 +191,7 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
     lines += linked(library, BUILD, sources)
     # For tests: the CPU's and CUDA's kernels with an epilogue that only tests have, CUDA's as plain loops.
     probe = "'-DWD_TEST_EPILOGUE=\"../tests/probe.h\"'"
-    cpu = [source for source in sources if source.parent.name == "cpu"]
-    lines += linked(BUILD / "probe.so", BUILD / "probe", cpu, probe, namespace="wd_kernels_probe")
+    lines += linked(BUILD / "probe.so", BUILD / "probe", sources, probe, namespace="wd_kernels_probe")
     cuda, loops = [CSRC / "cuda" / f"{name}.cpp" for name in ("ops", "on_cpu")], "-DWD_ON_CPU '-DWD_BUILT=\"loops\"'"
     for name, more in (("on_cpu", ""), ("probe_on_cpu", f"{probe} -O1")):
         own = f"{loops} {TRAPS} {more}"

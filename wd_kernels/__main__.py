@@ -66,7 +66,7 @@ def choices() -> list[tuple[str, str]]:
         instructions = "none: the native extension is not there"
     else:
         try:
-            instructions = native.OPS.instruction_set()
+            instructions = native.C.instruction_set()
         except RuntimeError as raised:
             instructions = str(raised).splitlines()[0]
         forced = os.environ.get("WD_KERNELS_ISA")

@@ -1,22 +1,23 @@
 """Loads the native libraries, once; the only module that does.
 
-`C` is the extension module or None, `WHY_NOT` says why it is None. `CHECKS` is True where `C.refresh` may be used:
-torch then offers DLPack's exchange API, and tensors are read without a Python call each. `NAMESPACE` is that of the
+`C` is the extension module or None, `WHY_NOT` says why it is None. `CHECKS` is True where `C.step` can compare tensors:
+torch then offers DLPack's exchange API, and they are read without a Python call each. `NAMESPACE` is that of the
 operators in torch.ops, which a build may choose (WD_KERNELS_NAMESPACE), and `OPS` are they. `load_cuda` adds the CUDA
-library's, where they are asked for.
+library's, where they are asked for, whose step wants `cuda_token()`.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["CHECKS", "NAMESPACE", "OPS", "WHY_NOT", "C", "load_cuda"]
+__all__ = ["CHECKS", "NAMESPACE", "OPS", "WHY_NOT", "C", "cuda_token", "insist", "load_cuda"]
 
 C: Any = None
 WHY_NOT: str | None = None
@@ -31,19 +32,40 @@ def _reason(name: str, otherwise: object) -> str:
     return note.read_text(encoding="utf-8").strip() if note.exists() else str(otherwise)
 
 
+def _connect() -> bool:
+    """Gives native code what it reads tensors with, and an example of each lazy bit; False where torch lacks it."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    examples = []
+    for dtype, of in ((torch.float32, torch._neg_view), (torch.complex64, torch.conj)):
+        plain = torch.empty(2, dtype=dtype, device="cpu")
+        examples.append((plain.detach(), plain, of(plain)))
+    try:
+        return capsule is not None and bool(C.connect(capsule, torch.nn.Parameter, *examples))
+    except ValueError:  # a capsule of another name: an API that is not known here
+        return False
+
+
 try:
     C = importlib.import_module("._C", __package__)
 except ImportError as error:
     WHY_NOT = f"the native extension is not there ({_reason('_C', error)}); {AGAIN}{PIP}"
 else:
-    _capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    try:
-        CHECKS = _capsule is not None and C.connect(_capsule, torch.Tensor, torch.nn.Parameter)
-    except ValueError:  # a capsule of another name: an API that is not known here
-        CHECKS = False
+    CHECKS = _connect()
 
 NAMESPACE: str = C.NAMESPACE if C is not None else (__package__ or "wd_kernels").replace(".", "_")
 OPS = getattr(torch.ops, NAMESPACE)
+
+
+def insist(functions: list[Callable[[], object]]) -> None:
+    """Calls all, each until it returns, whatever a signal's handler raises meanwhile; that is raised at the end.
+
+    They may be called again, and do then what they did. Without native code an exception may come between two of them.
+    """
+    if C is not None:
+        C.insist(functions)
+        return
+    for function in functions:
+        function()
 
 
 @cache
@@ -59,3 +81,8 @@ def load_cuda() -> str | None:
     except ImportError as error:
         return f"the CUDA library does not load ({error})"
     return None if hasattr(OPS, "cuda_load") else f"the CUDA library has no operators in torch.ops.{NAMESPACE}"
+
+
+def cuda_token() -> int:
+    """What the CUDA library's step wants to see."""
+    return int(importlib.import_module("._cuda", __package__).TOKEN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -13,13 +14,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import backends
+from . import backends, native
 from . import state_dict as state_dicts
 from .flat.states import FlatGradients
 from .rules import Rule
 from .schedules import stepping
 from .table import TensorTable
-from .validation import Extent, check_disjoint, check_parameter, label
+from .validation import Extent, check_disjoint, check_parameter, label, meeting
 
 __all__ = ["DecoupledOptimizer"]
 
@@ -41,7 +42,7 @@ class DecoupledOptimizer(Optimizer):
         if defaults["schedule"] is not None and defaults["eta"] != 1:
             raise ValueError(f"eta={defaults['eta']!r} with a schedule, which sets it: allowed is one of them")
         super().__init__(params, defaults)
-        self._check_overlaps()
+        self._check_overlaps(0)
         self._new_table()
 
     def _new_table(self) -> None:
@@ -67,11 +68,14 @@ class DecoupledOptimizer(Optimizer):
                 loss = closure()
         groups = self.param_groups if type(self.param_groups) is list else list(self.param_groups)
         table = self._table
-        with table.lock:
+        if table.lock._is_owned():  # type: ignore[attr-defined]
+            raise RuntimeError(
+                "step() was called within a step of the same optimizer, by a signal's handler, a callback of the "
+                "garbage collector or a schedule: it cannot be taken there"
+            )
+        with table.lock, _plain_tensors():
             hypers, ticks = stepping.follow(groups, self.rule.hypers(groups))
-            keys = table.refresh(groups, self.state, hypers)
-            if not keys or table.launch(self.rule.rows(hypers, keys)):
-                stepping.advance(ticks)
+            table.step(groups, self.state, hypers, ticks)
         return loss
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -82,29 +86,30 @@ class DecoupledOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. As torch's, and a bad parameter or hyperparameter is an error here, by name."""
-        state_dicts.adopt_group(param_group, self.defaults)
-        index = len(self.param_groups)
-        given = dict(param_group)
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is a {type(param_group).__name__}: expected a dict")
+        index, given = len(self.param_groups), dict(param_group)
         try:
-            super().add_param_group(param_group)
-        except ValueError:
-            self._check_repeats(param_group, index, {id(p) for own in self.param_groups for p in own["params"]})
-            raise
-        group = self.param_groups[-1]
-        try:
+            state_dicts.adopt_group(param_group, self.defaults)
+            asked = dict(param_group)
+            try:
+                super().add_param_group(param_group)
+            except ValueError:
+                self._check_repeats(param_group, index, {id(p) for own in self.param_groups for p in own["params"]})
+                raise
+            group = self.param_groups[-1]
             _refuse_flags(group, f" in param group {index}")
             self.rule.hypers([group], first=index)
-            stepping.adopt(group, given, self.param_groups[:index], f"param group {index}")
+            stepping.adopt(group, asked, self.param_groups[:index], f"param group {index}")
             self._check_repeats(group, index, set())
             for k, p in enumerate(group["params"]):
                 if not is_lazy(p):
                     check_parameter(p, label(group, index, k))
             if "_table" in self.__dict__:  # the constructor checks all groups at once
-                self._check_overlaps()
+                self._check_overlaps(index)
         except BaseException:
-            for key in group.keys() - given.keys():  # it is the caller's dict, and may be tried again
-                del group[key]
-            del self.param_groups[index:]
+            undo = [partial(param_group.clear), partial(param_group.update, given)]  # the caller's, to be tried again
+            native.insist([partial(self.param_groups.__delitem__, slice(index, None)), *undo])
             raise
 
     def _check_repeats(self, group: dict[str, Any], index: int, known: set[int]) -> None:
@@ -114,13 +119,23 @@ class DecoupledOptimizer(Optimizer):
                 raise ValueError(f"{what} of shape {tuple(p.shape)} is given twice: each parameter has one place")
             known.add(id(p))
 
-    def _check_overlaps(self) -> None:
-        check_disjoint(
-            Extent(p.detach(), label(group, g, k))
-            for g, group in enumerate(self.param_groups)
-            for k, p in enumerate(group["params"])
-            if not is_lazy(p)
-        )
+    def _check_overlaps(self, first: int) -> None:
+        """Raises if a parameter of the groups from `first` on shares memory with another one.
+
+        Of those before them, only such are looked at as lay near when they were added; the rest is for the next step.
+        """
+        new = {}
+        for g, group in enumerate(self.param_groups[first:], first):
+            for k, p in enumerate(group["params"]):
+                if not is_lazy(p):
+                    new[g, k] = Extent(p.detach(), label(group, g, k))
+        known: dict[tuple[int, int], tuple[int, int]] = self.__dict__.setdefault("_spans", {})
+        near = meeting(new.values(), known) if known else []
+        near = [(g, k) for g, k in near if g < first and k < len(self.param_groups[g]["params"])]
+        others = {(g, k): self.param_groups[g]["params"][k] for g, k in near}
+        old = [Extent(p.detach(), label(self.param_groups[g], g, k)) for (g, k), p in others.items() if not is_lazy(p)]
+        check_disjoint([*old, *new.values()])
+        known.update((at, extent.span()) for at, extent in new.items() if extent.tensor.numel())
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, whose Adam, AdamW and SGD load it. Step counts are copies, not views of the table's vector."""
@@ -149,7 +164,7 @@ class DecoupledOptimizer(Optimizer):
         Raises:
             ValueError, TypeError: naming what does not fit; the optimizer is as it was.
         """
-        state_dict = dict(state_dict)
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             if changed is not None:
@@ -163,6 +178,8 @@ class DecoupledOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         packed: dict[str, Any] = super().__getstate__()
         packed["state"] = state_dicts.with_own_counts(packed["state"])
+        # multiprocessing hands these to the process that it starts, which is after this has returned.
+        self._handed_over = [own["step"] for own in packed["state"].values() if isinstance(own, dict) and "step" in own]
         packed["backend"] = self.backend
         return packed
 
@@ -175,6 +192,11 @@ class DecoupledOptimizer(Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         self._new_table()
+
+
+def _plain_tensors() -> AbstractContextManager[object]:
+    """Where a torch function mode is on, such as a default device, it is not asked about every attribute."""
+    return torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else nullcontext()
 
 
 def _refuse_flags(settings: Mapping[str, Any], where: str) -> None:

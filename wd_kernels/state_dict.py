@@ -113,7 +113,7 @@ def load(
 
     Raises ValueError or TypeError, naming what does not fit; nothing is changed.
     """
-    saved = [{**g, "params": list(g["params"])} for g in state_dict["param_groups"]]
+    saved = _groups_of(state_dict)
     if len(live) != len(saved):
         raise ValueError(f"the saved state has {len(saved)} parameter groups, this optimizer has {len(live)}")
     for i, (own, other) in enumerate(zip(live, saved, strict=True)):
@@ -148,6 +148,24 @@ def load(
     return groups, state, flat
 
 
+def _groups_of(state_dict: Any) -> list[dict[str, Any]]:
+    """The groups of a saved state, whose lists are its own. Raises where it is not built as one."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"the saved state is a {type(state_dict).__name__}: expected a dict, of an optimizer's state_dict()"
+        )
+    for key, kind, name in (("param_groups", (list, tuple), "list of dicts"), ("state", Mapping, "dict")):
+        if key not in state_dict:
+            raise ValueError(f"the saved state has no {key!r}; it has {sorted(map(str, state_dict))}")
+        if not isinstance(state_dict[key], kind):
+            raise TypeError(f"{key!r} of the saved state is a {type(state_dict[key]).__name__}: expected a {name}")
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            found = type(group).__name__ if not isinstance(group, Mapping) else "dict without a list of 'params'"
+            raise TypeError(f"param group {i} of the saved state is a {found}: expected a dict with a list of 'params'")
+    return [{**group, "params": list(group["params"])} for group in state_dict["param_groups"]]
+
+
 def _of_another_schedule(own: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
     """The keys of a saved group that mean nothing under the live group's schedule; warns where that is another one."""
     theirs, ours = saved.get("schedule"), named(own.get("schedule"))
@@ -175,12 +193,13 @@ def _load_one(saved: Mapping[str, Any], p: Tensor, what: str, flat: FlatStates) 
                 step_count(value, f"the saved step count of {what}"), dtype=torch.float32, device="cpu"
             )
         elif name in STATES and isinstance(value, Tensor):
-            moved = value.to(p.device)
+            detached = value.detach()  # a state is a leaf that needs no gradient, whatever was saved
+            moved = detached.to(p.device)
             loaded = conform_state(p, p.detach(), moved, f"the saved state {name!r} of {what}")
             if place is not None:
                 own[name] = flat.zeros(place, p.detach(), name, loaded.dtype).copy_(loaded)
             else:
-                own[name] = loaded.clone(memory_format=torch.preserve_format) if loaded is value else loaded
+                own[name] = loaded.clone(memory_format=torch.preserve_format) if loaded is detached else loaded
         else:
             own[name] = deepcopy(value)
     return own

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import backends, native
 from .layout import CPU, Moving
 from .rules import RULES, Rule, State, scalar
-from .table.lists import Lists, examine
+from .table.lists import ONE, Lists, examine, step_alike
 
 __all__ = ["OPERATORS", "Operator", "Role", "step"]
 
@@ -124,19 +124,22 @@ def step(operator: Operator, roles: Sequence[Role], numbers: Sequence[Any], opti
     if not roles[0]:
         return
     kept, roles = _present(operator, roles)
-    table = Lists(operator.rule, states, lambda role, i: operator.label(kept[role], i), roles, settings["backend"])
-    if factor != 1:
-        table.control = torch.tensor([factor, 0.0], dtype=torch.float64, device=CPU)
+    control = ONE if factor == 1 else torch.tensor([factor, 0.0], dtype=torch.float64, device=CPU)
     starts = any(state.fresh for state in states)
-    distinct = list(dict.fromkeys(counts))
-    rows = operator.rule.rows([hyper], [(0, t, starts and t == 1) for t in distinct])
-    if len(distinct) > 1:
-        row_of = {t: row for row, t in enumerate(distinct)}
-        table.segments.moving[:, Moving.ROW] = torch.tensor([row_of[counts[i]] for i in table.order], device=CPU)
-    launches = backends.prepare(table)(rows)
+    rows_of = {t: row for row, t in enumerate(dict.fromkeys(counts))}
+    rows = operator.rule.rows([hyper], [(0, t, starts and t == 1) for t in rows_of])
+    row_of = [rows_of[t] for t in counts]
+    if step_alike(operator.rule, states, roles, settings["backend"], control, rows, row_of):
+        return
+    table = Lists(
+        operator.rule, states, lambda role, i: operator.label(kept[role], i), roles, settings["backend"], control
+    )
+    if len(rows_of) > 1:
+        table.segments.moving[:, Moving.ROW] = torch.tensor([row_of[i] for i in table.order], device=CPU)
+    plans, ready = backends.prepare(table)
+    launches = plans if ready is None else [*plans, *ready(table, rows)]
     torch.autograd.graph.increment_version([t for role, own in enumerate(roles) if role != 1 for t in own])
-    for go in launches:
-        go()
+    backends.launch(launches, rows)
 
 
 def _number(operator: Operator, name: str, value: Any) -> float:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from bisect import bisect_left
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +28,12 @@ __all__ = [
     "is_plain",
     "label",
     "local",
+    "meeting",
     "same_layout",
     "step_count",
 ]
+
+Key = TypeVar("Key", bound=Hashable)
 
 _ALLOWED_DTYPES = ", ".join([*(f.name for f in FORMATS), "complex64", "complex128"])
 
@@ -100,8 +106,8 @@ def check_parameter(p: Tensor, what: str) -> None:
 
 
 def check_address(t: Tensor, what: str) -> None:
-    """Raises if the elements of `t` lie nowhere."""
-    if t.numel() and t.data_ptr() == 0:
+    """Raises if the elements of `t` lie nowhere. Those of torch's tensors of zeros need not."""
+    if t.numel() and not t._is_zerotensor() and t.data_ptr() == 0:
         raise ValueError(f"{what} of shape {tuple(t.shape)} on {t.device} has no memory (address 0)")
 
 
@@ -166,9 +172,10 @@ def step_count(value: Any, what: str) -> float:
         value = value.item()
     if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{what} is {value!r}: expected a whole number >= 0")
-    if not 0 <= float(value) < 2**53 or not float(value).is_integer():
-        raise ValueError(f"{what} is {value!r}: allowed are whole numbers >= 0 and < 2**53")
-    return float(value)
+    kept = torch.tensor(float(value), dtype=torch.float32, device="cpu").item()  # as torch keeps counts
+    if not 0 <= kept < 2**53 or not float(value).is_integer():
+        raise ValueError(f"{what} is {value!r}: allowed are whole numbers >= 0 and < 2**53, in float32")
+    return float(kept)
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,10 @@ class Extent:
         return at.flatten()
 
 
+#: (begin, end, position among all, extent)
+_Span = tuple[int, int, int, Extent]
+
+
 def _overlaps_itself(t: Tensor) -> bool:
     span, nested = 1, True
     for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
@@ -207,24 +218,73 @@ def _overlaps_itself(t: Tensor) -> bool:
 
 
 def check_disjoint(extents: Iterable[Extent]) -> None:
-    """Raises ValueError if two of the tensors share an element that is written."""
-    by_device: dict[torch.device, list[tuple[int, int, Extent]]] = {}
-    for extent in extents:
+    """Raises ValueError if two of the tensors share an element that is written.
+
+    Sorted by where they begin, only what meets is compared: n tensors that do not meet take n log n comparisons, and
+    gapped ones that lie in each other's gaps, columns of a matrix, say, are marked in a map of their memory.
+    """
+    by_device: dict[torch.device, list[_Span]] = {}
+    for k, extent in enumerate(extents):
         t = extent.tensor
-        if is_plain(t) and t.numel() and t.device.type != "meta" and t.data_ptr():
-            by_device.setdefault(t.device, []).append((*extent.span(), extent))
+        if is_plain(t) and t.numel() and t.device.type != "meta" and not t._is_zerotensor() and t.data_ptr():
+            by_device.setdefault(t.device, []).append((*extent.span(), k, extent))
     for spans in by_device.values():
-        spans.sort(key=lambda span: span[:2])
-        open_spans: list[tuple[int, int, Extent]] = []
+        spans.sort(key=lambda span: span[:3])
+        cluster: list[_Span] = []  # of spans that meet one before
+        end = 0
         for span in spans:
-            open_spans = [o for o in open_spans if o[1] > span[0]]
-            for other in open_spans:
-                if other[2].written or span[2].written:
-                    _check_pair(other[2], span[2])
-            open_spans.append(span)
+            if span[0] >= end:
+                _check_meeting(cluster)
+                cluster = []
+            cluster.append(span)
+            end = max(end, span[1])
+        _check_meeting(cluster)
 
 
-def _check_pair(a: Extent, b: Extent) -> None:
-    pair: Sequence[Extent] = (a, b)
-    if all(is_dense(e.tensor) for e in pair) or bool(torch.isin(a.addresses(), b.addresses()).any()):
-        raise ValueError(f"{a.what} and {b.what} overlap in memory: each element must belong to one of them")
+def meeting(extents: Iterable[Extent], spans: Mapping[Key, tuple[int, int]]) -> list[Key]:
+    """The keys of the spans that meet one of the extents', on whatever device."""
+    own = sorted(extent.span() for extent in extents if extent.tensor.numel())
+    begins = [begin for begin, _ in own]
+    ends = list(accumulate((end for _, end in own), max))
+    found = []
+    for key, (begin, end) in spans.items():
+        before = bisect_left(begins, end)  # so many begin before it ends
+        if before and ends[before - 1] > begin:
+            found.append(key)
+    return found
+
+
+def _check_meeting(spans: Sequence[_Span]) -> None:
+    """The same for tensors whose spans meet: every element marks where it lies, those that are only read last."""
+    if len(spans) < 2 or not any(extent.written for *_, extent in spans):
+        return
+    for a, b in pairwise(spans):  # no map is needed to see that whole stretches overlap
+        if b[0] < a[1] and (a[3].written or b[3].written) and is_dense(a[3].tensor) and is_dense(b[3].tensor):
+            raise _overlap(a, b)
+    begin, end = spans[0][0], max(span[1] for span in spans)
+    unit = math.gcd(*(extent.tensor.element_size() for *_, extent in spans), *(span[0] - begin for span in spans))
+    marks = torch.zeros((end - begin) // unit, dtype=torch.bool, device="cpu")
+    in_turn = sorted(spans, key=lambda span: not span[3].written)
+    for k, span in enumerate(in_turn):
+        extent = span[3]
+        t = extent.tensor
+        own = t.element_size() // unit
+        strides = (*(stride * own for stride in t.stride()), 1)
+        at = marks.as_strided((*t.shape, own), strides, (t.data_ptr() - begin) // unit)
+        if bool(at.any()):
+            raise _overlap(next(other for other in in_turn[:k] if other[3].written and _share(other[3], extent)), span)
+        if extent.written:
+            at.fill_(True)
+
+
+def _overlap(*spans: _Span) -> ValueError:
+    a, b = (span[3] for span in sorted(spans, key=lambda span: span[2]))
+    return ValueError(f"{a.what} and {b.what} overlap in memory: each element must belong to one of them")
+
+
+def _share(a: Extent, b: Extent) -> bool:
+    """Have they an element in common?"""
+    (begin, end), (other, last) = a.span(), b.span()
+    if end <= other or last <= begin:
+        return False
+    return (is_dense(a.tensor) and is_dense(b.tensor)) or bool(torch.isin(a.addresses(), b.addresses()).any())

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <random>
+
 #include "../check_launch.h"
 #include "device.h"
 
@@ -46,6 +48,16 @@ class Device {
 };
 #endif
 
+// Who steps has it from the module, and so is this package: a table is addresses, which cannot be checked. Another one
+// in every process, so that no program that was written down has it.
+int64_t token() {
+  static const int64_t made = [] {
+    std::random_device random;
+    return int64_t(random() & 0x7fffffff) << 32 | int64_t(random());
+  }();
+  return made;
+}
+
 const Kernel* known(int64_t rule, int64_t variant, int64_t epilogue, const std::vector<int64_t>& formats) {
   check_roles("cuda_step_", formats.size());
   const Kernel* kernel = find(rule, variant, epilogue, formats.data(), int(formats.size()));
@@ -56,8 +68,12 @@ const Kernel* known(int64_t rule, int64_t variant, int64_t epilogue, const std::
 // Steps the chunks of one bucket, on torch's current stream of their device, without waiting; `check_launch` has the
 // shapes. rule, variant and epilogue: rows of kernels.h; formats: the FormatCode of parameter, gradient, each state and
 // each output of the epilogue.
-void step_(const Tensor chunks, const Tensor places, const Tensor moving, const Tensor control, int64_t chunk_size,
-           int64_t rule, int64_t variant, int64_t epilogue, std::vector<int64_t> formats, const Tensor rows) {
+void step_(int64_t given, const Tensor chunks, const Tensor places, const Tensor moving, const Tensor control,
+           int64_t chunk_size, int64_t rule, int64_t variant, int64_t epilogue, std::vector<int64_t> formats,
+           const Tensor rows) {
+  STD_TORCH_CHECK(given == token(),
+                  "cuda_step_ is for this package alone: it steps whatever its addresses name. Call "
+                  "an optimizer, or a function of wd_kernels.functional");
   const int32_t device = chunks.get_device_index();
   const Kernel* kernel = known(rule, variant, epilogue, formats);
   const Launch what =
@@ -89,7 +105,8 @@ PyModuleDef module = {
 
 WD_EXPANDED(STABLE_TORCH_LIBRARY_FRAGMENT, WD_NAMESPACE, m) {
   m.def(
-      "cuda_step_(Tensor chunks, Tensor places, Tensor moving, Tensor control, int chunk_size, int rule, int variant, "
+      "cuda_step_(int token, Tensor chunks, Tensor places, Tensor moving, Tensor control, int chunk_size, int rule, "
+      "int variant, "
       "int epilogue, int[] formats, Tensor rows) -> ()");
   m.def("cuda_load(int device, int rule, int variant, int epilogue, int[] formats) -> str");
   m.def("cuda_built() -> str");
@@ -104,5 +121,15 @@ WD_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, WD_NAMESPACE, CompositeExplicitAutograd, 
   m.impl("cuda_built", TORCH_BOX(&wd::cuda::built));
 }
 
-// The operators are registered when the library is loaded: there is nothing else in the module.
-PyMODINIT_FUNC PyInit__cuda(void) { return PyModule_Create(&wd::cuda::module); }
+// The operators are registered when the library is loaded.
+PyMODINIT_FUNC PyInit__cuda(void) {
+  PyObject* const made = PyModule_Create(&wd::cuda::module);
+  PyObject* const token = PyLong_FromLongLong(wd::cuda::token());
+  if (made != nullptr && token != nullptr && PyModule_AddObjectRef(made, "TOKEN", token) == 0) {
+    Py_DECREF(token);
+    return made;
+  }
+  Py_XDECREF(token);
+  Py_XDECREF(made);
+  return nullptr;
+}

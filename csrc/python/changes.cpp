@@ -1,227 +1,344 @@
-// The check of every step, and the Python module that holds it. `refresh` compares what the table was built from with
-// what is there now, object by object and address by address, and writes the addresses of this step's gradients into
-// the table. It decides nothing: whatever is not exactly as expected goes back to Python as a list of positions.
-// It reads ordinary tensors as DLPack lends them (tensors.h) and flat ones through handles (handles.h).
+// The check of every step: compares what the table was built from with what is there now, object by object and address
+// by address, and writes the addresses of this step's gradients into the table. It decides nothing: whatever is not
+// exactly as expected goes back to Python as a list of positions. It reads ordinary tensors as DLPack lends them
+// (tensors.h) and flat ones, and step counts, through handles (handles.h).
 #include "changes.h"
 
-#include "handles.h"
+#include <limits>
+#include <stdexcept>
+#include <string>
 
+#include "memory.h"
+
+namespace wd {
 namespace {
 
-using wd::DLTensor;
-using wd::Expected;
-using wd::ExpectedRole;
-using wd::View;
-
-PyObject* kw_params = nullptr;
-
+constexpr const char* kView = "wd_kernels.view";
 constexpr Py_ssize_t kAhead = 12;
 
-__attribute__((always_inline)) inline void fetch_ordinary(PyObject* param, const wd::Seen& seen, const Expected& e,
-                                                          const wd::SeenRole* roles) {
-  __builtin_prefetch(param);
-  __builtin_prefetch(seen.grad);
-  __builtin_prefetch(seen.own);
+PyObject* params_key() {
+  static PyObject* const key = PyUnicode_InternFromString("params");
+  return key;
+}
+
+// A step count's tensor; their storage is one.
+__attribute__((always_inline)) inline void fetch_count(const Held& held) {
+  __builtin_prefetch(held.handle);
+  __builtin_prefetch(held.near - 64);
+  __builtin_prefetch(held.near);
+  __builtin_prefetch(held.near + 64);
+}
+
+__attribute__((always_inline)) inline void fetch_ordinary(const View& view, int64_t i, const Expected& e) {
+  __builtin_prefetch(view.params[size_t(i)]);
+  __builtin_prefetch(view.seen[size_t(i)].grad);
+  __builtin_prefetch(view.seen[size_t(i)].own);
+  fetch_count((*view.handles)[e.view]);
+  const SeenRole* const roles = view.seen_roles.data() + e.first_role;
   for (int64_t role = 0; role < e.roles; ++role) {
     __builtin_prefetch(roles[role].object);
-    if (roles[role].near != nullptr) wd::fetch(roles[role].near, roles[role].storage);
+    if (roles[role].near != nullptr) fetch(roles[role].near, roles[role].storage);
   }
 }
 
-// Dtype, device, shape, and strides wherever they matter; and address.
-bool agrees(const DLTensor& t, const Expected& e, const ExpectedRole& role, const int64_t* dims) {
-  if (wd::dtype_of(t) != role.dtype || t.ndim != role.ndim || wd::device_of(t) != e.device) return false;
-  const int64_t *shape = dims + role.dims, *strides = shape + role.ndim;
-  for (int64_t d = 0; d < role.ndim; ++d) {
-    if (t.shape[d] != shape[d]) return false;
-    if (t.strides[d] != strides[d] && shape[d] > 1 && e.numel > 0) return false;
+void fetch_flat(const View& view, int64_t i, const Expected& e) {
+  __builtin_prefetch(view.params[size_t(i)]);
+  __builtin_prefetch(view.seen[size_t(i)].own);
+  __builtin_prefetch((*view.handles)[e.held + kGrad].object);
+  fetch_count((*view.handles)[e.view]);
+  for (int64_t role = 0; role < e.roles; ++role) {
+    const Held& held = (*view.handles)[e.held + role];
+    __builtin_prefetch(held.handle);
+    fetch(held.near, view.seen_roles[size_t(e.first_role + role)].storage);
   }
-  if (e.numel > 0 && t.data == nullptr) return false;
-  return role.address == 0 || reinterpret_cast<int64_t>(wd::address(t)) == role.address;
 }
 
 // Do the groups hold these parameters, in this order?
-int same_params(PyObject* groups, PyObject* const* params, Py_ssize_t total, const Expected* expected) {
-  const Py_ssize_t n_groups = PyList_Size(groups);
-  if (n_groups < 0) return -1;
+bool same_params(PyObject* groups, const View& view) {
+  const Py_ssize_t n_groups = PyList_Size(groups), total = view.parameters;
   Py_ssize_t i = 0;
   for (Py_ssize_t g = 0; g < n_groups; ++g) {
     PyObject* group = PyList_GetItem(groups, g);
-    PyObject* own = PyDict_Check(group) ? PyDict_GetItemWithError(group, kw_params) : nullptr;
-    if (own == nullptr) return PyErr_Occurred() ? -1 : 0;
+    PyObject* own = PyDict_Check(group) ? PyDict_GetItemWithError(group, params_key()) : nullptr;
+    if (own == nullptr) return false;
     const bool list = PyList_Check(own);
-    if (!list && !PyTuple_Check(own)) return 0;
+    if (!list && !PyTuple_Check(own)) return false;
     const Py_ssize_t size = list ? PyList_Size(own) : PyTuple_Size(own);
     for (Py_ssize_t k = 0; k < size; ++k, ++i) {
-      if (i >= total || expected[i].group != g) return 0;
-      if ((list ? PyList_GetItem(own, k) : PyTuple_GetItem(own, k)) != params[i]) return 0;
+      if (i >= total || view.expected[i].group != g) return false;
+      if ((list ? PyList_GetItem(own, k) : PyTuple_GetItem(own, k)) != view.params[size_t(i)]) return false;
     }
   }
   return i == total;
 }
 
 // Do the entries of `state` belong to these parameters, in this order? By identity, so that no tensor is hashed.
-int same_state(PyObject* state, PyObject* const* params, const int64_t* order, Py_ssize_t n_order, wd::Seen* seen) {
-  if (PyDict_Size(state) != n_order) return 0;
+bool same_state(PyObject* state, View& view) {
+  if (PyDict_Size(state) != Py_ssize_t(view.order.size())) return false;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   for (Py_ssize_t i = 0; PyDict_Next(state, &position, &key, &value); ++i) {
-    if (order[i] < 0) continue;
-    if (key != params[order[i]]) return 0;
-    seen[order[i]].own = value;  // looked at in `check`, when it has been fetched
+    const int64_t of = view.order[size_t(i)];
+    if (of < 0) continue;
+    if (key != view.params[size_t(of)]) return false;
+    view.seen[size_t(of)].own = value;  // looked at when it has been fetched
   }
-  return 1;
+  return true;
 }
 
-// One parameter with a gradient: 1 as expected (its segment is written), 0 not, -1 an error is set.
-int check(PyObject* param, PyObject* grad, PyObject* own, PyObject* keep, PyObject* const* names, const View& view,
-          const Expected& e, wd::Seen& seen) {
-  if (!wd::known(grad)) return 0;
-  if (own == nullptr || !PyDict_Check(own)) return 0;
-  PyObject* const count = PyDict_GetItemWithError(own, names[0]);
-  if (count != reinterpret_cast<PyObject*>(e.view)) return PyErr_Occurred() ? -1 : 0;  // it must be the table's own
+// Dtype, device, shape, and strides wherever they matter; and address.
+bool agrees(const DLTensor& t, const Expected& e, const ExpectedRole& role, const int64_t* dims) {
+  if (dtype_of(t) != role.dtype || t.ndim != role.ndim || device_of(t) != e.device) return false;
+  const int64_t *shape = dims + role.dims, *strides = shape + role.ndim;
+  for (int64_t d = 0; d < role.ndim; ++d) {
+    if (t.shape[d] != shape[d]) return false;
+    if (t.strides[d] != strides[d] && shape[d] > 1 && e.numel > 0) return false;
+  }
+  if (e.numel > 0 && t.data == nullptr) return false;
+  return role.address == 0 || reinterpret_cast<int64_t>(address(t)) == role.address;
+}
 
+bool is_as_held(const Held& held, const ExpectedRole& role, const int64_t* dims) {
+  int64_t ndim = 0, *shape = nullptr, *strides = nullptr;
+  if (dtype_code_of(held.handle) != held.dtype) return false;
+  if (aoti_torch_get_dim(held.handle, &ndim) != AOTI_TORCH_SUCCESS || ndim != role.ndim) return false;
+  if (aoti_torch_get_sizes(held.handle, &shape) != AOTI_TORCH_SUCCESS) return false;
+  if (aoti_torch_get_strides(held.handle, &strides) != AOTI_TORCH_SUCCESS) return false;
+  for (int64_t d = 0; d < ndim; ++d)
+    if (shape[d] != dims[role.dims + d] || (strides[d] != dims[role.dims + ndim + d] && shape[d] > 1)) return false;
+  return true;
+}
+
+// The value that a state dictionary has under a name, most often its `position`-th; null where it has none.
+PyObject* item(PyObject* own, Py_ssize_t* position, PyObject* name) {
+  PyObject *key = nullptr, *value = nullptr;
+  if (PyDict_Next(own, position, &key, &value) && key == name) return value;
+  value = PyDict_GetItemWithError(own, name);
+  if (value == nullptr) PyErr_Clear();
+  return value;
+}
+
+// The step count of a state must be the table's own, and lie in its vector. Sets where the states follow.
+bool counts_here(PyObject* own, Py_ssize_t* position, const View& view, int64_t i, const Expected& e) {
+  if (own == nullptr || !PyDict_Check(own)) return false;
+  const Held& count = (*view.handles)[e.view];
+  return item(own, position, view.names[0]) == count.object && lies_at(count, view.steps + i) &&
+         dtype_code_of(count.handle) == count.dtype;
+}
+
+// One parameter that lies in no flat buffer, with a gradient: is it as expected? Its segment is written.
+bool check_ordinary(PyObject* param, PyObject* grad, PyObject* keep, View& view, int64_t i, const Expected& e) {
+  Seen& seen = view.seen[size_t(i)];
+  Py_ssize_t position = 0;
+  if (!known(grad) || !counts_here(seen.own, &position, view, i, e)) return false;
   const ExpectedRole* const roles = view.roles + e.first_role;
-  wd::SeenRole* const noted = view.seen_roles + e.first_role;
+  SeenRole* const noted = view.seen_roles.data() + e.first_role;
   void* grad_address = nullptr;
   for (int64_t role = 0; role < e.roles; ++role) {
-    PyObject* tensor = role == wd::kParam ? param : grad;
-    if (role >= wd::kState) {
-      tensor = PyDict_GetItemWithError(own, names[roles[role].name]);
-      if (tensor == nullptr) return PyErr_Occurred() ? -1 : 0;
-      if (!wd::known(tensor)) return 0;
+    PyObject* tensor = role == kParam ? param : grad;
+    if (role >= kState) {
+      tensor = item(seen.own, &position, view.names[roles[role].name]);
+      if (tensor == nullptr || !known(tensor)) return false;
     }
     DLTensor t;
-    if (!wd::read(tensor, &t) || !agrees(t, e, roles[role], view.dims)) return 0;
+    if (!read(tensor, &t) || !agrees(t, e, roles[role], view.dims)) return false;
+    if (lazy(t)) return false;
     noted[role].object = tensor;
     noted[role].near = t.shape;
-    // The lazy bits. A complex tensor may be a conjugate at any time. A real one with the negative bit is the imaginary
-    // part of a conjugate: a strided view, which never agrees unless it has one element. So elsewhere a look at a
-    // gradient that is a new object, or lies elsewhere, is enough.
-    bool look = t.code == wd::kComplexCode || e.numel == 1;
-    if (role == wd::kGrad) {
-      grad_address = wd::address(t);
-      if (e.flat_grad != 0 && reinterpret_cast<int64_t>(grad_address) == e.flat_grad) return 0;  // it is flat again
-      look = look || grad != seen.grad || grad_address != seen.grad_address;
-      if (look) seen.grad = nullptr;
+    if (role == kGrad) {
+      grad_address = address(t);
+      if (e.flat_grad != 0 && reinterpret_cast<int64_t>(grad_address) == e.flat_grad) return false;  // flat again
     }
-    const int found = look ? wd::lazy(tensor, t.code == wd::kComplexCode) : 0;
-    if (found != 0) return found < 0 ? -1 : 0;
+    if (keep != nullptr && role != kParam && PyList_Append(keep, tensor) < 0) {
+      PyErr_Clear();
+      return false;
+    }
   }
   seen.grad = grad;
   seen.grad_address = grad_address;
-  if (PyList_Append(keep, grad) < 0) return -1;
-  wd::Moving& moving = view.moving[e.segment];
+  Moving& moving = view.moving[e.segment];
   moving.grad = grad_address;
   moving.numel = e.numel;
   moving.aligned = e.aligned && reinterpret_cast<uintptr_t>(grad_address) % 16 == 0;
-  return 1;
+  return true;
 }
 
-// refresh(view, groups, state, names, holding)
-//   -> None where groups or state are not what the table was built from, else (odd, changed, keep, keys): positions
-//      that Python has to look at; whether another set of parameters has gradients than in the last step; the
-//      gradients, to be kept alive while their addresses are used: another thread may drop them; and, if nothing is
-//      odd, the keys of this step's rows.
-PyObject* refresh(PyObject*, PyObject* args) {
-  PyObject *groups, *state, *all_names, *capsule;
-  unsigned long long at_view;
-  if (!PyArg_ParseTuple(args, "KO!O!O!O", &at_view, &PyList_Type, &groups, &PyDict_Type, &state, &PyTuple_Type,
-                        &all_names, &capsule))
-    return nullptr;
-  const View& view = *reinterpret_cast<const View*>(at_view);
-  PyObject* names[wd::kMaxRoles] = {};
-  for (Py_ssize_t i = 0; i < PyTuple_Size(all_names) && i < wd::kMaxRoles; ++i)
-    names[i] = PyTuple_GetItem(all_names, i);
-  const wd::Held* const all_held = wd::held_of(capsule);
-  if (PyErr_Occurred()) return nullptr;
-
-  const Py_ssize_t n = view.parameters;
-  PyObject* const* const params = view.params;
-  int same = same_params(groups, params, n, view.expected);
-  if (same > 0) same = same_state(state, params, view.order, view.ordered, view.seen);
-  if (same < 0) return nullptr;
-  if (same == 0) Py_RETURN_NONE;
-
-  PyObject *const odd = PyList_New(0), *const keep = PyList_New(0);
-  const auto release = [&] {
-    Py_XDECREF(odd);
-    Py_XDECREF(keep);
-    return nullptr;
-  };
-  if (odd == nullptr || keep == nullptr) return release();
-  bool changed = false;
-  for (Py_ssize_t i = 0; i < n; ++i) {
-    if (i + kAhead < n) {
-      const Expected& ahead = view.expected[i + kAhead];
-      if (ahead.kind == wd::kOrdinary)
-        fetch_ordinary(params[i + kAhead], view.seen[i + kAhead], ahead, view.seen_roles + ahead.first_role);
-      else if (ahead.kind == wd::kFlat)
-        wd::fetch_flat(params[i + kAhead], view, i + kAhead, all_held + ahead.held);
-    }
-    const Expected& e = view.expected[i];
-    PyObject* const param = params[i];
-    PyObject* const grad = wd::grad_of(param);
-    if (grad == nullptr) return release();
-    const bool now = grad != Py_None;
-    changed |= now != (view.active[i] != 0);
-    view.active[i] = now ? 1 : 0;
-    int fine = 1;
-    const float steps = view.steps[i];
-    const bool counts = steps >= 0 && steps < 0x1p53f && steps == float(int64_t(steps));
-    if (now && e.kind == wd::kFlat) {
-      fine = counts ? wd::check_flat(grad, names, view, i, all_held + e.held) : 0;
-    } else if (now && e.kind == wd::kOrdinary) {
-      // Looking at a subclass may have run anybody's code: its state is looked up again.
-      PyObject* const own = wd::known(param) ? view.seen[i].own : PyDict_GetItemWithError(state, param);
-      Py_XINCREF(own);
-      fine = counts ? check(param, grad, own, keep, names, view, e, view.seen[i]) : 0;
-      Py_XDECREF(own);
-    } else if (now)
-      fine = 0;
-    else if (e.kind != wd::kUnseen)
-      view.moving[e.segment].numel = 0;
-    Py_DECREF(grad);
-    if (fine == 0) {
-      PyObject* const position = PyLong_FromSsize_t(i);
-      if (position == nullptr || PyList_Append(odd, position) < 0) fine = -1;
-      Py_XDECREF(position);
-    }
-    if (fine < 0) return release();
+// The same of one that lies in flat buffers; `handles` keep its tensors.
+bool check_flat(PyObject* param, PyObject* grad, View& view, int64_t i, const Expected& e) {
+  const ExpectedRole* const roles = view.roles + e.first_role;
+  const Handles& held = *view.handles;
+  PyObject* const own = view.seen[size_t(i)].own;
+  Py_ssize_t position = 0;
+  if (param != held[e.held + kParam].object || grad != held[e.held + kGrad].object) return false;
+  if (!counts_here(own, &position, view, i, e)) return false;
+  for (int64_t role = kState; role < e.roles; ++role)
+    if (item(own, &position, view.names[roles[role].name]) != held[e.held + role].object) return false;
+  for (int64_t role = 0; role < e.roles; ++role) {
+    const int64_t at = role == kGrad ? e.flat_grad : roles[role].address;
+    if (!lies_at(held[e.held + role], reinterpret_cast<void*>(at))) return false;
+    if (lazy(static_cast<const void*>(held[e.held + role].near))) return false;
   }
-  PyObject* keys = Py_None;
-  if (PyList_Size(odd) == 0) {
-    keys = wd::assign_rows(view);
-    if (keys == nullptr) return release();
-  } else {
-    Py_INCREF(keys);
-  }
-  PyObject* const result = Py_BuildValue("(OiON)", odd, int(changed), keep, keys);
-  release();
-  return result;
+  // A state is written where it lies, whatever is done to its shape: identity and address are enough.
+  for (const Role role : {kParam, kGrad})
+    if (!is_as_held(held[e.held + role], roles[role], view.dims)) return false;
+  view.moving[e.segment] = {reinterpret_cast<void*>(e.flat_grad), e.numel, view.moving[e.segment].row, e.aligned};
+  return true;
 }
-
-PyMethodDef methods[] = {
-    {"connect", wd::connect, METH_VARARGS, "connect(capsule, Tensor, Parameter) -> bool"},
-    {"refresh", refresh, METH_VARARGS, "The check of every step."},
-    {"assign_rows", wd::assign_rows_of, METH_O, "The rows of the segments, and runs of neighbours."},
-    {"cut", wd::cut, METH_VARARGS, "The chunks of segments."},
-    {"gather", wd::gather, METH_VARARGS, "The segments of lists of tensors."},
-    {"holding", wd::holding, METH_VARARGS, "holding(tensors, address) -> capsule"},
-    {nullptr, nullptr, 0, nullptr},
-};
-PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", "Native part of wd_kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C(void) {
-  kw_params = PyUnicode_InternFromString("params");
-  if (kw_params == nullptr) return nullptr;
-  PyObject* const made = PyModule_Create(&module);
-  if (made != nullptr && PyModule_AddStringConstant(made, "NAMESPACE", WD_TEXT(WD_NAMESPACE)) < 0) {
-    Py_DECREF(made);
-    return nullptr;
+bool check(View& view, PyObject* groups, PyObject* state, PyObject* keep, Changes* found) {
+  if (!same_params(groups, view) || !same_state(state, view)) {
+    PyErr_Clear();
+    found->other = true;
+    return true;
   }
-  return made;
+  const int64_t n = view.parameters;
+  for (int64_t i = 0; i < n; ++i) {
+    if (i + kAhead < n) {
+      const Expected& ahead = view.expected[i + kAhead];
+      if (ahead.kind == kOrdinary)
+        fetch_ordinary(view, i + kAhead, ahead);
+      else if (ahead.kind == kFlat)
+        fetch_flat(view, i + kAhead, ahead);
+    }
+    const Expected& e = view.expected[i];
+    PyObject* const param = view.params[size_t(i)];
+    bool now = e.inspected != kWithoutGradient, fine = e.inspected != kNotYet;
+    if (e.inspected == kNotYet && e.kind != kSpecial && known(param)) {
+      PyObject* const grad = grad_of(param);
+      if (grad == nullptr) return false;
+      now = grad != Py_None;
+      if (!now)
+        fine = true;
+      else if (e.kind == kFlat)
+        fine = check_flat(param, grad, view, i, e);
+      else if (e.kind == kOrdinary)
+        fine = check_ordinary(param, grad, keep, view, i, e);
+      Py_DECREF(grad);
+    }
+    found->inspected |= e.inspected != kNotYet;
+    const float steps = view.steps[i];
+    if (now && !(steps >= 0 && steps < 0x1p53f && steps == float(int64_t(steps)))) fine = false;
+    if (!now && e.kind != kUnseen) view.moving[e.segment].numel = 0;
+    if (!fine) found->odd.push_back(i);
+    found->changed |= now != (view.active[i] != 0);
+    view.active[i] = now ? 1 : 0;
+  }
+  return true;
 }
+
+// The view, made
+// -------------------------------------------------------------------------------------------------------
+
+View::~View() {
+  for (PyObject* name : names) Py_XDECREF(name);
+  handles.reset();
+  Py_XDECREF(hold);
+  Py_XDECREF(owners);
+}
+
+View* view_of(PyObject* capsule) { return static_cast<View*>(PyCapsule_GetPointer(capsule, kView)); }
+
+namespace {
+
+void destroy(PyObject* capsule) { delete view_of(capsule); }
+
+void require(bool fine, const char* what) {
+  if (!fine) throw std::runtime_error(std::string("a table's ") + what + " do not belong together");
+}
+
+// Positions that are read in every step, and lengths.
+void check_positions(const View& view, int64_t roles, int64_t dims, int64_t names) {
+  const int64_t n = view.parameters;
+  for (const int64_t of : view.order) require(of < n, "entries of state");
+  for (int64_t i = 0; i < n; ++i) {
+    const Expected& e = view.expected[i];
+    require(e.segment >= 0 && e.segment < view.segments && e.inspected >= 0 && e.inspected <= 2, "parameters");
+    require(e.first_role >= 0 && e.roles >= 0 && e.roles <= kMaxRoles && e.first_role + e.roles <= roles, "roles");
+    const int64_t held = e.kind == kFlat ? e.roles : 0;
+    require(e.held >= 0 && e.held + held <= view.handles->size(), "handles");
+    require(e.view >= 0 && (e.view < view.handles->size() || e.roles == 0), "step counts");
+  }
+  for (int64_t i = 0; i < roles; ++i) {
+    const ExpectedRole& role = view.roles[i];
+    require(role.name >= 0 && role.name < names, "names");
+    require(role.ndim >= 0 && role.dims >= 0 && role.dims + 2 * role.ndim <= dims, "shapes");
+  }
+  require(view.firsts[0] == 0 && view.firsts[view.buckets] <= view.segments, "buckets");
+  for (int64_t b = 0; b < view.buckets; ++b) require(view.firsts[b] <= view.firsts[b + 1], "buckets");
+}
+
+}  // namespace
+
+// view(params, tensors, names, hold, held) -> capsule. `params`: a tuple; `tensors`: a tuple, in the order below;
+// `held`: the tensors that are compared through handles.
+PyObject* view(PyObject*, PyObject* args) {
+  PyObject *params, *tensors, *names, *hold, *held;
+  if (!PyArg_ParseTuple(args, "O!O!O!OO!", &PyTuple_Type, &params, &PyTuple_Type, &tensors, &PyTuple_Type, &names,
+                        &hold, &PyList_Type, &held))
+    return nullptr;
+  return guarded([&]() -> PyObject* {
+    auto made = std::make_unique<View>();
+    View& v = *made;
+    require(PyTuple_Size(tensors) == 17 && PyTuple_Size(names) >= 1 && PyTuple_Size(names) <= kMaxRoles, "arrays");
+    Py_ssize_t at = 0;
+    const auto next = [&](const char* name, const char* dtype, int64_t columns) {
+      return memory_of(PyTuple_GetItem(tensors, at++), name, dtype, columns);
+    };
+    const int64_t n = v.parameters = PyTuple_Size(params);
+    const Memory order = next("order", "int64", 0), expected = next("expected", "int64", kExpectedWords),
+                 roles = next("roles", "int64", kExpectedRoleWords), dims = next("dims", "int64", 0),
+                 storages = next("storages", "int64", 0), steps = next("steps", "float32", 0),
+                 active = next("active", "float32", 0), fresh = next("fresh", "uint8", 0),
+                 firsts = next("firsts", "int64", 0), moving = next("moving", "int64", kMovingWords),
+                 places = next("places", "int64", -1), control = next("control", "float64", 0);
+    const bool flat = PyTuple_GetItem(tensors, at) != Py_None;
+    require(expected.rows == n && steps.rows == n && active.rows == n && fresh.rows == n, "parameters");
+    require(storages.rows == roles.rows && control.rows == 2 && firsts.rows >= 1, "arrays");
+    require(moving.rows == places.rows && places.columns >= kAddresses + 1, "segments");
+    v.buckets = firsts.rows - 1;
+    v.segments = moving.rows;
+    v.place_words = places.columns;
+    v.order.assign(order.as<const int64_t>(), order.as<const int64_t>() + order.rows);
+    v.expected = expected.as<Expected>();
+    v.roles = roles.as<const ExpectedRole>();
+    v.dims = dims.as<const int64_t>();
+    v.steps = steps.as<float>();
+    v.active = active.as<float>();
+    v.fresh = fresh.as<uint8_t>();
+    v.firsts = firsts.as<const int64_t>();
+    v.moving = moving.as<Moving>();
+    v.places = places.as<const int64_t>();
+    v.control = control.as<const Control>();
+    v.ranges = nullptr;
+    if (flat) {
+      const Memory ranges = next("ranges", "int64", kFlatRangeWords), moving = next("runs", "int64", kMovingWords),
+                   places = next("places of runs", "int64", v.place_words),
+                   capacities = next("capacities of runs", "int64", 0), firsts = next("firsts of runs", "int64", 0);
+      require(ranges.rows == v.segments && moving.rows == v.segments && places.rows == v.segments &&
+                  capacities.rows == v.segments && firsts.rows == v.buckets + 1,
+              "runs");
+      v.ranges = ranges.as<const FlatRange>();
+      v.run_moving = moving.as<Moving>();
+      v.run_places = places.as<int64_t>();
+      v.run_capacities = capacities.as<int64_t>();
+      v.run_firsts = firsts.as<int64_t>();
+      v.run_firsts[0] = 0;
+    }
+    v.handles = std::make_unique<Handles>(hold, held);
+    check_positions(v, roles.rows, dims.rows, PyTuple_Size(names));
+    for (int64_t i = 0; i < roles.rows; ++i)
+      v.seen_roles.push_back({nullptr, nullptr, reinterpret_cast<const void*>(storages.as<int64_t>()[i])});
+    v.seen.resize(size_t(n));
+    for (int64_t i = 0; i < n; ++i) v.params.push_back(PyTuple_GetItem(params, i));
+    for (Py_ssize_t i = 0; i < PyTuple_Size(names); ++i) Py_INCREF(v.names[i] = PyTuple_GetItem(names, i));
+    Py_INCREF(v.hold = hold);
+    Py_INCREF(v.owners = tensors);
+    PyObject* const capsule = PyCapsule_New(made.get(), kView, destroy);
+    if (capsule != nullptr) made.release();
+    return capsule;
+  });
+}
+
+}  // namespace wd

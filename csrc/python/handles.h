@@ -1,31 +1,53 @@
-// Flat parameters with their gradients and states, held: the table has handles of these tensors, so that a step reads
-// an address in a few nanoseconds where DLPack takes forty.
+// Handles of tensors: a step reads an address through one in a few nanoseconds, where DLPack takes forty.
 #pragma once
 
-#include "changes.h"
+#include <torch/csrc/stable/tensor.h>
 
-struct AtenTensorOpaque;  // torch's
+#include <vector>
+
+#include "tensors.h"
 
 namespace wd {
 
+using torch::stable::Tensor;
+
+// The tensors of a list of Python's, through the operator `hold`. Throws; or the Python error that is set.
+std::vector<Tensor> tensors_of(PyObject* hold, PyObject* list);
+
+// What keeps the memory of tensors where it is, whatever is done to them: a view of each.
+std::vector<Tensor> views_of(const std::vector<Tensor>& tensors);
+
 struct Held {
-  PyObject* object;  // alive as long as the holding's list
-  AtenTensorOpaque* handle;
+  PyObject* object;  // alive as long as the list is
+  AtenTensorHandle handle;
   const char* near;  // an address inside torch's tensor, to be prefetched
   int32_t dtype;     // torch's code of it
 };
 
-// The tensors of a capsule, or null where there is none.
-const Held* held_of(PyObject* capsule);
+// A list of tensors with their handles. It keeps the tensors, not their memory.
+class Handles {
+ public:
+  // Throws, as `tensors_of` does.
+  Handles(PyObject* hold, PyObject* list);
+  Handles(const Handles&) = delete;
+  Handles& operator=(const Handles&) = delete;
+  ~Handles();
 
-// Parameter `i`, of kind kFlat, with a gradient: is everything where it was? 1 yes (its segment is written), 0 no, -1
-// an error is set. `held` are its parameter, gradient and states.
-int check_flat(PyObject* grad, PyObject* const* names, const View& view, int64_t i, const Held* held);
+  const Held& operator[](int64_t i) const { return held_[size_t(i)]; }
+  int64_t size() const { return int64_t(held_.size()); }
 
-// What parameter `i` will need, ahead of time.
-void fetch_flat(PyObject* param, const View& view, int64_t i, const Held* held);
+ private:
+  PyObject* list_;
+  std::vector<Tensor> tensors_;
+  std::vector<Held> held_;
+};
 
-// holding(tensors, address) -> capsule: owns what the operator `hold` returned for that list.
-PyObject* holding(PyObject* module, PyObject* args);
+int32_t dtype_code_of(AtenTensorHandle tensor);
+
+// Does the tensor's memory begin there? Read through the handle, so whatever was done to the tensor shows.
+inline bool lies_at(const Held& held, const void* address) {
+  void* now = nullptr;
+  return aoti_torch_get_data_ptr(held.handle, &now) == AOTI_TORCH_SUCCESS && now == address;
+}
 
 }  // namespace wd

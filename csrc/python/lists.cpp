@@ -1,8 +1,12 @@
 // Segments of tensors that somebody else holds: the functional API's counterpart of `refresh`, which sees them once.
 #include <algorithm>
+#include <stdexcept>
 #include <vector>
 
+#include "../cpu/plan.h"
 #include "changes.h"
+#include "memory.h"
+#include "uninterrupted.h"
 
 namespace wd {
 namespace {
@@ -54,86 +58,188 @@ bool overlap(const std::vector<Span>& spans) {
   return false;
 }
 
-// The i-th tensor of every role, into its segment. 1 done, 0 not as expected, -1 an error is set.
-int gather_one(PyObject* const* roles, int n_roles, Py_ssize_t i, const int64_t* dtypes, int64_t device, Moving& moving,
-               int64_t* place, std::vector<Span>* spans) {
+// The i-th tensor of every role, into its segment; false if they are not as expected.
+bool gather_one(PyObject* const* roles, int n_roles, Py_ssize_t i, const int64_t* dtypes, int64_t device,
+                Moving& moving, int64_t* place, std::vector<Span>* spans) {
   static thread_local std::vector<int64_t> shape, strides;
-  moving = {nullptr, 0, 0, 1};
+  moving = {nullptr, 0, moving.row, 1};
   for (int role = 0; role < n_roles; ++role) {
     PyObject* const tensor = PyList_GetItem(roles[role], i);
     DLTensor t;
-    if (!known(tensor) || !read(tensor, &t) || dtype_of(t) != dtypes[role] || device_of(t) != device) return 0;
+    if (!known(tensor) || !read(tensor, &t) || dtype_of(t) != dtypes[role] || device_of(t) != device) return false;
     if (role == kParam) {
       shape.assign(t.shape, t.shape + t.ndim);
       strides.assign(t.strides, t.strides + t.ndim);
       int64_t numel = 1;
       for (const int64_t size : shape) numel *= size;
       moving.numel = numel * (t.code == kComplexCode ? 2 : 1);
-      if (numel > 0 && !dense(t)) return 0;
+      if (numel > 0 && !dense(t)) return false;
     } else if (!same_layout(t, shape, strides)) {
-      return 0;
+      return false;
     }
-    // A real tensor with the negative bit is the imaginary part of a conjugate: it is not dense, but for one element or
-    // where as_strided made it so. Asking costs 50 ns; of gradients, which come from anywhere, it is asked always.
-    if (role == kGrad || t.code == kComplexCode || moving.numel == 1) {
-      const int found = lazy(tensor, t.code == kComplexCode);
-      if (found != 0) return found < 0 ? -1 : 0;
-    }
+    if (lazy(t)) return false;
     const auto begin = reinterpret_cast<uintptr_t>(address(t));
     if (role == kGrad)
       moving.grad = address(t);
     else
       place[address_word(role)] = int64_t(begin);
     if (moving.numel == 0) continue;
-    if (t.data == nullptr) return 0;
+    if (t.data == nullptr) return false;
     moving.aligned &= begin % 16 == 0;
     const int64_t size = t.bits / 8 * moving.numel / (t.code == kComplexCode ? 2 : 1);
     spans[role].push_back({begin, begin + uintptr_t(size), role != kGrad});
   }
-  return 1;
+  return true;
+}
+
+// Lists of tensors for every role, and the segments that they fill.
+struct Lists {
+  PyObject* roles[kMaxRoles] = {};
+  int64_t dtypes[kMaxRoles] = {};
+  int n_roles = 0;
+  int64_t device = 0;
+  Py_ssize_t length = 0;
+  Moving* moving = nullptr;
+  int64_t *places = nullptr, *capacities = nullptr, place_words = 0;
+
+  // roles: a tuple of lists of equal length; codes: a tuple of a dtype for each. Throws.
+  Lists(PyObject* tuple, PyObject* codes, int64_t on_device, PyObject* own_moving, PyObject* own_places,
+        PyObject* own_capacities)
+      : device(on_device) {
+    if (PyTuple_Size(tuple) > kMaxRoles || PyTuple_Size(tuple) < kState || PyTuple_Size(codes) != PyTuple_Size(tuple))
+      throw std::runtime_error("lists must be of 2 to 16 roles, each with a dtype");
+    n_roles = int(PyTuple_Size(tuple));
+    const Memory segments = memory_of(own_moving, "moving", "int64", kMovingWords),
+                 words = memory_of(own_places, "places", "int64", -1),
+                 most = memory_of(own_capacities, "capacities", "int64", 0);
+    for (int role = 0; role < n_roles; ++role) {
+      roles[role] = PyTuple_GetItem(tuple, role);
+      dtypes[role] = number_of(PyTuple_GetItem(codes, role));
+      if (!PyList_Check(roles[role])) throw std::runtime_error("a role must be a list");
+    }
+    length = PyList_Size(roles[0]);
+    if (segments.rows != length || words.rows != length || most.rows != length ||
+        words.columns < int64_t(address_word(n_roles - 1)) + 1)
+      throw std::runtime_error("lists and segments do not belong together");
+    moving = segments.as<Moving>();
+    places = words.as<int64_t>();
+    capacities = most.as<int64_t>();
+    place_words = words.columns;
+  }
+
+  // Fills the segments, but for their rows. -1, or the position of the first tensors that are not as expected, or their
+  // number if some overlap: Python finds out what it is.
+  Py_ssize_t gather() const {
+    std::vector<Span> spans[kMaxRoles], all;
+    int64_t origin = 0;
+    for (int role = 0; role < n_roles; ++role)
+      if (PyList_Size(roles[role]) != length) return 0;
+    for (Py_ssize_t i = 0; i < length; ++i) {
+      int64_t* const place = places + i * place_words;
+      if (!gather_one(roles, n_roles, i, dtypes, device, moving[i], place, spans)) return i;
+      place[kOrigin] = origin;
+      place[kOutput] = 0;
+      origin += capacities[i] = moving[i].numel;
+    }
+    for (std::vector<Span>& own : spans) {  // most often each is in order already
+      const auto middle = all.insert(all.end(), own.begin(), own.end());
+      if (!std::is_sorted(middle, all.end(), earlier)) std::sort(middle, all.end(), earlier);
+      std::inplace_merge(all.begin(), middle, all.end(), earlier);
+    }
+    return overlap(all) ? length : -1;
+  }
+};
+
+}  // namespace
+
+// gather(roles, dtypes, device, moving, places, capacities) -> int: writes the segments of tensors that all have these
+// dtypes and that device, and says what `Lists::gather` does.
+PyObject* gather(PyObject*, PyObject* args) {
+  PyObject *tuple, *codes, *moving, *places, *capacities;
+  long long device;
+  if (!PyArg_ParseTuple(args, "O!O!LOOO", &PyTuple_Type, &tuple, &PyTuple_Type, &codes, &device, &moving, &places,
+                        &capacities))
+    return nullptr;
+  return guarded([&] { return PyLong_FromSsize_t(Lists(tuple, codes, device, moving, places, capacities).gather()); });
+}
+
+namespace {
+
+// Views of all tensors, if they lie where the segments have them.
+bool hold_memory(PyObject* hold, const Lists& lists, std::vector<Tensor>* views) {
+  const Reference all(PyList_New(0));
+  for (int role = 0; role < lists.n_roles; ++role)
+    for (Py_ssize_t i = 0; i < lists.length; ++i)
+      if (PyList_Append(all.get(), PyList_GetItem(lists.roles[role], i)) < 0)
+        throw std::runtime_error("a Python error is set");
+  *views = views_of(tensors_of(hold, all.get()));  // whoever waits for the interpreter may have run
+  if (lists.gather() != -1) return false;
+  for (size_t k = 0; k < views->size(); ++k) {
+    const int role = int(k / size_t(lists.length));
+    const Py_ssize_t i = Py_ssize_t(k) % lists.length;
+    void* now = nullptr;
+    if (aoti_torch_get_data_ptr((*views)[k].get(), &now) != AOTI_TORCH_SUCCESS) return false;
+    const void* const there =
+        role == kGrad ? lists.moving[i].grad
+                      : reinterpret_cast<const void*>(lists.places[i * lists.place_words + address_word(role)]);
+    if (now != there) return false;
+  }
+  return true;
 }
 
 }  // namespace
 
-// gather(roles, dtypes, device, moving, places, capacities, place_words) -> int: writes the segments of tensors that
-// all have these dtypes and that device. `roles` is a tuple of lists of equal length. The result is -1, or the position
-// of the first tensors that are not as expected, or their number if some overlap: Python finds out what it is.
-PyObject* gather(PyObject*, PyObject* args) {
-  PyObject *tuple, *codes;
-  long long device, place_words;
-  unsigned long long at_moving, at_places, at_capacities;
-  if (!PyArg_ParseTuple(args, "O!O!LKKKL", &PyTuple_Type, &tuple, &PyTuple_Type, &codes, &device, &at_moving,
-                        &at_places, &at_capacities, &place_words))
+// step_lists(roles, dtypes, device, moving, places, capacities, control, chunk_size, rule, variant, epilogue, formats,
+//            rows, increment, written, hold, others) -> int
+// A step of tensors that all have these dtypes and lie on the CPU; `moving` has their rows. The result is -1 when it is
+// taken, else nothing was done, and it says what `Lists::gather` does.
+PyObject* step_lists(PyObject*, PyObject* args) {
+  PyObject *tuple, *codes, *moving, *places, *capacities, *control, *formats, *rows, *increment, *written, *hold;
+  long long device, chunk_size, rule, variant, epilogue;
+  int others;
+  if (!PyArg_ParseTuple(args, "O!O!LOOOOLLLLO!OOOOp", &PyTuple_Type, &tuple, &PyTuple_Type, &codes, &device, &moving,
+                        &places, &capacities, &control, &chunk_size, &rule, &variant, &epilogue, &PyList_Type, &formats,
+                        &rows, &increment, &written, &hold, &others))
     return nullptr;
-  auto* moving = reinterpret_cast<Moving*>(at_moving);
-  auto* places = reinterpret_cast<int64_t*>(at_places);
-  auto* capacities = reinterpret_cast<int64_t*>(at_capacities);
-  const int n_roles = int(std::min<Py_ssize_t>(PyTuple_Size(tuple), kMaxRoles));
-  PyObject* roles[kMaxRoles] = {};
-  int64_t dtypes[kMaxRoles] = {};
-  std::vector<Span> spans[kMaxRoles], all;
-  for (int role = 0; role < n_roles; ++role) {
-    roles[role] = PyTuple_GetItem(tuple, role);
-    dtypes[role] = PyLong_AsLongLong(PyTuple_GetItem(codes, role));
-    if (PyErr_Occurred()) return nullptr;
-  }
-  const Py_ssize_t n = PyList_Size(roles[0]);
-  int64_t origin = 0;
-  for (Py_ssize_t i = 0; i < n; ++i) {
-    int64_t* const place = places + i * place_words;
-    const int found = gather_one(roles, n_roles, i, dtypes, device, moving[i], place, spans);
-    if (found < 0) return nullptr;
-    if (found == 0) return PyLong_FromSsize_t(i);
-    place[kOrigin] = origin;
-    place[kOutput] = 0;
-    origin += capacities[i] = moving[i].numel;
-  }
-  for (std::vector<Span>& own : spans) {  // most often each is in order already
-    const auto middle = all.insert(all.end(), own.begin(), own.end());
-    if (!std::is_sorted(middle, all.end(), earlier)) std::sort(middle, all.end(), earlier);
-    std::inplace_merge(all.begin(), middle, all.end(), earlier);
-  }
-  return PyLong_FromSsize_t(overlap(all) ? n : -1);
+  return guarded([&]() -> PyObject* {
+    std::vector<int64_t> known;
+    for (Py_ssize_t i = 0; i < PyList_Size(formats); ++i) known.push_back(number_of(PyList_GetItem(formats, i)));
+    const Lists lists(tuple, codes, device, moving, places, capacities);
+    const Memory pair = memory_of(control, "control", "float64", 0);
+    if (int(known.size()) != lists.n_roles || pair.rows != 2 || chunk_size <= 0 || chunk_size % kBlock != 0)
+      throw std::runtime_error("lists, formats, control and chunks do not belong together");
+    cpu::Plan plan = {};
+    plan.kernel = cpu::find(rule, variant, epilogue, known);
+    const Memory scalars = memory_of(rows, "rows", "float64", plan.kernel.width);
+    NoCollection meanwhile;
+    const Py_ssize_t wrong = lists.gather();
+    if (wrong != -1) return PyLong_FromSsize_t(wrong);
+    std::vector<int64_t> chunks;
+    for (int64_t s = 0; s < lists.length; ++s)
+      for (int64_t ordinal = 0; ordinal * chunk_size < lists.moving[s].numel; ++ordinal)
+        chunks.push_back(s | ordinal << 32);
+    plan.launch = {chunks.data(),
+                   lists.places,
+                   lists.moving,
+                   nullptr,
+                   pair.as<const Control>(),
+                   int32_t(lists.place_words),
+                   plan.kernel.width,
+                   int32_t(chunk_size)};
+    plan.chunks = int64_t(chunks.size());
+    plan.segments = lists.length;
+    const int64_t elements = cpu::count_elements(plan, scalars.rows);
+    const bool unlocked = others != 0 && elements >= kLong;
+    std::vector<Tensor> memory;
+    if (unlocked && !hold_memory(hold, lists, &memory)) return PyLong_FromSsize_t(lists.length);
+    const Reference counted(PyObject_CallFunctionObjArgs(increment, written, nullptr));
+    if (counted.get() == nullptr) return nullptr;
+    {
+      const Unlocked meanwhile_others_run(unlocked);
+      cpu::run(plan, scalars.as<const double>(), elements);
+    }
+    return PyLong_FromLong(-1);
+  });
 }
 
 }  // namespace wd

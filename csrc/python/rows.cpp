@@ -1,5 +1,6 @@
 // Rows, runs and chunks: the part of a step's preparation that looks at no Python object but its result.
 #include <cstring>
+#include <utility>
 
 #include "changes.h"
 
@@ -34,58 +35,73 @@ int64_t merge(const View& view, int64_t first, int64_t last, int64_t at) {
 
 }  // namespace
 
-PyObject* assign_rows(const View& view) {
-  PyObject* const keys = PyList_New(0);
-  if (keys == nullptr) return nullptr;
-  const int64_t n = view.parameters;
-  auto* leaders = static_cast<int64_t*>(PyMem_Malloc(sizeof(int64_t) * size_t(n > 0 ? n : 1)));
-  if (leaders == nullptr) {
-    Py_DECREF(keys);
-    return PyErr_NoMemory();
-  }
-  int64_t count = 0, of_group = 0, group = -1;  // rows so far, and the first of the current group
-  for (int64_t i = 0; i < n; ++i) {
+bool assign_rows(View& view) {
+  std::vector<Key> keys;
+  keys.reserve(view.keys.size() + 1);
+  int64_t of_group = 0, group = -1;  // the first row of the current group
+  for (int64_t i = 0; i < view.parameters; ++i) {
     if (view.active[i] == 0) continue;
-    const bool fresh = view.fresh[i] != 0;
-    if (view.expected[i].group != group) {
-      group = view.expected[i].group;
-      of_group = count;
+    const Key key = {view.expected[i].group, int64_t(view.steps[i]) + 1, view.fresh[i] != 0};
+    if (key.group != group) {
+      group = key.group;
+      of_group = int64_t(keys.size());
     }
-    int64_t row = count;
-    for (int64_t r = count; r-- > of_group;) {
-      const int64_t leader = leaders[r];
-      if (view.steps[leader] == view.steps[i] && (view.fresh[leader] != 0) == fresh) {
+    int64_t row = int64_t(keys.size());
+    for (int64_t r = row; r-- > of_group;)
+      if (keys[size_t(r)] == key) {
         row = r;
         break;
       }
-    }
-    if (row == count) {
-      leaders[count++] = i;
-      PyObject* const key = Py_BuildValue("(LLi)", (long long)group, (long long)view.steps[i] + 1, int(fresh));
-      if (key == nullptr || PyList_Append(keys, key) < 0) {
-        Py_XDECREF(key);
-        PyMem_Free(leaders);
-        Py_DECREF(keys);
-        return nullptr;
-      }
-      Py_DECREF(key);
-    }
+    if (row == int64_t(keys.size())) keys.push_back(key);
     view.moving[view.expected[i].segment].row = row;
   }
-  PyMem_Free(leaders);
   for (int64_t b = 0; b < view.buckets; ++b) {
     for (int64_t s = view.firsts[b]; s < view.firsts[b + 1]; ++s)
       if (view.moving[s].numel == 0) view.moving[s].row = 0;
     if (view.ranges != nullptr)
       view.run_firsts[b + 1] = merge(view, view.firsts[b], view.firsts[b + 1], view.run_firsts[b]);
   }
-  return keys;
+  const bool same = keys == view.keys;
+  if (!same) view.keys = std::move(keys);
+  return same;
 }
 
-PyObject* assign_rows_of(PyObject*, PyObject* address) {
-  const unsigned long long at = PyLong_AsUnsignedLongLong(address);
-  if (PyErr_Occurred()) return nullptr;
-  return assign_rows(*reinterpret_cast<const View*>(at));
+bool runs_differ(const View& view) {
+  if (view.ranges == nullptr) return false;
+  const size_t firsts = size_t(view.buckets) + 1, runs = size_t(view.run_firsts[view.buckets]);
+  return view.run_plan.size() != firsts + runs ||
+         std::memcmp(view.run_plan.data(), view.run_firsts, firsts * sizeof(int64_t)) != 0 ||
+         std::memcmp(view.run_plan.data() + firsts, view.run_capacities, runs * sizeof(int64_t)) != 0;
+}
+
+PyObject* list_of_keys(const View& view) {
+  PyObject* const list = PyList_New(Py_ssize_t(view.keys.size()));
+  for (size_t k = 0; list != nullptr && k < view.keys.size(); ++k) {
+    const Key& key = view.keys[k];
+    PyObject* const tuple = Py_BuildValue("(LLi)", (long long)key.group, (long long)key.count, int(key.fresh));
+    if (tuple == nullptr || PyList_SetItem(list, Py_ssize_t(k), tuple) < 0) {
+      Py_DECREF(list);
+      return nullptr;
+    }
+  }
+  return list;
+}
+
+PyObject* assign_rows_of(PyObject*, PyObject* capsule) {
+  View* const view = view_of(capsule);
+  if (view == nullptr) return nullptr;
+  assign_rows(*view);
+  return list_of_keys(*view);
+}
+
+PyObject* take_runs(PyObject*, PyObject* capsule) {
+  View* const view = view_of(capsule);
+  if (view == nullptr) return nullptr;
+  if (view->ranges == nullptr) Py_RETURN_NONE;
+  const int64_t runs = view->run_firsts[view->buckets];
+  view->run_plan.assign(view->run_firsts, view->run_firsts + view->buckets + 1);
+  view->run_plan.insert(view->run_plan.end(), view->run_capacities, view->run_capacities + runs);
+  Py_RETURN_NONE;
 }
 
 PyObject* cut(PyObject*, PyObject* args) {

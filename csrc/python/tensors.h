@@ -32,14 +32,19 @@ inline int64_t device_of(const DLTensor& t) { return (int64_t(t.device_type) << 
 // Is the object's type one of torch's own, Tensor or Parameter?
 bool known(PyObject* object);
 
-// Its gradient, a new reference.
+// The gradient of such an object, a new reference. Runs no Python code while no torch function mode is on.
 PyObject* grad_of(PyObject* param);
 
-// Does the tensor have the negative or, if complex, the conjugate bit? 1 yes, 0 no, -1 an error is set.
-int lazy(PyObject* tensor, bool complex);
+// Has the tensor the negative or the conjugate bit, or so many dimensions that it might have?
+bool lazy(const DLTensor& tensor);
+// The same by where the shape of a tensor of few dimensions lies.
+bool lazy(const void* shape);
 
-// connect(capsule, Tensor, Parameter) -> bool: takes torch's DLPack exchange API and its two types of tensors; False
-// where the API is of another major version.
+// Does torch lend its tensors?
+bool lends();
+
+// connect(capsule, Parameter, (tensor, plain, negative), (tensor, plain, conjugate)) -> bool: takes torch's DLPack
+// exchange API and its two types of tensors; False where they are others than is known here.
 PyObject* connect(PyObject* module, PyObject* args);
 
 }  // namespace wd

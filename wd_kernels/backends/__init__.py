@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Protocol, TypeAlias
-
-from torch import Tensor
+from typing import Protocol
 
 from ..layout import Bucket, Spec, Table
 from . import cpu, cuda, reference, triton
+from .prepared import Launch, Prepared, launch
 
-__all__ = ["BACKENDS", "NAMES", "Backend", "FallbackWarning", "Prepared", "prepare", "resolve"]
-
-#: What is called with the rows of a step (float64 [r, scalars]; segments name theirs) and gives its launches.
-Prepared: TypeAlias = Callable[[Tensor], list[Callable[[], None]]]
+__all__ = ["BACKENDS", "NAMES", "Backend", "FallbackWarning", "Launch", "Prepared", "launch", "prepare", "resolve"]
 
 
 class FallbackWarning(UserWarning):
@@ -25,6 +20,8 @@ class Backend(Protocol):
     """One implementation of the step. All give the same bits."""
 
     name: str
+    #: It works on tensors (`Table.tensors`), not on addresses.
+    needs_tensors: bool
 
     def why_not(self) -> str | None:
         """Why this backend cannot be used on this machine; None where it can."""
@@ -33,9 +30,7 @@ class Backend(Protocol):
         """Why it cannot step such a bucket; None where it can."""
 
     def prepare(self, table: Table, buckets: list[Bucket]) -> Prepared:
-        """What holds until the table is laid out anew. Called with the rows of a step it does all that allocates or may
-        fail, and returns the launches that step the buckets in place.
-        """
+        """The launches that step the buckets in place."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -88,6 +83,8 @@ def prepare(table: Table) -> Prepared:
         backend.prepare(table, [bucket for bucket in table.buckets if bucket.backend is backend])
         for backend in dict.fromkeys(bucket.backend for bucket in table.buckets)
     ]
-    if len(of_backend) == 1:
-        return of_backend[0]  # type: ignore[no-any-return]
-    return lambda rows: [go for own in of_backend for go in own(rows)]
+    plans = [plan for own in of_backend for plan in own.plans]
+    others = [own.ready for own in of_backend if own.ready is not None]
+    if len(others) <= 1:
+        return Prepared(plans, others[0] if others else None)
+    return Prepared(plans, lambda table, rows: [launch for ready in others for launch in ready(table, rows)])

@@ -1,16 +1,41 @@
-"""The native CPU backend: one call into csrc/cpu/ops.cpp a bucket."""
+"""The native CPU backend: one plan (csrc/cpu/plan.h) a bucket."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import os
+import warnings
 
-from torch import Tensor
+import torch
 
 from .. import native
 from ..layout import Bucket, Spec, Table, cut, native_kernel
+from .prepared import Prepared
 
 __all__ = ["CPU"]
+
+_threads_at_fork = 1
+_serial = False
+
+
+def _before_fork() -> None:
+    """Counts the threads of this process, where the system tells; else there may be some."""
+    global _threads_at_fork
+    try:
+        _threads_at_fork = len(os.listdir("/proc/self/task"))
+    except OSError:
+        _threads_at_fork = 2
+
+
+def _after_fork() -> None:
+    """OpenMP's threads are not there in a child, and whoever waits for them waits for ever."""
+    global _serial
+    if _threads_at_fork > 1 and native.C is not None:
+        _serial = True
+        native.C.be_serial()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 #: Elements of a chunk: a scalar row is read once in so many.
 CHUNK = 8192
@@ -20,6 +45,7 @@ class CPU:
     """AVX-512, AVX2 or baseline code, chosen at run time (WD_KERNELS_ISA forces one), on torch's threads."""
 
     name = "cpu"
+    needs_tensors = False
 
     def why_not(self) -> str | None:
         return native.WHY_NOT
@@ -27,16 +53,22 @@ class CPU:
     def refuses(self, spec: Spec) -> str | None:
         if spec.device.type != "cpu":
             return f"the tensors are on {spec.device}, and this backend steps CPU tensors"
-        native.OPS.instruction_set()  # raises if WD_KERNELS_ISA names one that is not here
+        native.C.instruction_set()  # raises if WD_KERNELS_ISA names one that is not here
         return None
 
-    def prepare(self, table: Table, buckets: list[Bucket]) -> Callable[[Tensor], list[Callable[[], None]]]:
-        step_, segments, rule = native.OPS.step_.default, table.segments, table.rule
-        calls = []
-        for bucket in buckets:
-            chunks = cut(table, bucket, CHUNK)
-            kernel = native_kernel(rule, bucket.spec)
-            calls.append(
-                partial(step_, chunks.words, segments.places, segments.moving, table.control, chunks.size, *kernel)
+    def prepare(self, table: Table, buckets: list[Bucket]) -> Prepared:
+        global _serial
+        if _serial and torch.get_num_threads() > 1:
+            _serial = False
+            warnings.warn(
+                "this process was forked from one with several threads, and those of OpenMP are not here: its steps on "
+                "the CPU take one thread. Start processes by 'spawn' or 'forkserver', or call torch.set_num_threads(1)",
+                RuntimeWarning,
+                stacklevel=2,
             )
-        return lambda rows: [partial(call, rows) for call in calls]
+        segments, plans = table.segments, []
+        for bucket in buckets:
+            words = cut(table, bucket, CHUNK).words
+            kernel = native_kernel(table.rule, bucket.spec)
+            plans.append(native.C.plan(words, segments.places, segments.moving, table.control, CHUNK, *kernel))
+        return Prepared(plans, None)

@@ -34,6 +34,11 @@ class CUDA(OnDevice):
         """The operators of csrc/cuda/ops.cpp."""
         return native.OPS
 
+    @property
+    def token(self) -> int:
+        """What its step wants to see."""
+        return native.cuda_token()
+
     def why_not(self) -> str | None:
         missing = native.load_cuda()
         if missing is not None:
@@ -71,6 +76,6 @@ class CUDA(OnDevice):
                 raise RuntimeError(f"a CUDA kernel cannot be loaded on {spec.device}: {wrong}")
             self._loaded.add(key)
         return partial(
-            self.ops.cuda_step_.default, there[bucket.index], there["places"], there["moving"], there["control"], size,
-            *kernel, there["rows"],
+            self.ops.cuda_step_.default, self.token, there[bucket.index], there["places"], there["moving"],
+            there["control"], size, *kernel, there["rows"],
         )  # fmt: skip

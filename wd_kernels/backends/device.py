@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..layout import Bucket, Chunks, Table, cut
 from .device_copy import DeviceCopy, chunk_size
+from .prepared import Prepared
 
 __all__ = ["OnDevice", "current", "machine"]
 
@@ -41,14 +42,16 @@ def _refuse_capture(device: torch.device) -> None:
 class OnDevice(ABC):
     """One launch a bucket, on the tensors' device and its current stream, never waiting for it."""
 
-    def prepare(self, table: Table, buckets: list[Bucket]) -> Callable[[Tensor], list[Callable[[], None]]]:
+    needs_tensors = False
+
+    def prepare(self, table: Table, buckets: list[Bucket]) -> Prepared:
         """Uploads what changed and brings what is new to the device; the launches that are left are one a bucket."""
         on: dict[torch.device, dict[int, Chunks]] = {}
         for bucket in buckets:
             size = partial(chunk_size, processors=machine(bucket.spec.device)[0])
             on.setdefault(bucket.spec.device, {})[bucket.index] = cut(table, bucket, size)
 
-        def ready(rows: Tensor) -> list[Callable[[], None]]:
+        def ready(table: Table, rows: Tensor) -> list[Callable[[], None]]:
             launches: list[Callable[[], None]] = []
             for device, chunks in on.items():
                 if device.type == "cuda":
@@ -60,7 +63,7 @@ class OnDevice(ABC):
                         launches.append(self.launch(table, bucket, chunks[bucket.index].size, copy))
             return launches
 
-        return ready
+        return Prepared([], ready)
 
     @abstractmethod
     def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:

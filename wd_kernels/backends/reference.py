@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
+import torch
 from torch import Tensor
 
 from .. import reference
 from ..layout import Bucket, Spec, Table
+from .prepared import Prepared
 
 __all__ = ["Reference"]
 
@@ -17,6 +16,7 @@ class Reference:
     """Plain torch operations on one parameter after the other (wd_kernels.reference)."""
 
     name = "reference"
+    needs_tensors = True
 
     def why_not(self) -> str | None:
         return None
@@ -24,17 +24,26 @@ class Reference:
     def refuses(self, spec: Spec) -> str | None:
         return None
 
-    def prepare(self, table: Table, buckets: list[Bucket]) -> Callable[[Tensor], list[Callable[[], None]]]:
-        return lambda rows: [partial(self._step, table, bucket, rows) for bucket in buckets]
+    def prepare(self, table: Table, buckets: list[Bucket]) -> Prepared:
+        return Prepared([], lambda table, rows: [self._step(table, bucket, rows) for bucket in buckets])
 
-    def _step(self, table: Table, bucket: Bucket, rows: Tensor) -> None:
+    def _step(self, table: Table, bucket: Bucket, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What is to be copied where: all of it is computed before any of it is written."""
         grad_factor, skip = table.control.tolist()
-        if skip:
-            return
-        for i in bucket.members:
-            if table.active[i]:
-                own = table.tensors(i)
-                reference.step_(
-                    table.rule, rows[own.row], grad_factor, own.theta, own.grad, own.states, bucket.spec.epilogue,
-                    own.outputs, own.sums,
-                )  # fmt: skip
+        writes: list[tuple[Tensor, Tensor]] = []
+        for i in bucket.members if not skip else ():
+            if not table.active[i]:
+                continue
+            own = table.tensors(i)
+            before = [own.theta, *own.states.values(), *own.outputs.values()]
+            after = [torch.empty_like(t).copy_(t) for t in before]
+            theta, rest = after[0], iter(after[1:])
+            states, outputs = ({name: next(rest) for name in names} for names in (own.states, own.outputs))
+            sums = None if own.sums is None else own.sums.clone()
+            reference.step_(
+                table.rule, rows[own.row], grad_factor, theta, own.grad, states, bucket.spec.epilogue, outputs, sums
+            )
+            writes += zip(before, after, strict=True)
+            if sums is not None and own.sums is not None:
+                writes.append((own.sums, sums))
+        return writes

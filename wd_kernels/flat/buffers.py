@@ -123,10 +123,12 @@ def padded(numel: int) -> int:
     return -(-numel // PADDING) * PADDING
 
 
-def place_of(p: Tensor) -> FlatPlace | None:
-    """The place of a parameter in a flat buffer, if it still lies there."""
+def place_of(p: Tensor, view: Tensor | None = None) -> FlatPlace | None:
+    """The place of a parameter in a flat buffer, if it still lies there; `view`: of its memory, if that was taken."""
     place: FlatPlace | None = known_places.get(p)
-    return place if place is not None and place.numel == p.numel() and place.buffer.holds(p, place.offset) else None
+    lies = p if view is None else view
+    there = place is not None and place.numel == lies.numel() and place.buffer.holds(lies, place.offset)
+    return place if there else None
 
 
 def attached(p: Tensor) -> bool:

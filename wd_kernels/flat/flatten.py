@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .. import native
 from ..validation import Extent, check_disjoint, check_roles, is_dense, label
 from .buffers import FlatBuffer, FlatPlace, attached, changed, known_places, padded, place_of, stretch, stretches
 
@@ -64,15 +66,17 @@ def flatten_(params: Params) -> list[FlatBuffer]:
     check_disjoint(Extent(p.detach(), what) for p, what in named)
     with torch.no_grad(), torch.inference_mode(False):
         plans = [_plan(*item) for by_buffer in by_kind.values() for item in by_buffer.items()]
+        writes: list[Callable[[], object]] = [changed]
         for plan in plans:
             for p, theta, grad, place in plan.moves:
                 if theta is not None:
                     theta.copy_(p)
-                    p.data = theta
-                    known_places[p] = place
+                    writes += (partial(setattr, p, "data", theta), partial(known_places.__setitem__, p, place))
                 if grad is not None:
-                    p.grad = grad.zero_() if p.grad is None else grad.copy_(p.grad)
-    changed()
+                    writes.append(partial(setattr, p, "grad", grad if p.grad is None else grad.copy_(p.grad)))
+            if plan.grad is not plan.buffer.grad:
+                writes.append(partial(plan.buffer.attach, plan.grad))
+        native.insist([*writes, changed])  # all or nothing: what raises has been done
     return [plan.buffer for plan in plans]
 
 
@@ -81,6 +85,7 @@ class _Plan:
     """A buffer, and for every parameter its new memory, that of its gradient (None: they stay), and its place."""
 
     buffer: FlatBuffer
+    grad: Tensor | None  # the memory of the gradients
     moves: list[tuple[Tensor, Tensor | None, Tensor | None, FlatPlace]]
 
 
@@ -107,17 +112,15 @@ def _plan(buffer: FlatBuffer | None, members: Sequence[tuple[Tensor, str]]) -> _
         assert data is not None
         buffer = FlatBuffer(data, grad)
         places = [FlatPlace(buffer, offset, p.numel()) for p, offset in zip(params, offsets, strict=True)]
-    elif grad is not buffer.grad:
-        buffer.attach(grad)
     moves: list[tuple[Tensor, Tensor | None, Tensor | None, FlatPlace]] = []
     for p, place in zip(params, places, strict=True):
         assert place is not None
         theta = None if data is None else stretch(data, place.offset, p)
         own = stretch(grad, place.offset, p) if p.requires_grad and grad is not None else None
-        if own is not None and data is None and attached(p):
+        if own is not None and data is None and grad is buffer.grad and attached(p):
             own = None
         moves.append((p, theta, own, place))
-    return _Plan(buffer, moves)
+    return _Plan(buffer, grad, moves)
 
 
 def unflatten_(params: Params) -> None:
@@ -130,11 +133,12 @@ def unflatten_(params: Params) -> None:
     """
     with torch.no_grad(), torch.inference_mode(False):
         for p, _ in _named(params):
-            lies, place = place_of(p), known_places.pop(p, None)
-            if lies is not None:
+            if place_of(p) is not None:
                 p.data = p.data.clone(memory_format=torch.preserve_format)
+            place = known_places.get(p)
             if place is not None and p.grad is not None and place.buffer.has_gradient(p.grad):
                 p.grad = p.grad.clone(memory_format=torch.preserve_format)
+            known_places.pop(p, None)  # last: what is interrupted may be called again
     changed()
 
 

@@ -12,15 +12,15 @@ from typing import Any, TypeAlias
 
 from ..rules import Hyper, at_least_zero, scalar
 
-__all__ = ["FROM_LR", "SETTINGS", "ScheduleLike", "adopt", "advance", "check", "follow", "follows_lr"]
+__all__ = ["FROM_LR", "SETTINGS", "ScheduleLike", "Tick", "adopt", "check", "follow", "follows_lr"]
 
 FROM_LR = "from_lr"
 #: The keys of a group, and what they are where nothing is given.
 SETTINGS: dict[str, Any] = {"schedule": None, "schedule_step": 0, "base_lr": None}
 
 ScheduleLike: TypeAlias = Callable[[int], float] | str | None
-#: What a finished step writes: (group, eta, completed steps).
-Tick: TypeAlias = tuple[dict[str, Any], float, int]
+#: What a finished step writes: (group, key, value).
+Tick: TypeAlias = tuple[dict[str, Any], str, Any]
 
 
 def follows_lr(group: Mapping[str, Any]) -> bool:
@@ -108,7 +108,7 @@ def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[l
         if factor != 1.0:
             settings = settings._replace(weight_decay=settings.weight_decay * factor)
         result[i] = settings, lr, eta, eta * lr
-        ticks.append((group, eta, t + 1))
+        ticks += ((group, "eta", eta), (group, "schedule_step", t + 1))
     return result, ticks
 
 
@@ -120,12 +120,6 @@ def _ratio(lr: float, base_lr: Any, eta: float, index: int) -> float:
         raise ValueError(f"eta={eta} in param group {index} with schedule={FROM_LR!r}, which sets it: allowed is 1")
     ratio = lr / base_lr
     return ratio if ratio < math.inf else at_least_zero("lr / base_lr", ratio, f"param group {index}")
-
-
-def advance(ticks: Sequence[Tick]) -> None:
-    """Writes what a finished step has used and counted."""
-    for group, eta, completed in ticks:
-        group["eta"], group["schedule_step"] = eta, completed
 
 
 def _multipliers(schedule: Callable[[int], float], t: int, where: str) -> tuple[float, float]:

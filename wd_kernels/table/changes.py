@@ -8,14 +8,14 @@ every parameter is inspected in every step, which gives the same bits and takes 
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import backends, native
 from ..layout import CPU, GRAD, Moving, Segments, numel_of
 from .inspection import Finding
 
@@ -44,12 +44,53 @@ _DTYPE_CODES = {
 }
 _DEVICE_CODES = {"cpu": 1, "cuda": 10 if torch.version.hip else 2, "xpu": 14}
 
-#: (odd, changed, keep, keys): positions of parameters with a gradient that are not as expected; whether another set of
-#: parameters has gradients than in the last step; the gradients, to be held while their addresses are used; and the
-#: (group, step count, fresh) keys of this step's rows, None where something is odd.
-Changes = tuple[list[int], bool, list[Tensor], "Keys | None"]
 #: What tells the rows of a step apart: (group, step count, fresh).
 Keys = list[tuple[int, int, bool]]
+
+
+class Changes(NamedTuple):
+    """What a step has found.
+
+    Attributes:
+        done: it is taken.
+        changed: another set of parameters has gradients than in the last step.
+        odd: positions of parameters that are not as expected.
+        runs: the runs are others than those that chunks were cut for.
+        keys: of this step's rows, None where something is odd; of the next one's when this one is taken, where they are
+            known by then.
+    """
+
+    done: bool
+    changed: bool
+    odd: list[int]
+    runs: bool
+    keys: Keys | None
+
+
+class Work(NamedTuple):
+    """What a step is to do where all is as expected.
+
+    Attributes:
+        increment: torch's function that counts versions.
+        written: the parameters whose versions it counts.
+        launches: plans of the CPU backend, which run with no Python code between them and the check.
+        ready: gives what else is launched, from the rows.
+        rows: of the keys that were found last; None where they are not made yet.
+        copies: (to, from): copied after the launches.
+        puts: (position, parameter, its state as found, that with what is new, what is new).
+        ticks: (dict, key, value): written when the step is taken.
+        others: there are other threads of Python.
+    """
+
+    increment: Callable[[list[Tensor]], object]
+    written: list[Tensor]
+    launches: list[Any]
+    ready: Callable[[Tensor], list[Any]] | None
+    rows: Tensor | None
+    copies: list[tuple[Tensor, Tensor]]
+    puts: list[tuple[int, Tensor, Any, dict[str, Any], dict[str, Any]]]
+    ticks: list[tuple[dict[str, Any], str, Any]]
+    others: bool
 
 
 @dataclass(frozen=True)
@@ -81,14 +122,20 @@ class Kind:
     ORDINARY, SPECIAL, UNSEEN, FLAT = 0, 1, 2, 3
 
 
+class Inspected:
+    """Whether a parameter was inspected in this step, and had a gradient then."""
+
+    NOT_YET, WITH_GRADIENT, WITHOUT_GRADIENT = 0, 1, 2
+
+
 class Expected:
     """What must be found of one parameter to leave it alone."""
 
-    KIND, SEGMENT, NUMEL, DEVICE, ALIGNED, GROUP, FIRST_ROLE, ROLES, FLAT_GRAD, HELD, VIEW = range(11)
+    KIND, SEGMENT, NUMEL, DEVICE, ALIGNED, GROUP, FIRST_ROLE, ROLES, FLAT_GRAD, HELD, VIEW, INSPECTED = range(12)
 
     @staticmethod
-    def unseen(segment: int, group: int) -> list[int]:
-        return [Kind.UNSEEN, segment, 0, 0, 0, group, 0, 0, 0, 0, 0]
+    def nothing(kind: int, segment: int, group: int) -> list[int]:
+        return [kind, segment, 0, 0, 0, group, 0, 0, 0, 0, 0, Inspected.NOT_YET]
 
 
 #: What must be found of one of its tensors: its name among those of the state, dtype, shape with strides, and address
@@ -103,46 +150,43 @@ class FlatRange:
     NOWHERE = (0, 0, 0, 0)
 
 
-class Seen:
-    """Notes of native code about a parameter, and about each of its tensors: where torch's objects lie."""
-
-    WORDS = 3
-    STORAGE, ROLE_WORDS = 2, 3
+def compared(p: Tensor, dims: int) -> bool:
+    """Can native code look at the parameter without running anybody's code? Others are inspected in every step."""
+    return native.CHECKS and type(p) in (Tensor, torch.nn.Parameter) and dims <= 5
 
 
 def expect(
-    p: Tensor, found: Finding, names: Sequence[str], view: Tensor | None, group: int
+    p: Tensor, found: Finding, names: Sequence[str], group: int, special: bool
 ) -> tuple[list[int], list[ExpectedRole]]:
-    """What must be found of a parameter, and of its tensors, to leave it alone."""
-    kind, flat_grad = Kind.ORDINARY, 0
+    """What must be found of a parameter, and of its tensors, to leave it alone; `special`: nothing will do."""
+    theta, kind, flat_grad = found.theta, Kind.ORDINARY, 0
     may_be_held = _may_be_held(p)
     if found.place is not None:
         begin = found.place.buffer.grad_address
-        flat_grad = begin and begin + found.place.offset * p.itemsize
-    if found.known.param_copy is not None or found.known.grad_copy is not None or not native.CHECKS:
+        flat_grad = begin and begin + found.place.offset * theta.itemsize
+    if special or found.gapped is not None or found.known.grad_copy is not None or not compared(p, theta.dim()):
         kind = Kind.SPECIAL
     elif flat_grad and found.grad.data_ptr() == flat_grad and may_be_held:
         kind = Kind.FLAT
     places = [names.index(name) for name in found.known.spec.states]
     roles = []
-    for role, (name, t) in enumerate(zip([0, 0, *places], (p, found.grad, *found.states), strict=True)):
-        like = p if role == GRAD else t  # a gradient that lies otherwise is inspected every step
+    for role, (name, t) in enumerate(zip([0, 0, *places], found.roles, strict=True)):
+        like = theta if role == GRAD else t  # a gradient that lies otherwise is inspected every step
         address = 0 if role == GRAD else t.data_ptr()
-        storage = t.untyped_storage()._cdata
-        roles.append((name, dtype_code(t.dtype), (*like.shape, *like.stride()), address, storage))
-    written = (found.theta, *found.states)
+        roles.append((name, dtype_code(t.dtype), (*like.shape, *like.stride()), address, t.untyped_storage()._cdata))
     expected = [
         kind,
         found.known.segment,
-        numel_of(p),
-        device_code(p.device),
-        int(all(t.data_ptr() % 16 == 0 for t in written)),
+        numel_of(theta),
+        device_code(theta.device),
+        int(all(t.data_ptr() % 16 == 0 for t in (theta, *found.memory))),
         group,
         0,
         len(roles),
         flat_grad if may_be_held else 0,
         0,
-        id(view),
+        0,
+        Inspected.WITH_GRADIENT,
     ]
     return expected, roles
 
@@ -165,85 +209,89 @@ class Watch:
         params, places: the parameters, and (group, index in the group) of each.
         names: "step", and the names of the rule's states.
         expected, roles: of each parameter.
+        views: of each parameter, the view of its step count that the state dictionary has.
+        flat: the tensors of parameters that lie in flat buffers: parameter, gradient and states.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], names: tuple[str, ...]) -> None:
         self.params: list[Tensor] = [p for group in groups for p in group["params"]]
         self.places = [(g, k) for g, group in enumerate(groups) for k in range(len(group["params"]))]
         self.names = names
-        self.expected = [Expected.unseen(i, g) for i, (g, _) in enumerate(self.places)]
+        kinds = [Kind.UNSEEN if compared(p, 0) else Kind.SPECIAL for p in self.params]
+        self.expected = [
+            Expected.nothing(kind, i, g) for i, (kind, (g, _)) in enumerate(zip(kinds, self.places, strict=True))
+        ]
         self.roles: list[list[ExpectedRole]] = [[] for _ in self.params]
+        self.views: list[Tensor | None] = [None] * len(self.params)
+        self.flat: dict[int, tuple[Tensor, ...]] = {}
         self._index = {id(p): i for i, p in enumerate(self.params)}
-        self._ids = _words(list(map(id, self.params)))
-        self._held: object = None
+        self._keys: Keys = []
 
     def order(self, state: Mapping[Any, Any]) -> list[int]:
         """Which parameter each entry of the state belongs to: native code then needs no hash of a tensor."""
-        return [self._index.get(id(key), -1) for key in state]
-
-    def hold(self, tensors: list[Tensor]) -> None:
-        """Holds the tensors of flat parameters, whose addresses native code reads through handles."""
-        self._held = native.C.holding(tensors, native.OPS.hold(tensors)) if tensors else None
+        return [self._index.get(id(key), -1) for key in list(state)]  # at once: another thread may add to it
 
     def publish(
-        self, state: Mapping[Any, Any], counts: Counts, firsts: Sequence[int], segments: Segments,
+        self, state: Mapping[Any, Any], counts: Counts, firsts: Sequence[int], segments: Segments, control: Tensor,
         ranges: Tensor | None, runs: Segments,
     ) -> None:  # fmt: skip
-        """Writes it all down as memory (csrc/python/changes.h, View), anew whenever something of it changes.
+        """Writes it all down for native code, anew whenever something of it changes.
 
         Args:
             firsts: the first segment of every bucket, and the end.
             ranges: where the segments lie in flat buffers, if some do; then launches step `runs`.
         """
-        roles, dims, storages = list[tuple[int, ...]](), list[int](), list[tuple[int, ...]]()
+        self._counts, self._moving, self._control = counts, segments.moving, control
+        roles, dims, storages = list[tuple[int, ...]](), list[int](), list[int]()
         where: dict[tuple[int, ...], int] = {}  # each shape with strides once
-        for own, of_roles in zip(self.expected, self.roles, strict=True):
+        held: list[Tensor] = []
+        for i, (own, of_roles) in enumerate(zip(self.expected, self.roles, strict=True)):
+            own[Expected.HELD] = len(held)
+            held += self.flat.get(i, ())
+            own[Expected.VIEW] = len(held)
+            held += [view for view in (self.views[i],) if view is not None]
             own[Expected.FIRST_ROLE] = len(roles)
             for name, dtype, layout, address, storage in of_roles:
                 at = where.setdefault(layout, len(dims))
                 if at == len(dims):
                     dims += layout
                 roles.append((name, dtype, len(layout) // 2, at, address))
-                storages.append((0, 0, storage))
-        order = self.order(state)
-        self.run_firsts = _words(firsts)
+                storages.append(storage)
+        self._expected = _words(self.expected, len(Expected.nothing(0, 0, 0)))
+        self.run_firsts = torch.zeros(len(firsts), dtype=torch.int64, device=CPU)
+        if native.C is None:
+            return
         arrays = (
-            self._ids, _words(order), _words(self.expected), _words(roles), _words(dims),
-            torch.zeros(len(self.params), Seen.WORDS, dtype=torch.int64, device=CPU), _words(storages),
-            counts.steps, counts.active, counts.fresh, _words(firsts), segments.moving, segments.places, ranges,
-            runs.moving, runs.places, runs.capacities, self.run_firsts,
+            _words(self.order(state)), self._expected, _words(roles, 5), _words(dims), _words(storages),
+            counts.steps, counts.active, counts.fresh, _words(firsts), segments.moving, segments.places, control,
+            ranges, runs.moving, runs.places, runs.capacities, self.run_firsts,
         )  # fmt: skip
-        numbers = (len(self.params), len(order), len(firsts) - 1, segments.places.shape[1])
-        self._kept, self._counts, self._moving = arrays, counts, segments.moving
-        self._view = _words([*numbers, *(0 if t is None else t.data_ptr() for t in arrays)])
-        self._address = self._view.data_ptr()
+        hold = native.OPS.hold.default._op
+        self._view = native.C.view(tuple(self.params), arrays, self.names, hold, held)
 
-    def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> Changes | None:
-        """What has changed since the last step; None if groups or state are not what was written down."""
-        if native.CHECKS:
-            return native.C.refresh(  # type: ignore[no-any-return]
-                self._address, groups, state, self.names, self._held
-            )
-        if not all(isinstance(group["params"], (list, tuple)) for group in groups):
-            return None
-        live = [(g, p) for g, group in enumerate(groups) for p in group["params"]]
-        if len(live) != len(self.params) or not all(
-            p is q and g == h for (g, p), q, (h, _) in zip(live, self.params, self.places, strict=True)
-        ):
-            return None
-        active = [0.0 if p.grad is None else 1.0 for p in self.params]
-        for on, expected in zip(active, self.expected, strict=True):
-            if not on:
-                self._moving[expected[Expected.SEGMENT], Moving.NUMEL] = 0
-        changed = active != self._counts.active.tolist()
-        self._counts.active.copy_(torch.tensor(active, device=CPU))
-        odd = [i for i, on in enumerate(active) if on]
-        return odd, changed, [], None if odd else []
+    def mark(self, inspected: Mapping[int, int]) -> None:
+        """Notes what was inspected in this step, and is not compared in it."""
+        for i, how in inspected.items():
+            self.expected[i][Expected.INSPECTED] = how
+        if inspected:
+            self._expected[list(inspected), Expected.INSPECTED] = _words(list(inspected.values()))
+
+    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], work: Work) -> Changes | None:
+        """The step, if all is where the table has it; None if groups or state are not what was written down."""
+        if native.C is None:
+            return self._step_in_python(groups, state, work)
+        found = native.C.step(self._view, groups, state, work)
+        return None if found is None else Changes(*found)
+
+    def forget_inspections(self, inspected: Iterable[int]) -> None:
+        """After a step that was taken."""
+        for i in inspected:
+            self.expected[i][Expected.INSPECTED] = Inspected.NOT_YET
 
     def assign_rows(self) -> Keys:
         """Names the row of every segment: one per distinct (group, step count, fresh). Returns those keys."""
         if native.C is not None:
-            return native.C.assign_rows(self._address)  # type: ignore[no-any-return]
+            return native.C.assign_rows(self._view)  # type: ignore[no-any-return]
         rows: dict[tuple[int, int, bool], int] = {}
         steps, fresh = self._counts.steps.tolist(), self._counts.fresh.tolist()
         self._moving[:, Moving.ROW] = 0
@@ -251,8 +299,60 @@ class Watch:
             if on:
                 key = (self.places[i][0], int(steps[i]) + 1, bool(fresh[i]))
                 self._moving[self.expected[i][Expected.SEGMENT], Moving.ROW] = rows.setdefault(key, len(rows))
-        return list(rows)
+        self._keys = list(rows)
+        return self._keys
+
+    def take_runs(self) -> Tensor:
+        """Chunks are cut for the runs that were found last; the first of every bucket's, and their end."""
+        native.C.take_runs(self._view)
+        return self.run_firsts.clone()
+
+    # Where there is no native code ------------------------------------------------------------------------------------
+
+    def _step_in_python(self, groups: list[dict[str, Any]], state: dict[Any, Any], work: Work) -> Changes | None:
+        """The same, of parameters that have all been inspected. What interrupts it may come between its last writes."""
+        if not all(isinstance(group, dict) and isinstance(group["params"], (list, tuple)) for group in groups):
+            return None
+        live = [(g, p) for g, group in enumerate(groups) for p in group["params"]]
+        if len(live) != len(self.params) or not all(
+            p is q and g == h for (g, p), q, (h, _) in zip(live, self.params, self.places, strict=True)
+        ):
+            return None
+        inspected = [own[Expected.INSPECTED] for own in self.expected]
+        active = [float(how == Inspected.WITH_GRADIENT) for how in inspected]
+        for own, on in zip(self.expected, active, strict=True):
+            if not on:
+                self._moving[own[Expected.SEGMENT], Moving.NUMEL] = 0
+        changed = active != self._counts.active.tolist()
+        self._counts.active.copy_(torch.tensor(active, device=CPU))
+        odd = [i for i, how in enumerate(inspected) if how == Inspected.NOT_YET]
+        if odd:
+            return Changes(False, changed, odd, False, None)
+        last = self._keys
+        keys = self.assign_rows()
+        if keys != last or changed or (keys and work.rows is None):
+            return Changes(False, changed, odd, False, keys)
+        if keys and work.rows is not None:
+            work.increment(work.written)
+            launches = [] if work.ready is None else work.ready(work.rows)
+            backends.launch(launches, work.rows)
+        self._expected[:, Expected.INSPECTED] = Inspected.NOT_YET
+        if self._control[1] != 0:
+            return Changes(True, False, [], False, keys)
+        self._counts.steps.add_(self._counts.active)
+        self._counts.fresh.zero_()
+        for to, source in work.copies:
+            to.copy_(source)
+        for _, p, found, entry, made in work.puts:
+            if any(state.get(p) is known for known in (found, entry)):
+                entry.update(made)
+                state[p] = entry
+        for group, key, value in work.ticks:
+            group[key] = value
+        self._keys = []
+        return Changes(True, False, [], False, [])
 
 
-def _words(values: Sequence[Any]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=CPU)
+def _words(values: Sequence[Any], columns: int = 0) -> Tensor:
+    words = torch.tensor(values, dtype=torch.int64, device=CPU)
+    return words.view(-1, columns) if columns else words

@@ -14,7 +14,7 @@ from ..flat.states import FlatStates
 from ..formats import state_dtype
 from ..layout import Spec, spec_of
 from ..rules import Rule, State
-from ..validation import check_roles, conform_state, is_dense, local, same_layout, step_count
+from ..validation import check_roles, check_type, conform_state, is_dense, local, same_layout, step_count
 
 __all__ = ["Finding", "Known", "inspect"]
 
@@ -32,13 +32,21 @@ class Known:
 
 @dataclass
 class Finding:
-    """The outcome of an inspection: what is known, where its tensors lie, what the state dictionary must be given."""
+    """The outcome of an inspection: what is known, where its tensors lie, what the state dictionary must be given.
+
+    What lies where is said of views that were taken once (`theta`, `grad`, `memory`), and they keep it there: a
+    signal's handler or another thread may exchange the memory of the very same tensors at any time.
+    """
 
     known: Known
     theta: Tensor
     grad: Tensor
-    states: tuple[Tensor, ...]
-    own: dict[str, Any]  # the parameter's state dictionary, live or new
+    memory: tuple[Tensor, ...]  # of the states
+    states: tuple[Tensor, ...]  # themselves
+    grad_itself: Tensor
+    gapped: Tensor | None  # a parameter with gaps, which `theta` stands in for
+    found: Any  # the parameter's state dictionary, or None
+    own: dict[str, Any]  # the same, live or new
     put: dict[str, Tensor]
     count: float
     fresh: bool  # this step makes a state that the rule is told of
@@ -47,11 +55,12 @@ class Finding:
 
     @property
     def roles(self) -> tuple[Tensor, ...]:
-        return (self.theta, self.grad, *self.states)
+        return (self.theta, self.grad, *self.memory)
 
 
 def inspect(
     p: Tensor,
+    grad_itself: Tensor,
     own: Any,
     rule: Rule,
     states: Sequence[State],
@@ -63,7 +72,7 @@ def inspect(
     """Everything that must hold of one parameter, its gradient and its state. Writes nothing but stand-ins.
 
     Args:
-        p: the parameter; it has a gradient.
+        p, grad_itself: the parameter and its gradient.
         own: its state dictionary, or None.
         rule, states: what steps it, and the states that its group asks for.
         settings: its group, which has the states' first values.
@@ -74,22 +83,23 @@ def inspect(
     Raises:
         TypeError, ValueError, RuntimeError: naming the parameter, what was found and what is allowed.
     """
-    grad = p.grad
-    assert grad is not None
-    check_roles(p, grad, what, f"the gradient of {what}")
-
-    theta, param_copy = local(p).detach(), None
-    if not (p.is_contiguous() or is_dense(p)):
-        param_copy = _stand_in(theta, theta.dtype, old.param_copy if old else None).copy_(theta)
+    found = own
+    if found is not None and not isinstance(found, dict):
+        raise TypeError(f"the state of {what} is a {type(found).__name__}: expected a dict")
+    own = {} if found is None else dict(found)
+    check_type(p, what)
+    check_type(grad_itself, f"the gradient of {what}")
+    theta, grad = local(p).data, local(grad_itself).data
+    check_roles(theta, grad, what, f"the gradient of {what}")
+    lies, place = theta, place_of(p, theta)
+    gapped, param_copy, grad_copy = None, None, None
+    if not (theta.is_contiguous() or is_dense(theta)):
+        gapped, param_copy = theta, _stand_in(theta, theta.dtype, old.param_copy if old else None).copy_(theta)
         theta = param_copy
-    grad, grad_copy = local(grad).detach(), None
-    if not same_layout(grad, theta) or grad.is_conj() or grad.is_neg():
+    if not same_layout(grad, theta) or grad.is_conj() or grad.is_neg() or grad._is_zerotensor():
         grad_copy = _stand_in(theta, grad.dtype, old.grad_copy if old else None).copy_(grad)
         grad = grad_copy
 
-    if own is not None and not isinstance(own, dict):
-        raise TypeError(f"the state of {what} is a {type(own).__name__}: expected a dict")
-    own = {} if own is None else own
     present = [state.name for state in states if own.get(state.name) is not None]
     if own.get("step") is not None:
         count = step_count(own["step"], f"the step count of {what}")
@@ -103,26 +113,35 @@ def inspect(
         raise ValueError(f"the state of {what} has no {missing}: give it all of {names}, or none for a new start")
 
     put: dict[str, Tensor] = {}
-    place = place_of(p)
+    memory, themselves = list[Tensor](), list[Tensor]()
     for state in states:
-        if state.name in present:
-            conformed = conform_state(p, theta, own[state.name], f"the state {state.name!r} of {what}")
-            if conformed is not own[state.name]:
-                put[state.name] = conformed
+        value, name = own.get(state.name), f"the state {state.name!r} of {what}"
+        if value is None:
+            now = put[state.name] = value = _first(state, theta, settings, place, flat)
         else:
-            put[state.name] = _first(state, theta, settings, place, flat)
-    found = tuple(put[state.name] if state.name in put else own[state.name] for state in states)
-    spec = spec_of(p.device, p.dtype, grad.dtype, tuple(states))
+            if isinstance(value, Tensor):
+                check_type(value, name)
+            seen = local(value).data if isinstance(value, Tensor) else value
+            now = conform_state(theta, theta, seen, name)
+            if now is not seen:
+                put[state.name] = value = now
+        memory.append(now.data)
+        themselves.append(value)
+    spec = spec_of(theta.device, theta.dtype, grad.dtype, tuple(states))
     assert spec is not None
-    known = Known(spec, (p.data_ptr(), p.shape, p.stride()), param_copy, grad_copy)
+    known = Known(spec, (lies.data_ptr(), lies.shape, lies.stride()), param_copy, grad_copy)
     fresh = any(state.fresh and state.name not in present for state in states)
     bases: tuple[Tensor, ...] = ()
     if place is not None:
-        lie = (flat.base(place, t, state.name) for state, t in zip(states, found, strict=True))
-        bases = tuple(base for base in lie if base is not None)
-        if len(bases) < len(found) or not all(same_layout(t, theta) for t in found) or grad.dtype != p.dtype:
+        in_bases = (flat.base(place, t, state.name) for state, t in zip(states, memory, strict=True))
+        bases = tuple(base for base in in_bases if base is not None)
+        if len(bases) < len(memory) or not all(same_layout(t, theta) for t in memory) or grad.dtype != theta.dtype:
             place = None
-    return Finding(known, theta, grad, found, own, put, count, fresh, place, bases)
+    return Finding(
+        known=known, theta=theta, grad=grad, memory=tuple(memory), states=tuple(themselves), grad_itself=grad_itself,
+        gapped=gapped, found=found, own={} if found is None else found, put=put, count=count, fresh=fresh, place=place,
+        bases=bases,
+    )  # fmt: skip
 
 
 def _first(

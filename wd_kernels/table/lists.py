@@ -7,6 +7,7 @@ nothing is remembered.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import backends, native
+from ..backends.cpu import CHUNK
 from ..formats import state_dtype
-from ..layout import CPU, GRAD, PARAM, Bucket, Moving, Segments, Spec, Tensors, spec_of, write_segment
+from ..layout import CPU, GRAD, PARAM, Bucket, Moving, Segments, Spec, Tensors, native_kernel, spec_of, write_segment
 from ..rules import Rule, State
 from ..validation import (
     Extent,
@@ -32,10 +34,45 @@ from ..validation import (
 )
 from .changes import device_code, dtype_code
 
-__all__ = ["Lists", "examine"]
+__all__ = ["ONE", "Lists", "examine", "step_alike"]
 
 Roles = Sequence[list[Tensor]]
-_CONTROL = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
+#: A control whose gradient factor is 1, and which skips nothing.
+ONE = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
+
+
+def step_alike(
+    rule: Rule, states: tuple[State, ...], roles: Roles, backend: str, control: Tensor, rows: Tensor,
+    row_of: Sequence[int],
+) -> bool:  # fmt: skip
+    """A step of tensors of one kind, on the CPU, in one native call: nothing runs between the check and the launch.
+
+    Args:
+        rule, states: what is stepped, and the states that are there.
+        roles: lists of equal length: parameters, gradients, and each state.
+        backend: by name.
+        row_of: of each parameter.
+
+    Returns:
+        False where they are of several kinds, not as they should be, or for another backend; then nothing was done.
+    """
+    firsts = [own[0] for own in roles]
+    if not native.CHECKS or not all(isinstance(t, Tensor) for t in firsts):
+        return False
+    spec = spec_of(firsts[PARAM].device, firsts[PARAM].dtype, firsts[GRAD].dtype, states)
+    if spec is None or spec.device.type != "cpu" or backend not in ("auto", "cpu"):
+        return False
+    segments, state = Segments.empty(len(roles[PARAM]), len(states)), state_dtype(firsts[PARAM].dtype)
+    if any(row_of):
+        segments.moving[:, Moving.ROW] = torch.tensor(row_of, device=CPU)
+    dtypes = (firsts[PARAM].dtype, firsts[GRAD].dtype, *(state for _ in states))
+    written = [t for role, own in enumerate(roles) if role != GRAD for t in own]
+    wrong = native.C.step_lists(
+        tuple(roles), tuple([dtype_code(dtype) for dtype in dtypes]), device_code(spec.device), segments.moving,
+        segments.places, segments.capacities, control, CHUNK, *native_kernel(rule, spec), rows,
+        torch._C._increment_version, written, native.OPS.hold.default._op, threading.active_count() > 1,
+    )  # fmt: skip
+    return bool(wrong == -1)
 
 
 class Lists:
@@ -52,11 +89,12 @@ class Lists:
     """
 
     def __init__(
-        self, rule: Rule, states: tuple[State, ...], label: Callable[[int, int], str], roles: Roles, backend: str
-    ) -> None:
+        self, rule: Rule, states: tuple[State, ...], label: Callable[[int, int], str], roles: Roles, backend: str,
+        control: Tensor = ONE,
+    ) -> None:  # fmt: skip
         self.rule, self.states, self.roles = rule, states, list(roles)
         self.device_copies: dict[torch.device, Any] = {}
-        self.control = _CONTROL
+        self.control = control
         self.order: Sequence[int] = range(len(roles[PARAM]))  # segment k is of the tensors order[k]
         self.segments = Segments.empty(len(self.order), len(states))
         self.buckets: list[Bucket] = []
@@ -65,7 +103,8 @@ class Lists:
         if spec is not None and self._gather(spec):
             self.buckets.append(Bucket(spec, _resolve(backend, spec), 0, 0, self.order))
         else:
-            examine(label, roles)
+            self.roles = _held(label, roles)
+            examine(label, self.roles)
             self._sort(backend)
 
     def _spec(self, own: Sequence[Tensor]) -> Spec | None:
@@ -81,8 +120,7 @@ class Lists:
         kinds = (self.roles[PARAM][0].dtype, self.roles[GRAD][0].dtype, *(state for _ in self.states))
         dtypes = tuple([dtype_code(dtype) for dtype in kinds])
         own = self.segments
-        memory = (own.moving.data_ptr(), own.places.data_ptr(), own.capacities.data_ptr(), own.places.shape[1])
-        return bool(native.C.gather(tuple(self.roles), dtypes, device, *memory) == -1)
+        return bool(native.C.gather(tuple(self.roles), dtypes, device, own.moving, own.places, own.capacities) == -1)
 
     def _sort(self, backend: str) -> None:
         """Fills the segments of tensors of several kinds, which have been examined."""
@@ -113,6 +151,18 @@ class Lists:
         theta, grad, *states = (own[i] for own in self.roles)
         own = {state.name: t for state, t in zip(self.states, states, strict=True)}
         return Tensors(theta.detach(), grad, own, int(self.segments.moving[self.order.index(i), Moving.ROW]))
+
+
+def _held(label: Callable[[int, int], str], roles: Roles) -> list[list[Tensor]]:
+    """Views of tensors, which keep their memory, whatever others do to them meanwhile."""
+    held = []
+    for role, own in enumerate(roles):
+        for i, t in enumerate(own):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{label(role, i)} is a {type(t).__name__}: expected a tensor")
+            check_type(t, label(role, i))
+        held.append([t.data for t in own])
+    return held
 
 
 def _like(p: Tensor, grad: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ written before all of it has passed.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -26,11 +28,30 @@ from ..flat import buffers
 from ..flat.states import FlatStates
 from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, write_segment
 from ..rules import Hyper, Rule, State
+from ..schedules.stepping import Tick
 from ..validation import Extent, check_disjoint, label
-from .changes import Counts, Expected, FlatRange, Keys, Kind, Watch, expect
+from .changes import Changes, Counts, Expected, FlatRange, Inspected, Keys, Kind, Watch, Work, expect
 from .inspection import Finding, Known, inspect
 
 __all__ = ["TensorTable"]
+
+_increment_version = torch._C._increment_version
+#: Of this process: what a child is forked with, whatever another thread was at, it starts anew.
+_tables: weakref.WeakSet[TensorTable] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for table in list(_tables):
+        table.lock, table.watch = threading.RLock(), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+#: How often a step looks again at what a signal's handler or another thread changes meanwhile, before it gives up.
+TRIES = 1000
+PATIENCE = 8
 
 
 class TensorTable:
@@ -44,108 +65,114 @@ class TensorTable:
         counts: `state[p]["step"]` is a view of one of its steps.
         control: float64 [2], the gradient factor and the skip flag that every launch reads.
         buckets: the launches of a step.
-        stepped: the parameters that this step writes.
+        written: the parameters that this step writes.
+        inspected: what was inspected in this step, by position; it holds the memory of its tensors.
     """
 
     def __init__(self, rule: Rule, resolve: Callable[[Spec], Any]) -> None:
         self.rule, self.resolve = rule, resolve
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.params: list[Tensor] = []
-        self.stepped: list[Tensor] = []
-        self.lock = threading.RLock()
         self.device_copies: dict[torch.device, Any] = {}
         self.buckets: list[Bucket] = []
-        self.any_fresh = False
         self.segments = Segments.empty(0, 0)
-        self.run_firsts = torch.empty(0, dtype=torch.int64, device=CPU)
         self.flat_states = FlatStates()
-        self.generation = buffers.generation()
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops what is known of the tensors; the next refresh inspects all of them."""
+        self.lock = threading.RLock()
+        self.watch: Watch | None = None  # None while a step is under way: what interrupts it makes the next start anew
         self.needs: list[tuple[State, ...]] | None = None
-        self.memory: list[weakref.ref[Tensor]] = []  # flat, where segments lie: others may lie there once it dies
-        self.keep: list[Tensor] = []  # gradients of this step: another thread may drop them meanwhile
-        self.watch: Watch | None = None
         self.launches: backends.Prepared | None = None
+        self.keys: Keys | None = None
+        self.written: list[Tensor] | None = None
+        self.inspected: dict[int, Finding | None] = {}
+        self.puts: list[tuple[int, Tensor, Any, dict[str, Any], dict[str, Any]]] = []
+        _tables.add(self)
 
     # The way of a step ------------------------------------------------------------------------------------------------
 
-    def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any], hypers: Sequence[Hyper]) -> Keys:
-        """Brings the table up to date with the live tensors; returns the keys of this step's rows.
+    def step(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any], hypers: Sequence[Hyper], ticks: Sequence[Tick]
+    ) -> None:
+        """Takes one step: brings the table up to date with the live tensors, launches, counts.
 
-        Makes the state of parameters that have their first gradient. Raises before anything of the optimizer was
-        written; the table then starts anew with the next refresh.
+        Everything that may fail comes first: until the one native call that launches, nothing of the optimizer is
+        written, and states that were made are not yet its own.
+
+        Args:
+            ticks: (dict, key, value), written when the step is taken and was not skipped (`control`).
+
+        Raises:
+            TypeError, ValueError, RuntimeError: naming the parameter; nothing was written.
         """
         needs = [settings.states for settings, *_ in hypers]
         if not isinstance(state, dict):
             raise TypeError(f"the optimizer's state is a {type(state).__name__}: expected a dict")
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError("a step writes in place: it cannot be taken inside a torch.func transform")
+        watch, self.watch = self.watch, None
         self.groups, self.state = groups, state
-        if self.generation != buffers.generation() or any(ref() is None for ref in self.memory):
-            self.generation = buffers.generation()
-            self.forget()
         try:
-            found = self.watch.refresh(groups, state) if self.watch and needs == self.needs else None
-            if found is None:
-                with torch.inference_mode(False):  # what is made here outlives the caller's mode
+            if watch is None or needs != self.needs or self._moved_in_memory():
+                watch = self._start(needs)
+            for tried in range(TRIES):
+                if self.special:
+                    self._inspect(watch, [i for i in self.special if i not in self.inspected])
+                found = watch.step(groups, state, self._work(hypers, ticks, tried))
+                if found is None:
                     watch = self._start(needs)
-                found = watch.refresh(groups, state)
-                assert found is not None
-            assert self.watch is not None
-            odd, changed, self.keep, keys = found
-            if odd:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._inspect_again(odd)
-            if odd or changed:
-                self.stepped = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
-            if keys is None:
-                keys = self.watch.assign_rows()
-            if self.ranges is not None:
-                self._take_runs(self.watch.run_firsts)
-            return keys
-        except BaseException:
-            self.forget()
-            raise
-
-    def _take_runs(self, firsts: Tensor) -> None:
-        count = int(firsts[-1])
-        runs = Segments(self.runs.moving[:count], self.runs.places[:count], self.runs.capacities[:count])
-        if not torch.equal(firsts, self.run_firsts) or not torch.equal(runs.capacities, self.segments.capacities):
-            self.launches = None
-            self.run_firsts = firsts.clone()
-            self.segments = Segments(runs.moving, runs.places, runs.capacities.clone())
-
-    def launch(self, rows: Tensor) -> bool:
-        """Steps every bucket and advances the step counts; False: the step was skipped (`control`), and not counted.
-
-        The counts go first, and back if a launch fails: where torch allows no write (inside a torch.func transform,
-        say), it says so before anything else was written.
-        """
-        try:
-            if self.launches is None:
-                self.launches = backends.prepare(self)
-            launches = self.launches(rows)
-            _, skip = self.control.tolist()
-            counted = self.active if skip == 0 else torch.zeros_like(self.active)
-            torch.autograd.graph.increment_version(self.stepped)
-            self.counts.steps.add_(counted)
-            try:
-                for go in launches:
-                    go()
-            except BaseException:
-                self.counts.steps.sub_(counted)
-                raise
+                elif found.done:
+                    self.keys = found.keys or None
+                    watch.forget_inspections(self.inspected)
+                    self.watch = watch
+                    return
+                else:
+                    self._follow(watch, found)
+            raise RuntimeError(
+                f"parameters, gradients or states were exchanged {TRIES} times while a step was prepared, by a "
+                "signal's handler or another thread: nothing was stepped"
+            )
         finally:
-            self.keep = []
-        if self.any_fresh and counted is self.active:
-            self.counts.fresh.zero_()
-            self.any_fresh = False
-        for i in self.gapped:
-            known = self.known[i]
-            if known is not None and known.param_copy is not None and self.active[i]:
-                self.params[i].detach().copy_(known.param_copy)
-        return counted is self.active
+            self.inspected, self.puts = {}, []
+
+    def _moved_in_memory(self) -> bool:
+        """Was anything flattened or unflattened, or has a flat buffer died, where others may lie now?"""
+        return self.generation != buffers.generation() or any(ref() is None for ref in self.memory)
+
+    def _work(self, hypers: Sequence[Hyper], ticks: Sequence[Tick], tried: int) -> Work:
+        """What a step is to do. Without rows it is not taken, unless no parameter has a gradient.
+
+        Other threads may run while many elements are stepped, unless they keep exchanging what is to be stepped.
+        """
+        known = self.keys is not None and self.launches is not None
+        if known and self.written is None:
+            self.written = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
+        plans, ready = self.launches if self.launches is not None else ([], None)
+        return Work(
+            increment=_increment_version,
+            written=self.written or [],
+            launches=plans,
+            ready=partial(ready, self) if ready is not None else None,
+            rows=self.rule.rows(hypers, self.keys) if known and self.keys else None,
+            copies=[(f.gapped, f.theta) for f in self.inspected.values() if f is not None and f.gapped is not None],
+            puts=self.puts,
+            ticks=list(ticks),
+            others=tried < PATIENCE and threading.active_count() > 1,
+        )
+
+    def _follow(self, watch: Watch, found: Changes) -> None:
+        """Brings the table up to date with what a step has found."""
+        if found.changed or found.odd:
+            self.written = None
+        self.keys = found.keys
+        if found.odd:
+            self._inspect(watch, found.odd)
+            self.keys = watch.assign_rows()
+        if self.ranges is not None and (found.runs or found.odd):
+            firsts = watch.take_runs()
+            count = int(firsts[-1])
+            runs = Segments(self.runs.moving[:count], self.runs.places[:count], self.runs.capacities[:count].clone())
+            self.run_firsts, self.segments, self.launches = firsts, runs, None
+        if self.launches is None and self.keys:
+            self.launches = backends.prepare(self)
 
     # What a backend reads (layout.Table) ------------------------------------------------------------------------------
 
@@ -154,13 +181,13 @@ class TensorTable:
         return self.counts.active
 
     def tensors(self, i: int) -> Tensors:
-        known, p = self.known[i], self.params[i]
+        known, p, found = self.known[i], self.params[i], self.inspected.get(i)
         assert known is not None
-        theta = p if known.param_copy is None else known.param_copy
-        grad = p.grad if known.grad_copy is None else known.grad_copy
-        assert grad is not None
         row = int(self.own_segments.moving[known.segment, Moving.ROW])
-        return Tensors(theta, grad, {name: self.state[p][name] for name in known.spec.states}, row)
+        if found is not None:
+            return Tensors(found.theta, found.grad, dict(zip(known.spec.states, found.memory, strict=True)), row)
+        assert p.grad is not None
+        return Tensors(p, p.grad, {name: self.state[p][name] for name in known.spec.states}, row)
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
         if self.ranges is None:
@@ -170,21 +197,22 @@ class TensorTable:
 
     # Building ---------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # what is made here outlives the caller's mode
     def _start(self, needs: list[tuple[State, ...]]) -> Watch:
         """An empty table for the groups' parameters: none inspected, all step counts the table's own."""
-        self.forget()
         for g, group in enumerate(self.groups):
             if not isinstance(group, dict):
                 raise TypeError(f"param group {g} is a {type(group).__name__}: expected a dict")
             if not isinstance(group["params"], (list, tuple)):
                 group["params"] = list(group["params"])
         watch = Watch(self.groups, ("step", *(state.name for state in self.rule.states)))
+        self.generation = buffers.generation()
         self.params, n = watch.params, len(watch.params)
         self.known: list[Known | None] = [None] * n
-        self.views: list[Tensor | None] = [None] * n  # the views of the step counts that the state dictionaries hold
         self.range_of: list[tuple[int, int, int, int]] = [FlatRange.NOWHERE] * n
         self.numbers: dict[tuple[object, ...], int] = {}  # of sets of flat buffers
         self.memory_of: dict[int, list[weakref.ref[Tensor]]] = {}  # by these numbers
+        self.memory: list[weakref.ref[Tensor]] = []  # flat, where segments lie: others may lie there once it dies
         steps, active = (torch.zeros(n, dtype=torch.float32, device=CPU) for _ in range(2))
         self.counts = Counts(steps, active, torch.zeros(n, dtype=torch.uint8, device=CPU))
         self.own_segments = Segments.empty(n, len(self.rule.states))
@@ -193,10 +221,10 @@ class TensorTable:
                 f"the optimizer's own tensors would be {type(self.own_segments.moving).__name__}s: a step reads memory "
                 "and cannot run under FakeTensorMode or another tensor mode, nor with an optimizer made under one"
             )
-        self.any_fresh = False
-        self.gapped: list[int] = []
+        self.special = [i for i, own in enumerate(watch.expected) if own[Expected.KIND] == Kind.SPECIAL]
+        self.inspected, self.puts = {}, []
         self.buckets = []
-        self.watch = watch
+        self.keys = self.written = None
         self._publish(watch)
         self.needs = needs
         return watch
@@ -216,71 +244,88 @@ class TensorTable:
         if self.memory and native.C is not None:
             self.ranges = torch.tensor(ranges, dtype=torch.int64, device=CPU)
             self.runs = Segments(*map(torch.zeros_like, (self.runs.moving, self.runs.places, self.runs.capacities)))
-            self.run_firsts = torch.full((len(firsts),), -1, dtype=torch.int64, device=CPU)
-        watch.publish(self.state, self.counts, firsts, self.own_segments, self.ranges, self.runs)
+        watch.publish(self.state, self.counts, firsts, self.own_segments, self.control, self.ranges, self.runs)
+        self.run_firsts = watch.run_firsts
         self.launches = None
 
     # What differs from what the table has -----------------------------------------------------------------------------
 
-    def _inspect_again(self, odd: Sequence[int]) -> None:
-        """Inspects the given parameters: all checks and allocations first, then the writes."""
-        watch = self.watch
-        assert watch is not None
-        found = {i: self._inspect(i) for i in odd}
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _inspect(self, watch: Watch, odd: Sequence[int]) -> None:
+        """Inspects the given parameters, and lays out anew what they changed. Writes nothing of the optimizer."""
+        grads = {i: self.params[i].grad for i in odd}
+        self.inspected.update(dict.fromkeys(odd))
+        found = {i: self._inspect_one(watch, i, grad) for i, grad in grads.items() if grad is not None}
+        self.inspected.update(found)
         if any(self._moved(i, f) for i, f in found.items()):
-            self._check_overlaps(found)
-        for spec in {f.known.spec for f in found.values()}:
-            self.resolve(spec)
-        steps = self.counts.steps
-        views = {  # step counts that are not yet the table's own
-            i: steps[i] for i, f in found.items() if self.views[i] is None or f.own.get("step") is not self.views[i]
-        }
-
+            self._check_overlaps(watch, found)
+        special = {spec: self.resolve(spec).needs_tensors for spec in {f.known.spec for f in found.values()}}
         relayout = False
-        for i, f in found.items():  # from here on nothing raises
+        before = {i: (watch.expected[i], watch.roles[i], watch.flat.get(i)) for i in found}
+        for i, f in found.items():
             p, old = self.params[i], self.known[i]
-            own = self._range(p, f)
-            numel = watch.expected[i][Expected.NUMEL]
-            relayout |= old is None or old.spec != f.known.spec or numel != numel_of(p) or own != self.range_of[i]
+            own = self._range(f)
+            numel, now = watch.expected[i][Expected.NUMEL], numel_of(f.theta)
+            relayout |= old is None or old.spec != f.known.spec or numel != now or own != self.range_of[i]
             self.range_of[i] = own
             f.known.segment = -1 if old is None else old.segment
             self.known[i] = f.known
-            if i in views:
-                superseded = self.views[i]
-                if superseded is not None:  # whoever holds it keeps the count that it shows
-                    superseded.data = superseded.clone()
-                self.views[i], steps[i] = views[i], f.count
-                f.put = {"step": views[i], **f.put}
-            new_entry = self.state.get(p) is not f.own
-            f.own.update(f.put)
-            if new_entry:
-                self.state[p] = f.own
-            relayout |= new_entry
-            if f.fresh:
-                self.counts.fresh[i] = 1
-                self.any_fresh = True
+            made = self._take_count(watch, i, f)
+            relayout |= "step" in made
+            if made or f.found is None:
+                self.puts.append((i, p, f.found, f.own, made))
+            self.counts.fresh[i] = f.fresh
         if relayout:
             self._lay_out(watch)
-        before = [(watch.expected[i], watch.roles[i]) for i in odd]
-        for (i, f), (old_expected, _) in zip(found.items(), before, strict=True):
-            group = watch.places[i][0]
-            watch.expected[i], watch.roles[i] = expect(self.params[i], f, watch.names, self.views[i], group)
-            watch.expected[i][Expected.FIRST_ROLE] = old_expected[Expected.FIRST_ROLE]
+        for i, f in found.items():
+            p, group = self.params[i], watch.places[i][0]
+            old_words = watch.expected[i]
+            watch.expected[i], watch.roles[i] = expect(p, f, watch.names, group, special[f.known.spec])
+            for word in (Expected.FIRST_ROLE, Expected.HELD, Expected.VIEW):  # written where all is published
+                watch.expected[i][word] = old_words[word]
+            watch.flat.pop(i, None)
+            if watch.expected[i][Expected.KIND] == Kind.FLAT:
+                watch.flat[i] = (p, f.grad_itself, *f.states)
             write_segment(self.own_segments, f.known.segment, f.roles)
-            self.keep.append(f.grad)
-        after = [(watch.expected[i], watch.roles[i]) for i in odd]
-        if relayout or before != after or any(watch.expected[i][Expected.KIND] == Kind.FLAT for i in odd):
-            self._hold(watch)
+        changed = any(_differs(before[i], watch, i) for i in found)
+        if relayout or changed or self.launches is None:
+            self._drop_missing_gradients(watch)
             self._publish(watch)
-        self.gapped = [i for i, known in enumerate(self.known) if known and known.param_copy is not None]
+        watch.mark({i: Inspected.WITH_GRADIENT if i in found else Inspected.WITHOUT_GRADIENT for i in odd})
+        active = [float(i in found) for i in odd]
+        if self.counts.active[list(odd)].tolist() != active:
+            self.counts.active[list(odd)] = torch.tensor(active, device=CPU, dtype=torch.float32)
+            self.written = None
+        for i in odd:
+            if i not in found:
+                self.own_segments.moving[watch.expected[i][Expected.SEGMENT], Moving.NUMEL] = 0
+        self.special = [i for i, own in enumerate(watch.expected) if own[Expected.KIND] == Kind.SPECIAL]
 
-    def _inspect(self, i: int) -> Finding:
-        assert self.watch is not None
+    def _inspect_one(self, watch: Watch, i: int, grad: Tensor) -> Finding:
         assert self.needs is not None
-        p, (g, k) = self.params[i], self.watch.places[i]
+        p, (g, k) = self.params[i], watch.places[i]
         group = self.groups[g]
         own, old = self.state.get(p), self.known[i]
-        return inspect(p, own, self.rule, self.needs[g], group, label(group, g, k), old, self.flat_states)
+        return inspect(p, grad, own, self.rule, self.needs[g], group, label(group, g, k), old, self.flat_states)
+
+    def _take_count(self, watch: Watch, i: int, f: Finding) -> dict[str, Any]:
+        """Makes the step count the table's own; returns what the state dictionary is to be given."""
+        own, steps = watch.views[i], self.counts.steps
+        if own is not None:
+            lies_here = own.data_ptr() == steps.data_ptr() + i * steps.itemsize
+            if lies_here and f.own.get("step") is own:
+                return f.put
+            own.data = own.clone()  # whoever holds it keeps the count that it shows
+        watch.views[i] = view = steps[i]
+        steps[i] = f.count
+        return {"step": view, **f.put}
+
+    def _drop_missing_gradients(self, watch: Watch) -> None:
+        """Nothing is held of flat parameters without a gradient; the check says when it is back."""
+        for i in [i for i in watch.flat if self.params[i].grad is None]:
+            del watch.flat[i]
+            watch.expected[i][Expected.KIND] = Kind.ORDINARY
 
     def _moved(self, i: int, f: Finding) -> bool:
         """Does a tensor that is written lie elsewhere than before?"""
@@ -288,23 +333,25 @@ class TensorTable:
         if known is None or known.spec != f.known.spec or known.address != f.known.address:
             return True
         states = self.own_segments.places[known.segment, Place.ADDRESSES + 1 :].tolist()
-        return states[: len(f.states)] != [t.data_ptr() for t in f.states]
+        return states[: len(f.memory)] != [t.data_ptr() for t in f.memory]
 
-    def _check_overlaps(self, found: dict[int, Finding]) -> None:
-        assert self.watch is not None
+    def _check_overlaps(self, watch: Watch, found: dict[int, Finding]) -> None:
         assert self.needs is not None
         extents = []
-        for i, (p, (g, k)) in enumerate(zip(self.params, self.watch.places, strict=True)):
+        for i, (p, (g, k)) in enumerate(zip(self.params, watch.places, strict=True)):
             if i not in found and self.known[i] is None:
                 continue
-            what = label(self.groups[g], g, k)
-            own = self.state.get(p, {})
-            states = found[i].states if i in found else [own.get(state.name) for state in self.needs[g]]
-            extents.append(Extent(p.detach(), what))
+            what, f = label(self.groups[g], g, k), found.get(i)
+            if f is None:
+                own = self.state.get(p, {})
+                lies, states = p.detach(), [own.get(state.name) for state in self.needs[g]]
+            else:
+                lies, states = f.theta if f.gapped is None else f.gapped, list(f.memory)
+            extents.append(Extent(lies, what))
             extents += [Extent(s, f"a state of {what}") for s in states if isinstance(s, Tensor)]
         check_disjoint(extents)
 
-    def _range(self, p: Tensor, f: Finding) -> tuple[int, int, int, int]:
+    def _range(self, f: Finding) -> tuple[int, int, int, int]:
         """Where a parameter lies in flat buffers: FlatRange's first words. A complex element counts as two."""
         if f.place is None:
             return FlatRange.NOWHERE
@@ -314,8 +361,8 @@ class TensorTable:
         number = self.numbers.setdefault(key, len(self.numbers) + 1)
         self.memory_of[number] = [weakref.ref(base) for base in bases]
         end = offset + buffers.padded(f.place.numel)
-        scale = 2 if p.is_complex() else 1
-        grad = buffer.grad_address and buffer.grad_address + offset * p.itemsize
+        scale = 2 if f.theta.is_complex() else 1
+        grad = buffer.grad_address and buffer.grad_address + offset * f.theta.itemsize
         return number, scale * offset, scale * end, grad
 
     def _lay_out(self, watch: Watch) -> None:
@@ -346,16 +393,13 @@ class TensorTable:
                 self.own_segments.places[segment, Place.ORIGIN] = origins[i]
             watch.expected[i][Expected.SEGMENT] = segment
 
-    def _hold(self, watch: Watch) -> None:
-        """Holds the tensors of flat parameters, which native code compares through handles."""
-        tensors: list[Tensor] = []
-        for i, expected in enumerate(watch.expected):
-            p, known = self.params[i], self.known[i]
-            if expected[Expected.KIND] != Kind.FLAT or known is None:
-                continue
-            if p.grad is None:  # not in this step; the check says when it is back
-                expected[Expected.KIND] = Kind.ORDINARY
-                continue
-            expected[Expected.HELD] = len(tensors)
-            tensors += (p, p.grad, *(self.state[p][name] for name in known.spec.states))
-        watch.hold(tensors)
+
+def _differs(before: tuple[Any, Any, Any], watch: Watch, i: int) -> bool:
+    """Has what is expected of a parameter changed?"""
+    expected, roles, flat = before
+    unmarked = [own[: Expected.INSPECTED] for own in (expected, watch.expected[i])]
+    now = watch.flat.get(i)
+    same_objects = flat is now or (
+        flat is not None and now is not None and all(a is b for a, b in zip(flat, now, strict=True))
+    )
+    return unmarked[0] != unmarked[1] or roles != watch.roles[i] or not same_objects

@@ -1,6 +1,6 @@
-// The CPU backend's operators: schema, checks, choice of instruction set, threads. LibTorch stable ABI only.
+// The CPU backend: choice of instruction set and kernel, checks, threads.
+#include "plan.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -8,10 +8,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../check_launch.h"
-#include "kernel.h"
-
 namespace wd {
+namespace cpu {
 namespace {
 
 #include "../formats.h"
@@ -55,6 +53,10 @@ const InstructionSet& chosen_set() {
   STD_TORCH_CHECK(false, "WD_KERNELS_ISA=", forced, ": unknown here; allowed: avx512, avx2 (x86-64 only), baseline");
 }
 
+bool serial = false;
+
+}  // namespace
+
 std::string instruction_set() { return chosen_set().name; }
 
 // A line for every row of kernels.h: the rule's number, the bits of its states, how many they are, its scalars.
@@ -69,47 +71,48 @@ std::string rules() {
   return found;
 }
 
-// How many elements the chunks have in this step, each of which must name a segment and, through it, a row.
-int64_t count_elements(const Launch& launch, int64_t chunks, int64_t segments, int64_t rows) {
+Kernel find(int64_t rule, int64_t variant, int64_t epilogue, const std::vector<int64_t>& formats) {
+  STD_TORCH_CHECK(formats.size() >= kState && formats.size() <= size_t(kMaxRoles), "formats must name 2 to ", kMaxRoles,
+                  " roles");
+  Kernel kernel;
+  STD_TORCH_CHECK(chosen_set().find(rule, variant, epilogue, formats.data(), int(formats.size()), &kernel),
+                  "there is no CPU kernel for this rule, this epilogue and these storage formats");
+  return kernel;
+}
+
+int64_t count_elements(const Plan& plan, int64_t rows) {
+  const Launch& launch = plan.launch;
   int64_t elements = 0;
-  for (int64_t i = 0; i < chunks; ++i) {
+  for (int64_t i = 0; i < plan.chunks; ++i) {
     const int64_t segment = launch.chunks[i] & 0xffffffff, ordinal = launch.chunks[i] >> 32;
-    STD_TORCH_CHECK(segment < segments && ordinal >= 0, "step_: chunk ", i, " is of segment ", segment, " of ",
-                    segments);
+    STD_TORCH_CHECK(segment < plan.segments && ordinal >= 0, "chunk ", i, " is of segment ", segment, " of ",
+                    plan.segments);
     const Moving& moving = launch.moving[segment];
-    STD_TORCH_CHECK(moving.row >= 0 && moving.row < rows, "step_: segment ", segment, " names row ", moving.row, " of ",
-                    rows);
+    STD_TORCH_CHECK(moving.row >= 0 && moving.row < rows, "segment ", segment, " names row ", moving.row, " of ", rows);
     const int64_t rest = moving.numel - ordinal * launch.chunk_size;
     elements += std::max<int64_t>(0, std::min<int64_t>(rest, launch.chunk_size));
   }
   return elements;
 }
 
-// Steps the chunks of one bucket; `check_launch` has the shapes. rule, variant and epilogue: rows of kernels.h;
-// formats: the FormatCode of parameter, gradient, each state and each output of the epilogue.
-void step_(const Tensor chunks, const Tensor places, const Tensor moving, const Tensor control, int64_t chunk_size,
-           int64_t rule, int64_t variant, int64_t epilogue, std::vector<int64_t> formats, const Tensor rows) {
-  check_roles("step_", formats.size());
-  Kernel kernel;
-  STD_TORCH_CHECK(chosen_set().find(rule, variant, epilogue, formats.data(), int(formats.size()), &kernel),
-                  "step_: no CPU kernel for this rule, this epilogue and these storage formats");
-  const Launch launch = check_launch("step_", chunks, places, moving, rows, control, chunk_size, formats.size(),
-                                     kernel.width, [](const Tensor& tensor) { return tensor.is_cpu(); });
-  const int64_t blocks = chunks.numel();
-  const int64_t elements = count_elements(launch, blocks, moving.size(0), rows.size(0));
+void run(const Plan& plan, const double* rows, int64_t elements) {
+  Launch launch = plan.launch;
+  launch.rows = rows;
+  const Kernel& kernel = plan.kernel;
+  const int64_t chunks = plan.chunks;
   if (launch.control->skip != 0 || elements == 0) return;
-  if (elements < kSerialBelow) {
-    kernel.step_chunks(kernel, launch, 0, blocks);
+  const int64_t threads = serial || elements < kSerialBelow ? 1 : int64_t(torch::stable::get_num_threads());
+  if (threads == 1) {
+    kernel.step_chunks(kernel, launch, 0, chunks);
     return;
   }
   // Whichever thread is free takes of the chunks that are left, many at first, then fewer: one that other processes
   // hold up holds up nobody.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t fewest = std::max<int64_t>(1, kTaken * blocks / elements);
+  const int64_t fewest = std::max<int64_t>(1, kTaken * chunks / elements);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t first = next.load(); first < blocks;) {
-      const int64_t last = std::min(blocks, first + std::max(fewest, (blocks - first) / (2 * threads)));
+    for (int64_t first = next.load(); first < chunks;) {
+      const int64_t last = std::min(chunks, first + std::max(fewest, (chunks - first) / (2 * threads)));
       if (!next.compare_exchange_weak(first, last)) continue;
       kernel.step_chunks(kernel, launch, first, last);
       first = next.load();
@@ -117,20 +120,7 @@ void step_(const Tensor chunks, const Tensor places, const Tensor moving, const 
   });
 }
 
-}  // namespace
+void be_serial() { serial = true; }
+
+}  // namespace cpu
 }  // namespace wd
-
-WD_EXPANDED(STABLE_TORCH_LIBRARY, WD_NAMESPACE, m) {
-  m.def(
-      "step_(Tensor chunks, Tensor places, Tensor moving, Tensor control, int chunk_size, int rule, int variant, "
-      "int epilogue, int[] formats, Tensor rows) -> ()");
-  m.def("instruction_set() -> str");
-  m.def("rules() -> str");
-}
-
-WD_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, WD_NAMESPACE, CPU, m) { m.impl("step_", TORCH_BOX(&wd::step_)); }
-
-WD_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, WD_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("instruction_set", TORCH_BOX(&wd::instruction_set));
-  m.impl("rules", TORCH_BOX(&wd::rules));
-}

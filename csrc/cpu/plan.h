@@ -1,0 +1,34 @@
+// A launch on the CPU: prepared once, run with the rows of each step.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+namespace wd {
+namespace cpu {
+
+struct Plan {
+  Kernel kernel;
+  Launch launch;  // but for its rows
+  int64_t chunks, segments;
+};
+
+// The kernel for a rule with its states, an epilogue and formats. Throws where there is none.
+Kernel find(int64_t rule, int64_t variant, int64_t epilogue, const std::vector<int64_t>& formats);
+
+// The elements that a plan steps with so many rows. Throws where a chunk names no segment, or a segment no row.
+int64_t count_elements(const Plan& plan, int64_t rows);
+
+// Steps them. Nothing here fails.
+void run(const Plan& plan, const double* rows, int64_t elements);
+
+// From now on in this process no second thread takes part: those of OpenMP did not come along in a fork.
+void be_serial();
+
+std::string instruction_set();
+std::string rules();
+
+}  // namespace cpu
+}  // namespace wd
