@@ -15,7 +15,7 @@ PARALLEL ?= -n 2 --dist worksteal
 OLDEST_TRITON := triton==3.6.0
 OLDEST        := $(VENV)/triton-oldest
 
-.PHONY: demo test mutants bench peers bench-gpu codegen study check lint format dist clean
+.PHONY: demo test mutants torture bench peers bench-gpu codegen study check lint format dist clean
 
 demo: $(NATIVE)
 	$(RUN) bench/demo.py
@@ -26,8 +26,11 @@ TESTS ?= not slow and not gpu
 test: $(NATIVE) $(OLDEST)
 	$(RUN) -m pytest $(PARALLEL) -m "$(TESTS)"
 
-mutants: $(NATIVE) $(OLDEST)  ## plants 271 faults in copies of the product: do the tests that should see each? (an hour)
+mutants: $(NATIVE) $(OLDEST)  ## plants 287 faults in copies of the product: do the tests that should see each? (an hour)
 	$(RUN) tests/mutants/run.py --hints-only $(MUTANTS)
+
+torture: $(NATIVE)  ## what else may run during a step, ours and torch's: exceptions, signals, threads, forks (half an hour)
+	$(RUN) tests/torture.py $(TORTURE)
 
 bench: $(NATIVE)  ## against every peer that is installed; those that are missing are named
 	$(RUN) -m pytest bench --benchmark-quiet --benchmark-json=bench.json

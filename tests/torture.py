@@ -1,0 +1,729 @@
+"""What else may run during a step: exceptions at every line and allocation, signals, collections, threads, forks.
+
+Run as a program, it does all of it at length, ours and torch's in turn, and prints a table (`make torture`); the suite
+does a little of each (`test_torture.py`). Every count is of places or steps, never of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import faulthandler
+import gc
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import wd_kernels
+from wd_kernels.schedules import Cosine
+
+OURS = Path(wd_kernels.__file__).parent
+THEIRS = Path(torch.optim.__file__).parent
+RULES = ("adamw", "sgdw", "adagradw")
+
+
+class Injected(BaseException):
+    """Raised where nobody expects it, as a signal's handler may."""
+
+
+# What is tried -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Subject:
+    """Parameters and their optimizer."""
+
+    params: list[nn.Parameter]
+    optimizer: Any
+
+
+def make_params(mixed: bool) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in ((5, 3), (7,), (4, 4))]
+    if mixed:  # another dtype, gaps, complex numbers
+        tensors.append(torch.randn(6, generator=generator).bfloat16())
+        tensors.append(torch.randn(4, 6, generator=generator)[:, ::2])
+        tensors.append(torch.randn(3, dtype=torch.complex64, generator=generator))
+    return [nn.Parameter(t) for t in tensors]
+
+
+def make(rule: str, mixed: bool = False, flat: bool = False) -> Subject:
+    """Two groups, a schedule, and what each rule keeps; "torch" is torch's fused AdamW."""
+    params = make_params(mixed)
+    if flat:
+        wd_kernels.flatten_(params)
+    groups: list[dict[str, Any]] = [{"params": params[:2]}, {"params": params[2:], "lr": 0.05}]
+    common: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}
+    if rule == "torch":
+        return Subject(params, torch.optim.AdamW(groups, **common, amsgrad=True, foreach=not mixed))
+    common["schedule"] = Cosine(20)
+    if rule == "adamw":
+        return Subject(params, wd_kernels.AdamW(groups, **common, amsgrad=True))
+    if rule == "sgdw":
+        return Subject(params, wd_kernels.SGDW(groups, **common, momentum=0.9, dampening=0.5))
+    return Subject(params, wd_kernels.AdagradW(groups, **common, initial_accumulator_value=0.5))
+
+
+def set_gradients(subject: Subject, t: int, skip: tuple[int, ...] = ()) -> None:
+    """In place where a gradient is there, as a backward pass does."""
+    for i, p in enumerate(subject.params):
+        if i in skip:
+            p.grad = None
+            continue
+        generator = torch.Generator().manual_seed(100 * t + i)
+        dtype = torch.complex64 if p.is_complex() else torch.float32
+        values = torch.randn(p.shape, dtype=dtype, generator=generator).to(p.dtype)
+        if p.grad is None:
+            p.grad = values
+        else:
+            p.grad.copy_(values)
+
+
+def snapshot(subject: Subject) -> dict[Any, Any]:
+    """Parameters, states, and what groups count."""
+    found: dict[Any, Any] = {}
+    for i, p in enumerate(subject.params):
+        found[i] = p.detach().clone()
+        for name, value in subject.optimizer.state.get(p, {}).items():
+            found[i, name] = value.clone() if isinstance(value, Tensor) else value
+    for g, group in enumerate(subject.optimizer.param_groups):
+        found["group", g] = (group.get("eta"), group.get("schedule_step"), len(group["params"]))
+    return found
+
+
+def same(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
+    if a.keys() != b.keys():
+        return False
+    for key, value in a.items():
+        if isinstance(value, Tensor):
+            if value.dtype != b[key].dtype or not torch.equal(value, b[key]):
+                return False
+        elif value != b[key]:
+            return False
+    return True
+
+
+# Exceptions ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def injected_at_line(k: int, package: Path) -> Iterator[list[str]]:
+    """Raises Injected at the k-th line of the package's that is executed; gives the line, if it came to it."""
+    seen, where = 0, list[str]()
+
+    def local(frame: Any, event: str, _: object) -> Any:
+        nonlocal seen
+        if event == "line":
+            seen += 1
+            if seen == k:
+                where.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+                sys.settrace(None)
+                raise Injected
+        return local
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: local if frame.f_code.co_filename.startswith(str(package)) else None)
+    try:
+        yield where
+    finally:
+        sys.settrace(before)
+
+
+#: What makes tensors in the package; memory may be short at each.
+ALLOCATE = ("zeros", "empty", "tensor", "zeros_like", "empty_like", "full", "frombuffer")
+
+
+@contextmanager
+def injected_at_allocation(k: int, _: Path) -> Iterator[list[str]]:
+    """Raises MemoryError at the k-th tensor that is allocated."""
+    seen, where = 0, list[str]()
+    originals = {name: getattr(torch, name) for name in ALLOCATE}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def allocate(*args: Any, **options: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == k:
+                where.append(name)
+                raise MemoryError(f"the {k}-th allocation (a test)")
+            return originals[name](*args, **options)
+
+        return allocate
+
+    for name in ALLOCATE:
+        setattr(torch, name, counted(name))
+    try:
+        yield where
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+Injection = Callable[[int, Path], Any]
+
+
+def try_everywhere(
+    prepare: Callable[[], Subject],
+    action: Callable[[Subject], None],
+    injection: Injection,
+    package: Path = OURS,
+    stride: int = 1,
+    first: int = 1,
+) -> tuple[int, Counter[str]]:
+    """Interrupts an action at every `stride`-th place: it must have done nothing, or all; done again, it is the same.
+
+    Returns:
+        How many places were tried, and where it went wrong.
+    """
+
+    def finish(subject: Subject) -> dict[Any, Any]:
+        for t in (50, 51):
+            set_gradients(subject, t)
+            subject.optimizer.step()
+        return snapshot(subject)
+
+    subject = prepare()
+    before = snapshot(subject)
+    action(subject)
+    after, last = snapshot(subject), finish(subject)
+    tried, bad, k = 0, Counter[str](), first
+    while True:
+        subject = prepare()
+        with injection(k, package) as where:
+            try:
+                action(subject)
+            except (Injected, MemoryError):
+                assert where
+        if not where:
+            return tried, bad
+        tried += 1
+        k += stride
+        try:
+            now = snapshot(subject)
+            if not same(now, after):
+                if not same(now, before):
+                    bad[f"half done: {where[0]}"] += 1
+                    continue
+                action(subject)
+                if not same(snapshot(subject), after):
+                    bad[f"done again, it differs: {where[0]}"] += 1
+                    continue
+            if not same(finish(subject), last):
+                bad[f"what follows differs: {where[0]}"] += 1
+        except Exception as error:
+            bad[f"{type(error).__name__} {error}: {where[0]}"] += 1
+
+
+def after_steps(rule: str, mixed: bool, flat: bool, steps: int, skip: tuple[int, ...]) -> Callable[[], Subject]:
+    def prepare() -> Subject:
+        subject = make(rule, mixed, flat)
+        for t in range(steps):
+            set_gradients(subject, t)
+            subject.optimizer.step()
+        set_gradients(subject, steps, skip)
+        return subject
+
+    return prepare
+
+
+def step(subject: Subject) -> None:
+    subject.optimizer.step()
+
+
+def load(subject: Subject) -> None:
+    subject.optimizer.load_state_dict(copy.deepcopy(SAVED[type(subject.optimizer)]))  # torch keeps what it is given
+
+
+def flatten(subject: Subject) -> None:
+    wd_kernels.flatten_(subject.params)
+
+
+def add_group(subject: Subject) -> None:
+    """A group of one parameter, which is made once."""
+    spare = getattr(subject, "spare", None)
+    if spare is None:
+        spare = nn.Parameter(torch.arange(3.0))
+        spare.grad = torch.ones(3)
+        subject.spare = spare  # type: ignore[attr-defined]
+    subject.optimizer.add_param_group({"params": [spare], "lr": 0.5})
+
+
+ACTIONS = {"step": step, "load_state_dict": load, "flatten_": flatten, "add_param_group": add_group}
+SAVED: dict[type, Any] = {}
+for _rule in (*RULES, "torch"):
+    _donor = after_steps(_rule, True, False, 3, ())()
+    with warnings.catch_warnings(action="ignore"):  # of what torch does not know
+        SAVED[type(_donor.optimizer)] = _donor.optimizer.state_dict()
+
+
+# Storms --------------------------------------------------------------------------------------------------------------
+
+
+class Mutator:
+    """Exchanges what a step reads and writes, whenever it is called."""
+
+    def __init__(self, params: list[nn.Parameter], optimizer: Any, kinds: str, seed: int = 0) -> None:
+        self.params, self.optimizer, self.kinds = params, optimizer, kinds
+        self.random, self.count, self.busy = random.Random(seed), 0, False
+
+    def __call__(self, *_: object) -> None:
+        if self.busy:
+            return
+        self.busy = True
+        try:
+            self.count += 1
+            getattr(self, self.random.choice(self.kinds.split()))()
+        finally:
+            self.busy = False
+
+    def data(self) -> None:
+        for p in self.params:
+            p.data = p.data.clone()
+
+    def clear(self) -> None:
+        self.optimizer.state.clear()
+
+    def states(self) -> None:
+        for p in self.params:
+            own = self.optimizer.state.get(p)
+            if own and "exp_avg" in own:
+                own["exp_avg"] = own["exp_avg"].clone()
+
+    def pop(self) -> None:
+        for p in self.params[::2]:
+            self.optimizer.state.pop(p, None)
+
+    def gradients(self) -> None:
+        for p in self.params:
+            p.grad = torch.randn_like(p)
+
+    def gradients_data(self) -> None:
+        for p in self.params:
+            if p.grad is not None:
+                p.grad.data = p.grad.data.clone()
+
+    def flatten(self) -> None:
+        try:
+            (wd_kernels.flatten_ if self.random.random() < 0.5 else wd_kernels.unflatten_)(self.params)
+        except ValueError as error:
+            if "flat already" not in str(error):
+                raise
+
+
+EXCHANGES = "data clear states pop gradients gradients_data"
+
+
+def storm(library: str, how: str, kinds: str, tensors: int, elements: int, steps: int) -> dict[str, Any]:
+    """Steps while a signal's handler, the garbage collector or another thread exchanges everything."""
+    params = [nn.Parameter(torch.randn(elements)) for _ in range(tensors)]
+    if library == "torch":
+        optimizer: Any = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1, fused=True)
+    else:
+        optimizer = wd_kernels.AdamW(params, lr=1e-3, weight_decay=0.1)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    mutate, errors, stop = Mutator(params, optimizer, kinds), Counter[str](), threading.Event()
+
+    def handle(*_: object) -> None:
+        mutate()
+        signal.setitimer(signal.ITIMER_REAL, 0.002)
+
+    def work() -> None:
+        while not stop.is_set():
+            mutate()
+            time.sleep(0.0003)
+
+    thread = threading.Thread(target=work)
+    if how == "signal":
+        signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.002)
+    elif how == "gc":
+        gc.callbacks.append(lambda phase, _: mutate() if phase == "start" else None)
+        gc.set_threshold(20)
+    else:
+        thread.start()
+    for _ in range(steps):
+        try:
+            optimizer.step()
+        except Exception as error:
+            errors[f"{type(error).__name__}: {error}"[:120]] += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    gc.callbacks.clear()
+    stop.set()
+    if thread.ident is not None:
+        thread.join()
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    finite = all(bool(torch.isfinite(p).all()) for p in params)
+    return {
+        "steps": steps,
+        "exchanges": mutate.count,
+        "bad": sum(errors.values()) + (not finite),
+        "errors": dict(errors),
+    }
+
+
+def interrupted(library: str, tensors: int, elements: int, steps: int) -> dict[str, Any]:
+    """A handler raises during steps: each is taken wholly, with its counts, or not at all."""
+    params = [nn.Parameter(torch.zeros(elements)) for _ in range(tensors)]
+    options = {"fused": True} if library == "torch" else {}
+    kind: Any = torch.optim.AdamW if library == "torch" else wd_kernels.AdamW
+    optimizer = kind(params, lr=1.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, **options)
+    for p in params:
+        p.grad = torch.ones_like(p)  # so that each step takes 1 from every element
+    optimizer.step()
+    bad = raised = 0
+
+    def handle(*_: object) -> None:
+        raise Injected
+
+    signal.signal(signal.SIGALRM, handle)
+    pause = random.Random(1)
+    for _ in range(steps):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, pause.uniform(2e-5, 8e-3))
+            for _ in range(100):
+                optimizer.step()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Injected:
+            raised += 1
+        counts = {float(optimizer.state[p]["step"]) for p in params}
+        taken = {float(-value) for p in params for value in (p.min(), p.max())}
+        bad += counts != taken or len(counts) != 1
+    return {"steps": steps, "raised": raised, "bad": bad}
+
+
+def forks(library: str, children: int) -> dict[str, Any]:
+    """Children that are forked while another thread steps: they step too, and end."""
+    params = [nn.Parameter(torch.randn(200_000)) for _ in range(10)]
+    optimizer: Any = (torch.optim.AdamW if library == "torch" else wd_kernels.AdamW)(params)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    stop, bad = threading.Event(), 0
+
+    def work() -> None:
+        while not stop.is_set():
+            optimizer.step()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(children):
+        time.sleep(0.002)
+        child = os.fork()
+        if child == 0:
+            if library == "torch":
+                torch.set_num_threads(1)  # with more it waits for threads that are not there
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - a warning that it takes one thread
+            optimizer.step()
+            optimizer.step()
+            os._exit(0)
+        for _ in range(4000):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                bad += status != 0
+                break
+            time.sleep(0.005)
+        else:
+            bad += 1
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    stop.set()
+    thread.join()
+    return {"children": children, "bad": bad}
+
+
+def _live_on(optimizer: Any) -> None:
+    """What a started process does with an optimizer that it was given."""
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert float(optimizer.state[p]["step"]) == 2
+
+
+def started(library: str, method: str, children: int) -> dict[str, Any]:
+    """Processes that are started by another method while a thread steps, and given an optimizer with its state."""
+    params = [nn.Parameter(torch.randn(200_000)) for _ in range(3)]
+    kind: Any = torch.optim.AdamW if library == "torch" else wd_kernels.AdamW
+    optimizer, busy = kind([nn.Parameter(torch.ones(100))]), kind(params)
+    for p in (*params, *optimizer.param_groups[0]["params"]):
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    stop, bad = threading.Event(), 0
+
+    def work() -> None:
+        while not stop.is_set():
+            busy.step()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(children):
+        process: Any = multiprocessing.get_context(method).Process(target=_live_on, args=(optimizer,))
+        process.start()
+        process.join(60)
+        bad += process.exitcode != 0
+        process.kill()
+    stop.set()
+    thread.join()
+    return {"children": children, "bad": bad}
+
+
+def apart(function: str, *arguments: object) -> dict[str, Any]:
+    """Calls one of the above in a process of its own, which may crash."""
+    here = str(Path(__file__).parent)
+    call = f"import sys; sys.path.insert(0, {here!r}); import torture; print(torture.{function}{arguments!r})"
+    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", call], capture_output=True, text=True)
+    if done.returncode:
+        return {"bad": 1, "crash": done.returncode, "errors": done.stderr[-2000:]}
+    found: dict[str, Any] = eval(done.stdout.splitlines()[-1])
+    return found
+
+
+# A long life ---------------------------------------------------------------------------------------------------------
+
+CANARY, MARGIN = 12345.0, 8
+
+
+class Guarded:
+    """Tensors with canaries on both sides of their memory."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, int]] = []
+
+    def copy(self, t: Tensor, offset: int = 0) -> Tensor:
+        """The values of `t`, so many elements off alignment."""
+        buffer = torch.full((2 * MARGIN + offset + t.numel(),), CANARY, dtype=t.dtype)
+        self.buffers.append((buffer, MARGIN + offset))
+        own = buffer.as_strided(t.shape, t.stride(), MARGIN + offset)
+        return own.copy_(t).detach()
+
+    def whole(self) -> bool:
+        """Are all canaries alive?"""
+        return all(
+            bool((b[:begin] == CANARY).all()) and bool((b[len(b) - MARGIN :] == CANARY).all())
+            for b, begin in self.buffers
+        )
+
+
+class Model:
+    """AdamW and SGDW in float64, written down from the papers."""
+
+    def __init__(self, rule: str, options: dict[str, Any], p: Tensor) -> None:
+        self.rule, self.options, self.t = rule, options, 0
+        self.p, self.m, self.v = p.detach().double(), torch.zeros_like(p).double(), torch.zeros_like(p).double()
+
+    def step(self, grad: Tensor, lr: float) -> None:
+        self.t += 1
+        g, decay = grad.double(), self.options["weight_decay"]
+        shrink = decay if self.options["decay"] == "independent" else lr * decay
+        if self.rule == "adamw":
+            b1, b2 = self.options["betas"]
+            self.m = b1 * self.m + (1 - b1) * g
+            self.v = b2 * self.v + (1 - b2) * g * g
+            mean, square = self.m / (1 - b1**self.t), self.v / (1 - b2**self.t)
+            move = lr * mean / (square.sqrt() + self.options["eps"])
+        else:
+            mu, tau = self.options["momentum"], self.options["dampening"]
+            self.m = g if self.t == 1 else mu * self.m + (1 - tau) * g
+            move = lr * self.m
+        self.p = self.p - shrink * self.p - move
+
+
+def fuzz(steps: int, seed: int = 0) -> dict[str, Any]:
+    """Lives of some forty steps: missing gradients, exchanged memory and states, flat buffers, copies, reloads."""
+    choose, taken, bad, lives = random.Random(seed), 0, Counter[str](), 0
+    torch.manual_seed(seed)
+    while taken < steps:
+        lives += 1
+        rule = choose.choice(("adamw", "sgdw"))
+        options: dict[str, Any] = {
+            "weight_decay": choose.choice((0.01, 0.1)),
+            "decay": choose.choice(("lr_scaled", "independent")),
+        }
+        if rule == "adamw":
+            options |= {"betas": choose.choice(((0.9, 0.99), (0.5, 0.8))), "eps": 1e-3}
+        else:
+            options |= {"momentum": 0.9, "dampening": choose.choice((0.0, 0.5))}
+        shapes = [
+            choose.choice(((), (1,), (7,), (4, 5), (33, 2), (257,), (1030,))) for _ in range(choose.randint(1, 5))
+        ]
+        guarded = Guarded()
+        params = [nn.Parameter(guarded.copy(torch.randn(s), choose.randint(0, 3))) for s in shapes]
+        optimizer: Any = (wd_kernels.AdamW if rule == "adamw" else wd_kernels.SGDW)(params, lr=0.01, **options)
+        models = [Model(rule, options, p) for p in params]
+        for _ in range(choose.randint(10, 70)):
+            lr = optimizer.param_groups[0]["lr"] = choose.choice((0.01, 0.002))
+            for p, model in zip(params, models, strict=True):
+                if choose.random() < 0.15:
+                    p.grad = None
+                    continue
+                values = torch.randn(p.shape)
+                if p.grad is not None and choose.random() < 0.5:
+                    p.grad.copy_(values)
+                else:
+                    p.grad = guarded.copy(values, choose.randint(0, 3))
+                model.step(values, lr)
+            optimizer.step()
+            taken += 1
+            what = choose.random()
+            p = choose.choice(params)
+            if what < 0.05:
+                p.data = guarded.copy(p.data, choose.randint(0, 3))
+            elif what < 0.10 and p in optimizer.state:
+                own = optimizer.state[p]
+                for name in [name for name in own if name != "step"]:
+                    own[name] = guarded.copy(own[name], choose.randint(0, 3))
+            elif what < 0.12 and p in optimizer.state:
+                optimizer.state[p] = {name: t.clone() for name, t in optimizer.state[p].items()}
+            elif what < 0.14:
+                with warnings.catch_warnings(action="ignore"):
+                    optimizer.load_state_dict(optimizer.state_dict())
+            elif what < 0.16:
+                for q in params:
+                    q.data = q.data.clone()
+                wd_kernels.flatten_(params)
+            elif what < 0.17:
+                wd_kernels.unflatten_(params)
+            if not guarded.whole():
+                bad["a canary"] += 1
+        for p, model in zip(params, models, strict=True):
+            if not torch.allclose(p.detach().double(), model.p, rtol=1e-4, atol=1e-4):
+                bad[f"{rule} differs from float64 by {float((p.detach() - model.p).abs().max()):.1e}"] += 1
+            if p in optimizer.state and float(optimizer.state[p]["step"]) != model.t:
+                bad["a count"] += 1
+    return {"steps": taken, "lives": lives, "bad": sum(bad.values()), "errors": dict(bad)}
+
+
+# Sanitizers ----------------------------------------------------------------------------------------------------------
+
+UNDER_A_SANITIZER = """
+import sys, torture
+sys.stderr = open(sys.argv[1], "w")  # what Python warns of; a sanitizer writes to the process's own
+bad = torture.fuzz({steps})["bad"]
+for how in ("signal", "gc", "thread"):
+    bad += torture.storm("ours", how, torture.EXCHANGES + " flatten", 20, 300, {steps} // 10)["bad"]
+bad += torture.storm("ours", "thread", torture.EXCHANGES, 220, 40_000, 4)["bad"]
+for action in ("step", "flatten_", "add_param_group"):
+    prepare = torture.after_steps("sgdw", False, False, 2, ())
+    bad += sum(torture.try_everywhere(prepare, torture.ACTIONS[action], torture.injected_at_line, stride=3)[1].values())
+print({{"steps": {steps}, "bad": bad}})
+"""
+
+
+def sanitized(sanitizers: str, libraries: tuple[str, ...], steps: int) -> dict[str, Any]:
+    """The same with native code that is built under sanitizers, in a copy of the package; what they say is an error."""
+    root, compiler = OURS.parent, os.environ.get("CXX", "c++")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("csrc", "wd_kernels", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            source = root / name
+            ignored = shutil.ignore_patterns("*.so", "__pycache__")
+            if source.is_dir():
+                shutil.copytree(source, Path(folder) / name, ignore=ignored)
+            else:
+                shutil.copy(source, folder)
+        flags = f"-fsanitize={sanitizers} -fno-omit-frame-pointer -fno-sanitize-recover=undefined -g"
+        built = {**os.environ, "CXX": f"{compiler} {flags}", "WD_KERNELS_CUDA": "0"}
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=folder, env=built, capture_output=True, text=True)
+        if done.returncode:
+            return {"bad": 1, "errors": done.stdout[-1000:] + done.stderr[-1000:]}
+        paths = [
+            subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+            for name in libraries
+        ]
+        options = "detect_leaks=0:verify_asan_link_order=0:halt_on_error=1"
+        ran = {**os.environ, "LD_PRELOAD": ":".join(paths), "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "halt_on_error=1"}
+        ran["PYTHONPATH"] = f"{folder}:{folder}/tests"
+        command = [sys.executable, "-c", UNDER_A_SANITIZER.format(steps=steps), os.devnull]
+        done = subprocess.run(command, cwd=folder, env=ran, capture_output=True, text=True)
+    if done.returncode or "ERROR: " in done.stderr or "runtime error" in done.stderr:
+        return {"bad": 1, "errors": done.stderr[-2000:]}
+    found: dict[str, Any] = eval(done.stdout.splitlines()[-1])
+    return found
+
+
+# At length -----------------------------------------------------------------------------------------------------------
+
+
+def every_place() -> Iterator[tuple[str, str, int, Counter[str]]]:
+    """(what, whose, places, bad)"""
+    for name, injection in (("line", injected_at_line), ("allocation", injected_at_allocation)):
+        for action, function in ACTIONS.items():
+            for rule in (*RULES, "torch"):
+                if rule == "torch" and action == "flatten_":
+                    continue
+                package, tried, bad = THEIRS if rule == "torch" else OURS, 0, Counter[str]()
+                for mixed, flat in ((True, False), (False, False), (False, True)):
+                    if (rule == "torch" and flat) or (action == "flatten_" and (mixed or flat)):
+                        continue
+                    if action == "load_state_dict" and not mixed:
+                        continue
+                    for steps, skip in ((0, ()), (2, ()), (2, (1,)), (0, (1,))):
+                        prepare = after_steps(rule, mixed, flat, steps, skip)
+                        n, wrong = try_everywhere(prepare, function, injection, package)
+                        tried += n
+                        bad += wrong
+                yield f"an exception at every {name} of {action}", rule, tried, bad
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=300, help="of each storm")
+    parser.add_argument("--fuzz", type=int, default=100_000, help="steps of random lives")
+    steps, fuzzed = (asked := parser.parse_args()).steps, asked.fuzz
+    faulthandler.enable()
+    failed = False
+
+    def say(what: str, whose: str, tried: int, bad: int, how: object = "") -> None:
+        nonlocal failed
+        failed = failed or (bad > 0 and whose != "torch")
+        print(f"| {what:58} | {whose:8} | {tried:7} | {bad:5} | {how or ''}", flush=True)
+
+    print(f"| {'what':58} | {'whose':8} | {'tried':>7} | {'bad':>5} |\n|---|---|---|---|")
+    found = sanitized("address,undefined", ("libasan.so", "libubsan.so"), 1000)
+    say("under address and undefined behaviour sanitizers", "ours", 1000, found["bad"], found.get("errors"))
+    found = fuzz(fuzzed)
+    say("steps of random lives, canaries around all", "ours", found["steps"], found["bad"], found["errors"])
+    for what, whose, tried, bad in every_place():
+        say(what, whose, tried, sum(bad.values()), dict(bad.most_common(3)))
+    for library in ("ours", "torch"):
+        for tensors, elements in ((20, 300), (300, 40_000)):
+            n = steps if elements < 1000 else steps // 5
+            of = f"{tensors} × {elements}"
+            for how in ("signal", "gc", "thread"):
+                kinds = EXCHANGES + (" flatten" if library == "ours" else "")
+                for kind in (*kinds.split(), kinds):
+                    found = apart("storm", library, how, kind, tensors, elements, n)
+                    what = "everything" if " " in kind else kind
+                    say(f"{how} exchanges {what}, {of}", library, n, found["bad"], found.get("errors"))
+            found = apart("interrupted", library, tensors // 10 or 1, elements * 10, n)
+            say(f"a handler raises, {of}", library, n, found["bad"], found.get("errors"))
+        found = apart("forks", library, 40)
+        say("forked while a thread steps", library, 40, found["bad"], found.get("errors"))
+        for method in ("forkserver", "spawn"):
+            found = apart("started", library, method, 3)
+            say(f"started by {method} while a thread steps", library, 3, found["bad"], found.get("errors"))
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
