@@ -141,7 +141,7 @@ def call_of(case: Case, roles: Sequence[Any], step: Any, overload: str = "defaul
     tensors = [role[0] for role in roles] if flat else [list(role) for role in roles]
     tensors += [None if flat else []] * (len(known.roles) - len(tensors))
     given = {"eps": 1e-8, "lr_decay": 0.0, "weight_decay": 0.1, "lr": 0.05, "eta": 1.0, "grad_factor": 1.0,
-             "momentum": 0.0, "dampening": 0.0, "nesterov": False, "form": "torch", "backend": "cpu",
+             "momentum": 0.0, "dampening": 0.0, "nesterov": False, "form": "torch", "backend": "auto",
              "step": step}  # fmt: skip
     given |= {**options_of(case), **changed}
     if case.rule == "adamw":

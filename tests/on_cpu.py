@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,15 +18,31 @@ from wd_kernels.backends.cuda import CUDA
 BUILD = Path(__file__).parent.parent / "build" / "native"
 
 
+def built(name: str) -> Path:
+    """A test build (setup.py names them), which ninja makes where it is out of date."""
+    library = BUILD / f"{name}.so"
+    command = [sys.executable, "-m", "ninja", "-C", str(BUILD), str(library)]
+    with FileLock(BUILD / f"{name}.lock"):  # tests run in several processes at once
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"the test build {name} failed:\n{done.stdout}{done.stderr}"
+    return library
+
+
+def loaded(library: Path) -> Any:
+    """The operators of a test build, with the token that its step wants to see."""
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    assert spec is not None
+    token = importlib.util.module_from_spec(spec).TOKEN  # loading it registers its operators
+    found = getattr(torch.ops, f"wd_kernels_{library.stem}")
+    return SimpleNamespace(
+        cuda_step_=found.cuda_step_, cuda_load=found.cuda_load, cuda_built=found.cuda_built, TOKEN=token
+    )
+
+
 @cache
 def operators() -> Any:
-    """Of the test build, which ninja makes where it is out of date."""
-    command = [sys.executable, "-m", "ninja", "-C", str(BUILD), str(BUILD / "on_cpu.so")]
-    with FileLock(BUILD / "on_cpu.lock"):  # tests run in several processes at once
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"the test build of the CUDA kernels failed:\n{done.stdout}{done.stderr}"
-    torch.ops.load_library(BUILD / "on_cpu.so")
-    return torch.ops.wd_kernels_on_cpu
+    """Of the test build of the CUDA kernels."""
+    return loaded(built("on_cpu"))
 
 
 class OnCPU(CUDA):
@@ -35,6 +53,10 @@ class OnCPU(CUDA):
     @property
     def ops(self) -> Any:
         return operators()
+
+    @property
+    def token(self) -> int:
+        return int(self.ops.TOKEN)
 
     def why_not(self) -> str | None:
         return None

@@ -205,6 +205,7 @@ class CUDAOnPTX(OnPTX, CUDA):
     """The CUDA backend with the PTX of one target; ops.cpp, which would launch it, is executed by `on_cpu.py`."""
 
     device_type = "cpu"
+    token = 2**62 + 1
 
     def __init__(self, version: str, target: str) -> None:
         OnPTX.__init__(self)
@@ -222,7 +223,8 @@ class CUDAOnPTX(OnPTX, CUDA):
         kernel, table, bucket = self._own
 
         def step(*given: Any) -> None:
-            chunks, places, moving, control, size, *which, rows = given
+            token, chunks, places, moving, control, size, *which, rows = given
+            assert token == self.token
             assert tuple(which) == native_kernel(table.rule, bucket.spec)
             launch = Launch(kernel, table, bucket, [chunks, places, moving, rows, control])
             sizes = places.shape[1], rows.shape[1], size

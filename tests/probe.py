@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from filelock import FileLock
+from on_cpu import built, loaded
 from torch import Tensor
 
 from wd_kernels.epilogues import Element, Epilogue
@@ -21,9 +19,7 @@ from wd_kernels.formats import parameter_format, state_dtype
 from wd_kernels.layout import BLOCK, Bucket, Moving, Place, Segments, Spec, Tensors, write_segment
 from wd_kernels.rules import Rule
 
-__all__ = ["PROBE", "ProbeTable", "operators"]
-
-BUILD = Path(__file__).parent.parent / "build" / "native"
+__all__ = ["PROBE", "ProbeTable", "extension", "operators"]
 
 
 def equation(s: SimpleNamespace, of: Element, outputs: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -46,14 +42,20 @@ PROBE = Epilogue(
 
 
 @cache
-def operators(name: str) -> Any:
-    """Of a test build that has it: "probe" is the CPU's, "probe_on_cpu" CUDA's as plain loops."""
-    command = [sys.executable, "-m", "ninja", "-C", str(BUILD), str(BUILD / f"{name}.so")]
-    with FileLock(BUILD / f"{name}.lock"):
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"the test build {name} failed:\n{done.stdout}{done.stderr}"
-    torch.ops.load_library(BUILD / f"{name}.so")
-    return getattr(torch.ops, f"wd_kernels_{name}")
+def extension() -> Any:
+    """The extension module with it alone."""
+    spec = importlib.util.spec_from_file_location("_C", built("probe"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def operators() -> Any:
+    """CUDA's, as plain loops, with it alone."""
+    return loaded(built("probe_on_cpu"))
 
 
 @dataclass

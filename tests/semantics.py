@@ -12,7 +12,8 @@ from bits import assert_same_optimizers, assert_untouched, raw
 from torch import Tensor, nn
 
 import wd_kernels
-from wd_kernels import native
+from wd_kernels import backends, native
+from wd_kernels.table import lists
 from wd_kernels.validation import is_dense as is_dense
 
 CLASSES = {"adamw": wd_kernels.AdamW, "sgdw": wd_kernels.SGDW, "adagradw": wd_kernels.AdagradW}
@@ -27,12 +28,19 @@ SHAPES = ((4, 4), (7, 5), (33,), (), (2, 3, 2, 3))
 TWO_ALIKE = ((7, 5), (4, 4), (33,), (4, 4), ())
 
 
+def without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the extension were not there: the reference steps, and every parameter is inspected in every step."""
+    for name, value in (("C", None), ("CHECKS", False), ("WHY_NOT", "it is not there (a test)")):
+        monkeypatch.setattr(native, name, value)
+    monkeypatch.setattr(backends, "_warned", True)
+    monkeypatch.setattr(lists, "_resolve", backends.resolve)  # remembers nothing
+
+
 @pytest.fixture(params=["native", "python"])
 def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test once with the native check of every step, once with its Python form."""
+    """Runs the test once with native code, once as where there is none."""
     if request.param == "python":
-        monkeypatch.setattr(native, "CHECKS", False)
-        monkeypatch.setattr(native, "C", None)
+        without_native_code(monkeypatch)
     else:
         assert native.CHECKS
     return str(request.param)

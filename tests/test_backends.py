@@ -64,21 +64,29 @@ def test_layouts_alone(of: dict[str, Any]) -> None:
 # What must not matter -------------------------------------------------------------------------------------------------
 
 
-def test_instruction_set_is_read_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instruction_set_is_read_when_launches_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     case = BODIES[0]
-    (p,) = make_params([Piece((5,))], f32, f32)
+    p, late = make_params([Piece((5,)), Piece((7,))], f32, f32)
     p.grad = torch.ones(5)
     opt = optimizer(case, [p], "cpu")
     opt.step()
-    before = snapshot([p], opt)
     monkeypatch.setenv("WD_KERNELS_ISA", "avx1024")
-    with pytest.raises(RuntimeError, match=r"WD_KERNELS_ISA=avx1024: unknown.*avx512.*avx2.*baseline"):
-        opt.step()
-    assert_same(snapshot([p], opt), before)
+    opt.step()
+    before = snapshot([p, late], opt)
+    assert float(opt.state[p]["step"]) == 2
+    late.grad = torch.ones(7)
+    opt.add_param_group({"params": [late]})
+    for own, params in ((opt, (p, late)), (optimizer(case, [late], "cpu"), (late,))):
+        kept = snapshot(params, own)
+        with pytest.raises(RuntimeError, match=r"WD_KERNELS_ISA=avx1024: unknown.*avx512.*avx2.*baseline"):
+            own.step()
+        assert_same(snapshot(params, own), kept)
+    assert_same(snapshot([p, late], opt), before)
     monkeypatch.setenv("WD_KERNELS_ISA", "")  # as if it were not set
     opt.step()
     assert not torch.equal(before["0"], p)
-    assert float(opt.state[p]["step"]) == 2
+    assert not torch.equal(before["1"], late)
+    assert [float(opt.state[own]["step"]) for own in (p, late)] == [3, 1]
 
 
 #: Tensors of all sizes, so that the ranges of several threads begin and end inside of them, and between.

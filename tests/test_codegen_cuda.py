@@ -107,7 +107,7 @@ print(ops.cuda_step_.default._schema)
 for call in (
     lambda: ops.cuda_load(0, 0, 0, 0, [2, 4, 3, 2]),
     lambda: ops.cuda_load(0, 0, 0, 0, [2]),
-    lambda: ops.cuda_step_(*[torch.zeros(2)] * 4, 1024, 0, 0, 0, [2, 2, 2, 2], torch.zeros(2)),
+    lambda: ops.cuda_step_(module.TOKEN, *[torch.zeros(2)] * 4, 1024, 0, 0, 0, [2, 2, 2, 2], torch.zeros(2)),
 ):
     try:
         print(call())
@@ -123,7 +123,7 @@ def test_the_library_loads_and_says_what_it_is() -> None:
     path, built, schema, formats, roles, device = done.stdout.splitlines()
     assert Path(path).resolve() == codegen_cuda.LIBRARY.resolve()
     assert re.fullmatch(r"CUDA \d+\.\d+ for 8\.0, 9\.0, 10\.0 and its PTX", built)
-    assert schema.startswith("wd_kernels::cuda_step_(Tensor chunks, Tensor places, Tensor moving, ")
+    assert schema.startswith("wd_kernels::cuda_step_(int token, Tensor chunks, Tensor places, Tensor moving, ")
     assert "there is no CUDA kernel for this rule, this epilogue and these storage formats" in formats
     assert "formats must name 2 to 16 roles" in roles
     assert "Could not run 'wd_kernels::cuda_step_' with arguments from the 'CPU' backend" in device

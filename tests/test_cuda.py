@@ -48,8 +48,9 @@ def arguments(n: int = 1024, offset: int = 0, aligned: int = 1) -> dict[str, Any
     }
 
 
-def step(given: dict[str, Any]) -> None:
-    on_cpu.operators().cuda_step_(*[given[name] for name in list(given)[:10]])
+def step(given: dict[str, Any], token: int | None = None) -> None:
+    ops = on_cpu.operators()
+    ops.cuda_step_(ops.TOKEN if token is None else token, *[given[name] for name in list(given)[:10]])
 
 
 # The operators --------------------------------------------------------------------------------------------------------
@@ -85,6 +86,26 @@ def test_bad_arguments_are_named(name: str, value: Any, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         step(given)
     assert all(bool((t == 0.5).all()) for t in given["keep"])
+
+
+def test_whoever_has_not_the_token_is_refused() -> None:
+    """Before anything else is looked at: a table is addresses."""
+    given = arguments()
+    own = on_cpu.operators().TOKEN
+    for token in (0, 1, -1, own + 1, own ^ (1 << 40)):
+        for wrong in ({}, {"chunks": torch.zeros(1)}):
+            with pytest.raises(RuntimeError, match=r"cuda_step_ is for this package alone: .* Call an optimizer, or a"):
+                step({**given, **wrong}, token)
+    assert all(bool((t == 0.5).all()) for t in given["keep"])
+    step(given, own)
+    assert not bool((given["keep"][0][:1024] == 0.5).any())
+
+
+def test_another_token_in_every_process() -> None:
+    paths = [str(ROOT / "tests"), str(ROOT)]
+    code = f"import sys; sys.path[:0] = {paths}; import on_cpu; print(on_cpu.operators().TOKEN)"
+    found = {int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in "ab"}
+    assert len({*found, on_cpu.operators().TOKEN}) == 3
 
 
 def test_no_chunks_are_no_launch() -> None:

@@ -208,9 +208,11 @@ def test_rows_that_stay_are_not_sent(sent: Sent) -> None:
     params = model()
     opt = wd_kernels.SGDW(params, lr=0.01, weight_decay=0.1, backend="triton")
     new_gradients(params, [])
-    opt._table.control[1] = 1.0
     opt.step()
     sent.last()
+    opt._table.control[1] = 1.0
+    opt.step()
+    assert sent.last() == {"rows", "control"}
     opt.step()
     assert sent.last() == set()
     assert_up_to_date(opt)

@@ -16,10 +16,10 @@ from covering import covering
 from engines import CPU, absent
 from on_cpu import OnCPU
 from on_ptx import CUDAOnPTX, TritonOnPTX
-from probe import PROBE, ProbeTable, operators
+from probe import PROBE, ProbeTable, extension, operators
 from torch import Tensor
 
-from wd_kernels import native, reference
+from wd_kernels import backends, native, reference
 from wd_kernels.backends import BACKENDS, cpu, device
 from wd_kernels.rules import RULES
 
@@ -80,8 +80,8 @@ def steps(case: Case, backend: Any, large: bool) -> list[list[Tensor]]:
             if grad is not None:
                 grad.copy_(gradient(Piece(tuple(grad.shape)), case.grad_dtype, 100 * t + k))
         grads = [grad if grad is None else grad.clone() for grad in table.roles[1]]
-        for go in backend.prepare(table, table.buckets)(rows_of(case, t)):
-            go()
+        (plans, ready), rows = backend.prepare(table, table.buckets), rows_of(case, t)
+        backends.launch([*plans, *(ready(table, rows) if ready is not None else [])], rows)
         for grad, before in zip(table.roles[1], grads, strict=True):
             assert grad is before is None or torch.equal(grad, before)
         found.append([t.clone() for role in (table.roles[0], *table.roles[2:], table.sums) for t in role])
@@ -102,7 +102,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if absent(form):
             pytest.skip(f"this processor has no {form}")
         monkeypatch.setenv("WD_KERNELS_ISA", form)
-        monkeypatch.setattr(native, "OPS", operators("probe"))
+        monkeypatch.setattr(native, "C", extension())
         return BACKENDS["cpu"]
     if "/" in form:
         version, target = form.split("/")
@@ -110,9 +110,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             pytest.skip(why_not)
         return {"triton": TritonOnPTX, "cuda": CUDAOnPTX}[name](version, target)
     if name == "cuda":
-        found = OnCPU()
-        monkeypatch.setattr(OnCPU, "ops", property(lambda self: operators("probe_on_cpu")))
-        return found
+        monkeypatch.setattr(OnCPU, "ops", property(lambda self: operators()))
+        return OnCPU()
     return BACKENDS["triton"]
 
 

@@ -61,7 +61,7 @@ def life(case: cases.Case, backend: str, steps: int = 4) -> None:
 )
 def test_bits(case: cases.Case, walk: str) -> None:
     """Every variant and decay mode, in every dtype."""
-    life(case, "cpu", steps=6)
+    life(case, "auto", steps=6)
 
 
 @cases.covered(body=cases.BODIES, dtype=DTYPES, backend=("reference", "triton"))

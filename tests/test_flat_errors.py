@@ -13,7 +13,7 @@ from flat_pairs import ALIKE, SHAPES, Pair, fill
 from semantics import STATES, parameters, plain, set_gradients, untouched
 from torch import Tensor, nn
 
-from wd_kernels import flatten_, unflatten_
+from wd_kernels import backends, flatten_, unflatten_
 from wd_kernels.flat import buffers as flat
 from wd_kernels.flat import place_of
 
@@ -166,11 +166,16 @@ def test_a_launch_that_fails_moves_and_counts_nothing(rule: str, walk: str, monk
     fill(pair.params, 1)
     counts = [float(own["step"]) for own in pair.opt.state.values()]
     before = [plain(p) for p in pair.params]
-    monkeypatch.setenv("WD_KERNELS_ISA", "none of them")
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="WD_KERNELS_ISA=none of them"):
-            pair.opt.step()
-    monkeypatch.delenv("WD_KERNELS_ISA")
+
+    def fail() -> None:
+        raise RuntimeError("no launch (a test)")
+
+    pair.opt._table.watch = None
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "prepare", lambda table: backends.Prepared([], lambda *given: [fail]))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"no launch \(a test\)"):
+                pair.opt.step()
     assert all(map(torch.equal, before, pair.params))
     assert [float(own["step"]) for own in pair.opt.state.values()] == counts
     pair.step(1, runs=1)

@@ -149,7 +149,7 @@ def test_gradients_may_be_one_tensor_and_share_memory(walk: str) -> None:
     for own in (grads, [g.clone() for g in grads]):
         caller = Caller(BODIES[0], make_params([Piece((33,))] * 4, f32, f32))
         for _ in range(3):
-            caller.step(own, "cpu", weight_decay=0.1)
+            caller.step(own, "auto", weight_decay=0.1)
         results.append(caller.result())
     assert_same(*results)
 
@@ -170,7 +170,7 @@ def test_lazy_bits_and_strides_of_gradients(rule: str, walk: str) -> None:
         for form in (g, g.resolve_conj().resolve_neg().contiguous()):
             caller = Caller(case, make_params([Piece((7,)), Piece(tuple(g.shape))], g.dtype, g.dtype))
             for _ in range(2):
-                caller.step([gradient(Piece((7,)), g.dtype, 5), form], "cpu", weight_decay=0.1)
+                caller.step([gradient(Piece((7,)), g.dtype, 5), form], "auto", weight_decay=0.1)
             results.append(caller.result())
         assert_same(*results)
 
@@ -186,7 +186,7 @@ def test_autograd_is_told_of_what_is_written(case: Case, walk: str) -> None:
         for step in (1, 2):
             with mode():
                 if step == 1:
-                    caller.step(grads, "cpu", weight_decay=0.1)
+                    caller.step(grads, "auto", weight_decay=0.1)
                 else:
                     operator(case.rule, "default")(*call_of(case, [caller.params, grads, *caller.states], step))
             assert [t._version for t in written] == [v + step for v in versions[0]]
@@ -203,7 +203,7 @@ def test_threads() -> None:
         dtype = caller.params[0].dtype
         for step in range(12):
             grads = [gradient(piece, dtype, 100 * step + k) for k, piece in enumerate(FEW * 3)]
-            caller.step(grads, "cpu", weight_decay=0.1)
+            caller.step(grads, "auto", weight_decay=0.1)
         return caller.result()
 
     with ThreadPoolExecutor(4) as pool:

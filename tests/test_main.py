@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wd_kernels import __main__ as program
 from wd_kernels import self_check
-from wd_kernels.backends import BACKENDS
+from wd_kernels.backends import BACKENDS, Launch, Prepared
 
 Damage = Callable[[object, object, Tensor], None]
 
@@ -21,6 +21,7 @@ class Broken:
     """The reference, with its rows spoiled before the step or its results after it."""
 
     name = "cpu"
+    needs_tensors = True
 
     def __init__(self, before: Callable[[Tensor], Tensor] | None = None, after: Damage | None = None) -> None:
         self.before, self.after = before, after
@@ -32,17 +33,19 @@ class Broken:
     def refuses(self, spec) -> str | None:
         return None
 
-    def prepare(self, table, buckets) -> Callable[[Tensor], list[Callable[[], None]]]:
-        ready = self.inner.prepare(table, buckets)
+    def prepare(self, table, buckets) -> Prepared:
+        plans, ready = self.inner.prepare(table, buckets)
+        assert not plans
+        assert ready is not None
 
-        def spoiled(rows: Tensor) -> list[Callable[[], None]]:
+        def spoiled(table, rows: Tensor) -> list[Launch]:
             def after() -> None:
                 for bucket in buckets if self.after else ():
                     self.after(table, bucket, rows)
 
-            return [*ready(self.before(rows) if self.before else rows), after]
+            return [*ready(table, self.before(rows) if self.before else rows), after]
 
-        return spoiled
+        return Prepared([], spoiled)
 
 
 def flip_lowest_bit(role: int) -> Damage:

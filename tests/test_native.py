@@ -1,4 +1,4 @@
-"""The native extension: its objects, its operator, and the package without it."""
+"""The native extension: its objects, its plans, and the package without it."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def test_instructions(name: str) -> None:
         assert f"%{widest[other]}" not in text
 
 
-# The operator ---------------------------------------------------------------------------------------------------------
+# Plans ----------------------------------------------------------------------------------------------------------------
 
 
 W = len(ADAMW.scalars)
 
 
-def arguments(**changed: Any) -> list[Any]:
-    """A call of step_ on no elements, which is fine, but for what is changed."""
+def arguments(**changed: Any) -> dict[str, Any]:
+    """Of a plan and its rows: a launch of no elements, which is fine, but for what is changed."""
     plain = {
         "chunks": torch.arange(3),
         "places": torch.zeros(3, 5, dtype=torch.int64),
@@ -108,7 +108,16 @@ def arguments(**changed: Any) -> list[Any]:
         "rows": torch.zeros(2, W, dtype=f64),
     }
     assert plain.keys() >= changed.keys()
-    return list({**plain, **changed}.values())
+    return {**plain, **changed}
+
+
+def planned(**changed: Any) -> Any:
+    *given, _ = arguments(**changed).values()
+    return native.C.plan(*given)
+
+
+def launched(**changed: Any) -> Any:
+    return native.C.launch([planned(**changed)], arguments(**changed)["rows"])
 
 
 def naming_row(row: int) -> Tensor:
@@ -117,44 +126,36 @@ def naming_row(row: int) -> Tensor:
     return moving
 
 
-def test_operator_accepts_no_elements() -> None:
-    step_ = torch.ops.wd_kernels.step_
-    assert step_(*arguments()) is None
-    step_(*arguments(rule=1, formats=[2, 2], rows=torch.zeros(2, len(SGDW.scalars), dtype=f64)))
-    step_(*arguments(chunks=torch.zeros(0, dtype=torch.int64)))
-    step_(*arguments(chunks=torch.zeros(0, dtype=torch.int64), rows=torch.zeros(0, W, dtype=f64)))
-    step_(*arguments(places=torch.zeros(3, 9, dtype=torch.int64)))  # of a table with more roles
+def test_plans_of_no_elements() -> None:
+    assert launched() is None
+    launched(rule=1, formats=[2, 2], rows=torch.zeros(2, len(SGDW.scalars), dtype=f64))
+    launched(chunks=torch.zeros(0, dtype=torch.int64))
+    launched(chunks=torch.zeros(0, dtype=torch.int64), rows=torch.zeros(0, W, dtype=f64))
+    launched(places=torch.zeros(3, 9, dtype=torch.int64))  # of a table with more roles
+    assert native.C.launch([], torch.zeros(0)) is None
 
 
+INT64, FLOAT64 = (f"must be a contiguous CPU tensor of {dtype}" for dtype in ("int64", "float64"))
+#: What a plan is made of.
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"chunks": torch.zeros(3, dtype=torch.int32)}, "chunks must be a contiguous tensor"),
+    ({"chunks": torch.zeros(3, dtype=torch.int32)}, f"chunks {INT64}"),
     ({"chunks": torch.zeros(3, 1, dtype=torch.int64)}, "chunks must have one dimension"),
-    ({"chunks": torch.arange(6)[::2]}, "chunks must be a contiguous tensor"),
-    ({"chunks": torch.tensor([0, 3])}, "chunk 1 is of segment 3 of 3"),
-    ({"chunks": torch.tensor([0, -(2**32)])}, "chunk 1 is of segment 0 of 3"),
-    ({"chunks": torch.tensor([2**32 - 1])}, "chunk 0 is of segment 4294967295 of 3"),
-    ({"places": torch.zeros(3, 5, dtype=f64)}, "places must be a contiguous tensor"),
+    ({"chunks": torch.arange(6)[::2]}, f"chunks {INT64}"),
+    ({"places": torch.zeros(3, 5, dtype=f64)}, f"places {INT64}"),
     ({"places": torch.zeros(3, 4, dtype=torch.int64)}, "places must have a word for every role"),
-    ({"places": torch.zeros(15, dtype=torch.int64)}, "places must have a word for every role"),
-    ({"places": torch.zeros(5, 3, dtype=torch.int64).t()}, "places must be a contiguous tensor"),
+    ({"places": torch.zeros(15, dtype=torch.int64)}, "places must have two dimensions"),
+    ({"places": torch.zeros(5, 3, dtype=torch.int64).t()}, f"places {INT64}"),
     ({"places": torch.zeros(2, 5, dtype=torch.int64)}, "2 places beside 3 segments"),
-    ({"moving": torch.zeros(3, 4, dtype=f64)}, "moving must be a contiguous tensor"),
+    ({"moving": torch.zeros(3, 4, dtype=f64)}, f"moving {INT64}"),
     ({"moving": torch.zeros(3, 3, dtype=torch.int64)}, "moving must have 4 columns"),
     ({"moving": torch.zeros(12, dtype=torch.int64)}, "moving must have 4 columns"),
-    ({"rows": torch.zeros(2, W)}, "rows must be a contiguous tensor"),
-    ({"rows": torch.zeros(2 * W, dtype=f64)}, f"rows must have {W} columns"),
-    ({"rows": torch.zeros(W, 2, dtype=f64).t()}, "rows must be a contiguous tensor"),
-    ({"rows": torch.zeros(0, W, dtype=f64)}, "segment 0 names row 0 of 0"),
-    ({"rows": torch.zeros(2, W - 1, dtype=f64)}, f"rows must have {W} columns"),
-    ({"rows": torch.zeros(2, len(SGDW.scalars), dtype=f64)}, f"rows must have {W} columns"),
-    ({"rule": 1, "formats": [2, 2]}, f"rows must have {len(SGDW.scalars)} columns"),
-    ({"control": torch.zeros(2)}, "control must be a contiguous tensor"),
+    ({"control": torch.zeros(2)}, f"control {FLOAT64}"),
     ({"control": torch.zeros(1, dtype=f64)}, "control must hold grad_factor and skip"),
     ({"control": torch.zeros(3, dtype=f64)}, "control must hold grad_factor and skip"),
-    ({"moving": naming_row(2)}, "segment 1 names row 2 of 2"),
-    ({"moving": naming_row(-1)}, "segment 1 names row -1 of 2"),
+    ({"control": torch.zeros(1, 2, dtype=f64)}, "control must have one dimension"),
     ({"chunk_size": 1000}, "chunk_size=1000: expected a multiple of 1024"),
     ({"chunk_size": 0}, "chunk_size=0: expected a multiple of 1024"),
+    ({"chunk_size": -1024}, "chunk_size=-1024: expected a multiple of 1024"),
     ({"chunk_size": 2**31}, "expected a multiple of 1024"),
     ({"formats": [2]}, "formats must name 2 to 16 roles"),
     ({"formats": [2] * 17}, "formats must name 2 to 16 roles"),
@@ -173,18 +174,145 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"epilogue": 1}, "no CPU kernel"),  # tests have one of that number
     ({"rule": -1}, "no CPU kernel"),
     ({"rule": 1}, "no CPU kernel"),  # SGDW with two states
+    *(({name: arguments()[name].to("meta")}, f"{name} must be a contiguous CPU tensor of")
+      for name in ("chunks", "places", "moving", "control")),
+]  # fmt: skip
+#: What a plan is launched with, or what its tensors hold then.
+REFUSED_ROWS: list[tuple[dict[str, Any], str]] = [
+    ({"chunks": torch.tensor([0, 3])}, "chunk 1 is of segment 3 of 3"),
+    ({"chunks": torch.tensor([0, -(2**32)])}, "chunk 1 is of segment 0 of 3"),
+    ({"chunks": torch.tensor([2**32 - 1])}, "chunk 0 is of segment 4294967295 of 3"),
+    ({"moving": naming_row(2)}, "segment 1 names row 2 of 2"),
+    ({"moving": naming_row(-1)}, "segment 1 names row -1 of 2"),
+    ({"rows": torch.zeros(2, W)}, f"rows {FLOAT64}"),
+    ({"rows": torch.zeros(2 * W, dtype=f64)}, f"rows must have {W} columns"),
+    ({"rows": torch.zeros(W, 2, dtype=f64).t()}, f"rows {FLOAT64}"),
+    ({"rows": torch.zeros(0, W, dtype=f64)}, "segment 0 names row 0 of 0"),
+    ({"rows": torch.zeros(2, W - 1, dtype=f64)}, f"rows must have {W} columns"),
+    ({"rows": torch.zeros(2, len(SGDW.scalars), dtype=f64)}, f"rows must have {W} columns"),
+    ({"rows": torch.zeros(2, W, dtype=f64, device="meta")}, f"rows {FLOAT64}"),
+    ({"rule": 1, "formats": [2, 2]}, f"rows must have {len(SGDW.scalars)} columns"),
 ]
 
 
 @pytest.mark.parametrize(("changed", "message"), REFUSED, ids=[f"{i}-{m}" for i, (_, m) in enumerate(REFUSED)])
-def test_operator_refuses(changed: dict[str, Any], message: str) -> None:
+def test_a_plan_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.wd_kernels.step_(*arguments(**changed))
+        planned(**changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"), REFUSED_ROWS, ids=[f"{i}-{m}" for i, (_, m) in enumerate(REFUSED_ROWS)]
+)
+def test_a_launch_is_refused(changed: dict[str, Any], message: str) -> None:
+    plan = planned(**changed)
+    with pytest.raises(RuntimeError, match=message):
+        native.C.launch([plan], arguments(**changed)["rows"])
+
+
+@pytest.mark.parametrize("name", ["chunks", "places", "moving", "control"])
+def test_a_plan_of_no_tensor(name: str) -> None:
+    with pytest.raises(AttributeError, match="is_contiguous"):
+        planned(**{name: [0, 0]})
+
+
+def test_formats_are_a_list_of_numbers() -> None:
+    with pytest.raises(TypeError):
+        planned(formats=(2, 2, 2, 2))
+    with pytest.raises(TypeError, match="str"):
+        planned(formats=[2, 2, 2, "2"])
+
+
+def adamw_row(step: int = 3) -> Tensor:
+    """A row of scalars of AdamW."""
+    group = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1, "decay": "metric_proximal",
+             "maximize": False, "amsgrad": False, "eta": 1.0}  # fmt: skip
+    return ADAMW.rows(ADAMW.hypers([group]), [(0, step, False)])
+
+
+def of_tensors(theta: Tensor, grad: Tensor, m: Tensor, v: Tensor) -> dict[str, Any]:
+    """What describes them to a plan."""
+    return {
+        "chunks": torch.arange(-(-theta.numel() // 1024)) << 32,
+        "places": torch.tensor([[0, 0, theta.data_ptr(), m.data_ptr(), v.data_ptr()]]),
+        "moving": torch.tensor([[grad.data_ptr(), theta.numel(), 0, 0]]),
+        "rows": adamw_row(),
+    }
+
+
+def test_nothing_is_launched_where_one_plan_is_refused() -> None:
+    tensors = [torch.rand(3000) for _ in range(4)]
+    before = [t.clone() for t in tensors]
+    called: list[int] = []
+    good, bad = planned(**of_tensors(*tensors)), planned(chunks=torch.tensor([0, 3]))
+    for launches in ([good, bad], [bad, good], [lambda: called.append(1), good, bad]):
+        with pytest.raises(RuntimeError, match="chunk 1 is of segment 3 of 3"):
+            native.C.launch(launches, adamw_row())
+    assert not called
+    assert all(map(torch.equal, tensors, before))
+    native.C.launch([good], adamw_row())
+    assert not torch.equal(tensors[0], before[0])
+
+
+def test_launches_of_every_kind() -> None:
+    """Plans first, then functions and copies in order."""
+    tensors, twins = ([torch.rand(3000, generator=torch.Generator().manual_seed(k)) for k in range(4)] for _ in "ab")
+    plan = planned(**of_tensors(*tensors))
+    seen: list[Tensor] = []
+    copies = torch.zeros(2, 3000)
+    pairs = [(copies[0], tensors[0]), (copies[1], tensors[2])]
+    native.C.launch(
+        [lambda: seen.append(tensors[0].clone()), pairs, lambda: seen.append(copies.clone()), plan], adamw_row()
+    )
+    native.C.launch([planned(**of_tensors(*twins))], adamw_row())
+    assert all(map(torch.equal, tensors, twins))
+    assert torch.equal(seen[0], tensors[0])
+    assert torch.equal(seen[1], torch.stack([tensors[0], tensors[2]]))
+
+
+def test_a_plan_keeps_its_tensors_and_reads_them_when_it_is_launched() -> None:
+    tensors = [torch.rand(3000) for _ in range(4)]
+    given = arguments(**of_tensors(*tensors))
+    rows = given.pop("rows")
+    start, control, moving = tensors[0].clone(), given["control"], given["moving"]
+    plan = native.C.plan(*given.values())
+    del given
+    control[1] = 1.0
+    native.C.launch([plan], rows)
+    assert torch.equal(tensors[0], start)
+    control[1] = 0.0
+    moving[0, 1] = 1500
+    native.C.launch([plan], rows)
+    assert torch.equal(tensors[0][1500:], start[1500:])
+    assert not bool((tensors[0][:1500] == start[:1500]).any())
+
+
+def test_a_function_that_fails_is_an_error_before_anything_is_begun() -> None:
+    """Afterwards it is called again until it returns: what was begun is finished, and the error raised then."""
+    tensors = [torch.rand(3000) for _ in range(4)]
+    before, calls = tensors[0].clone(), list[int]()
+
+    def failing(times: int) -> Any:
+        def go() -> None:
+            calls.append(1)
+            if len(calls) <= times:
+                raise ValueError(f"call {len(calls)}")
+
+        return go
+
+    with pytest.raises(ValueError, match="call 1"):
+        native.C.launch([failing(1), failing(0)], adamw_row())
+    assert len(calls) == 1
+    calls.clear()
+    with pytest.raises(ValueError, match="call 1"):  # the first of them
+        native.C.launch([planned(**of_tensors(*tensors)), failing(3), failing(0)], adamw_row())
+    assert len(calls) == 5
+    assert not torch.equal(tensors[0], before)
 
 
 def test_rules_are_those_of_their_pages() -> None:
     """Numbers, variants, states and scalars of the list in csrc/kernels.h, against the declarations."""
-    found = torch.ops.wd_kernels.rules().splitlines()
+    found = native.C.rules().splitlines()
     expected = [
         f"{code_of(rule)} {rule.variant(s.name for s in states)} {len(states)}: {', '.join(rule.scalars)}"
         for rule in RULES.values()
@@ -205,29 +333,14 @@ def test_any_formats_go_tile_by_tile(dtypes: tuple[torch.dtype, ...], n: int, fr
     tensors = [torch.randn(n, generator=generator).to(dtypes[0]), torch.randn(n, generator=generator).to(dtypes[1])]
     tensors += [torch.rand(n, generator=generator).to(d) for d in dtypes[2:]]
     twins = [t.clone() for t in tensors]
-    group = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1, "decay": "metric_proximal",
-             "maximize": False, "amsgrad": False, "eta": 1.0}  # fmt: skip
-    rows = ADAMW.rows(ADAMW.hypers([group]), [(0, 3, False)])
+    rows = adamw_row()
     rows[0, ADAMW.scalars.index("frozen")] = frozen
     for _ in range(3):
-        theta, grad, m, v = tensors
-        changed = {
-            "chunks": torch.arange(-(-n // 1024)) << 32,
-            "places": torch.tensor([[0, 0, theta.data_ptr(), m.data_ptr(), v.data_ptr()]]),
-            "moving": torch.tensor([[grad.data_ptr(), n, 0, 0]]),
-            "formats": [STORED[d] for d in dtypes],
-            "rows": rows,
-        }
-        torch.ops.wd_kernels.step_(*arguments(**changed))
+        launched(**{**of_tensors(*tensors), "formats": [STORED[d] for d in dtypes], "rows": rows})
         reference.step_(ADAMW, rows[0], 1.0, twins[0], twins[1], {"exp_avg": twins[2], "exp_avg_sq": twins[3]})
         for a, b in zip(tensors, twins, strict=True):
             assert_same_bits(a, b)
     assert torch.equal(tensors[0], twins[0])
-
-
-def test_operator_is_for_the_cpu_alone() -> None:
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"meta|Meta"):
-        torch.ops.wd_kernels.step_(*(a.to("meta") if isinstance(a, Tensor) else a for a in arguments()))
 
 
 # Without the extension ------------------------------------------------------------------------------------------------
@@ -334,7 +447,7 @@ TORCH_OF_2_10 = """
 """
 
 
-@pytest.mark.parametrize(("source", "expected"), [("cpu/ops.cpp", 3), ("cuda/ops.cpp", 3)])
+@pytest.mark.parametrize(("source", "expected"), [("python/handles.cpp", 2), ("cuda/ops.cpp", 3)])
 def test_the_namespace_beside_torch_2_10(source: str, expected: int, tmp_path: Path) -> None:
     """Its macros make a literal of a name as it is written: `WD_NAMESPACE` must not come to them."""
     stable = tmp_path / "torch" / "csrc" / "stable"

@@ -317,7 +317,7 @@ def test_grad_scaler_with_an_overflow_on_the_first_step(rule: str) -> None:
 @every
 @pytest.mark.parametrize("layout", ["plain", "gapped"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_autograd_sees_the_write(rule: str, layout: str, backend: str, walk: str) -> None:
+def test_autograd_sees_the_write(rule: str, layout: str, backend: str) -> None:
     """backward through a parameter saved before the step raises; a parameter that was not stepped stays usable."""
     base = torch.randn(4, 6)
     p = nn.Parameter(base if layout == "plain" else base[:, ::2])

@@ -124,7 +124,7 @@ class Life:
                 backend=backend,
                 **defaults,
             )
-            for backend in ("cpu", "reference")
+            for backend in ("auto", "reference")
         ]
         self.counts = [0] * len(all_params(self.opts[0]))
 
@@ -281,9 +281,11 @@ MUTATIONS = tuple(
 
 def live(rule: str, data: st.DataObject, mutations: tuple[str, ...], kind: type[Life] = Life) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        if data.draw(st.booleans(), label="Python walk"):
+        without = data.draw(st.sampled_from(("nothing", "exchange API", "extension")), label="without")
+        if without == "extension":
+            semantics.without_native_code(patch)
+        elif without == "exchange API":  # every parameter is inspected in every step
             patch.setattr(native, "CHECKS", False)
-            patch.setattr(native, "C", None)
         life = kind(rule, data)
         for _ in range(data.draw(st.integers(2, 5), label="steps")):
             life.step()

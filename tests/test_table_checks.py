@@ -15,23 +15,27 @@ from wd_kernels import native
 from wd_kernels.table import TensorTable
 
 
-def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switches the native check and assignment of rows off; the kernels stay."""
+def inspecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switches the comparisons off: every parameter is inspected in every step; the kernels stay."""
     monkeypatch.setattr(native, "CHECKS", False)
-    monkeypatch.setattr(native, "C", None)
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The keys of the rows of every step from here on."""
     notes: list[Any] = []
-    refresh = TensorTable.refresh
+    last: list[Any] = []
+    work, step = TensorTable._work, TensorTable.step
 
-    def noting(self: TensorTable, *args: Any) -> Any:
-        keys = refresh(self, *args)
-        notes.append([(int(g), int(t), bool(fresh)) for g, t, fresh in keys])
-        return keys
+    def noting_work(self: TensorTable, *args: Any) -> Any:
+        last[:] = self.keys or []
+        return work(self, *args)
 
-    monkeypatch.setattr(TensorTable, "refresh", noting)
+    def noting(self: TensorTable, *args: Any) -> None:
+        step(self, *args)
+        notes.append([(int(g), int(t), bool(fresh)) for g, t, fresh in last])
+
+    monkeypatch.setattr(TensorTable, "_work", noting_work)
+    monkeypatch.setattr(TensorTable, "step", noting)
     return notes
 
 
@@ -42,7 +46,7 @@ def both(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[], dict[str, Tenso
     for python in (False, True):
         with monkeypatch.context() as patch:
             if python:
-                in_python(patch)
+                inspecting(patch)
             notes = recorded(patch)
             outcomes.append((scenario(), notes))
     (a, notes_a), (b, notes_b) = outcomes
@@ -250,7 +254,7 @@ def test_walks_refuse_alike(case: Case, spoil: Callable[[Scene], Any], monkeypat
     for python in (False, True):
         with monkeypatch.context() as patch:
             if python:
-                in_python(patch)
+                inspecting(patch)
             scene = Scene(case)
             spoil(scene)
             before = [p.detach().clone() for p in scene.params]

@@ -101,7 +101,7 @@ def allocated(step: Callable[[], Any]) -> int:
 
 
 @both
-def test_a_settled_step_allocates_nothing_of_the_models_size(rule: str, walk: str) -> None:
+def test_a_settled_step_allocates_nothing_of_the_models_size(rule: str) -> None:
     """Also with new gradients, another lr, missing gradients, gaps and foreign strides: stand-ins are kept."""
     params = parameters([(300, 100)] * 4)
     params += [nn.Parameter(torch.randn(300, 100).t()), nn.Parameter(torch.randn(300, 200)[:, ::2])]

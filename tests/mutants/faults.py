@@ -183,12 +183,12 @@ CPU_EPILOGUES = _of(
     ),
 )
 
-CPU_OPS = _of(
-    "csrc/cpu/ops.cpp",
+CPU_PLAN = _of(
+    "csrc/cpu/plan.cpp",
     "native backends",
     ("cpu: skip is ignored", "launch.control->skip != 0 || elements == 0", "elements == 0"),
     ("cpu: a row just past the end is accepted", "moving.row < rows,", "moving.row <= rows,"),
-    ("cpu: a chunk past the last segment is accepted", "segment < segments &&", "segment <= segments &&"),
+    ("cpu: a chunk past the last segment is accepted", "segment < plan.segments &&", "segment <= plan.segments &&"),
     ("cpu: elements are those of the last chunk alone", "elements += std::max", "elements = std::max"),
     (
         "cpu: the instruction set is chosen once for all",
@@ -275,16 +275,21 @@ WALK = _of(
         "shape[d] > 1 && e.numel < 0) return false;",
     ),
     ("walk: shapes are not compared", "if (t.shape[d] != shape[d]) return false;", ""),
-    ("walk: dtypes are not compared", "wd::dtype_of(t) != role.dtype || ", ""),
+    ("walk: dtypes are not compared", "dtype_of(t) != role.dtype || ", ""),
     (
         "walk: addresses are kept unchecked",
-        "return role.address == 0 || reinterpret_cast<int64_t>(wd::address(t)) == role.address;",
+        "return role.address == 0 || reinterpret_cast<int64_t>(address(t)) == role.address;",
         "return true;",
     ),
     (
         "walk: another step count is not seen",
-        "if (count != reinterpret_cast<PyObject*>(e.view)) return",
-        "if (count == nullptr) return",
+        "return item(own, position, view.names[0]) == count.object &&",
+        "return item(own, position, view.names[0]) != nullptr &&",
+    ),
+    (
+        "walk: a step count that lies elsewhere is taken",
+        "lies_at(count, view.steps + i) &&",
+        "view.steps + i != nullptr &&",
     ),
     (
         "walk: addresses are aligned by 8 bytes",
@@ -293,41 +298,41 @@ WALK = _of(
     ),
     (
         "walk: a parameter without a gradient is stepped with its last",
-        "      view.moving[e.segment].numel = 0;",
-        "      (void)0;",
+        "if (!now && e.kind != kUnseen) view.moving[e.segment].numel = 0;",
+        "",
     ),
     ("walk: it says nothing of gradients that came or went", "changed |= now != (view.active[i] != 0);", ""),
-    ("walk: the border between groups is not seen", "i >= total || expected[i].group != g", "i >= total"),
-    ("walk: states in another order are taken for those before", "if (key != params[order[i]]) return 0;", ""),
+    ("walk: the border between groups is not seen", "i >= total || view.expected[i].group != g", "i >= total"),
     (
-        "walk: the negative bit of single elements is not seen",
-        "t.code == wd::kComplexCode || e.numel == 1;",
-        "t.code == wd::kComplexCode;",
+        "walk: states in another order are taken for those before",
+        "if (key != view.params[size_t(of)]) return false;",
+        "",
     ),
-    ("walk: a conjugate is not seen", "t.code == wd::kComplexCode || e.numel == 1;", "e.numel == 1;"),
-    ("walk: gradients may die before the launch", "if (PyList_Append(keep, grad) < 0) return -1;", "(void)keep;"),
+    ("walk: a lazy bit is not seen", "    if (lazy(t)) return false;\n", ""),
     ("walk: a count below 0 is taken", "steps >= 0 && steps < 0x1p53f", "steps < 0x1p53f"),
-    (
-        "walk: gradients are known by their address alone",
-        "look || grad != seen.grad || grad_address",
-        "look || grad_address",
-    ),
+)
+
+LAZY = _of(
+    "csrc/python/tensors.cpp",
+    "table properties functional kernels",
+    ("tensors: a conjugate is not seen", "lazy_flags = negative | conjugate;", "lazy_flags = negative;"),
+    ("tensors: a negative bit is not seen", "lazy_flags = negative | conjugate;", "lazy_flags = conjugate;"),
 )
 
 HELD = _of(
-    "csrc/python/handles.cpp",
-    "flat_tensors flat native",
+    "csrc/python/changes.cpp",
+    "flat_tensors flat native table torture",
     (
         "flat walk: the states' addresses are kept unchecked",
-        "role < e.roles; ++role)\n    if (!lies_at",
-        "role < kState; ++role)\n    if (!lies_at",
+        "role < e.roles; ++role) {\n    const int64_t at",
+        "role < kState; ++role) {\n    const int64_t at",
     ),
     (
         "flat walk: the gradient's shape is not compared",
         "for (const Role role : {kParam, kGrad})",
         "for (const Role role : {kParam})",
     ),
-    ("flat walk: dtypes are not compared", "if (dtype_of(tensor) != held.dtype) return false;", ""),
+    ("flat walk: dtypes are not compared", "if (dtype_code_of(held.handle) != held.dtype) return false;", ""),
     (
         "flat walk: strides are not compared",
         "(strides[d] != dims[role.dims + ndim + d] && shape[d] > 1)",
@@ -335,29 +340,34 @@ HELD = _of(
     ),
     (
         "flat walk: any gradient object will do",
-        "if (grad != held[kGrad].object || own == nullptr",
-        "if (grad == Py_None || own == nullptr",
+        "|| grad != held[e.held + kGrad].object) return false;",
+        "|| grad == Py_None) return false;",
     ),
     (
         "flat walk: any state under the name will do",
-        "names[roles[role].name], held[role].object);",
-        "names[roles[role].name], held[role].object) < 0 ? -1 : 1;",
+        "view.names[roles[role].name]) != held[e.held + role].object) return false;",
+        "view.names[roles[role].name]) == nullptr) return false;",
+    ),
+    (
+        "flat walk: a lazy bit is not seen",
+        "    if (lazy(static_cast<const void*>(held[e.held + role].near))) return false;\n",
+        "",
     ),
 )
 
 ROWS = _of(
     "csrc/python/rows.cpp",
     "table flat properties",
-    (
-        "rows: a fresh buffer shares the row of others",
-        "view.steps[leader] == view.steps[i] && (view.fresh[leader] != 0) == fresh",
-        "view.steps[leader] == view.steps[i]",
-    ),
-    ("rows: groups of the same count share a row", "      of_group = count;\n", "      (void)0;\n"),
+    ("rows: groups of the same count share a row", "key = {view.expected[i].group,", "key = {0,"),
     (
         "rows: counts that differ by 4096 share a row",
-        "view.steps[leader] == view.steps[i] &&",
-        "int(view.steps[leader]) % 4096 == int(view.steps[i]) % 4096 &&",
+        "int64_t(view.steps[i]) + 1,",
+        "int64_t(view.steps[i]) % 4096 + 1,",
+    ),
+    (
+        "runs: chunks of runs of other sizes stay",
+        " ||\n         std::memcmp(view.run_plan.data() + firsts, view.run_capacities, runs * sizeof(int64_t)) != 0;",
+        ";",
     ),
     ("runs: neighbours of different rows are one", " &&\n        view.run_moving[run].row == moving.row) {", ") {"),
     ("runs: parameters with others between them are one", " && before->end == range.offset", ""),
@@ -372,6 +382,75 @@ ROWS = _of(
         "range.offset - offset + moving.numel",
         "view.run_moving[run].numel + moving.numel",
     ),
+)
+
+KEYS = _of(
+    "csrc/python/changes.h",
+    "table flat properties",
+    ("rows: a fresh buffer shares the row of others", " && a.fresh == b.fresh", ""),
+    ("rows: other counts have the rows of those before", "a.count == b.count && ", ""),
+)
+
+STEP = _of(
+    "csrc/python/step.cpp",
+    "table properties optim flat failures schedules surroundings torture",
+    (
+        "step: autograd is not told",
+        "counted(PyObject_CallFunctionObjArgs(work.increment, work.written, nullptr));",
+        "counted(none());",
+    ),
+    (
+        "step: a launch that failed is counted",
+        "if (outcome == Outcome::failed) return nullptr;",
+        "for (int64_t i = 0; outcome == Outcome::failed && i < view.parameters; ++i) view.steps[i] += view.active[i];\n"
+        "    if (outcome == Outcome::failed) return nullptr;",
+    ),
+    (
+        "step: a skipped step is counted",
+        "if (view.control->skip != 0) return true;",
+        "for (int64_t i = 0; view.control->skip != 0 && i < view.parameters; ++i) view.steps[i] += view.active[i];\n"
+        "  if (view.control->skip != 0) return true;",
+    ),
+    (
+        "step: a skipped step advances its schedule",
+        "if (view.control->skip != 0) return true;",
+        "for (Py_ssize_t i = 0; view.control->skip != 0 && i < PyList_Size(work.ticks); ++i) {\n"
+        "    PyObject* const tick = PyList_GetItem(work.ticks, i);\n"
+        "    PyObject_SetItem(PyTuple_GetItem(tick, 0), PyTuple_GetItem(tick, 1), PyTuple_GetItem(tick, 2));\n"
+        "  }\n"
+        "  if (view.control->skip != 0) return true;",
+    ),
+    ("step: a stand-in is not copied back", "i < PyList_Size(work.copies);", "i < 0;"),
+    ("step: buffers stay fresh", "    view.fresh[i] = 0;\n", ""),
+    ("step: states that were made are not put into the optimizer", "i < PyList_Size(work.puts);", "i < 0;"),
+    ("step: counts that were changed keep their row", "if (!same_rows || runs ||", "if (runs ||"),
+    (
+        "step: states that a hook has put there are overwritten",
+        "if (now != own && (now == nullptr ? Py_None : now) != found) return none();",
+        "",
+    ),
+)
+
+LAUNCHES = _of(
+    "csrc/python/launches.cpp",
+    "native table failures torture",
+    ("plan: chunks of any size are accepted", "chunk_size > 0 && chunk_size % kBlock == 0 &&", "chunk_size > 0 &&"),
+    ("plan: rows of another rule are accepted", '"rows", "float64", own->launch.row_width)', '"rows", "float64", -1)'),
+    (
+        "plan: its tensors may die",
+        "made->tensors = PyTuple_Pack(4, chunks, places, moving, control);",
+        "made->tensors = PyTuple_Pack(0);",
+    ),
+    ("launches: what was begun is left half done", "} else if (begun) {", "} else if (plans_.size() > 99) {"),
+    ("launches: what failed first is done again", "} else if (begun) {", "} else if (plans_.size() < 99) {"),
+    ("launches: the last exception is raised, not the first", "  if (type_ == nullptr) {", "  if (kTries > 1) {", 0),
+)
+
+MEMORY = _of(
+    "csrc/python/memory.cpp",
+    "native functional",
+    ("memory: any strides are taken", "expected == 0 || lent.strides[d] == expected", "expected >= 0"),
+    ("memory: any dtype is taken", " && dtype_of(lent) == code_of(dtype);", ";"),
 )
 
 CUT = _of(
@@ -394,13 +473,13 @@ GATHER = _of(
         "(t.strides[d] != strides[d] && shape[d] > 1)",
         "(t.strides[d] != strides[d] && shape[d] < 0)",
     ),
-    ("lists: a gradient's negative bit is not seen", "role == kGrad || t.code", "t.code"),
+    ("lists: a lazy bit is not seen", "    if (lazy(t)) return false;\n", ""),
     (
         "lists: alignment is that of the last role",
         "moving.aligned &= begin % 16 == 0;",
         "moving.aligned = begin % 16 == 0;",
     ),
-    ("lists: parameters with gaps are stepped as dense", "if (numel > 0 && !dense(t)) return 0;", ""),
+    ("lists: parameters with gaps are stepped as dense", "if (numel > 0 && !dense(t)) return false;", ""),
     (
         "lists: a complex element counts as one",
         "moving.numel = numel * (t.code == kComplexCode ? 2 : 1);",
@@ -582,7 +661,7 @@ BACKENDS = [
     *_of(
         "wd_kernels/backends/reference.py",
         "backends functional",
-        ("reference: skip is ignored", "        if skip:", "        if skip < 0:"),
+        ("reference: skip is ignored", "bucket.members if not skip else ():", "bucket.members:"),
     ),
 ]
 
@@ -709,61 +788,50 @@ DEVICE_COPY = _of(
 TABLE = _of(
     "wd_kernels/table/table.py",
     "table properties flat failures optim surroundings kernels",
-    ("table: autograd is not told", "            torch.autograd.graph.increment_version(self.stepped)\n", ""),
     (
-        "table: counts stay advanced when a launch fails",
-        "                self.counts.steps.sub_(counted)\n                raise",
-        "                raise",
+        "table: versions are counted of what had a gradient before",
+        "        if found.changed or found.odd:\n",
+        "        if found.odd:\n",
     ),
-    (
-        "table: a skipped step is counted",
-        "counted = self.active if skip == 0 else torch.zeros_like(self.active)",
-        "counted = self.active",
-    ),
-    ("table: a stand-in is not copied back", "self.params[i].detach().copy_(known.param_copy)", "pass"),
-    (
-        "table: an old stand-in is copied back without a step",
-        "known.param_copy is not None and self.active[i]:",
-        "known.param_copy is not None:",
-    ),
-    ("table: buffers stay fresh", "            self.counts.fresh.zero_()\n", ""),
     ("table: memory of dead buffers is trusted", " or any(ref() is None for ref in self.memory)", ""),
     ("table: flattening is not noticed", "self.generation != buffers.generation() or ", ""),
     (
         "table: its counts are made in the caller's inference mode",
-        "with torch.inference_mode(False):  # what",
-        "with torch.inference_mode(torch.is_inference_mode_enabled()):  # what",
+        "    @torch.inference_mode(False)  # what is made here outlives the caller's mode\n",
+        "",
     ),
     (
         "table: other states than before are not noticed",
-        "if self.watch and needs == self.needs else None",
-        "if self.watch else None",
+        "if watch is None or needs != self.needs or",
+        "if watch is None or",
     ),
     (
-        "table: it goes on after a failed refresh",
-        "        except BaseException:\n            self.forget()\n            raise\n\n    def _take_runs",
-        "        except BaseException:\n            raise\n\n    def _take_runs",
+        "table: it goes on after a failed step",
+        "watch, self.watch = self.watch, None",
+        "watch = self.watch",
     ),
     (
         "table: its memory follows the default device's dtype",
         "torch.zeros(n, dtype=torch.float32, device=CPU) for",
         "torch.zeros(n, device=CPU) for",
     ),
-    ("table: chunks of runs of other sizes stay", " or not torch.equal(runs.capacities, self.segments.capacities)", ""),
     (
         "table: chunks of other buckets stay",
-        "self.ranges, self.runs)\n        self.launches = None",
-        "self.ranges, self.runs)",
+        "self.run_firsts = watch.run_firsts\n        self.launches = None",
+        "self.run_firsts = watch.run_firsts",
     ),
-    ("table: capacities are noted and not copied", "runs.capacities.clone()", "runs.capacities"),
-    ("table: a step count that was exchanged is ignored", ' or f.own.get("step") is not self.views[i]', ""),
-    ("table: an old view of a count moves on", "superseded.data = superseded.clone()", "pass"),
+    (
+        "table: a step count that was exchanged is ignored",
+        'if lies_here and f.own.get("step") is own:',
+        "if lies_here:",
+    ),
+    ("table: an old view of a count moves on", "own.data = own.clone()  # whoever", "pass  # whoever"),
     (
         "table: states that come to overlap are not seen",
-        "return states[: len(f.states)] != [t.data_ptr() for t in f.states]",
+        "return states[: len(f.memory)] != [t.data_ptr() for t in f.memory]",
         "return False",
     ),
-    ("table: flat complex elements count as one", "scale = 2 if p.is_complex() else 1", "scale = 1"),
+    ("table: flat complex elements count as one", "scale = 2 if f.theta.is_complex() else 1", "scale = 1"),
     (
         "table: neighbours in a buffer are not sorted",
         "members.sort(key=lambda i: self.range_of[i][:2])",
@@ -776,8 +844,8 @@ TABLE = _of(
     ),
     (
         "table: a new state is noted and not put into the optimizer",
-        "        f.own.update(f.put)\n",
-        "        f.own.update({k: t for k, t in f.put.items() if k not in f.own})\n",
+        "            if made or f.found is None:\n",
+        "            if f.found is None:\n",
     ),
 )
 
@@ -798,8 +866,8 @@ CHANGES = _of(
     ("changes: the states' addresses are not compared", "address = 0 if role == GRAD", "address = 0 if role >= GRAD"),
     (
         "changes: the parameter's alignment is that of all",
-        "written = (found.theta, *found.states)",
-        "written = (found.theta,)",
+        "for t in (theta, *found.memory)",
+        "for t in (theta,)",
     ),
     (
         "changes: complex parameters are compared by handles",
@@ -812,12 +880,19 @@ CHANGES = _of(
         "not p.is_complex()",
     ),
     ("python rows: a buffer is never fresh", "int(steps[i]) + 1, bool(fresh[i])", "int(steps[i]) + 1, False"),
+    ("python: autograd is not told", "            work.increment(work.written)\n", ""),
+    ("python: a stand-in is not copied back", "            to.copy_(source)\n", "            pass\n"),
+    (
+        "python: a skipped step is counted",
+        "        if self._control[1] != 0:\n            return Changes(True, False, [], False, keys)\n",
+        "",
+    ),
 )
 
 INSPECTION = _of(
     "wd_kernels/table/inspection.py",
     "table errors optim surroundings flat",
-    ("inspection: a negated gradient is read as it lies", "grad.is_conj() or grad.is_neg():", "grad.is_conj():"),
+    ("inspection: a negated gradient is read as it lies", "grad.is_neg() or grad._is", "grad._is"),
     (
         "inspection: a gradient of other strides is read as it lies",
         "if not same_layout(grad, theta) or grad.is_conj()",
@@ -825,7 +900,12 @@ INSPECTION = _of(
     ),
     ("inspection: a buffer without a count has not been started", "count = 1.0 if present else 0.0", "count = 0.0"),
     ("inspection: a buffer that is there is fresh", "state.fresh and state.name not in present for", "state.fresh for"),
-    ("inspection: 16-bit gradients are taken for flat ones", " or grad.dtype != p.dtype:", ":"),
+    ("inspection: 16-bit gradients are taken for flat ones", " or grad.dtype != theta.dtype:", ":"),
+    (
+        "inspection: an old stand-in is stepped as it is",
+        "_stand_in(theta, theta.dtype, old.param_copy if old else None).copy_(theta)",
+        "(old and old.param_copy) if old and old.param_copy is not None else torch.empty_like(theta).copy_(theta)",
+    ),
     (
         "inspection: a stand-in of another dtype is used again",
         " and old.dtype == dtype and same_layout",
@@ -846,17 +926,17 @@ VALIDATION = _of(
         "same_layout(value, like) and not (value.is_conj() or value.is_neg())",
         "same_layout(value, like)",
     ),
-    ("validation: neighbours in memory overlap", "if o[1] > span[0]]", "if o[1] >= span[0]]"),
+    ("validation: neighbours in memory overlap", "begin + (last + 1) *", "begin + (last + 2) *"),
     (
         "validation: an overlap by one element is not seen",
         "begin + (last + 1) * t.element_size()",
         "begin + last * t.element_size()",
     ),
-    ("validation: a count of 2**53 is taken", "0 <= float(value) < 2**53", "0 <= float(value) <= 2**53"),
+    ("validation: a count of 2**53 is taken", "0 <= kept < 2**53", "0 <= kept <= 2**53"),
     (
         "validation: interleaved slices overlap",
-        "    if all(is_dense(e.tensor) for e in pair) or bool(",
-        "    if any(is_dense(e.tensor) for e in pair) or bool(",
+        " and is_dense(a[3].tensor) and is_dense(b[3].tensor):",
+        ":",
     ),
     (
         "validation: a state is laid out as it came",
@@ -877,7 +957,7 @@ CHECKPOINT = _of(
     ("checkpoint: saved counts go on counting", '"step": value["step"].clone()}', '"step": value["step"]}'),
     (
         "checkpoint: loaded states are not copied",
-        "loaded.clone(memory_format=torch.preserve_format) if loaded is value else loaded",
+        "loaded.clone(memory_format=torch.preserve_format) if loaded is detached else loaded",
         "loaded",
     ),
     ("checkpoint: decoupled_weight_decay=True leaves l2", "elif decoupled is True and", "elif decoupled is None and"),
@@ -933,7 +1013,7 @@ FLAT = [
     *_of(
         "wd_kernels/flat/flatten.py",
         "flat_tensors flat",
-        ("flatten: gradients are lost", "grad.zero_() if p.grad is None else grad.copy_(p.grad)", "grad.zero_()"),
+        ("flatten: gradients are lost", "grad if p.grad is None else grad.copy_(p.grad)", "grad"),
         (
             "flatten: views of other memory are moved",
             "if place is None and p.untyped_storage().nbytes() != p.numel() * p.itemsize:",
@@ -960,8 +1040,8 @@ FUNCTIONAL = [
         ("operators: the buffer is never dampened", "starts and t == 1)", "starts)"),
         (
             "operators: counts follow the arguments and not the buckets",
-            "row_of[counts[i]] for i in table.order",
-            "row_of[count] for count in counts",
+            "[row_of[i] for i in table.order]",
+            "row_of",
         ),
         ("operators: a step of 0 is taken", "if not (1 <= count < 2**53", "if not (0 <= count < 2**53"),
     ),
@@ -1041,8 +1121,8 @@ SCHEDULES = [
         ),
         (
             "stepping: eta is written before the step",
-            "        ticks.append((group, eta, t + 1))",
-            '        group["eta"] = eta\n        ticks.append((group, eta, t + 1))',
+            '        ticks += ((group, "eta", eta),',
+            '        group["eta"] = eta\n        ticks += ((group, "eta", eta),',
         ),
         (
             "stepping: groups of other counts share an eta",
@@ -1057,16 +1137,15 @@ AROUND = [
         "wd_kernels/optimizer.py",
         "schedules checkpoint optim surroundings",
         (
-            "optimizer: a skipped step advances its schedule",
-            "if not keys or table.launch(self.rule.rows(hypers, keys)):",
-            "if not keys or table.launch(self.rule.rows(hypers, keys)) is not None:",
-        ),
-        (
             "optimizer: pickles hold the whole vector of counts",
             '        packed["state"] = state_dicts.with_own_counts(packed["state"])\n',
             "",
         ),
-        ("optimizer: a refused group stays", "            del self.param_groups[index:]\n", ""),
+        (
+            "optimizer: a refused group stays",
+            "native.insist([partial(self.param_groups.__delitem__, slice(index, None)), *undo])",
+            "native.insist(undo)",
+        ),
         ("optimizer: a closure runs without gradients", "with torch.enable_grad():", "with torch.no_grad():"),
         (
             "optimizer: groups added later may overlap",
@@ -1137,12 +1216,17 @@ FAULTS: tuple[Fault, ...] = (
     *TRITON_ROUNDING,
     *TRITON_KERNELS,
     *TRITON_EPILOGUES,
+    *STEP,
+    *LAUNCHES,
+    *MEMORY,
     *WALK,
+    *LAZY,
     *HELD,
+    *KEYS,
     *ROWS,
     *CUT,
     *GATHER,
-    *CPU_OPS,
+    *CPU_PLAN,
     *CPU_MOVER,
     *CPU_EPILOGUES,
     *CUDA_CHUNK,
