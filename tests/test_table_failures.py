@@ -165,11 +165,14 @@ def test_a_failed_step_with_other_gradients_than_the_last(rule: str, walk: str) 
 
 
 @both
-@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize(("steps", "anew"), [(0, True), (3, True), (3, False)])
 def test_a_launch_that_fails_moves_and_counts_nothing(
-    rule: str, steps: int, walk: str, monkeypatch: pytest.MonkeyPatch
+    rule: str, steps: int, anew: bool, walk: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fails when it is launched: the next step is as if this one had not been tried."""
+    """What fails when it is launched: the next step is as if this one had not been tried.
+
+    Of a table that is built anew, and of one that goes on, whose counts are those that the states show.
+    """
     opt, twin = running(rule, steps=steps), running(rule, steps=steps)
     for o in (opt, twin):
         set_gradients(all_params(o), 7)
@@ -177,12 +180,34 @@ def test_a_launch_that_fails_moves_and_counts_nothing(
     def fail() -> None:
         raise RuntimeError("no launch (a test)")
 
-    opt._table.watch = None
+    failing = backends.Prepared([], lambda *given: [fail])
+    if anew:
+        opt._table.watch = None
+    else:
+        opt._table.launches = failing
     with monkeypatch.context() as patch:
-        patch.setattr(backends, "prepare", lambda table: backends.Prepared([], lambda *given: [fail]))
+        patch.setattr(backends, "prepare", lambda table: failing)
         for _ in range(2):
             with untouched(opt), pytest.raises(RuntimeError, match=r"no launch \(a test\)"):
                 opt.step()
+    for t in range(2):
+        opt.step()
+        twin.step()
+        assert_same_optimizers(opt, twin, f"step {t}")
+
+
+@both
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_skipped_step_moves_and_counts_nothing(rule: str, steps: int, walk: str) -> None:
+    """Whether its gradients are those of the last step, others, or some are missing."""
+    opt, twin = running(rule, steps=steps), running(rule, steps=steps)
+    opt._table.control[1] = 1.0
+    for seed, skip in ((steps - 1, []), (9, []), (9, [1, 2]), (7, [])):
+        set_gradients(all_params(opt), seed, skip)
+        with untouched(opt):
+            opt.step()
+    opt._table.control[1] = 0.0
+    set_gradients(all_params(twin), 7)
     for t in range(2):
         opt.step()
         twin.step()

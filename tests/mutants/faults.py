@@ -393,7 +393,7 @@ KEYS = _of(
 
 STEP = _of(
     "csrc/python/step.cpp",
-    "table properties optim flat failures schedules surroundings torture",
+    "table_failures schedules table optim flat failures surroundings torture properties",
     (
         "step: autograd is not told",
         "counted(PyObject_CallFunctionObjArgs(work.increment, work.written, nullptr));",
