@@ -12,7 +12,7 @@ import semantics
 import torch
 from bits import assert_same_state
 from flat_pairs import ALIKE, SHAPES, Pair, assert_runs, fill, swap_states
-from semantics import STATES, all_params, build, checked_step, parameters, set_gradients
+from semantics import STATES, all_params, build, checked_step, parameters, set_gradients, untouched
 from torch import Tensor, nn
 
 from wd_kernels import flatten_, unflatten_
@@ -141,6 +141,33 @@ def test_whatever_is_exchanged(rule: str, mutate: Callable[..., None], walk: str
     assert len(pair.opt._table.flat_states._bases) == states
     for t in range(7, 9):
         pair.step(t, runs=MUTATIONS[mutate][1])
+
+
+@every
+@pytest.mark.parametrize("of", ["parameter", "gradient", "state"])
+def test_a_negative_bit_that_comes(rule: str, of: str, walk: str) -> None:
+    """The same tensor at the same address, which now means the negative of what lies there."""
+    params = parameters(ALIKE)
+    flatten_(params)
+    opt = build(rule, params)
+    for step in range(2):
+        fill(params, step)
+        checked_step(opt)
+    p = params[2]
+    assert p.grad is not None
+    t = {"parameter": p, "gradient": p.grad, "state": opt.state[p][STATES[rule][0]]}[of]
+    address, values = t.data_ptr(), t.detach().clone()
+    t.data.neg_()
+    t.data = torch._neg_view(t.data)
+    assert t.is_neg()
+    assert t.data_ptr() == address
+    assert torch.equal(t, values)
+    if of == "parameter":
+        with untouched(opt), pytest.raises(ValueError, match="negated view"):
+            opt.step()
+        return
+    for _ in range(2):
+        checked_step(opt)
 
 
 @every

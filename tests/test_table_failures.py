@@ -214,6 +214,36 @@ def test_a_skipped_step_moves_and_counts_nothing(rule: str, steps: int, walk: st
         assert_same_optimizers(opt, twin, f"step {t}")
 
 
+@both
+def test_a_state_that_is_put_there_during_a_step_stays(rule: str, walk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, say: the one that this step has made is not put in its place."""
+    opt = running(rule, steps=0)
+    params = all_params(opt)
+    set_gradients(params, 1)
+    theirs = {name: torch.full_like(params[1], 0.25) for name in STATES[rule]}
+    theirs["step"] = torch.tensor(5.0)
+    prepare = backends.prepare
+
+    def prepared(table: Any) -> backends.Prepared:
+        plans, ready = prepare(table)
+
+        def others(table: Any, rows: Tensor) -> list[backends.Launch]:
+            opt.state[params[1]] = theirs
+            return [] if ready is None else ready(table, rows)
+
+        return backends.Prepared(plans, others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "prepare", prepared)
+        opt.step()
+    assert opt.state[params[1]] is theirs
+    assert float(theirs["step"]) == 5
+    assert all(bool((theirs[name] == 0.25).all()) for name in STATES[rule])
+    assert [float(opt.state[p]["step"]) for p in (params[0], *params[2:])] == [1.0] * (len(params) - 1)
+    checked_step(opt)
+    assert float(opt.state[params[1]]["step"]) == 6
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
 def test_overlaps_that_come_later(momentum: float, walk: str) -> None:
     """A parameter that grows or spreads over another one at the same address, or a gapped one that moves over it."""
