@@ -333,7 +333,7 @@ def test_a_pending_signal_comes_after_the_step() -> None:
         raise torture.Injected
 
     def now() -> tuple[float, float]:
-        return float(p[0]), float(opt.state[p]["step"])
+        return float(p.detach()[0]), float(opt.state[p]["step"])
 
     before = signal.signal(signal.SIGALRM, handle)
     try:

@@ -103,28 +103,43 @@ struct Lists {
   int64_t *places = nullptr, *capacities = nullptr, place_words = 0;
 
   // roles: a tuple of lists of equal length; codes: a tuple of a dtype for each. Throws.
-  Lists(PyObject* tuple, PyObject* codes, int64_t on_device, PyObject* own_moving, PyObject* own_places,
-        PyObject* own_capacities)
-      : device(on_device) {
+  Lists(PyObject* tuple, PyObject* codes, int64_t on_device) : device(on_device) {
     if (PyTuple_Size(tuple) > kMaxRoles || PyTuple_Size(tuple) < kState || PyTuple_Size(codes) != PyTuple_Size(tuple))
       throw std::runtime_error("lists must be of 2 to 16 roles, each with a dtype");
     n_roles = int(PyTuple_Size(tuple));
-    const Memory segments = memory_of(own_moving, "moving", "int64", kMovingWords),
-                 words = memory_of(own_places, "places", "int64", -1),
-                 most = memory_of(own_capacities, "capacities", "int64", 0);
     for (int role = 0; role < n_roles; ++role) {
       roles[role] = PyTuple_GetItem(tuple, role);
       dtypes[role] = number_of(PyTuple_GetItem(codes, role));
       if (!PyList_Check(roles[role])) throw std::runtime_error("a role must be a list");
     }
     length = PyList_Size(roles[0]);
-    if (segments.rows != length || words.rows != length || most.rows != length ||
-        words.columns < int64_t(address_word(n_roles - 1)) + 1)
+    place_words = int64_t(address_word(n_roles - 1)) + 1;
+  }
+
+  // The segments are Python's.
+  void fill(PyObject* own_moving, PyObject* own_places, PyObject* own_capacities) {
+    const Memory segments = memory_of(own_moving, "moving", "int64", kMovingWords),
+                 words = memory_of(own_places, "places", "int64", -1),
+                 most = memory_of(own_capacities, "capacities", "int64", 0);
+    if (segments.rows != length || words.rows != length || most.rows != length || words.columns < place_words)
       throw std::runtime_error("lists and segments do not belong together");
     moving = segments.as<Moving>();
     places = words.as<int64_t>();
     capacities = most.as<int64_t>();
     place_words = words.columns;
+  }
+
+  // The segments are its own; `rows`: those of the parameters, a list, or None: the first.
+  void fill_own(PyObject* rows) {
+    own_moving_.resize(size_t(length));
+    own_places_.resize(size_t(length * place_words));
+    own_capacities_.resize(size_t(length));
+    moving = own_moving_.data();
+    places = own_places_.data();
+    capacities = own_capacities_.data();
+    if (rows == Py_None) return;
+    if (!PyList_Check(rows) || PyList_Size(rows) != length) throw std::runtime_error("each parameter needs a row");
+    for (Py_ssize_t i = 0; i < length; ++i) moving[i].row = number_of(PyList_GetItem(rows, i));
   }
 
   // Fills the segments, but for their rows. -1, or the position of the first tensors that are not as expected, or their
@@ -148,6 +163,10 @@ struct Lists {
     }
     return overlap(all) ? length : -1;
   }
+
+ private:
+  std::vector<Moving> own_moving_;
+  std::vector<int64_t> own_places_, own_capacities_;
 };
 
 }  // namespace
@@ -160,7 +179,11 @@ PyObject* gather(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "O!O!LOOO", &PyTuple_Type, &tuple, &PyTuple_Type, &codes, &device, &moving, &places,
                         &capacities))
     return nullptr;
-  return guarded([&] { return PyLong_FromSsize_t(Lists(tuple, codes, device, moving, places, capacities).gather()); });
+  return guarded([&] {
+    Lists lists(tuple, codes, device);
+    lists.fill(moving, places, capacities);
+    return PyLong_FromSsize_t(lists.gather());
+  });
 }
 
 namespace {
@@ -189,22 +212,24 @@ bool hold_memory(PyObject* hold, const Lists& lists, std::vector<Tensor>* views)
 
 }  // namespace
 
-// step_lists(roles, dtypes, device, moving, places, capacities, control, chunk_size, rule, variant, epilogue, formats,
-//            rows, increment, written, hold, others) -> int
-// A step of tensors that all have these dtypes and lie on the CPU; `moving` has their rows. The result is -1 when it is
-// taken, else nothing was done, and it says what `Lists::gather` does.
+// step_lists(roles, kind, rows_of, control, rows, increment, written, hold, others) -> int
+// A step of tensors that all are of one kind, (dtypes, device, chunk_size, rule, variant, epilogue, formats), and lie
+// on the CPU; `rows_of`: a list of the row of each, or None: the first. The result is -1 when it is taken, else nothing
+// was done, and it says what `Lists::gather` does.
 PyObject* step_lists(PyObject*, PyObject* args) {
-  PyObject *tuple, *codes, *moving, *places, *capacities, *control, *formats, *rows, *increment, *written, *hold;
+  PyObject *tuple, *kind, *codes, *rows_of, *control, *formats, *rows, *increment, *written, *hold;
   long long device, chunk_size, rule, variant, epilogue;
   int others;
-  if (!PyArg_ParseTuple(args, "O!O!LOOOOLLLLO!OOOOp", &PyTuple_Type, &tuple, &PyTuple_Type, &codes, &device, &moving,
-                        &places, &capacities, &control, &chunk_size, &rule, &variant, &epilogue, &PyList_Type, &formats,
-                        &rows, &increment, &written, &hold, &others))
+  if (!PyArg_ParseTuple(args, "O!O!OOOOOOp", &PyTuple_Type, &tuple, &PyTuple_Type, &kind, &rows_of, &control, &rows,
+                        &increment, &written, &hold, &others) ||
+      !PyArg_ParseTuple(kind, "O!LLLLLO!", &PyTuple_Type, &codes, &device, &chunk_size, &rule, &variant, &epilogue,
+                        &PyList_Type, &formats))
     return nullptr;
   return guarded([&]() -> PyObject* {
     std::vector<int64_t> known;
     for (Py_ssize_t i = 0; i < PyList_Size(formats); ++i) known.push_back(number_of(PyList_GetItem(formats, i)));
-    const Lists lists(tuple, codes, device, moving, places, capacities);
+    Lists lists(tuple, codes, device);
+    lists.fill_own(rows_of);
     const Memory pair = memory_of(control, "control", "float64", 0);
     if (int(known.size()) != lists.n_roles || pair.rows != 2 || chunk_size <= 0 || chunk_size % kBlock != 0)
       throw std::runtime_error("lists, formats, control and chunks do not belong together");

@@ -62,17 +62,24 @@ def step_alike(
     spec = spec_of(firsts[PARAM].device, firsts[PARAM].dtype, firsts[GRAD].dtype, states)
     if spec is None or spec.device.type != "cpu" or backend not in ("auto", "cpu"):
         return False
-    segments, state = Segments.empty(len(roles[PARAM]), len(states)), state_dtype(firsts[PARAM].dtype)
-    if any(row_of):
-        segments.moving[:, Moving.ROW] = torch.tensor(row_of, device=CPU)
-    dtypes = (firsts[PARAM].dtype, firsts[GRAD].dtype, *(state for _ in states))
+    kind = _kind(rule, spec, (firsts[PARAM].dtype, firsts[GRAD].dtype))
     written = [t for role, own in enumerate(roles) if role != GRAD for t in own]
     wrong = native.C.step_lists(
-        tuple(roles), tuple([dtype_code(dtype) for dtype in dtypes]), device_code(spec.device), segments.moving,
-        segments.places, segments.capacities, control, CHUNK, *native_kernel(rule, spec), rows,
-        torch._C._increment_version, written, native.OPS.hold.default._op, threading.active_count() > 1,
+        tuple(roles), kind, list(row_of) if any(row_of) else None, control, rows, torch._C._increment_version, written,
+        native.OPS.hold.default._op, threading.active_count() > 1,
     )  # fmt: skip
     return bool(wrong == -1)
+
+
+def _dtypes(spec: Spec, dtypes: tuple[torch.dtype, ...]) -> tuple[int, ...]:
+    """Those of a parameter, its gradient and its states, as native code has them."""
+    return tuple([dtype_code(dtype) for dtype in (*dtypes, *(state_dtype(dtypes[PARAM]) for _ in spec.states))])
+
+
+@lru_cache
+def _kind(rule: Rule, spec: Spec, dtypes: tuple[torch.dtype, ...]) -> tuple[Any, ...]:
+    """What native code steps together; `dtypes` of parameter and gradient."""
+    return _dtypes(spec, dtypes), device_code(spec.device), CHUNK, *native_kernel(rule, spec)
 
 
 class Lists:
@@ -116,9 +123,7 @@ class Lists:
         device = device_code(spec.device)
         if not native.CHECKS or device < 0:
             return False
-        state = state_dtype(self.roles[PARAM][0].dtype)
-        kinds = (self.roles[PARAM][0].dtype, self.roles[GRAD][0].dtype, *(state for _ in self.states))
-        dtypes = tuple([dtype_code(dtype) for dtype in kinds])
+        dtypes = _dtypes(spec, (self.roles[PARAM][0].dtype, self.roles[GRAD][0].dtype))
         own = self.segments
         return bool(native.C.gather(tuple(self.roles), dtypes, device, own.moving, own.places, own.capacities) == -1)
 
