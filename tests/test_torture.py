@@ -53,6 +53,19 @@ def test_no_memory_at_any_allocation(action: str, rule: str) -> None:
     assert tried > 1
 
 
+@pytest.mark.parametrize(("rule", "mixed", "steps"), [("sgdw", True, 0), ("adamw", False, 2)])
+def test_no_memory_in_native_code(rule: str, mixed: bool, steps: int) -> None:
+    pytest.importorskip("_testcapi")  # some distributions leave Python's own tests out
+    prepare = torture.after_steps(rule, mixed, False, steps, ())
+    tried, bad = torture.try_everywhere(prepare, torture.step, torture.injected_in_native_code)
+    assert not bad
+    assert tried > 1
+
+
+def test_threads_that_step_at_once() -> None:
+    assert torture.together("ours", 2, 9 << 20, 3) == {"steps": 3, "bad": 0}
+
+
 def test_the_torture_finds_what_is_half_done() -> None:
     """Where the parameters of a step were written and its counts were not, it says so."""
 
