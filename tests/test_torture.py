@@ -62,6 +62,11 @@ def test_no_memory_in_native_code(rule: str, mixed: bool, steps: int) -> None:
     assert tried > 1
 
 
+def test_memory_does_not_grow() -> None:
+    """Whatever is done over and over."""
+    assert torture.apart("all_leaks", "sgdw", 1500) == {"lives": len(torture.LIVES), "bad": 0, "errors": {}}
+
+
 def test_threads_that_step_at_once() -> None:
     assert torture.together("ours", 2, 9 << 20, 3) == {"steps": 3, "bad": 0}
 

@@ -361,7 +361,10 @@ EXCHANGES = "data clear states pop gradients gradients_data"
 
 
 def storm(library: str, how: str, kinds: str, tensors: int, elements: int, steps: int) -> dict[str, Any]:
-    """Steps while a signal's handler, the garbage collector or another thread exchanges everything."""
+    """Steps while a signal's handler, the garbage collector or another thread exchanges everything.
+
+    As many as there are to be, and more until there were as many exchanges.
+    """
     params = [nn.Parameter(torch.randn(elements)) for _ in range(tensors)]
     if library == "torch":
         optimizer: Any = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1, fused=True)
@@ -390,7 +393,9 @@ def storm(library: str, how: str, kinds: str, tensors: int, elements: int, steps
         gc.set_threshold(20)
     else:
         thread.start()
-    for _ in range(steps):
+    taken = 0
+    while taken < steps or (mutate.count < steps and taken < 1000 * steps):
+        taken += 1
         try:
             optimizer.step()
         except Exception as error:
@@ -405,7 +410,7 @@ def storm(library: str, how: str, kinds: str, tensors: int, elements: int, steps
     optimizer.step()
     finite = all(bool(torch.isfinite(p).all()) for p in params)
     return {
-        "steps": steps,
+        "steps": taken,
         "exchanges": mutate.count,
         "bad": sum(errors.values()) + (not finite),
         "errors": dict(errors),
@@ -669,6 +674,122 @@ def fuzz(steps: int, seed: int = 0) -> dict[str, Any]:
     return {"steps": taken, "lives": lives, "bad": sum(bad.values()), "errors": dict(bad)}
 
 
+# Leaks ---------------------------------------------------------------------------------------------------------------
+
+
+def _step_new_gradients(subject: Subject, t: int) -> None:
+    for p in subject.params:
+        p.grad = torch.ones_like(p)
+    subject.optimizer.step()
+
+
+def _step_exchanged(subject: Subject, t: int) -> None:
+    p = subject.params[t % 3]
+    p.data = p.data.clone()
+    subject.optimizer.state[p] = {name: value.clone() for name, value in subject.optimizer.state[p].items()}
+    subject.optimizer.step()
+
+
+def _step_cleared(subject: Subject, t: int) -> None:
+    if t % 2:
+        subject.optimizer.state.clear()
+    else:
+        del subject.optimizer.state[subject.params[t % 3]]
+    subject.optimizer.step()
+    subject.optimizer.step()
+
+
+def _step_flat(subject: Subject, t: int) -> None:
+    wd_kernels.unflatten_(subject.params) if t % 2 else wd_kernels.flatten_(subject.params)
+    _step_new_gradients(subject, t)
+
+
+def _step_failed(subject: Subject, t: int) -> None:
+    p = subject.params[t % 3]
+    good, p.grad = p.grad, torch.ones_like(p).to_sparse()
+    try:
+        subject.optimizer.step()
+    except (TypeError, ValueError, RuntimeError):
+        p.grad = good
+    else:
+        raise AssertionError("a sparse gradient was stepped")
+
+
+def _step_interrupted(subject: Subject, t: int) -> None:
+    subject.params[0].data = subject.params[0].data.clone()
+    with injected_at_line(1 + 7 * t % 400, OURS):
+        try:
+            subject.optimizer.step()
+        except Injected:
+            subject.optimizer.step()
+
+
+def _made_anew(subject: Subject, t: int) -> None:
+    kind = type(subject.optimizer)
+    options = {"schedule": Cosine(20)} if "schedule" in subject.optimizer.param_groups[0] else {}
+    new = kind([{"params": subject.params[:2]}, {"params": subject.params[2:]}], lr=0.1, **options)
+    new.step()
+    with warnings.catch_warnings(action="ignore"):
+        new.load_state_dict(new.state_dict())
+    new.step()
+
+
+def _functional(subject: Subject, t: int) -> None:
+    p = [q.detach() for q in subject.params]
+    zeros = [torch.zeros_like(q) for q in p]
+    wd_kernels.functional.sgdw_(p, [torch.ones_like(q) for q in p], zeros, step=1, lr=0.1, momentum=0.9)
+
+
+#: What is done over and over.
+LIVES: dict[str, Callable[[Subject, int], None]] = {
+    "steps": lambda subject, _: subject.optimizer.step(),
+    "new gradients": _step_new_gradients,
+    "exchanged memory and states": _step_exchanged,
+    "states cleared": _step_cleared,
+    "flattened and unflattened": _step_flat,
+    "failed steps": _step_failed,
+    "interrupted steps": _step_interrupted,
+    "optimizers made, saved and loaded": _made_anew,
+    "the functional API": _functional,
+}
+
+OURS_ALONE = ("flattened and unflattened", "interrupted steps", "the functional API")
+
+
+def leaks(rule: str, life: str, iterations: int) -> dict[str, Any]:
+    """How much more memory there is after so many iterations than after a quarter of them.
+
+    Bad: an eighth of a Python object, or 100 bytes of the process's memory, for an iteration, and what comes and goes.
+    """
+    torch.set_num_threads(1)
+    subject = make(rule)
+    set_gradients(subject, 0)
+    subject.optimizer.step()
+
+    def now() -> tuple[int, int]:
+        gc.collect()
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return sys.getallocatedblocks(), memory
+
+    blocks = memory = 0
+    for t in range(iterations):
+        if t == iterations // 4:
+            blocks, memory = now()
+        LIVES[life](subject, t)
+    after, afterwards = now()
+    more = {"objects": after - blocks, "bytes": afterwards - memory}
+    timed = iterations - iterations // 4
+    bad = more["objects"] > 500 + timed // 8 or more["bytes"] > 2**18 + 100 * timed
+    return {"iterations": iterations, "bad": int(bad), "errors": more if bad else {}}
+
+
+def all_leaks(rule: str, iterations: int) -> dict[str, Any]:
+    """The same of every life."""
+    found = {life: leaks(rule, life, iterations)["errors"] for life in LIVES}
+    errors = {life: more for life, more in found.items() if more}
+    return {"lives": len(found), "bad": len(errors), "errors": errors}
+
+
 # Sanitizers ----------------------------------------------------------------------------------------------------------
 
 UNDER_A_SANITIZER = """
@@ -767,12 +888,15 @@ def main() -> None:
         failed = failed or (bad > 0 and whose != "torch")
         print(f"| {what:58} | {whose:8} | {tried:7} | {bad:5} | {how or ''}", flush=True)
 
+    def outcome(found: dict[str, Any]) -> tuple[int, object]:
+        return found["bad"], found.get("errors")
+
     print(f"| {'what':58} | {'whose':8} | {'tried':>7} | {'bad':>5} |\n|---|---|---|---|")
     for sanitizers, libraries in (("address,undefined", ("libasan.so", "libubsan.so")), ("thread", ("libtsan.so",))):
         found = sanitized(sanitizers, libraries, 1000)
-        say(f"under sanitizers: {sanitizers}", "ours", 1000, found["bad"], found.get("errors"))
+        say(f"under sanitizers: {sanitizers}", "ours", 1000, *outcome(found))
     found = fuzz(fuzzed)
-    say("steps of random lives, canaries around all", "ours", found["steps"], found["bad"], found["errors"])
+    say("steps of random lives, canaries around all", "ours", found["steps"], *outcome(found))
     for what, whose, tried, bad in every_place():
         say(what, whose, tried, sum(bad.values()), dict(bad.most_common(3)))
     for library in ("ours", "torch"):
@@ -784,16 +908,21 @@ def main() -> None:
                 for kind in (*kinds.split(), kinds):
                     found = apart("storm", library, how, kind, tensors, elements, n)
                     what = "everything" if " " in kind else kind
-                    say(f"{how} exchanges {what}, {of}", library, n, found["bad"], found.get("errors"))
+                    say(f"{how} exchanges {what}, {of}", library, found.get("exchanges", n), *outcome(found))
             found = apart("interrupted", library, tensors // 10 or 1, elements * 10, n)
-            say(f"a handler raises, {of}", library, n, found["bad"], found.get("errors"))
+            say(f"a handler raises, {of}", library, found.get("raised", n), *outcome(found))
         found = apart("together", library, 3, 9 << 20, 20)
-        say("threads step at once", library, 20, found["bad"], found.get("errors"))
+        say("threads step at once", library, 20, *outcome(found))
         found = apart("forks", library, 40)
-        say("forked while a thread steps", library, 40, found["bad"], found.get("errors"))
+        say("forked while a thread steps", library, 40, *outcome(found))
+        for life in LIVES:
+            if library == "torch" and life in OURS_ALONE:
+                continue
+            found = apart("leaks", "torch" if library == "torch" else "adamw", life, 10_000)
+            say(f"{life}: does memory grow?", library, 10_000, *outcome(found))
         for method in ("forkserver", "spawn"):
             found = apart("started", library, method, 3)
-            say(f"started by {method} while a thread steps", library, 3, found["bad"], found.get("errors"))
+            say(f"started by {method} while a thread steps", library, 3, *outcome(found))
     sys.exit(failed)
 
 

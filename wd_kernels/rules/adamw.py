@@ -56,7 +56,7 @@ _biases: dict[tuple[float, float, int], tuple[float, float]] = {}  # shared by a
 
 def _bias(beta1: float, beta2: float, t: int) -> tuple[float, float]:
     """(bias1, 1/sqrt(bias2))."""
-    if len(_biases) >= 4096:
+    if len(_biases) >= 256:
         _biases.clear()
     found = _biases[beta1, beta2, t] = (1.0 - ipow(beta1, t), 1.0 / math.sqrt(1.0 - ipow(beta2, t)))
     return found
