@@ -72,6 +72,21 @@ def test_triton(case: Case, half: int, apart: bool) -> None:
     assert_same(functional_run(case, "triton", pieces, DTYPES, 4, apart), expected)
 
 
+@pytest.mark.parametrize("case", BODIES, ids=ids)
+def test_counts_of_their_own_in_a_list_of_one_kind(case: Case, walk: str) -> None:
+    """As in a call for each."""
+    pieces = (Piece((33,)), Piece((5, 7), "transposed"), Piece((1100,)))
+    together, each = (Caller(case, make_params(pieces, case.dtype, case.grad_dtype)) for _ in range(2))
+    for step in range(4):
+        grads = [gradient(piece, case.grad_dtype, 10 * step + k) for k, piece in enumerate(pieces)]
+        there = [g if step >= k else None for k, g in enumerate(grads)]
+        together.step(there, "auto", lr=0.05, weight_decay=0.1)
+        for k, g in enumerate(there):
+            each.step([g if i == k else None for i in range(3)], "reference", lr=0.05, weight_decay=0.1)
+    assert together.counts == [4, 3, 2]
+    assert_same(together.result(), each.result())
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
 @pytest.mark.parametrize("case", with_dtypes(BODIES, [(f32, f32), (bf16, f32)]), ids=ids)
 def test_grad_factor(case: Case, backend: str) -> None:

@@ -322,6 +322,7 @@ LAZY = _of(
 HELD = _of(
     "csrc/python/changes.cpp",
     "flat_tensors flat native table torture",
+    ("walk: a gradient is never let go", "      Py_DECREF(grad);\n", ""),
     (
         "flat walk: the states' addresses are kept unchecked",
         "role < e.roles; ++role) {\n    const int64_t at",
@@ -468,6 +469,7 @@ GATHER = _of(
         "span.begin < written",
     ),
     ("lists: dtypes are not compared", " || dtype_of(t) != dtypes[role]", ""),
+    ("lists: all have the first row", "moving[i].row = number_of(", "moving[i].row = 0 * number_of("),
     (
         "lists: strides are not compared",
         "(t.strides[d] != strides[d] && shape[d] > 1)",
