@@ -75,7 +75,7 @@ def test_triton(case: Case, half: int, apart: bool) -> None:
 @pytest.mark.parametrize("case", BODIES, ids=ids)
 def test_counts_of_their_own_in_a_list_of_one_kind(case: Case, walk: str) -> None:
     """As in a call for each."""
-    pieces = (Piece((33,)), Piece((5, 7), "transposed"), Piece((1100,)))
+    pieces = (Piece((33,)), Piece((5, 7)), Piece((1100,)))
     together, each = (Caller(case, make_params(pieces, case.dtype, case.grad_dtype)) for _ in range(2))
     for step in range(4):
         grads = [gradient(piece, case.grad_dtype, 10 * step + k) for k, piece in enumerate(pieces)]
