@@ -12,6 +12,7 @@ import faulthandler
 import gc
 import multiprocessing
 import os
+import platform
 import random
 import shutil
 import signal
@@ -847,12 +848,27 @@ def sanitized(sanitizers: str, libraries: tuple[str, ...], steps: int) -> dict[s
 # At length -----------------------------------------------------------------------------------------------------------
 
 
-def every_place() -> Iterator[tuple[str, str, int, Counter[str]]]:
-    """(what, whose, places, bad)"""
+@dataclass
+class Row:
+    """What was tried: of a kind, whose, how often, and what went wrong how often."""
+
+    kind: str
+    what: str
+    whose: str
+    tried: int
+    bad: int
+    errors: object = ""
+
+
+def row(kind: str, what: str, whose: str, found: dict[str, Any], tried: str) -> Row:
+    return Row(kind, what, whose, found.get(tried, 0), found["bad"], found.get("errors") or "")
+
+
+def every_place() -> Iterator[Row]:
     ways: tuple[tuple[str, Injection], ...] = (
-        ("line", injected_at_line),
+        ("Python line", injected_at_line),
         ("allocation of a tensor", injected_at_allocation),
-        ("allocation in native code", injected_in_native_code),
+        ("allocation of Python's in native code", injected_in_native_code),
     )
     for name, injection in ways:
         for action, function in ACTIONS.items():
@@ -872,58 +888,73 @@ def every_place() -> Iterator[tuple[str, str, int, Counter[str]]]:
                         n, wrong = try_everywhere(prepare, function, injection, package)
                         tried += n
                         bad += wrong
-                yield f"an exception at every {name} of {action}", rule, tried, bad
+                errors = dict(bad.most_common(3)) or ""
+                yield Row(f"an exception at every {name}, in `{action}`", rule, rule, tried, sum(bad.values()), errors)
+
+
+def everything(steps: int, fuzzed: int, loops: int) -> Iterator[Row]:
+    yield from every_place()
+    for library in ("ours", "torch"):
+        for tensors, elements in ((20, 300), (300, 40_000)):
+            n, of = steps if elements < 1000 else steps // 5, f"{tensors} tensors of {elements}"
+            for how, who in (("signal", "a signal's handler"), ("gc", "a collection"), ("thread", "another thread")):
+                kinds = EXCHANGES + (" flatten" if library == "ours" else "")
+                for kind in (*kinds.split(), kinds):
+                    found = apart("storm", library, how, kind, tensors, elements, n)
+                    what = f"{'all of it' if ' ' in kind else kind}, {of}"
+                    yield row(f"{who} exchanges memory, gradients, states", what, library, found, "exchanges")
+            found = apart("interrupted", library, tensors // 10, elements * 10, n)
+            yield row("a signal's handler raises", of, library, found, "raised")
+        found = apart("together", library, 3, 9 << 20, 20)
+        yield row("threads step optimizers of their own", "3 threads", library, found, "steps")
+        yield row("forked while a thread steps", "", library, apart("forks", library, 40), "children")
+        for method in ("forkserver", "spawn"):
+            found = apart("started", library, method, 3)
+            yield row("started anew while a thread steps, with a state", method, library, found, "children")
+        for life in LIVES:
+            if library == "ours" or life not in OURS_ALONE:
+                found = apart("leaks", "adamw" if library == "ours" else library, life, loops)
+                yield row("does memory grow, after so many", life, library, found, "iterations")
+    yield row("random lives against float64, between canaries", "", "ours", fuzz(fuzzed), "steps")
+    for sanitizers, libraries in (("address,undefined", ("libasan.so", "libubsan.so")), ("thread", ("libtsan.so",))):
+        found = sanitized(sanitizers, libraries, 1000)
+        yield row("a little of all under sanitizers", sanitizers, "ours", found, "steps")
+
+
+def table(rows: list[Row]) -> str:
+    """Of each kind, ours beside torch's."""
+
+    def cells(kind: str, torchs: bool) -> tuple[str, str]:
+        own = [r for r in rows if r.kind == kind and (r.whose == "torch") == torchs]
+        return (f"{sum(r.tried for r in own):,}", f"{sum(r.bad for r in own):,}") if own else ("", "")
+
+    kinds = [r.kind for r in rows]
+    lines = [(kind, *cells(kind, False), *cells(kind, True)) for kind in dict.fromkeys(kinds)]
+    head = ("what runs meanwhile", "tried", "bad", "torch: tried", "bad")
+    widths = [max(len(line[k]) for line in (head, *lines)) for k in range(5)]
+
+    def text(line: tuple[str, ...]) -> str:
+        return "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *(f"{'-' * (width + 1)}:" for width in widths[1:])]) + "|"
+    return "\n".join([text(head), rule, *map(text, lines)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300, help="of each storm")
     parser.add_argument("--fuzz", type=int, default=100_000, help="steps of random lives")
-    steps, fuzzed = (asked := parser.parse_args()).steps, asked.fuzz
+    parser.add_argument("--loops", type=int, default=10_000, help="after which memory is to be what it was")
+    asked = parser.parse_args()
     faulthandler.enable()
-    failed = False
-
-    def say(what: str, whose: str, tried: int, bad: int, how: object = "") -> None:
-        nonlocal failed
-        failed = failed or (bad > 0 and whose != "torch")
-        print(f"| {what:58} | {whose:8} | {tried:7} | {bad:5} | {how or ''}", flush=True)
-
-    def outcome(found: dict[str, Any]) -> tuple[int, object]:
-        return found["bad"], found.get("errors")
-
-    print(f"| {'what':58} | {'whose':8} | {'tried':>7} | {'bad':>5} |\n|---|---|---|---|")
-    for sanitizers, libraries in (("address,undefined", ("libasan.so", "libubsan.so")), ("thread", ("libtsan.so",))):
-        found = sanitized(sanitizers, libraries, 1000)
-        say(f"under sanitizers: {sanitizers}", "ours", 1000, *outcome(found))
-    found = fuzz(fuzzed)
-    say("steps of random lives, canaries around all", "ours", found["steps"], *outcome(found))
-    for what, whose, tried, bad in every_place():
-        say(what, whose, tried, sum(bad.values()), dict(bad.most_common(3)))
-    for library in ("ours", "torch"):
-        for tensors, elements in ((20, 300), (300, 40_000)):
-            n = steps if elements < 1000 else steps // 5
-            of = f"{tensors} × {elements}"
-            for how in ("signal", "gc", "thread"):
-                kinds = EXCHANGES + (" flatten" if library == "ours" else "")
-                for kind in (*kinds.split(), kinds):
-                    found = apart("storm", library, how, kind, tensors, elements, n)
-                    what = "everything" if " " in kind else kind
-                    say(f"{how} exchanges {what}, {of}", library, found.get("exchanges", n), *outcome(found))
-            found = apart("interrupted", library, tensors // 10 or 1, elements * 10, n)
-            say(f"a handler raises, {of}", library, found.get("raised", n), *outcome(found))
-        found = apart("together", library, 3, 9 << 20, 20)
-        say("threads step at once", library, 20, *outcome(found))
-        found = apart("forks", library, 40)
-        say("forked while a thread steps", library, 40, *outcome(found))
-        for life in LIVES:
-            if library == "torch" and life in OURS_ALONE:
-                continue
-            found = apart("leaks", "torch" if library == "torch" else "adamw", life, 10_000)
-            say(f"{life}: does memory grow?", library, 10_000, *outcome(found))
-        for method in ("forkserver", "spawn"):
-            found = apart("started", library, method, 3)
-            say(f"started by {method} while a thread steps", library, 3, *outcome(found))
-    sys.exit(failed)
+    print(f"wd_kernels {wd_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"{'whose':8} {'tried':>6} {'bad':>5}")
+    rows = []
+    for found in everything(asked.steps, asked.fuzz, asked.loops):
+        rows.append(found)
+        print(f"{found.whose:8} {found.tried:6} {found.bad:5}  {found.kind}: {found.what} {found.errors}", flush=True)
+    print(f"\n{table(rows)}")
+    sys.exit(any(r.bad for r in rows if r.whose != "torch"))
 
 
 if __name__ == "__main__":

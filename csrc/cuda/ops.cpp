@@ -8,7 +8,7 @@
 
 #include <random>
 
-#include "../check_launch.h"
+#include "check_launch.h"
 #include "device.h"
 
 #ifndef WD_ON_CPU  // in libtorch_cuda.so; a torch without CUDA lacks it, and its tensors never come here

@@ -260,7 +260,7 @@ CUDA_EPILOGUES = _of(
 )
 
 CHECK_LAUNCH = _of(
-    "csrc/check_launch.h",
+    "csrc/cuda/check_launch.h",
     "cuda native movers",
     ("launch: chunks of any size are accepted", "chunk_size > 0 && chunk_size % kBlock == 0", "chunk_size > 0"),
     ("launch: rows of another rule are accepted", "ScalarType::Double, width);", "ScalarType::Double, rows.size(1));"),

@@ -1,4 +1,4 @@
-// What both operators check of the tensors that they are given. LibTorch stable ABI only.
+// What the operator checks of the tensors that it is given. LibTorch stable ABI only.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "layout.h"
+#include "../layout.h"
 
 namespace wd {
 
