@@ -364,7 +364,7 @@ EXCHANGES = "data clear states pop gradients gradients_data"
 def storm(library: str, how: str, kinds: str, tensors: int, elements: int, steps: int) -> dict[str, Any]:
     """Steps while a signal's handler, the garbage collector or another thread exchanges everything.
 
-    As many as there are to be, and more until there were as many exchanges.
+    As many as there are to be, and up to ten times more until there were as many exchanges.
     """
     params = [nn.Parameter(torch.randn(elements)) for _ in range(tensors)]
     if library == "torch":
@@ -395,7 +395,7 @@ def storm(library: str, how: str, kinds: str, tensors: int, elements: int, steps
     else:
         thread.start()
     taken = 0
-    while taken < steps or (mutate.count < steps and taken < 1000 * steps):
+    while taken < steps or (mutate.count < steps and taken < 10 * steps):
         taken += 1
         try:
             optimizer.step()
