@@ -861,7 +861,8 @@ class Row:
 
 
 def row(kind: str, what: str, whose: str, found: dict[str, Any], tried: str) -> Row:
-    return Row(kind, what, whose, found.get(tried, 0), found["bad"], found.get("errors") or "")
+    errors = str(found.get("errors") or "").strip().splitlines()
+    return Row(kind, what, whose, found.get(tried, 1), found["bad"], errors[0][:150] if errors else "")
 
 
 def every_place() -> Iterator[Row]:
@@ -928,7 +929,7 @@ def table(rows: list[Row]) -> str:
         own = [r for r in rows if r.kind == kind and (r.whose == "torch") == torchs]
         return (f"{sum(r.tried for r in own):,}", f"{sum(r.bad for r in own):,}") if own else ("", "")
 
-    kinds = [r.kind for r in rows]
+    kinds = [r.kind for r in rows if r.tried > 0]
     lines = [(kind, *cells(kind, False), *cells(kind, True)) for kind in dict.fromkeys(kinds)]
     head = ("what runs meanwhile", "tried", "bad", "torch: tried", "bad")
     widths = [max(len(line[k]) for line in (head, *lines)) for k in range(5)]
