@@ -526,10 +526,9 @@ def started(library: str, method: str, children: int) -> dict[str, Any]:
     """Processes that are started by another method while a thread steps, and given an optimizer with its state."""
     params = [nn.Parameter(torch.randn(200_000)) for _ in range(3)]
     kind: Any = torch.optim.AdamW if library == "torch" else wd_kernels.AdamW
-    optimizer, busy = kind([nn.Parameter(torch.ones(100))]), kind(params)
-    for p in (*params, *optimizer.param_groups[0]["params"]):
+    busy = kind(params)
+    for p in params:
         p.grad = torch.randn_like(p)
-    optimizer.step()
     stop, bad = threading.Event(), 0
 
     def work() -> None:
@@ -539,6 +538,9 @@ def started(library: str, method: str, children: int) -> dict[str, Any]:
     thread = threading.Thread(target=work)
     thread.start()
     for _ in range(children):
+        optimizer = kind([nn.Parameter(torch.ones(100))])  # anew: torch's states are shared with the process
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(100)
+        optimizer.step()
         process: Any = multiprocessing.get_context(method).Process(target=_live_on, args=(optimizer,))
         process.start()
         process.join(60)
