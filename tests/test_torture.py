@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 from typing import Any
@@ -67,6 +70,35 @@ def test_memory_does_not_grow() -> None:
     assert torture.apart("all_leaks", "sgdw", 1500) == {"lives": len(torture.LIVES), "bad": 0, "errors": {}}
 
 
+def test_memory_that_grows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+
+    def keeps(subject: torture.Subject, t: int) -> None:
+        kept.append([subject, t])
+        subject.optimizer.step()
+
+    threads = torch.get_num_threads()
+    monkeypatch.setitem(torture.LIVES, "one that keeps lists", keeps)
+    try:
+        found = torture.leaks("sgdw", "one that keeps lists", 1500)
+    finally:
+        torch.set_num_threads(threads)
+    assert found["bad"] == 1
+    assert found["errors"]["objects"] > 1000
+
+
+def test_under_the_address_sanitizer() -> None:
+    """Native code, built anew: steps, exceptions and exchanges; at length, and the thread sanitizer: `make torture`."""
+    compiler = os.environ.get("CXX", "c++")
+    if (
+        shutil.which(compiler) is None
+        or "/" not in subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout
+    ):
+        pytest.skip("no compiler that comes with the address sanitizer as a library")
+    found = torture.sanitized("address,undefined", ("libasan.so", "libubsan.so"), 100)
+    assert found == {"steps": 100, "bad": 0}
+
+
 def test_threads_that_step_at_once() -> None:
     assert torture.together("ours", 2, 9 << 20, 3) == {"steps": 3, "bad": 0}
 
@@ -117,6 +149,11 @@ def test_a_handler_that_raises(tensors: int, elements: int) -> None:
 
 def test_children_forked_during_a_step() -> None:
     assert torture.apart("forks", "ours", 12) == {"children": 12, "bad": 0}
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_processes_that_are_given_an_optimizer_with_its_state(method: str) -> None:
+    assert torture.apart("started", "ours", method, 2) == {"children": 2, "bad": 0}
 
 
 def test_random_lives_between_canaries() -> None:

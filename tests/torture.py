@@ -68,7 +68,7 @@ def make_params(mixed: bool) -> list[nn.Parameter]:
 
 
 def make(rule: str, mixed: bool = False, flat: bool = False) -> Subject:
-    """Two groups, a schedule, and what each rule keeps; "torch" is torch's fused AdamW."""
+    """Two groups, a schedule, and what each rule keeps; "torch" is its AdamW, foreach or, if mixed, one by one."""
     params = make_params(mixed)
     if flat:
         wd_kernels.flatten_(params)
@@ -801,7 +801,7 @@ sys.stderr = open(sys.argv[1], "w")  # what Python warns of; a sanitizer writes 
 bad = torture.fuzz({steps})["bad"]
 for how in ("signal", "gc", "thread"):
     bad += torture.storm("ours", how, torture.EXCHANGES + " flatten", 20, 300, {steps} // 10)["bad"]
-bad += torture.storm("ours", "thread", torture.EXCHANGES, 220, 40_000, 30)["bad"]
+bad += torture.storm("ours", "thread", torture.EXCHANGES, 220, 40_000, 4 + {steps} // 40)["bad"]
 bad += torture.together("ours", 2, 9 << 20, 3)["bad"]
 for action in ("step", "flatten_", "add_param_group"):
     prepare = torture.after_steps("sgdw", False, False, 2, ())
@@ -899,7 +899,7 @@ def everything(steps: int, fuzzed: int, loops: int) -> Iterator[Row]:
     yield from every_place()
     for library in ("ours", "torch"):
         for tensors, elements in ((20, 300), (300, 40_000)):
-            n, of = steps if elements < 1000 else steps // 5, f"{tensors} tensors of {elements}"
+            n, of = steps if elements < 1000 else steps // 20, f"{tensors} tensors of {elements}"
             for how, who in (("signal", "a signal's handler"), ("gc", "a collection"), ("thread", "another thread")):
                 kinds = EXCHANGES + (" flatten" if library == "ours" else "")
                 for kind in (*kinds.split(), kinds):

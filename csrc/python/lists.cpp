@@ -1,4 +1,4 @@
-// Segments of tensors that somebody else holds: the functional API's counterpart of `refresh`, which sees them once.
+// Segments of tensors that somebody else holds: the functional API's counterpart of `check`, which sees them once.
 #include <algorithm>
 #include <stdexcept>
 #include <vector>
@@ -102,7 +102,7 @@ struct Lists {
   Moving* moving = nullptr;
   int64_t *places = nullptr, *capacities = nullptr, place_words = 0;
 
-  // roles: a tuple of lists of equal length; codes: a tuple of a dtype for each. Throws.
+  // roles: a tuple of lists of equal length; codes: a tuple of a dtype for each. Throws. `use` or `make_segments` next.
   Lists(PyObject* tuple, PyObject* codes, int64_t on_device) : device(on_device) {
     if (PyTuple_Size(tuple) > kMaxRoles || PyTuple_Size(tuple) < kState || PyTuple_Size(codes) != PyTuple_Size(tuple))
       throw std::runtime_error("lists must be of 2 to 16 roles, each with a dtype");
@@ -115,9 +115,11 @@ struct Lists {
     length = PyList_Size(roles[0]);
     place_words = int64_t(address_word(n_roles - 1)) + 1;
   }
+  Lists(const Lists&) = delete;
+  Lists& operator=(const Lists&) = delete;
 
   // The segments are Python's.
-  void fill(PyObject* own_moving, PyObject* own_places, PyObject* own_capacities) {
+  void use(PyObject* own_moving, PyObject* own_places, PyObject* own_capacities) {
     const Memory segments = memory_of(own_moving, "moving", "int64", kMovingWords),
                  words = memory_of(own_places, "places", "int64", -1),
                  most = memory_of(own_capacities, "capacities", "int64", 0);
@@ -130,7 +132,7 @@ struct Lists {
   }
 
   // The segments are its own; `rows`: those of the parameters, a list, or None: the first.
-  void fill_own(PyObject* rows) {
+  void make_segments(PyObject* rows) {
     own_moving_.resize(size_t(length));
     own_places_.resize(size_t(length * place_words));
     own_capacities_.resize(size_t(length));
@@ -181,7 +183,7 @@ PyObject* gather(PyObject*, PyObject* args) {
     return nullptr;
   return guarded([&] {
     Lists lists(tuple, codes, device);
-    lists.fill(moving, places, capacities);
+    lists.use(moving, places, capacities);
     return PyLong_FromSsize_t(lists.gather());
   });
 }
@@ -229,7 +231,7 @@ PyObject* step_lists(PyObject*, PyObject* args) {
     std::vector<int64_t> known;
     for (Py_ssize_t i = 0; i < PyList_Size(formats); ++i) known.push_back(number_of(PyList_GetItem(formats, i)));
     Lists lists(tuple, codes, device);
-    lists.fill_own(rows_of);
+    lists.make_segments(rows_of);
     const Memory pair = memory_of(control, "control", "float64", 0);
     if (int(known.size()) != lists.n_roles || pair.rows != 2 || chunk_size <= 0 || chunk_size % kBlock != 0)
       throw std::runtime_error("lists, formats, control and chunks do not belong together");

@@ -5,7 +5,7 @@ The first test that fails ends it. What does not compile or cannot be imported i
 written anew after each fault, and what it says already is not measured again, so a run may be interrupted.
 
     python tests/mutants/run.py                           # all (hours); `make mutants`
-    python tests/mutants/run.py --hints-only              # all, by the hinted files alone (about half an hour)
+    python tests/mutants/run.py --hints-only              # all, by the hinted files alone (some hours)
     python tests/mutants/run.py --only 'walk: *' --again  # some, anew, by names or patterns
 """
 
