@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -354,6 +355,44 @@ def test_columns_of_one_matrix() -> None:
     opt.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
     with pytest.raises(ValueError, match=r"group 1 and parameter 0 of group 2 overlap"):
         opt.add_param_group({"params": [nn.Parameter(opt.param_groups[1]["params"][0].data[1:])]})
+
+
+@pytest.mark.parametrize("what", ["gradient", "gradient.data", "parameter.data", "exp_avg.data"])
+def test_what_is_exchanged_while_memory_is_held(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may run while a long step takes hold of memory: what it puts there is held too, and stepped."""
+    real, calls = native.OPS.hold.default._op, [2]
+
+    def exchange(p: Tensor, opt: AdamW) -> None:
+        assert p.grad is not None
+        if what == "gradient":
+            p.grad = p.grad + 0.25
+            return
+        t = {"gradient": p.grad, "parameter": p, "exp_avg": opt.state[p]["exp_avg"]}[what.split(".")[0]]
+        t.data = t.data + 0.25
+
+    def hold(tensors: list[Tensor]) -> None:
+        real(tensors)
+        calls[0] += 1
+        if calls[0] == 1:
+            exchange(p, opt)
+
+    monkeypatch.setattr(native, "OPS", SimpleNamespace(hold=SimpleNamespace(default=SimpleNamespace(_op=hold))))
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 9 << 20)) for _ in range(2))
+    opt, twin = stepped(p), stepped(q)
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:
+        calls[0] = 0
+        opt.step()
+        assert calls[0] > 1 or what == "gradient.data"  # the views are of what the tensors have; then all is looked at
+    finally:
+        stop.set()
+        thread.join()
+    exchange(q, twin)
+    twin.step()
+    assert_same_bits(p, q)
+    assert_same_optimizers(opt, twin)
 
 
 def test_a_thread_gets_its_turn_in_long_steps() -> None:

@@ -5,6 +5,7 @@
 #include "memory.h"
 #include "uninterrupted.h"
 
+#include <cstring>
 #include <stdexcept>
 
 namespace wd {
@@ -87,9 +88,9 @@ class HeldMemory {
   void take(const View& view, PyObject* keep) {
     const Reference all(PyList_New(0));
     Py_ssize_t kept = 0;
-    const auto add = [&](PyObject* tensor, int64_t address) {
+    const auto add = [&](PyObject* tensor, const void* at) {
       if (tensor == nullptr || PyList_Append(all.get(), tensor) < 0) throw std::runtime_error("a Python error is set");
-      addresses_.push_back(address);
+      addresses_.push_back(at);
     };
     for (int64_t i = 0; i < view.parameters; ++i) {
       const Expected& e = view.expected[i];
@@ -98,26 +99,29 @@ class HeldMemory {
         PyObject* const tensor = e.kind == kFlat  ? (*view.handles)[e.held + role].object
                                  : role == kParam ? view.params[size_t(i)]
                                                   : PyList_GetItem(keep, kept++);
-        add(tensor, role == kGrad ? reinterpret_cast<int64_t>(view.moving[e.segment].grad)
-                                  : view.roles[e.first_role + role].address);
+        if (role == kGrad)
+          add(tensor, &view.moving[e.segment].grad);
+        else
+          add(tensor, &view.roles[e.first_role + role].address);
       }
     }
     views_ = views_of(tensors_of(view.hold, all.get()));
   }
 
-  // Is what is held what the table has?
+  // Is what is held what the table has now? A gradient may lie elsewhere than when it was taken.
   bool is_there() const {
     for (size_t k = 0; k < views_.size(); ++k) {
-      void* now = nullptr;
+      void *now = nullptr, *there = nullptr;
       if (aoti_torch_get_data_ptr(views_[k].get(), &now) != AOTI_TORCH_SUCCESS) return false;
-      if (reinterpret_cast<int64_t>(now) != addresses_[k] && addresses_[k] != 0) return false;
+      std::memcpy(&there, addresses_[k], sizeof there);
+      if (now != there && there != nullptr) return false;
     }
     return true;
   }
 
  private:
   std::vector<Tensor> views_;
-  std::vector<int64_t> addresses_;
+  std::vector<const void*> addresses_;  // where the table has the address of each
 };
 
 PyObject* answer(const Changes& found, bool done, bool runs, PyObject* keys) {
