@@ -395,6 +395,7 @@ KEYS = _of(
 STEP = _of(
     "csrc/python/step.cpp",
     "table_failures schedules table optim flat failures surroundings torture properties",
+    ("step: what is held is not what is there", "if (now != there && there != nullptr) return false;", ""),
     (
         "step: autograd is not told",
         "counted(PyObject_CallFunctionObjArgs(work.increment, work.written, nullptr));",
