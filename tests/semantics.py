@@ -93,6 +93,11 @@ def plain_copy(opt: Any, backend: str = "reference") -> Any:
     return new
 
 
+def mode_of(opt: Any, group: dict[str, Any]) -> str:
+    """The mode in which a step would decay a group."""
+    return str(opt.rule.hypers([group], default=opt.defaults["decay"])[0][0].decay)
+
+
 def checked_step(opt: Any, what: str = "") -> None:
     """Steps `opt`, and demands the bits that a new optimizer on plain copies gives.
 

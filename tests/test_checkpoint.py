@@ -18,13 +18,11 @@ from torch import nn
 
 walk = semantics.walk
 every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
-quiet = pytest.mark.filterwarnings("ignore:this state has")
 
 
 # With ourselves -------------------------------------------------------------------------------------------------------
 
 
-@quiet
 @every
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64], ids=str
@@ -48,9 +46,9 @@ def test_round_trip(rule: str, dtype: torch.dtype, way: Callable[[Any], Any], wa
     saved = way(a.state_dict())
     copy_weights(a, b)
     for group in b.param_groups:
-        group.update(lr=7.0, decay="l2", weight_decay=3.0)
+        group.update(lr=7.0, eta=0.25, weight_decay=3.0)
     b.load_state_dict(saved)
-    assert_same_optimizers(a, b, "loaded")
+    assert_same_optimizers(a, b, "loaded", loaded=True)
     assert len(b.state) == 5 - len(none)
     assert [{k: v for k, v in g.items() if k != "params"} for g in a.param_groups] == [
         {k: v for k, v in g.items() if k != "params"} for g in b.param_groups
@@ -60,10 +58,9 @@ def test_round_trip(rule: str, dtype: torch.dtype, way: Callable[[Any], Any], wa
         set_gradients(all_params(b), t, [t % 5])
         a.step()
         b.step()
-        assert_same_optimizers(a, b, f"step {t}")
+        assert_same_optimizers(a, b, f"step {t}", loaded=True)
 
 
-@quiet
 @every
 def test_loading_into_a_running_optimizer(rule: str, walk: str) -> None:
     """Goes back in time: the table, its gradients and its counts are of the old state, and are not used."""
@@ -76,7 +73,7 @@ def test_loading_into_a_running_optimizer(rule: str, walk: str) -> None:
     for p, value in zip(all_params(a), weights, strict=True):
         p.data.copy_(value)
     a.load_state_dict(saved)
-    assert {float(a.state[p]["step"]) for p in all_params(a)} == {3.0}
+    assert {float(a.state[p].get("step", 3.0)) for p in all_params(a)} == {3.0}
     train(a, range(3, 6))
     for p, value in zip(all_params(a), after, strict=True):
         assert_same_bits(p, value)
@@ -84,7 +81,6 @@ def test_loading_into_a_running_optimizer(rule: str, walk: str) -> None:
     checked_step(a)
 
 
-@quiet
 @every
 def test_loaded_tensors_are_copies(rule: str) -> None:
     """Two optimizers that load one state share no memory with it, nor with each other."""
@@ -104,7 +100,6 @@ def test_loaded_tensors_are_copies(rule: str) -> None:
     assert len({t.data_ptr() for t in tensors}) == len(tensors)
 
 
-@quiet
 @every
 def test_what_is_saved_keeps_its_counts(rule: str) -> None:
     """The counts in a state_dict are copies: they stand still while the optimizer counts on. The rest is as torch's."""
@@ -112,31 +107,34 @@ def test_what_is_saved_keeps_its_counts(rule: str) -> None:
     train(a, range(3))
     saved = a.state_dict()
     train(a, range(3, 5))
-    assert [float(own["step"]) for own in saved["state"].values()] == [3.0] * 5
-    assert all(own["step"].untyped_storage().nbytes() == 4 for own in saved["state"].values())
+    counts = [own["step"] for own in saved["state"].values() if "step" in own]
+    assert list(map(float, counts)) == [3.0] * (0 if rule == "sgdw" else 5)  # torch's SGD has none
+    assert all(count.untyped_storage().nbytes() == 4 for count in counts)
     assert list(saved) == ["state", "param_groups"]
     assert list(saved["state"]) == saved["param_groups"][0]["params"] == list(range(5))
 
 
-@quiet
 @every
-def test_keys_a_saved_group_lacks_keep_the_live_value(rule: str) -> None:
-    a = build(rule, parameters())
+def test_keys_a_saved_group_lacks(rule: str) -> None:
+    """What torch's class has not means what that does, eta 1; all else keeps the live value."""
+    a = build(rule, parameters(), decay={"adamw": "lr_scaled"}.get(rule, "l2"))
     train(a, range(2))
     saved = copy.deepcopy(a.state_dict())
-    for key in ("eta", "decay", "maximize", "fused", "decoupled_weight_decay"):
+    assert not {"eta", "decay", "form", "schedule", "schedule_step", "base_lr", "show_lr"} & set(
+        saved["param_groups"][0]
+    )
+    for key in ("maximize", "fused"):
         saved["param_groups"][0].pop(key, None)
     saved["param_groups"][0]["other"] = [1]
-    b = build(rule, parameters(), eta=0.5, decay="proximal", maximize=True, lr=3.0)
+    b = build(rule, parameters(), eta=0.5, decay={"adamw": "lr_scaled"}.get(rule, "l2"), maximize=True, lr=3.0)
     b.param_groups[0]["mine"] = "kept"
     b.load_state_dict(saved)
     group = b.param_groups[0]
-    assert (group["eta"], group["decay"], group["maximize"], group["mine"]) == (0.5, "proximal", True, "kept")
+    assert (group.get("eta", 1.0), group["maximize"], group["mine"]) == (1.0, True, "kept")
     assert (group["lr"], group["other"]) == (0.05, [1])
     assert group["other"] is not saved["param_groups"][0]["other"]
 
 
-@quiet
 @every
 def test_an_empty_state_loads(rule: str, walk: str) -> None:
     """As accelerate does when it wraps: load_state_dict(state_dict()) before the first step, and in the midst."""
@@ -148,10 +146,9 @@ def test_an_empty_state_loads(rule: str, walk: str) -> None:
             set_gradients(all_params(opt), t)
             opt.step()
         a.load_state_dict(a.state_dict())
-        assert_same_optimizers(a, b, f"step {t}")
+        assert_same_optimizers(a, b, f"step {t}", loaded=True)
 
 
-@quiet
 @every
 def test_layouts_of_loaded_states(rule: str, walk: str) -> None:
     """Contiguous states into a channels_last parameter and back: right values, the parameter's layout."""
@@ -184,10 +181,10 @@ def test_a_pickle_of_an_older_version(rule: str) -> None:
     for o in (opt, twin):
         train(o, range(2))
     packed = copy.deepcopy(opt).__getstate__()
-    del packed["param_groups"][0]["eta"], packed["param_groups"][0]["maximize"], packed["backend"]
+    del packed["param_groups"][0]["maximize"], packed["backend"]
     old = type(opt).__new__(type(opt))
     old.__setstate__(packed)
-    assert (old.param_groups[0]["eta"], old.param_groups[0]["maximize"], old.backend) == (1.0, False, "auto")
+    assert (old.param_groups[0]["maximize"], old.backend) == (False, "auto")
     for o in (old, twin):
         train(o, range(2, 4))
     assert_same_optimizers(old, twin)
@@ -196,7 +193,6 @@ def test_a_pickle_of_an_older_version(rule: str) -> None:
 # Hooks ----------------------------------------------------------------------------------------------------------------
 
 
-@quiet
 @every
 def test_hooks(rule: str) -> None:
     """Pre and post hooks of state_dict and load_state_dict, in torch's order; what they return is taken."""
@@ -240,10 +236,9 @@ def test_hooks(rule: str) -> None:
     a.param_groups[0].update(weight_decay=0.75, eta=0.5)
     for opt in (a, b):
         train(opt, range(3, 5))
-    assert_same_optimizers(a, b)
+    assert_same_optimizers(a, b, loaded=True)
 
 
-@quiet
 @every
 def test_unknown_state_is_kept(rule: str) -> None:
     """What others keep in the state goes through, copied, and is left alone by the step."""
@@ -261,7 +256,7 @@ def test_unknown_state_is_kept(rule: str) -> None:
     assert b.state[q]["ema"] is not a.state[p]["ema"]
     assert b.state[q]["note"] == {"x": [1]}
     assert b.state["shared"] == {"seen": 7}
-    assert list(b.state[q]) == list(a.state[p])
+    assert [name for name in b.state[q] if name != "step"] == [name for name in a.state[p] if name != "step"]
     set_gradients(all_params(b), 5)
     checked_step(b)
 
@@ -277,7 +272,6 @@ def saved_size(thing: Any, way: str) -> int:
     return file.getbuffer().nbytes
 
 
-@quiet
 @every
 @pytest.mark.parametrize("way", ["torch.save", "pickle"])
 @pytest.mark.parametrize("what", ["state_dict", "optimizer"])

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 walk = semantics.walk
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:this state has"),
     pytest.mark.filterwarnings("ignore:ComplexHalf"),
 ]
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
@@ -25,13 +24,12 @@ both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
 # Parameters -----------------------------------------------------------------------------------------------------------
 
 
-def integers() -> Tensor:
-    return torch.arange(6)
-
-
 PARAMETERS: dict[str, tuple[Callable[[], Tensor], type[Exception], tuple[str, ...]]] = {
-    "int64": (integers, TypeError, ("has dtype torch.int64", "float64, float32, bfloat16, float16, complex64")),
-    "float8": (lambda: torch.zeros(3).to(torch.float8_e4m3fn), TypeError, ("has dtype torch.float8_e4m3fn", "allowed")),
+    "float8": (
+        lambda: torch.zeros(3).to(torch.float8_e4m3fn),
+        TypeError,
+        ("has dtype torch.float8_e4m3fn", "float64, float32, bfloat16, float16, complex64"),
+    ),
     "complex32": (lambda: torch.zeros(3, dtype=torch.complex32), TypeError, ("has dtype torch.complex32", "allowed")),
     "sparse": (lambda: torch.eye(3).to_sparse(), RuntimeError, ("layout torch.sparse_coo", "allowed is torch.strided")),
     "expanded": (lambda: torch.ones(1).expand(5), ValueError, ("shape (5,)", "strides (0,)", "overlaps itself")),
@@ -47,7 +45,7 @@ PARAMETERS: dict[str, tuple[Callable[[], Tensor], type[Exception], tuple[str, ..
 def test_parameters_that_cannot_be_stepped(rule: str, case: Any, named: bool) -> None:
     """An error in the constructor and in add_param_group, which then leaves no group behind."""
     make, error, parts = case
-    good, bad = parameters([(3,)])[0], make()
+    good, bad = parameters([(3,)])[0], make().requires_grad_()
     params: list[Any] = [("good", good), ("bad", bad)] if named else [good, bad]
     place = "parameter 'bad' (group {}, index 1)" if named else "parameter 1 of group {}"
     with pytest.raises(error, match=mentions(place.format(0), *parts)):
@@ -61,6 +59,31 @@ def test_parameters_that_cannot_be_stepped(rule: str, case: Any, named: bool) ->
     good.grad = torch.ones(3)
     checked_step(opt)
     assert float(opt.state[good]["step"]) == 1
+
+
+@both
+@pytest.mark.parametrize("case", ["int64", "dispatching", *PARAMETERS])
+def test_what_is_not_trained_may_be_anything(rule: str, case: str, walk: str) -> None:
+    """Quantised weights beside adapters, say: an error by name once they have a gradient, and not before."""
+    others = {
+        "int64": (lambda: torch.arange(6), TypeError, ("has dtype torch.int64",)),
+        "dispatching": (lambda: Dispatching(torch.ones(3)), TypeError, ("is a Dispatching", "wd_kernels.functional")),
+    }
+    make, error, parts = {**others, **PARAMETERS}[case]
+    (good,), bad = parameters([(3,)]), make()
+    opt = build(rule, [("good", good), ("bad", bad)])
+    for t in range(2):
+        set_gradients([good], t)
+        opt.step()
+    saved = opt.state_dict()
+    opt.load_state_dict(saved)
+    assert len(opt.state) == len(saved["state"]) == 1
+    set_gradients([good], 2)
+    opt.step()
+    if case not in ("sparse", "dispatching"):
+        bad.grad = torch.zeros(bad.shape).to(bad.dtype)
+        with pytest.raises(error, match=mentions("parameter 'bad' (group 0, index 1)", *parts)):
+            opt.step()
 
 
 @both

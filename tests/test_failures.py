@@ -15,7 +15,6 @@ from torch import nn
 from wd_kernels import AdamW
 
 walk = semantics.walk
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
 
 

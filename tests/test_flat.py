@@ -17,7 +17,6 @@ from wd_kernels import flatten_
 
 walk = semantics.walk
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:this state has"),
     pytest.mark.filterwarnings("ignore:ComplexHalf"),
 ]
 every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])

@@ -18,7 +18,6 @@ from wd_kernels.flat import buffers as flat
 from wd_kernels.flat import place_of
 
 walk = semantics.walk
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
 
 

@@ -20,7 +20,6 @@ from wd_kernels.flat import place_of
 
 walk = semantics.walk
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:this state has"),
     pytest.mark.filterwarnings("ignore:ComplexHalf"),
 ]
 every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])

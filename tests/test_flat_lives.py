@@ -20,7 +20,6 @@ from wd_kernels.flat import buffers as flat
 from wd_kernels.flat import place_of
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:this state has"),
     pytest.mark.filterwarnings("ignore:ComplexHalf"),
 ]
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])

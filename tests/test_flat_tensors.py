@@ -18,7 +18,6 @@ from wd_kernels import flatten_, unflatten_
 from wd_kernels.flat import buffers as flat
 
 walk = semantics.walk
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
 
 

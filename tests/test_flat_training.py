@@ -18,7 +18,6 @@ import wd_kernels
 from wd_kernels import flatten_, unflatten_
 
 walk = semantics.walk
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
 
 

@@ -13,7 +13,6 @@ from semantics import MODES, STATES, build, parameters, plain, set_gradients, un
 from torch import nn
 
 walk = semantics.walk
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
 
 

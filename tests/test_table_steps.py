@@ -13,7 +13,6 @@ from semantics import all_params, build, checked_step, parameters, plain, plain_
 from torch import nn
 
 walk = semantics.walk
-pytestmark = pytest.mark.filterwarnings("ignore:this state has")
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
 
 

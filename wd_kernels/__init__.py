@@ -7,11 +7,12 @@
 """
 
 from . import functional, schedules
-from .backends import FallbackWarning
+from .backends import BackendName, FallbackWarning
 from .decay_conversion import Conversion, convert_weight_decay
 from .flat import FlatBuffer, flatten_, unflatten_
 from .optim import SGDW, AdagradW, AdamW
 from .param_groups import decay_groups
+from .rules import DecayMode, Form
 from .schedules import NormalizedDecay, normalized_weight_decay
 from .version import __version__
 
@@ -19,9 +20,12 @@ __all__ = [
     "SGDW",
     "AdagradW",
     "AdamW",
+    "BackendName",
     "Conversion",
+    "DecayMode",
     "FallbackWarning",
     "FlatBuffer",
+    "Form",
     "NormalizedDecay",
     "__version__",
     "convert_weight_decay",

@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .rules import DECAY_MODES, RULES, Rule, at_least_zero
+from .rules import DECAY_MODES, RULES, DecayMode, Rule, at_least_zero
 from .schedules.shapes import whole
 
 __all__ = ["Conversion", "convert_weight_decay"]
@@ -51,8 +51,8 @@ class Conversion(NamedTuple):
 
 def convert_weight_decay(
     weight_decay: float,
-    source: str,
-    target: str,
+    source: DecayMode,
+    target: DecayMode,
     *,
     lr: float,
     rule: str = "adamw",

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import native
+from .backends import BackendName
+from .rules import TORCHS_DECAY, DecayMode, Form, check_chosen, pair
 from .torch_ops import OPERATORS, Role
 from .torch_ops import step as step_now
 from .validation import is_plain
@@ -40,12 +42,12 @@ def adamw_(
     lr: Number = 1e-3,
     betas: tuple[Number, Number] = (0.9, 0.999),
     eps: Number = 1e-8,
-    weight_decay: Number = 1e-2,
-    decay: str = "lr_scaled",
+    weight_decay: Number = TORCHS_DECAY,
+    decay: DecayMode = "lr_scaled",
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> None:
     """One AdamW step on lists of tensors, in place: the equations and decay modes of :class:`wd_kernels.AdamW`.
 
@@ -77,7 +79,8 @@ def adamw_(
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
     """
     roles = _lists("adamw_", params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-    numbers = (step, lr, *_pair(betas, "adamw_"), eps, weight_decay, eta, grad_factor)
+    check_chosen(weight_decay, decay, lr, "adamw_")
+    numbers = (step, lr, *pair("betas", betas, "adamw_"), eps, weight_decay, eta, grad_factor)
     _run("adamw_", roles, numbers, (decay, maximize, backend))
 
 
@@ -92,19 +95,20 @@ def adamw_flat_(
     lr: Number = 1e-3,
     betas: tuple[Number, Number] = (0.9, 0.999),
     eps: Number = 1e-8,
-    weight_decay: Number = 1e-2,
-    decay: str = "lr_scaled",
+    weight_decay: Number = TORCHS_DECAY,
+    decay: DecayMode = "lr_scaled",
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> None:
     """One AdamW step on flat buffers, in place: one-dimensional, contiguous tensors of equal length.
 
     Arguments and errors as for :func:`adamw_`, with one buffer in place of each list.
     """
     roles = [[param], [grad], [exp_avg], [exp_avg_sq], [] if max_exp_avg_sq is None else [max_exp_avg_sq]]
-    numbers = (step, lr, *_pair(betas, "adamw_flat_"), eps, weight_decay, eta, grad_factor)
+    check_chosen(weight_decay, decay, lr, "adamw_flat_")
+    numbers = (step, lr, *pair("betas", betas, "adamw_flat_"), eps, weight_decay, eta, grad_factor)
     _run("adamw_flat_", roles, numbers, (decay, maximize, backend))
 
 
@@ -119,12 +123,12 @@ def sgdw_(
     dampening: Number = 0.0,
     weight_decay: Number = 0.0,
     nesterov: bool = False,
-    decay: str = "lr_scaled",
-    form: str = "torch",
+    decay: DecayMode = "lr_scaled",
+    form: Form = "torch",
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> None:
     """One SGDW step on lists of tensors, in place: the equations and decay modes of :class:`wd_kernels.SGDW`.
 
@@ -166,12 +170,12 @@ def sgdw_flat_(
     dampening: Number = 0.0,
     weight_decay: Number = 0.0,
     nesterov: bool = False,
-    decay: str = "lr_scaled",
-    form: str = "torch",
+    decay: DecayMode = "lr_scaled",
+    form: Form = "torch",
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> None:
     """One SGDW step on flat buffers, in place: one-dimensional, contiguous tensors of equal length.
 
@@ -192,11 +196,11 @@ def adagradw_(
     lr_decay: Number = 0.0,
     weight_decay: Number = 0.0,
     eps: Number = 1e-10,
-    decay: str = "lr_scaled",
+    decay: DecayMode = "lr_scaled",
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> None:
     """One AdagradW step on lists of tensors, in place: the equations and decay modes of :class:`wd_kernels.AdagradW`.
 
@@ -237,11 +241,11 @@ def adagradw_flat_(
     lr_decay: Number = 0.0,
     weight_decay: Number = 0.0,
     eps: Number = 1e-10,
-    decay: str = "lr_scaled",
+    decay: DecayMode = "lr_scaled",
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> None:
     """One AdagradW step on flat buffers, in place: one-dimensional, contiguous tensors of equal length.
 
@@ -256,12 +260,6 @@ def _lists(name: str, *roles: Any) -> list[Role]:
         if type(own) not in (list, tuple) and (not isinstance(own, Iterable) or isinstance(own, (str, Tensor))):
             raise TypeError(f"{role} in {name} is a {type(own).__name__}: expected a list of tensors")
     return [list(own) for own in roles]
-
-
-def _pair(betas: Any, name: str) -> Any:
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas={betas!r} in {name}: expected a pair (beta1, beta2)")
-    return betas
 
 
 def _run(name: str, roles: list[Role], numbers: Sequence[Any], options: Sequence[Any]) -> None:

@@ -7,8 +7,9 @@ from typing import TypeAlias
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .backends import BackendName
 from .optimizer import DecoupledOptimizer
-from .rules import ADAGRADW, ADAMW
+from .rules import ADAGRADW, ADAMW, TORCHS_DECAY, DecayMode, Form
 from .rules import SGDW as SGDW_RULE
 from .schedules.stepping import ScheduleLike
 
@@ -48,16 +49,21 @@ class AdamW(DecoupledOptimizer):
             in every mode, while its moments advance.
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
         eps: :math:`\epsilon \ge 0`.
-        weight_decay: :math:`\lambda \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`. It must be given with "independent" and "proximal", which do not multiply
+            it by the learning rate.
         amsgrad: keep the largest second moment (Reddi et al., 2018).
         maximize: ascend.
         decay: the form of weight decay, see above.
-        eta: the schedule multiplier :math:`\eta \ge 0`, kept in each group as ``group["eta"]``.
+        eta: the schedule multiplier :math:`\eta \ge 0`; 0 freezes weights as lr 0 does. ``group["eta"]``, where it is
+            not 1.
         schedule: sets :math:`\eta` before every step: a function of the number of completed steps, such as those of
             :mod:`wd_kernels.schedules`. A group may have its own. Counted in ``group["schedule_step"]``, which is saved
             and loaded; every step counts that was not skipped. ``"from_lr"`` follows whoever changes ``group["lr"]``,
             such as torch's LR schedulers: :math:`\eta = lr/base\_lr`, so that the decay of every mode follows too.
-        base_lr: for ``"from_lr"``, the :math:`\alpha > 0` at which :math:`\eta = 1`; by default the group's first lr.
+        base_lr: for ``"from_lr"``, the :math:`\alpha > 0` at which :math:`\eta = 1`; by default the group's first lr,
+            which is torch's "initial_lr" where an LR scheduler has left one.
+        show_lr: with a schedule that is called, ``group["lr"]`` shows :math:`\eta\alpha`, for who logs it, and
+            :math:`\alpha` is ``group["base_lr"]``.
         backend: "auto", "cpu", "triton", "cuda" or "reference"; all give the same bits. One that is not there is an
             error.
         foreach, fused: tolerated, and kept in the groups, for torch's callers: there is one implementation.
@@ -87,15 +93,16 @@ class AdamW(DecoupledOptimizer):
         lr: Number = 1e-3,
         betas: tuple[Number, Number] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: Number = 1e-2,
+        weight_decay: Number = TORCHS_DECAY,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
-        decay: str = "lr_scaled",
+        decay: DecayMode = "lr_scaled",
         eta: Number = 1.0,
         schedule: ScheduleLike = None,
         base_lr: Number | None = None,
-        backend: str = "auto",
+        show_lr: bool = False,
+        backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -103,7 +110,8 @@ class AdamW(DecoupledOptimizer):
     ) -> None:
         super().__init__(
             params, backend, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
-            maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, foreach=foreach, fused=fused,
+            maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, show_lr=show_lr,
+            foreach=foreach, fused=fused,
             capturable=capturable, differentiable=differentiable,
         )  # fmt: skip
 
@@ -135,7 +143,7 @@ class SGDW(DecoupledOptimizer):
         maximize: ascend.
         decay: the form of weight decay; "metric_proximal" is "proximal" with :math:`\eta\alpha\lambda`.
         form: "torch" or "paper".
-        eta, schedule, base_lr, backend, foreach, fused, differentiable: as in :class:`AdamW`.
+        eta, schedule, base_lr, show_lr, backend, foreach, fused, differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -165,12 +173,13 @@ class SGDW(DecoupledOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        decay: str = "lr_scaled",
-        form: str = "torch",
+        decay: DecayMode = "lr_scaled",
+        form: Form = "torch",
         eta: Number = 1.0,
         schedule: ScheduleLike = None,
         base_lr: Number | None = None,
-        backend: str = "auto",
+        show_lr: bool = False,
+        backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
@@ -178,7 +187,7 @@ class SGDW(DecoupledOptimizer):
         super().__init__(
             params, backend, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, decay=decay, form=form, eta=eta, schedule=schedule, base_lr=base_lr,
-            foreach=foreach, fused=fused, differentiable=differentiable,
+            show_lr=show_lr, foreach=foreach, fused=fused, differentiable=differentiable,
         )  # fmt: skip
 
 
@@ -205,7 +214,7 @@ class AdagradW(DecoupledOptimizer):
         eps: :math:`\epsilon \ge 0`.
         maximize: ascend.
         decay: the form of weight decay.
-        eta, schedule, base_lr, backend, foreach, fused, differentiable: as in :class:`AdamW`.
+        eta, schedule, base_lr, show_lr, backend, foreach, fused, differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -236,16 +245,18 @@ class AdagradW(DecoupledOptimizer):
         foreach: bool | None = None,
         *,
         maximize: bool = False,
-        decay: str = "lr_scaled",
+        decay: DecayMode = "lr_scaled",
         eta: Number = 1.0,
         schedule: ScheduleLike = None,
         base_lr: Number | None = None,
-        backend: str = "auto",
+        show_lr: bool = False,
+        backend: BackendName = "auto",
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
         super().__init__(
             params, backend, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize, decay=decay, eta=eta,
-            schedule=schedule, base_lr=base_lr, foreach=foreach, fused=fused, differentiable=differentiable,
+            schedule=schedule, base_lr=base_lr, show_lr=show_lr,
+            foreach=foreach, fused=fused, differentiable=differentiable,
         )  # fmt: skip

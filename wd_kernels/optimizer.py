@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from difflib import get_close_matches
 from functools import cache, partial
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch.optim.optimizer import ParamsT
 
 from . import backends, native
 from . import state_dict as state_dicts
+from .caller import warn
 from .flat.states import FlatGradients
-from .rules import Rule
+from .rules import FLAG, Rule, check_chosen, pair
 from .schedules import stepping
+from .schedules.shapes import named
 from .table import TensorTable
-from .validation import Extent, check_disjoint, check_parameter, label, meeting
+from .validation import Extent, check_disjoint, check_parameter, has_memory, label, meeting
 
 __all__ = ["DecoupledOptimizer"]
 
@@ -29,15 +31,15 @@ class DecoupledOptimizer(Optimizer):
     """A torch.optim.Optimizer that steps all its parameters through one table."""
 
     rule: Rule
+    _warned_of_scheduler = False
 
     def __init__(self, params: ParamsT, backend: str, **defaults: Any) -> None:
         defaults = {**stepping.SETTINGS, **defaults}
         _refuse_flags(defaults, "")
-        if backend not in backends.NAMES:
-            raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, backends.NAMES))}")
+        backends.check(backend)
         self.backend = backend
-        self._warned_of_export = False
-        self.rule.hypers([defaults])
+        self._make_pairs(defaults, "the arguments")
+        self.rule.hypers([defaults], where="the arguments")
         stepping.check(defaults, "the arguments")
         if defaults["schedule"] is not None and defaults["eta"] != 1:
             raise ValueError(f"eta={defaults['eta']!r} with a schedule, which sets it: allowed is one of them")
@@ -74,9 +76,20 @@ class DecoupledOptimizer(Optimizer):
                 "garbage collector or a schedule: it cannot be taken there"
             )
         with table.lock, _plain_tensors():
-            hypers, ticks = stepping.follow(groups, self.rule.hypers(groups))
+            hypers, ticks = stepping.follow(groups, self.rule.hypers(groups, default=self.defaults["decay"]))
             table.step(groups, self.state, hypers, ticks)
+        if ticks and not self._warned_of_scheduler:
+            self._warn_of_scheduler(groups)
         return loss
+
+    def _warn_of_scheduler(self, groups: list[dict[str, Any]]) -> None:
+        index = stepping.moved_beside(groups)
+        if index is not None:
+            self._warned_of_scheduler = True
+            warn(
+                f"an LR scheduler moves lr in param group {index} beside schedule={named(groups[index]['schedule'])}: "
+                "the two are multiplied. Give the optimizer one of them; schedule='from_lr' follows the LR scheduler"
+            )
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -90,7 +103,8 @@ class DecoupledOptimizer(Optimizer):
             raise TypeError(f"param_group is a {type(param_group).__name__}: expected a dict")
         index, given = len(self.param_groups), dict(param_group)
         try:
-            state_dicts.adopt_group(param_group, self.defaults)
+            _name_empty_groups([*self.param_groups, param_group])
+            self._make_pairs(param_group, f"param group {index}")
             asked = dict(param_group)
             try:
                 super().add_param_group(param_group)
@@ -99,18 +113,37 @@ class DecoupledOptimizer(Optimizer):
                 raise
             group = self.param_groups[-1]
             _refuse_flags(group, f" in param group {index}")
+            group["decay"] = self.rule.mode_of(asked, self.defaults["decay"])
             self.rule.hypers([group], first=index)
+            check_chosen(group["weight_decay"], group["decay"], group["lr"], f"param group {index}")
             stepping.adopt(group, asked, self.param_groups[:index], f"param group {index}")
+            state_dicts.settle(self.rule, group, self.defaults["decay"])
             self._check_repeats(group, index, set())
             for k, p in enumerate(group["params"]):
-                if not is_lazy(p):
+                if p.requires_grad and not is_lazy(p):  # what is not trained may be anything
                     check_parameter(p, label(group, index, k))
             if "_table" in self.__dict__:  # the constructor checks all groups at once
                 self._check_overlaps(index)
+            self._warn_of_typos(asked, index)
         except BaseException:
             undo = [partial(param_group.clear), partial(param_group.update, given)]  # the caller's, to be tried again
             native.insist([partial(self.param_groups.__delitem__, slice(index, None)), *undo])
             raise
+
+    def _make_pairs(self, settings: dict[str, Any], where: str) -> None:
+        """Numbers, as checkpoints hold them, of what is an array, or a list of a configuration."""
+        for own in self.rule.hyperparameters:
+            if own.parts and own.name in settings:
+                settings[own.name] = pair(own.name, settings[own.name], where)
+
+    def _warn_of_typos(self, given: Mapping[str, Any], index: int) -> None:
+        known = [*self.defaults, FLAG, "params", "param_names", "initial_lr"]
+        for key in given:
+            if key not in known and (near := get_close_matches(str(key), known, 1, 0.85)) and near[0] not in given:
+                warnings.warn(
+                    f"param group {index} has a key {key!r} that nothing here reads: is {near[0]!r} meant?",
+                    stacklevel=3,
+                )
 
     def _check_repeats(self, group: dict[str, Any], index: int, known: set[int]) -> None:
         for k, p in enumerate(group["params"]):
@@ -127,13 +160,17 @@ class DecoupledOptimizer(Optimizer):
         new = {}
         for g, group in enumerate(self.param_groups[first:], first):
             for k, p in enumerate(group["params"]):
-                if not is_lazy(p):
+                if not is_lazy(p) and has_memory(p):
                     new[g, k] = Extent(p.detach(), label(group, g, k))
         known: dict[tuple[int, int], tuple[int, int]] = self.__dict__.setdefault("_spans", {})
         near = meeting(new.values(), known) if known else []
         near = [(g, k) for g, k in near if g < first and k < len(self.param_groups[g]["params"])]
         others = {(g, k): self.param_groups[g]["params"][k] for g, k in near}
-        old = [Extent(p.detach(), label(self.param_groups[g], g, k)) for (g, k), p in others.items() if not is_lazy(p)]
+        old = [
+            Extent(p.detach(), label(self.param_groups[g], g, k))
+            for (g, k), p in others.items()
+            if not is_lazy(p) and has_memory(p)
+        ]
         check_disjoint([*old, *new.values()])
         known.update((at, extent.span()) for at, extent in new.items() if extent.tensor.numel())
 
@@ -142,13 +179,10 @@ class DecoupledOptimizer(Optimizer):
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = OrderedDict()  # they see what is exported
         try:
-            packed = state_dicts.export(self.rule, super().state_dict(), self.param_groups)
+            mode = self.defaults["decay"]
+            packed = state_dicts.export(self.rule, super().state_dict(), self.param_groups, mode)
         finally:
             self._optimizer_state_dict_post_hooks = hooks
-        lost = None if self._warned_of_export else state_dicts.lost_on_torch(self.rule, packed["param_groups"])
-        if lost is not None:
-            self._warned_of_export = True
-            warnings.warn(lost, stacklevel=2)
         for hook in hooks.values():
             changed = hook(self, packed)
             packed = packed if changed is None else changed
@@ -169,7 +203,7 @@ class DecoupledOptimizer(Optimizer):
             changed = pre_hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
-        groups, state, flat = state_dicts.load(self.rule, self.param_groups, state_dict)
+        groups, state, flat = state_dicts.load(self.rule, self.param_groups, state_dict, self.defaults["decay"])
         self.__setstate__({"state": state, "param_groups": groups})
         self._table.flat_states = flat
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -186,12 +220,26 @@ class DecoupledOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("backend", "auto")
-        self.__dict__.setdefault("_warned_of_export", False)
         self.defaults = {**stepping.SETTINGS, **self.defaults}
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key not in ("decay", *stepping.SETTINGS, *self.rule.absent):  # absent, they mean what torch does
+                    group.setdefault(key, value)
+            state_dicts.settle(self.rule, group, self.defaults["decay"])
         self._new_table()
+
+
+def _name_empty_groups(groups: list[dict[str, Any]]) -> None:
+    """Torch has all groups with names or none: one without parameters is as the others are."""
+
+    def entries(group: Mapping[str, Any]) -> Sequence[Any] | None:
+        own = group.get("params")
+        return own if isinstance(own, (list, tuple)) else None
+
+    named = any("param_names" in g or any(isinstance(own, tuple) for own in (entries(g) or ())[:1]) for g in groups)
+    for group in groups:
+        if named and entries(group) is not None and not entries(group):
+            group.setdefault("param_names", [])
 
 
 def _plain_tensors() -> AbstractContextManager[object]:

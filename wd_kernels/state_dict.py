@@ -1,13 +1,18 @@
 """Saving and loading, as functions of a rule, groups and states: torch's shape of state, our own policy of precision.
 
 torch's base class casts loaded states to the parameter's dtype, which loses the float32 states of a bfloat16
-parameter, and its loaded groups replace live ones whole. Here states keep their precision and keys that a saved group
-lacks keep the live group's value.
+parameter, and its loaded groups replace live ones whole. Here states keep their precision, and the decay of a live
+group (weight_decay, decay, form) is replaced by one of the same kind alone.
+
+A group holds no key that torch's class lacks while that says what torch's class does (`settle`): so torch's
+distributed checkpoints, which must have every key that is asked for, load; and a key that is absent means that, for
+ever.
 """
 
 from __future__ import annotations
 
-import warnings
+import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -19,33 +24,42 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .caller import warn
 from .flat.buffers import place_of
 from .flat.states import FlatStates
-from .formats import state_dtype
-from .rules import RULES, Rule
+from .formats import parameter_format, state_dtype
+from .rules import FLAG, RULES, Rule
 from .schedules import stepping
-from .schedules.shapes import named
+from .schedules.shapes import is_called, named
 from .schedules.stepping import follows_lr
 from .validation import conform_state, label, step_count
 
-__all__ = ["adopt_group", "export", "load", "lost_on_torch", "with_own_counts"]
+__all__ = ["export", "load", "settle", "with_own_counts"]
 
 HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would step: the live group's stay
-LIVE = (*HOW, "schedule")  # what a loaded group does not replace
+LIVE = (*HOW, "schedule", "show_lr")  # what a loaded group does not replace
 #: The states of every rule: those of another one are kept in a loaded state, as they should lie.
 STATES = frozenset(state.name for rule in RULES.values() for state in rule.states)
 
 
-def adopt_group(group: dict[str, Any], live: Mapping[str, Any]) -> None:
-    """Takes torch's `decoupled_weight_decay` out of `group`: False means decay "l2", True that it is not.
+def settle(rule: Rule, group: dict[str, Any], default: str) -> None:
+    """Takes out of `group` what it need not say, and tells torch's flag of its decay mode.
 
-    Live groups hold `decay` alone; `export` writes torch's flag.
+    The mode itself is told where torch's class has another one and weights decay, or where `default`, the optimizer's
+    own mode, is another one.
     """
-    decoupled = group.pop("decoupled_weight_decay", None)
-    if decoupled is False:
-        group["decay"] = "l2"
-    elif decoupled is True and group.get("decay", live.get("decay")) == "l2":
-        group["decay"] = "lr_scaled"
+    mode = rule.mode_of(group, default)
+    group.pop("decay", None)
+    if rule.torch.decoupled_flag:
+        group[FLAG] = mode != "l2"
+    decays = not _is_zero(group.get("weight_decay", 0.0))
+    if rule.mode_of(group, default) != mode or (mode not in rule.torch.decays and decays):
+        group["decay"] = mode
+    counted = group.get("schedule") is not None and not follows_lr(group)
+    for key, absent in {**stepping.SETTINGS, **rule.absent}.items():
+        said = key != FLAG and key in group and not (counted and key in ("eta", "schedule_step"))
+        if said and type(group[key]) in (int, float, bool, str, type(None)) and group[key] == absent:
+            del group[key]
 
 
 def with_own_counts(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -58,22 +72,29 @@ def with_own_counts(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return own
 
 
-def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What leaves an optimizer: step counts of its own, and what torch's class cannot do without.
+def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, Any]], default: str) -> dict[str, Any]:
+    """What leaves an optimizer, whose groups are `live`: what torch's class has, and what that does not do.
 
-    That is `decoupled_weight_decay`, as its Adam reads it, and the states of parameters that have taken no step, where
-    it makes all at the start. `live` are the optimizer's groups.
+    Step counts are copies; where torch's class keeps none they stay at home, since nothing is computed from them. Where
+    it has the states of all parameters from the start, those that have taken no step are given theirs.
     """
     state = with_own_counts(packed["state"])
     groups = []
-    for group in packed["param_groups"]:
-        group = {**group, "schedule": named(group.get("schedule"))}
-        if rule.torch.decoupled_flag:
-            group["decoupled_weight_decay"] = group["decay"] != "l2"
+    for packed_group in packed["param_groups"]:
+        group = dict(packed_group)
+        settle(rule, group, default)
+        if group.get("schedule") is not None:
+            group["schedule"] = named(group["schedule"])
         groups.append(group)
-    for group, own in zip(groups, live, strict=True) if rule.torch.all_states else ():
+    for group, own in zip(groups, live, strict=True):
         for key, p in zip(group["params"], own["params"], strict=True):
-            if not state.get(key) and not is_lazy(p):
+            found = state.get(key)
+            if not rule.torch.counts_steps and isinstance(found, dict) and "step" in found:
+                state[key] = {name: value for name, value in found.items() if name != "step"}
+                if not state[key]:
+                    del state[key]
+            known = not is_lazy(p) and parameter_format(p.dtype) is not None
+            if rule.torch.all_states and not found and known:
                 state[key] = {"step": torch.tensor(0.0, device="cpu"), **_first_states(rule, p, own)}
     return {**packed, "state": dict(state), "param_groups": groups}
 
@@ -83,31 +104,8 @@ def _first_states(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> dict[str, 
     return {state.name: state.begin(zeros(), group) for state in rule.states}
 
 
-def lost_on_torch(rule: Rule, groups: Sequence[Mapping[str, Any]]) -> str | None:
-    """What torch's class cannot express of exported groups, in words; None where it can all."""
-    lost = {reason for group in groups for reason in _lost(rule, group)}
-    if not lost:
-        return None
-    return (
-        f"this state has {', '.join(sorted(lost))}, which {rule.torch.name} does not know: wd_kernels loads it back "
-        "as it is, torch would train on differently"
-    )
-
-
-def _lost(rule: Rule, group: Mapping[str, Any]) -> list[str]:
-    lost = []
-    if group["decay"] not in rule.torch.decays and float(group["weight_decay"]) != 0:
-        lost.append(f"decay={group['decay']!r}")
-    lost += [f"{key}={group[key]!r}" for key, value in rule.torch.fixed.items() if group.get(key, value) != value]
-    if group["schedule"] is not None and not follows_lr(group):
-        lost.append("a schedule")
-    elif float(group["eta"]) != 1:
-        lost.append("eta != 1")
-    return lost
-
-
 def load(
-    rule: Rule, live: Sequence[dict[str, Any]], state_dict: Mapping[str, Any]
+    rule: Rule, live: Sequence[dict[str, Any]], state_dict: Mapping[str, Any], default: str
 ) -> tuple[list[dict[str, Any]], dict[Any, Any], FlatStates]:
     """(groups, state, the memory of flat states) of an optimizer that has loaded `state_dict`; `live` are its groups.
 
@@ -122,41 +120,206 @@ def load(
                 f"param group {i} of the saved state has {len(other['params'])} parameters, that of this optimizer "
                 f"{len(own['params'])}"
             )
+    keys = list(chain.from_iterable(g["params"] for g in saved))
+    _check_rule(rule, saved, [state_dict["state"].get(key) for key in keys])
 
     groups = []
-    for own, other in zip(live, saved, strict=True):
-        adopt_group(other, own)
-        settings = {k: deepcopy(v) for k, v in other.items() if k not in ("params", *LIVE)}
-        for key in _of_another_schedule(own, other):
-            settings.pop(key, None)
-        groups.append({**own, **settings})
-    rule.hypers(groups)
+    remarks = dict[str, list[str]]()  # what is not as it was saved, and the groups of which that is true
+    for i, (own, other) in enumerate(zip(live, saved, strict=True)):
+        group, found = _load_group(rule, own, other, default, f"param group {i} of the saved state")
+        groups.append(group)
+        begun = [value for key in other["params"] if (value := state_dict["state"].get(key))]
+        for remark in (*found, *_begins(group, other, begun), *_misnamed(own, other)):
+            remarks.setdefault(remark, []).append(str(i))
+    where = "param group {} of the saved state"
     for i, group in enumerate(groups):
-        stepping.check(group, f"param group {i} of the saved state")
+        stepping.check(group, where.format(i))
 
-    keys = chain.from_iterable(g["params"] for g in saved)
     places = [(g, k, p) for g, group in enumerate(groups) for k, p in enumerate(group["params"])]
     parameter_of = dict(zip(keys, places, strict=True))
+    factors = [rule.carry(other, own, where.format(i)) for i, (own, other) in enumerate(zip(live, saved, strict=True))]
     state: defaultdict[Any, Any] = defaultdict(dict)
     flat = FlatStates()
     for key, value in state_dict["state"].items():
         if key in parameter_of:
             g, k, p = parameter_of[key]
-            state[p] = _load_one(value, p, label(groups[g], g, k), flat)
+            state[p] = _load_one(value, p, label(groups[g], g, k), flat, factors[g])
         else:
             state[key] = value
+    for remark, numbers in remarks.items():
+        of = f"param group {numbers[0]}" if len(numbers) == 1 else f"param groups {', '.join(numbers)}"
+        warn(f"{of} of the saved state: {remark}")
     return groups, state, flat
+
+
+def _load_group(
+    rule: Rule, own: Mapping[str, Any], saved: Mapping[str, Any], default: str, where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """A live group with what is saved of it, and what is to be said of that.
+
+    What absent keys mean is loaded too: a saved group without "eta" has had eta 1.
+    """
+    keep = {"params", *LIVE, "decay", FLAG}
+    schedule, theirs = own.get("schedule"), saved.get("schedule")
+    loaded = {key: deepcopy(value) for key, value in saved.items() if key not in keep}
+    remarks = []
+
+    live_decay = {"weight_decay": own["weight_decay"], "decay": rule.mode_of(own, default), **_form(rule, own)}
+    decay = {
+        "weight_decay": saved.get("weight_decay", 0.0),
+        "decay": _saved_mode(rule, saved, own, default),
+        **_form(rule, saved),
+    }
+    rule.hypers([{**own, **loaded, **decay}], where=where)
+    for key in _form(rule, own):
+        loaded.pop(key, None)
+    same_form = _form(rule, saved) == _form(rule, own)
+    same_meaning = same_form and decay["decay"] == live_decay["decay"] and _normalizes(theirs) == _normalizes(schedule)
+    if not same_meaning and not (same_form and _is_zero(decay["weight_decay"])):  # 0 means the same in every mode
+        loaded.pop("weight_decay", None)
+        remarks.append(_of_another_decay(rule, decay, live_decay, theirs, schedule))
+
+    if follows_lr(own) or (schedule is None and theirs is not None):
+        loaded.pop("eta", None)  # what a schedule has set last is not a constant to go on with
+    elif schedule is None:
+        loaded.setdefault("eta", 1.0)
+    if theirs is None and not loaded.get("schedule_step"):
+        loaded.pop("schedule_step", None)  # it has counted nothing: what was set of ours stays
+    if theirs is not None and not is_called(schedule, str(theirs)):
+        remarks.append(f"it has schedule={theirs}, this optimizer goes on with schedule={named(schedule)}")
+    remarks += _load_lr(own, saved, loaded)
+    group = {**own, **loaded}
+    settle(rule, group, default)
+    return group, remarks
+
+
+def _load_lr(own: Mapping[str, Any], saved: Mapping[str, Any], loaded: dict[str, Any]) -> list[str]:
+    """What lr and base_lr are when another kind of schedule was saved, and what is to be said of that."""
+    first = loaded.pop("base_lr", None)
+    if saved.get("show_lr") and not follows_lr(own):
+        loaded["lr"] = first
+    if own.get("show_lr"):
+        loaded["base_lr"] = loaded.get("lr", own["lr"]) if first is None else first
+        loaded["lr"] = loaded["base_lr"] if not saved.get("show_lr") else loaded["lr"]
+        loaded["eta"] = 1.0 if not saved.get("show_lr") else loaded.get("eta", 1.0)
+    elif follows_lr(own):
+        first = saved.get("initial_lr") if first is None else first
+        if first is not None:
+            loaded["base_lr"] = deepcopy(first)
+        elif "lr" in saved and not _same(saved["lr"], own.get("base_lr")):
+            return [
+                f"it has lr={_plain(saved['lr'])}, and neither base_lr nor an LR scheduler's initial_lr: eta is "
+                f"lr / base_lr with this optimizer's base_lr={own.get('base_lr')}; if that is not meant, set "
+                "group['base_lr']"
+            ]
+    return []
+
+
+def _saved_mode(rule: Rule, saved: Mapping[str, Any], own: Mapping[str, Any], default: str) -> Any:
+    """The decay mode of a saved group. Without a name and without torch's flag it may be Adam's or AdamW's."""
+    ours = rule.mode_of(own, default)
+    either = rule.torch.decoupled_flag and FLAG not in saved and ours in rule.torch.decays
+    return rule.mode_of(saved, ours if either else rule.torch.decays[0])
+
+
+def _form(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What else of a group says what its weight decay and its states mean."""
+    return {own.name: group.get(own.name, own.absent) for own in rule.hyperparameters if own.absent is not None}
+
+
+def _normalizes(schedule: object) -> bool:
+    """Is a group's weight_decay under this schedule, or under one of this name, not the lambda of a step?"""
+    return schedule.startswith("NormalizedDecay(") if isinstance(schedule, str) else hasattr(schedule, "decay_factor")
+
+
+def _of_another_decay(
+    rule: Rule, saved: Mapping[str, Any], live: Mapping[str, Any], theirs: object, schedule: object
+) -> str:
+    had, goes_on = (", ".join(f"{key}={_plain(value)!r}" for key, value in own.items()) for own in (saved, live))
+    normal = [" under NormalizedDecay" if _normalizes(own) else "" for own in (theirs, schedule)]
+    carried = "; its buffers are carried over, by the saved lr" if saved.get("form") != live.get("form") else ""
+    return (
+        f"it decays by {had}{normal[0]}, {rule.title} here goes on with its own {goes_on}{normal[1]}{carried}. To go "
+        "on as saved, make the optimizer so, or set the group's after loading; convert_weight_decay carries a weight "
+        "decay from one mode to another"
+    )
+
+
+def _begins(group: Mapping[str, Any], saved: Mapping[str, Any], states: Sequence[Any]) -> list[str]:
+    """What is to be said of a schedule that begins anew beside states that do not."""
+    if group.get("schedule") is None or follows_lr(group) or not states or group.get("schedule_step"):
+        return []
+    if saved.get("schedule") is not None:
+        return []
+    counts = [
+        own["step"] for own in states if isinstance(own, Mapping) and isinstance(own.get("step"), (Tensor, int, float))
+    ]
+    steps = int(max(map(float, counts), default=0))
+    if counts and not steps:
+        return []
+    so_many = f", {steps} steps by its states" if counts else ""
+    return [
+        f"it has followed no schedule{so_many}: schedule={named(group['schedule'])} begins at its first step. To begin "
+        f"elsewhere, set group['schedule_step']{f' = {steps}' if counts else ''}, before loading or after"
+    ]
+
+
+def _misnamed(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """What is to be said of parameters that have other names than the saved ones, which are taken in order."""
+    ours, theirs = own.get("param_names"), saved.get("param_names")
+    if not isinstance(ours, (list, tuple)) or not isinstance(theirs, (list, tuple)) or list(ours) == list(theirs):
+        return []
+    k = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    a, b = (names[k] if k < len(names) else None for names in (ours, theirs))
+    return [
+        f"its parameter {k} is {b!r}, that of this optimizer {a!r}: states are taken in order, not by name. Give the "
+        "parameters in the order in which they were saved"
+    ]
+
+
+def _check_rule(rule: Rule, groups: Sequence[Mapping[str, Any]], states: Sequence[Any]) -> None:
+    """Raises ValueError where a state is that of another rule."""
+    own = {state.name for state in rule.states}
+    found = {name for value in states if isinstance(value, Mapping) for name in value}
+    given = set[str]().union(*groups) - {"lr", "params"}
+    for other in RULES.values():
+        theirs = {state.name for state in other.states}
+        shared = set(rule.keys) & set(other.keys)
+        of_states = bool(found & (theirs - own)) and not found & own
+        of_groups = (
+            not found & own and not given & (set(rule.keys) - shared) and bool(given & (set(other.keys) - shared))
+        )
+        if other is not rule and (of_states or of_groups):
+            what = sorted(found & theirs) if of_states else sorted(given & (set(other.keys) - shared))
+            raise ValueError(
+                f"the saved state is one of {other.title}, it has {what}; this optimizer is {rule.title}, whose states "
+                f"are {sorted(own)}"
+            )
+
+
+def _same(a: object, b: object) -> bool:
+    return _plain(a) == _plain(b)
+
+
+def _is_zero(value: object) -> bool:
+    number = _plain(value)
+    return isinstance(number, (int, float)) and number == 0
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _groups_of(state_dict: Any) -> list[dict[str, Any]]:
     """The groups of a saved state, whose lists are its own. Raises where it is not built as one."""
     if not isinstance(state_dict, Mapping):
+        way = ": load the file first, torch.load(...)" if isinstance(state_dict, (str, os.PathLike)) else ""
         raise TypeError(
-            f"the saved state is a {type(state_dict).__name__}: expected a dict, of an optimizer's state_dict()"
+            f"the saved state is a {type(state_dict).__name__}: expected a dict, of an optimizer's state_dict(){way}"
         )
     for key, kind, name in (("param_groups", (list, tuple), "list of dicts"), ("state", Mapping, "dict")):
         if key not in state_dict:
-            raise ValueError(f"the saved state has no {key!r}; it has {sorted(map(str, state_dict))}")
+            raise ValueError(f"the saved state has no {key!r}; {_looks_like(state_dict)}")
         if not isinstance(state_dict[key], kind):
             raise TypeError(f"{key!r} of the saved state is a {type(state_dict[key]).__name__}: expected a {name}")
     for i, group in enumerate(state_dict["param_groups"]):
@@ -166,28 +329,35 @@ def _groups_of(state_dict: Any) -> list[dict[str, Any]]:
     return [{**group, "params": list(group["params"])} for group in state_dict["param_groups"]]
 
 
-def _of_another_schedule(own: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
-    """The keys of a saved group that mean nothing under the live group's schedule; warns where that is another one."""
-    theirs, ours = saved.get("schedule"), named(own.get("schedule"))
-    lost = set()
-    if saved.get("base_lr") is None or not follows_lr(own):
-        lost.add("base_lr")
-    if follows_lr(own) or (ours is None and theirs is not None):
-        lost.add("eta")  # what a schedule has set last is not a constant to go on with
-    if theirs is not None and theirs != ours:
-        warnings.warn(
-            f"the saved state has schedule={theirs}, this optimizer goes on with schedule={ours}", stacklevel=5
-        )
-    return lost
+def _looks_like(state_dict: Mapping[Any, Any]) -> str:
+    """What somebody gave in place of an optimizer's state."""
+    names = sorted(map(str, state_dict))
+    shown = f"it has {names[:6]}" + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    inner = [k for k, v in state_dict.items() if isinstance(v, Mapping) and "param_groups" in v and "state" in v]
+    if inner:
+        return f"{shown}: a whole checkpoint, of which load_state_dict(checkpoint[{inner[0]!r}]) takes the optimizer's"
+    if any(name.startswith(("state.", "param_groups.")) for name in names):
+        return f"{shown}: a flattened one, which torch.distributed.checkpoint's set_optimizer_state_dict loads"
+    if state_dict and all(isinstance(value, Tensor) for value in state_dict.values()):
+        return f"{shown}: a model's state_dict(), which model.load_state_dict takes"
+    return f"{shown}: expected an optimizer's state_dict()"
 
 
-def _load_one(saved: Mapping[str, Any], p: Tensor, what: str, flat: FlatStates) -> dict[str, Any]:
-    """One parameter's state, copied to its device and laid out as the parameter, in flat buffers where it is flat."""
+def _load_one(
+    saved: Mapping[str, Any], p: Tensor, what: str, flat: FlatStates, factors: Mapping[str, float]
+) -> dict[str, Any]:
+    """One parameter's state, copied to its device and laid out as the parameter, in flat buffers where it is flat.
+
+    Args:
+        factors: what a state is multiplied by, by its name.
+    """
     place = place_of(p)
     if not isinstance(saved, Mapping):
         raise TypeError(f"the saved state of {what} is a {type(saved).__name__}: expected a dict")
     own: dict[str, Any] = {}
     for name, value in saved.items():
+        if (name == "step" or name in STATES) and isinstance(value, Mapping) and not value:
+            continue  # torch's distributed checkpoints make it of what they have not found
         if name == "step" and value is not None:
             own[name] = torch.tensor(
                 step_count(value, f"the saved step count of {what}"), dtype=torch.float32, device="cpu"
@@ -196,6 +366,14 @@ def _load_one(saved: Mapping[str, Any], p: Tensor, what: str, flat: FlatStates) 
             detached = value.detach()  # a state is a leaf that needs no gradient, whatever was saved
             moved = detached.to(p.device)
             loaded = conform_state(p, p.detach(), moved, f"the saved state {name!r} of {what}")
+            factor = factors.get(name, 1.0)
+            if factor != 1.0:
+                if not math.isfinite(factor):
+                    raise ValueError(
+                        f"the saved state {name!r} of {what} was made at lr 0, by which it cannot be divided: give the "
+                        "optimizer the form that it was saved with"
+                    )
+                loaded = loaded * factor
             if place is not None:
                 own[name] = flat.zeros(place, p.detach(), name, loaded.dtype).copy_(loaded)
             else:

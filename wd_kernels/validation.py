@@ -24,6 +24,7 @@ __all__ = [
     "check_roles",
     "check_type",
     "conform_state",
+    "has_memory",
     "is_dense",
     "is_plain",
     "label",
@@ -76,12 +77,19 @@ def is_plain(t: Tensor) -> bool:
     return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
+def has_memory(t: Tensor) -> bool:
+    """Has `t` elements that lie at addresses of its own?"""
+    strided = is_plain(t) and t.layout == torch.strided
+    return strided and t.numel() > 0 and t.device.type != "meta" and not t._is_zerotensor()
+
+
 def check_type(t: Tensor, what: str) -> None:
     """Raises TypeError for a tensor whose memory is not its own: subclasses that dispatch, sparse layouts, fakes."""
     if not is_plain(t):
         raise TypeError(
-            f"{what} is a {type(t).__name__}: subclasses that dispatch for themselves are not known to the table; "
-            "allowed are torch.Tensor, torch.nn.Parameter and plain subclasses of them"
+            f"{what} is a {type(t).__name__}: subclasses of Tensor that dispatch for themselves cannot be stepped; "
+            "allowed are torch.Tensor, torch.nn.Parameter and plain subclasses of them. Where it wraps ordinary "
+            "tensors, step those: wd_kernels.functional takes them"
         )
     if t.layout != torch.strided:
         raise RuntimeError(f"{what} has layout {t.layout}: sparse tensors are not supported; allowed is torch.strided")
@@ -89,13 +97,12 @@ def check_type(t: Tensor, what: str) -> None:
 
 def check_parameter(p: Tensor, what: str) -> None:
     """Raises if `p` cannot be stepped at all, whatever its gradient."""
+    check_type(p, what)
     if parameter_format(p.dtype) is None:
         raise TypeError(
             f"{what} has dtype {p.dtype}: allowed are {_ALLOWED_DTYPES}. "
             "Leave out what is not trained: [p for p in model.parameters() if p.requires_grad]"
         )
-    if p.layout != torch.strided:
-        check_type(p, what)
     if not p.is_contiguous() and not is_dense(p) and _overlaps_itself(p):
         raise ValueError(
             f"{what} of shape {tuple(p.shape)} and strides {p.stride()} overlaps itself (an expanded view?): each "
@@ -134,7 +141,6 @@ def check_gradient(p: Tensor, grad: Tensor, what: str) -> None:
 
 def check_roles(p: Tensor, grad: Tensor | None, what: str, of_grad: str) -> None:
     """Raises if `p`, with `grad` as its gradient, cannot be stepped: what every way to a step checks of its tensors."""
-    check_type(p, what)
     check_parameter(p, what)
     check_memory(p, what)
     if grad is not None:
@@ -226,7 +232,7 @@ def check_disjoint(extents: Iterable[Extent]) -> None:
     by_device: dict[torch.device, list[_Span]] = {}
     for k, extent in enumerate(extents):
         t = extent.tensor
-        if is_plain(t) and t.numel() and t.device.type != "meta" and not t._is_zerotensor() and t.data_ptr():
+        if has_memory(t) and t.data_ptr():
             by_device.setdefault(t.device, []).append((*extent.span(), k, extent))
     for spans in by_device.values():
         spans.sort(key=lambda span: span[:3])

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias, get_args
 
 from ..layout import Bucket, Spec, Table
 from . import cpu, cuda, reference, triton
 from .prepared import Launch, Prepared, launch
 
-__all__ = ["BACKENDS", "NAMES", "Backend", "FallbackWarning", "Launch", "Prepared", "launch", "prepare", "resolve"]
+__all__ = [
+    "BACKENDS",
+    "NAMES",
+    "Backend",
+    "BackendName",
+    "FallbackWarning",
+    "Launch",
+    "Prepared",
+    "check",
+    "launch",
+    "prepare",
+    "resolve",
+]
 
 
 class FallbackWarning(UserWarning):
@@ -36,10 +48,24 @@ class Backend(Protocol):
 BACKENDS: dict[str, Backend] = {
     "cpu": cpu.CPU(), "triton": triton.Triton(), "cuda": cuda.CUDA(), "reference": reference.Reference(),
 }  # fmt: skip
-NAMES = ("auto", *BACKENDS)
+BackendName: TypeAlias = Literal["auto", "cpu", "triton", "cuda", "reference"]
+NAMES: tuple[str, ...] = get_args(BackendName)
 #: What "auto" takes for tensors of a device type ("cuda" is ROCm's too): the first that can.
 FASTEST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 _warned = False
+
+
+def check(name: str) -> None:
+    """Raises ValueError for an unknown name, RuntimeError for a backend that is not on this machine."""
+    if name not in NAMES:
+        raise ValueError(f"backend={name!r}: allowed are {', '.join(map(repr, NAMES))}")
+    why_not = None if name == "auto" else BACKENDS[name].why_not()
+    if why_not:
+        there = [own for own, backend in BACKENDS.items() if own != name and backend.why_not() is None]
+        raise RuntimeError(
+            f"backend={name!r} cannot be used: {why_not}. Here are {', '.join(map(repr, there))}; 'auto' takes the "
+            "fastest that is there"
+        )
 
 
 def resolve(name: str, spec: Spec) -> Backend:
@@ -50,11 +76,10 @@ def resolve(name: str, spec: Spec) -> Backend:
         RuntimeError: an explicit backend is missing, or cannot step such tensors; the message says why.
     """
     global _warned
-    if name not in NAMES:
-        raise ValueError(f"backend={name!r}: allowed are {', '.join(map(repr, NAMES))}")
+    check(name)
     if name != "auto":
         backend = BACKENDS[name]
-        why_not = backend.why_not() or backend.refuses(spec)
+        why_not = backend.refuses(spec)
         if why_not:
             raise RuntimeError(f"backend={name!r} cannot be used: {why_not}")
         return backend

@@ -2,17 +2,21 @@
 
 from .adagradw import ADAGRADW
 from .adamw import ADAMW
-from .rule import Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
-from .scalars import DECAY_MODES, at_least_zero, ipow, scalar
-from .sgdw import FORMS, SGDW
+from .rule import FLAG, Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
+from .scalars import DECAY_MODES, TORCHS_DECAY, DecayMode, at_least_zero, check_chosen, flag, ipow, pair, scalar
+from .sgdw import FORMS, SGDW, Form
 
 __all__ = [
     "ADAGRADW",
     "ADAMW",
     "DECAY_MODES",
+    "FLAG",
     "FORMS",
     "RULES",
     "SGDW",
+    "TORCHS_DECAY",
+    "DecayMode",
+    "Form",
     "Hyper",
     "Hyperparameter",
     "Rule",
@@ -20,8 +24,11 @@ __all__ = [
     "State",
     "TorchTwin",
     "at_least_zero",
+    "check_chosen",
     "code_of",
+    "flag",
     "ipow",
+    "pair",
     "scalar",
 ]
 

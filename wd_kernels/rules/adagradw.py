@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference import sqrt
 from .rule import Hyperparameter, Part, Rule, Settings, State, TorchTwin
-from .scalars import DECAY_MODES, at_least_zero, decay_scalars, flag, one_of
+from .scalars import DECAY_MODES, at_least_zero, decay_scalars, flag, frozen, one_of
 
 __all__ = ["ADAGRADW"]
 
@@ -33,8 +33,7 @@ def group_part(settings: Settings, lr: float, eta: float, a: float) -> Part:
     mode, lam, _, (lr_decay, eps, sign) = settings
     l2, decay, scale, metric = decay_scalars(mode, lam, eta, a)
     fixed_decay = decay_scalars(mode, lam, eta, 0.0)[1]  # what lr_decay does not slow
-    frozen = 1.0 if lr == 0.0 else 0.0
-    return frozen, sign, l2, eps, lr_decay, scale * a, fixed_decay, decay - fixed_decay, metric
+    return frozen(lr, eta), sign, l2, eps, lr_decay, scale * a, fixed_decay, decay - fixed_decay, metric
 
 
 def count_part(group: Part, t: int, fresh: bool) -> Part:

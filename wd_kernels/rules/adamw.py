@@ -12,16 +12,13 @@ from torch import Tensor
 
 from ..reference import lerp, sqrt
 from .rule import Hyperparameter, Part, Rule, Settings, State, TorchTwin
-from .scalars import DECAY_MODES, at_least_zero, decay_scalars, flag, ipow, one_of, scalar
+from .scalars import DECAY_MODES, at_least_zero, decay_scalars, flag, frozen, ipow, one_of, pair, scalar
 
 __all__ = ["ADAMW"]
 
 
 def check(group: Mapping[str, Any], where: str) -> Settings:
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas={betas!r} in {where}: expected a pair (beta1, beta2)")
-    beta1, beta2 = (scalar(f"betas[{i}]", beta, where) for i, beta in enumerate(betas))
+    beta1, beta2 = (scalar(f"betas[{i}]", beta, where) for i, beta in enumerate(pair("betas", group["betas"], where)))
     for i, beta in enumerate((beta1, beta2)):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"betas[{i}]={beta} in {where}: allowed are 0 <= beta < 1")
@@ -41,8 +38,7 @@ def check(group: Mapping[str, Any], where: str) -> Settings:
 def group_part(settings: Settings, lr: float, eta: float, a: float) -> Part:
     mode, lam, _, (beta1, beta2, eps, sign) = settings
     l2, decay, scale, metric = decay_scalars(mode, lam, eta, a)
-    frozen = 1.0 if lr == 0.0 else 0.0
-    return frozen, sign, l2, decay, metric, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, scale * a
+    return frozen(lr, eta), sign, l2, decay, metric, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, scale * a
 
 
 def count_part(group: Part, t: int, fresh: bool) -> Part:
@@ -102,7 +98,7 @@ ADAMW = Rule(
     group_part=group_part,
     count_part=count_part,
     equation=equation,
-    torch=TorchTwin("torch.optim.AdamW", decays=("l2", "lr_scaled"), decoupled_flag=True),
+    torch=TorchTwin("torch.optim.AdamW", decays=("lr_scaled", "l2"), decoupled_flag=True),
     metric="sqrt(v) + eps, the bias-corrected one",
     variants=MappingProxyType({"plain": {}, "maximize": {"maximize": True}, "amsgrad": {"amsgrad": True}}),
 )  # fmt: skip

@@ -13,8 +13,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from operator import itemgetter
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,20 @@ from torch import Tensor
 from .scalars import at_least_zero
 
 __all__ = ["Hyper", "Hyperparameter", "Part", "Rule", "Settings", "State", "TorchTwin"]
+
+#: The key of torch's groups that tells AdamW from Adam.
+FLAG = "decoupled_weight_decay"
+MISSING = object()
+
+
+class _Unnamed(NamedTuple):
+    """The decay mode of a group that names none, if torch's flag does not tell another."""
+
+    name: str
+
+
+#: Values that are what they were under the same key.
+PLAIN = (float, bool, str, type(None), _Unnamed)
 
 #: The group part or the count part of a row.
 Part = tuple[float, ...]
@@ -63,12 +76,14 @@ class Hyperparameter:
         kind: "float", "bool" or "str".
         parts: the arguments that operators have for it, where it is several numbers.
         of_states: it says which states there are, or how they begin: whoever holds the states needs it not.
+        absent: what a group without it means, which is what torch's class does; None: every group has it.
     """
 
     name: str
     kind: str = "float"
     parts: tuple[str, ...] = ()
     of_states: bool = False
+    absent: Any = None
 
 
 @dataclass(frozen=True)
@@ -77,11 +92,10 @@ class TorchTwin:
 
     Attributes:
         name: of the class.
-        decays: the decay modes that it has.
+        decays: the decay modes that it has, its own first.
         decoupled_flag: its groups have `decoupled_weight_decay`, which is False for "l2".
         counts_steps: its states have step counts; without one, states that are there have begun.
         all_states: it has the states of all parameters from the start, and cannot step one without.
-        fixed: hyperparameters of ours that it has not, and what they are there.
     """
 
     name: str
@@ -89,7 +103,6 @@ class TorchTwin:
     decoupled_flag: bool = False
     counts_steps: bool = True
     all_states: bool = False
-    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class Settings(NamedTuple):
@@ -122,6 +135,8 @@ class Rule:
             its factor and its share of "l2", and the step is theta - (decay * theta + u).
         torch: the class of torch that it equals.
         metric: what its steps are divided by, in words; empty: by nothing.
+        carry: (saved group, live group, where) to what a saved state is multiplied by, by name, to be one of the live
+            group.
         variants: options that between them show all it can do, by name; the self-check runs them.
     """
 
@@ -138,18 +153,25 @@ class Rule:
     torch: TorchTwin
     metric: str
     variants: Mapping[str, Mapping[str, Any]]
+    carry: Callable[[Mapping[str, Any], Mapping[str, Any], str], Mapping[str, float]] = lambda saved, live, where: {}
     _memo: dict[tuple[Any, ...], Settings] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scalars", self.group_scalars + self.count_scalars)
         object.__setattr__(self, "keys", tuple(own.name for own in self.hyperparameters))
-        object.__setattr__(self, "_key_of", itemgetter("lr", "eta", *self.keys))
+        flag = {FLAG: None} if self.torch.decoupled_flag else {}
+        absent = {own.name: own.absent for own in self.hyperparameters if own.absent is not None}
+        object.__setattr__(self, "read", ("lr", "eta", *self.keys, *flag))
+        object.__setattr__(self, "absent", {"eta": 1.0, **absent, **flag})
 
     #: The names of a row's scalars.
     scalars: tuple[str, ...] = field(init=False)
     #: The keys of `hyperparameters`.
     keys: tuple[str, ...] = field(init=False)
-    _key_of: Callable[[Mapping[str, Any]], tuple[Any, ...]] = field(init=False, repr=False)
+    #: The keys of a group that a row depends on.
+    read: tuple[str, ...] = field(init=False, repr=False)
+    #: What groups without a key mean, but for "decay" (`mode_of`).
+    absent: Mapping[str, Any] = field(init=False, repr=False)
 
     # States -----------------------------------------------------------------------------------------------------------
 
@@ -167,45 +189,60 @@ class Rule:
 
     # Rows -------------------------------------------------------------------------------------------------------------
 
-    def hypers(self, groups: Sequence[Mapping[str, Any]], first: int = 0, where: str = "param group {}") -> list[Hyper]:
+    def mode_of(self, group: Mapping[str, Any], default: str) -> Any:
+        """The decay mode of a group: its "decay"; else what torch's flag says; else the optimizer's own.
+
+        Torch's `decoupled_weight_decay` is False for "l2"; True is any other mode.
+        """
+        if "decay" in group:
+            return group["decay"]
+        decoupled = group.get(FLAG) if self.torch.decoupled_flag else None
+        if decoupled is None or bool(decoupled) == (default != "l2"):
+            return default
+        return "lr_scaled" if decoupled else "l2"
+
+    def hypers(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        first: int = 0,
+        where: str = "param group {}",
+        default: str | None = None,
+    ) -> list[Hyper]:
         """The checked hyperparameters of every group. Raises before anything was written.
 
         Args:
             first: the number of the first of `groups`.
             where: what errors call a group, by its number.
+            default: the decay mode of groups that name none; by default that of torch's class.
 
         Raises:
             KeyError, TypeError, ValueError: naming the hyperparameter, the group, what was found and what is allowed.
         """
         result = []
         memo = self._memo
-        try:
-            keys = list(map(self._key_of, groups))
-        except KeyError:
-            for i, group in enumerate(groups, first):
-                for name in ("lr", "eta", *self.keys):
-                    if name not in group:
-                        raise KeyError(f"{where.format(i)} has no {name!r}; it has {sorted(map(str, group))}") from None
-            raise
-        for i, (lr, eta, *own) in enumerate(keys, first):
+        mode = _Unnamed(self.torch.decays[0] if default is None else default)
+        absent = [mode if name == "decay" else self.absent.get(name, MISSING) for name in self.read]
+        for i, group in enumerate(groups, first):
+            lr, eta, *own = map(group.get, self.read, absent)
             key = tuple(own)
             try:
                 settings = memo.get(key)
             except TypeError:  # an unhashable value: betas as a list, say
                 settings = None
             if settings is None:
-                settings = self._checked(groups[i - first], key, where.format(i))
+                settings = self._checked(group, key, mode, where.format(i))
             if type(lr) is not float or not 0.0 <= lr < math.inf:
-                lr = at_least_zero("lr", lr, where.format(i))
+                lr = at_least_zero("lr", _there("lr", lr, group, where.format(i)), where.format(i))
             if type(eta) is not float or not 0.0 <= eta < math.inf:
                 eta = at_least_zero("eta", eta, where.format(i))
             result.append((settings, lr, eta, eta * lr))
         return result
 
-    def _checked(self, group: Mapping[str, Any], key: tuple[Any, ...], where: str) -> Settings:
-        settings = self.check(group, where)
+    def _checked(self, group: Mapping[str, Any], key: tuple[Any, ...], mode: _Unnamed, where: str) -> Settings:
+        whole = {name: _there(name, value, group, where) for name, value in zip(self.read[2:], key, strict=True)}
+        settings = self.check({**whole, "decay": self.mode_of(group, mode.name)}, where)
         # A tensor may hold another number under the same key: only plain values are remembered.
-        if all(type(v) in (float, bool, str) for k in key for v in (k if type(k) is tuple else (k,))):
+        if all(type(v) in PLAIN for k in key for v in (k if type(k) is tuple else (k,))):
             if len(self._memo) >= 4096:  # a schedule that moves weight_decay makes a new key a step
                 self._memo.clear()
             self._memo[key] = settings
@@ -229,3 +266,9 @@ class Rule:
         if not flat:
             return torch.empty(0, len(self.scalars), dtype=torch.float64, device="cpu")
         return torch.frombuffer(array("d", flat), dtype=torch.float64).view(-1, len(self.scalars))
+
+
+def _there(name: str, value: Any, group: Mapping[str, Any], where: str) -> Any:
+    if value is MISSING:
+        raise KeyError(f"{where} has no {name!r}; it has {sorted(map(str, group))}")
+    return value

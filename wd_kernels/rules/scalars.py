@@ -5,13 +5,32 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-__all__ = ["DECAY_MODES", "at_least_zero", "decay_scalars", "finite", "flag", "ipow", "one_of", "scalar"]
+__all__ = [
+    "DECAY_MODES",
+    "TORCHS_DECAY",
+    "DecayMode",
+    "at_least_zero",
+    "check_chosen",
+    "decay_scalars",
+    "finite",
+    "flag",
+    "frozen",
+    "ipow",
+    "one_of",
+    "pair",
+    "scalar",
+]
 
-DECAY_MODES = ("l2", "lr_scaled", "independent", "proximal", "metric_proximal")
+DecayMode: TypeAlias = Literal["l2", "lr_scaled", "independent", "proximal", "metric_proximal"]
+DECAY_MODES: tuple[str, ...] = get_args(DecayMode)
+
+
+#: The default of AdamW's weight decay. It is told from a 0.01 that somebody has chosen by being this very object.
+TORCHS_DECAY = float("0.01")
 
 
 def ipow(x: float, t: int) -> float:
@@ -69,11 +88,50 @@ def one_of(name: str, value: Any, allowed: Sequence[str], where: str) -> str:
     return str(value)
 
 
+def pair(name: str, value: Any, where: str) -> Any:
+    """`value` if it is a pair; of an array, a tensor or a list of a configuration, the pair of its numbers.
+
+    Raises TypeError naming the hyperparameter and the group.
+    """
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        return value
+    if isinstance(value, (Sequence, torch.Tensor)) or hasattr(value, "__array__"):
+        items = () if isinstance(value, (str, bytes, tuple, list)) or not _sized(value) else tuple(value)
+        if len(items) == 2:
+            return tuple(scalar(f"{name}[{i}]", item, where) for i, item in enumerate(items))
+    one = name.removesuffix("s")
+    raise TypeError(f"{name}={value!r} in {where}: expected a pair ({one}1, {one}2)")
+
+
+def _sized(value: Any) -> bool:
+    try:
+        return len(value) == 2
+    except TypeError:  # an array of no dimensions
+        return False
+
+
 def flag(name: str, value: Any, where: str) -> bool:
     """`value` as a truth. Raises TypeError naming the hyperparameter and the group."""
     if value not in (0, 1):
         raise TypeError(f"{name}={value!r} in {where}: expected True or False")
     return bool(value)
+
+
+def frozen(lr: float, eta: float) -> float:
+    """1.0 where weights keep their bits, whatever the gradients: at lr 0 and at eta 0."""
+    return 1.0 if lr == 0.0 or eta == 0.0 else 0.0
+
+
+def check_chosen(weight_decay: Any, decay: str, lr: Any, where: str) -> None:
+    """Raises where the weight decay that torch's AdamW has by default would be taken off whole in every step."""
+    if weight_decay is TORCHS_DECAY and decay in ("independent", "proximal"):
+        alpha = scalar("lr", lr, where)
+        raise ValueError(
+            f"weight_decay is not given in {where} with decay={decay!r}, which does not multiply it by lr: torch's "
+            f"default, {TORCHS_DECAY}, would take 1% off every weight in every step. Give it: what torch's AdamW takes "
+            f"off by default at lr={alpha:g} is weight_decay={alpha * TORCHS_DECAY:g}; convert_weight_decay carries "
+            "other values over"
+        )
 
 
 def decay_scalars(mode: str, lam: float, eta: float, a: float) -> tuple[float, float, float, float]:

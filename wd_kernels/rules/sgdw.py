@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
 from .rule import Hyperparameter, Part, Rule, Settings, State, TorchTwin
-from .scalars import DECAY_MODES, at_least_zero, decay_scalars, finite, flag, one_of
+from .scalars import DECAY_MODES, at_least_zero, decay_scalars, finite, flag, frozen, one_of
 
-__all__ = ["FORMS", "SGDW"]
+__all__ = ["FORMS", "SGDW", "Form"]
 
-FORMS = ("torch", "paper")
+Form: TypeAlias = Literal["torch", "paper"]
+FORMS: tuple[str, ...] = get_args(Form)
 
 
 def check(group: Mapping[str, Any], where: str) -> Settings:
@@ -56,8 +58,18 @@ def group_part(settings: Settings, lr: float, eta: float, a: float) -> Part:
     else:
         first_grad_coef, later_grad_coef, step_size = 1.0, 1.0 - dampening, scale * a
     update_grad, update_buf = (1.0, momentum) if nesterov else (0.0, 1.0)
-    frozen = 1.0 if lr == 0.0 else 0.0
-    return frozen, sign, l2, decay, momentum, update_grad, update_buf, step_size, first_grad_coef, later_grad_coef
+    return (
+        frozen(lr, eta),
+        sign,
+        l2,
+        decay,
+        momentum,
+        update_grad,
+        update_buf,
+        step_size,
+        first_grad_coef,
+        later_grad_coef,
+    )
 
 
 def count_part(group: Part, t: int, fresh: bool) -> Part:
@@ -75,6 +87,15 @@ def equation(
     return u, {"momentum_buffer": b}
 
 
+def carry(saved: Mapping[str, Any], live: Mapping[str, Any], where: str) -> dict[str, float]:
+    """The buffer of form "paper" is that of "torch" times the lr."""
+    forms = [group.get("form", "torch") for group in (saved, live)]
+    if forms[0] == forms[1]:
+        return {}
+    a = at_least_zero("lr", saved["lr"], where) * at_least_zero("eta", saved.get("eta", 1.0), where)
+    return {"momentum_buffer": a if forms[1] == "paper" else 1.0 / a if a else math.inf}
+
+
 SGDW = Rule(
     name="sgdw",
     title="SGDW",
@@ -83,7 +104,7 @@ SGDW = Rule(
         Hyperparameter("dampening"),
         Hyperparameter("weight_decay"),
         Hyperparameter("decay", "str"),
-        Hyperparameter("form", "str"),
+        Hyperparameter("form", "str", absent="torch"),
         Hyperparameter("nesterov", "bool"),
         Hyperparameter("maximize", "bool"),
     ),
@@ -97,10 +118,9 @@ SGDW = Rule(
     group_part=group_part,
     count_part=count_part,
     equation=equation,
-    torch=TorchTwin(
-        "torch.optim.SGD", decays=("l2",), counts_steps=False, fixed=MappingProxyType({"form": "torch"})
-    ),
+    torch=TorchTwin("torch.optim.SGD", decays=("l2",), counts_steps=False),
     metric="",
+    carry=carry,
     variants=MappingProxyType({
         "no momentum": {},
         "momentum": {"momentum": 0.9},

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import inspect
 import math
 import operator
+import re
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
+from types import CellType, CodeType
 from typing import Any
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "WarmRestarts",
     "Warmup",
     "WarmupStableDecay",
+    "is_called",
     "named",
     "where",
     "whole",
@@ -289,10 +296,73 @@ class WarmupStableDecay(Schedule):
 
 
 def named(schedule: object) -> str | None:
-    """How a schedule is called in checkpoints and pictures: a function by its name, others as they print."""
-    if schedule is None or isinstance(schedule, str):
-        return schedule
-    return getattr(schedule, "__qualname__", None) or repr(schedule)
+    """How a schedule is called in checkpoints and pictures: the same in every process, another for another one.
+
+    A function is called by its name, with what it has captured and its defaults, a lambda by its code besides; others
+    as they print, without addresses.
+    """
+    return schedule if schedule is None or isinstance(schedule, str) else _called(schedule, 0)
+
+
+_CODE = re.compile(r"#\d+\.\d+-[0-9a-f]{8}")
+_PYTHON = f"#{sys.version_info.major}.{sys.version_info.minor}-"
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def is_called(schedule: object, saved: str) -> bool:
+    """Is `saved` how `named` calls a schedule, or has called it under another Python, or in version 0.1?"""
+    now = named(schedule)
+    if saved == now or now is None:
+        return saved == now
+    if _PYTHON not in saved and _CODE.sub("", saved) == _CODE.sub("", now):
+        return True
+    return saved == getattr(schedule, "__qualname__", None) or _ADDRESS.search(saved) is not None
+
+
+def _called(value: object, depth: int) -> str:
+    if depth > 4:
+        return "..."
+    if isinstance(value, functools.partial):
+        own = [*(_called(v, depth + 1) for v in value.args), *_pairs(value.keywords, depth)]
+        return f"partial({', '.join([_called(value.func, depth + 1), *own])})"
+    if inspect.ismethod(value):
+        return f"{_called(value.__self__, depth + 1)}.{value.__name__}"
+    if inspect.isfunction(value):
+        names, cells = value.__code__.co_freevars, value.__closure__ or ()
+        captured = {name: _content(cell) for name, cell in zip(names, cells, strict=True)}
+        own = [*_pairs(captured, depth), *_pairs(value.__kwdefaults__ or {}, depth)]
+        own += [_called(v, depth + 1) for v in value.__defaults__ or ()]
+        code = _PYTHON + _digest(value.__code__) if value.__name__ == "<lambda>" else ""
+        return value.__qualname__ + code + (f"({', '.join(own)})" if own else "")
+    name = getattr(value, "__qualname__", None)
+    if isinstance(name, str):
+        return name
+    if isinstance(value, tuple):
+        return f"({', '.join(_called(v, depth + 1) for v in value)})"
+    if depth and not (value is None or isinstance(value, (Schedule, Real, str))):
+        return type(value).__qualname__  # a model that was captured prints pages
+    return _ADDRESS.sub("", repr(value))
+
+
+def _pairs(values: Mapping[str, object], depth: int) -> list[str]:
+    return [f"{name}={_called(value, depth + 1)}" for name, value in sorted(values.items())]
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _digest(code: CodeType) -> str:
+    """A few digits that tell a function's code from another's, wherever it stands."""
+
+    def parts(code: CodeType) -> tuple[object, ...]:
+        inner = [parts(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+        return code.co_code, code.co_names, code.co_varnames, inner
+
+    return hashlib.sha256(repr(parts(code)).encode()).hexdigest()[:8]
 
 
 def where(part: Callable[[int], float], t: int) -> tuple[int, int]:

@@ -1,24 +1,29 @@
 """What an optimizer does with the schedules of its groups: it checks them, follows them, and counts.
 
 A group's `schedule` is None (its `eta` stands), a callable, or "from_lr". Its `schedule_step` counts the steps that a
-callable has seen; it is saved with the group, the schedule itself is not. Nothing is written before a step is done.
+callable has seen; it is saved with the group, the schedule itself is not. With `show_lr` the group's `lr` shows what
+the schedule makes of its `base_lr`. A key that a group lacks has its value in `SETTINGS`. Nothing is written before a
+step is done.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from ..rules import Hyper, at_least_zero, scalar
+from torch import Tensor
 
-__all__ = ["FROM_LR", "SETTINGS", "ScheduleLike", "Tick", "adopt", "check", "follow", "follows_lr"]
+from ..caller import warn
+from ..rules import Hyper, at_least_zero, flag, scalar
+
+__all__ = ["FROM_LR", "SETTINGS", "ScheduleLike", "Tick", "adopt", "check", "follow", "follows_lr", "moved_beside"]
 
 FROM_LR = "from_lr"
 #: The keys of a group, and what they are where nothing is given.
-SETTINGS: dict[str, Any] = {"schedule": None, "schedule_step": 0, "base_lr": None}
+SETTINGS: dict[str, Any] = {"schedule": None, "schedule_step": 0, "base_lr": None, "show_lr": False}
 
-ScheduleLike: TypeAlias = Callable[[int], float] | str | None
+ScheduleLike: TypeAlias = Callable[[int], float] | Literal["from_lr"] | None
 #: What a finished step writes: (group, key, value).
 Tick: TypeAlias = tuple[dict[str, Any], str, Any]
 
@@ -41,9 +46,16 @@ def check(group: Mapping[str, Any], where: str) -> int:
             f"schedule={schedule!r} in {where} cannot be called: expected a function of the completed steps, None, or "
             f"{FROM_LR!r}, which follows an LR scheduler"
         )
+    shows = flag("show_lr", group.get("show_lr", False), where)
+    if shows and (schedule is None or follows_lr(group)):
+        raise ValueError(f"show_lr=True in {where} with schedule={schedule!r}: it shows what a callable schedule does")
+    if shows and isinstance(group.get("lr"), Tensor):
+        raise TypeError(f"lr={group['lr']!r} in {where} with show_lr=True, which writes it: expected a number")
     if base_lr is not None:
-        if not follows_lr(group):
-            raise ValueError(f"base_lr={base_lr!r} in {where} without schedule={FROM_LR!r}, which alone reads it")
+        if not shows and not follows_lr(group):
+            raise ValueError(
+                f"base_lr={base_lr!r} in {where} without schedule={FROM_LR!r} or show_lr=True, which alone read it"
+            )
         _base_lr(base_lr, where)
     completed = group.get("schedule_step", 0)
     if type(completed) is not int:
@@ -55,7 +67,10 @@ def check(group: Mapping[str, Any], where: str) -> int:
 
 
 def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Completes a new group: `base_lr` is its lr, and a schedule that it shares with others goes on where they are.
+    """Completes a new group: `base_lr` is its first lr; a schedule that it shares with others goes on where they are.
+
+    Its first lr is torch's "initial_lr", where an LR scheduler has left one. Warns where groups that follow their lr
+    are elsewhere by now.
 
     Args:
         group: the group, with the optimizer's defaults.
@@ -63,7 +78,9 @@ def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapp
         others: the optimizer's other groups.
         where: what errors call it.
     """
-    if "base_lr" not in given and not follows_lr(group):
+    if "show_lr" not in given and (group["schedule"] is None or follows_lr(group)):
+        group["show_lr"] = False
+    if "base_lr" not in given and not follows_lr(group) and not group["show_lr"]:
         group["base_lr"] = None
     check(group, where)
     if group["schedule"] is None:
@@ -74,18 +91,33 @@ def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapp
             f"eta={given['eta']!r} in {where}, whose eta the optimizer's schedule sets: allowed is one of them "
             "(schedule=None in the group keeps its eta)"
         )
+    chosen = group["base_lr"] is not None
+    if not chosen and (follows_lr(group) or group["show_lr"]):
+        first_lr = group.get("initial_lr", group["lr"])
+        group["base_lr"] = _base_lr(first_lr, where) if follows_lr(group) else at_least_zero("lr", first_lr, where)
     if follows_lr(group):
-        group["base_lr"] = _base_lr(group["lr"] if group["base_lr"] is None else group["base_lr"], where)
+        group["base_lr"] = _base_lr(group["base_lr"], where)
+        own, theirs = _eta_of(group), {_eta_of(other) for other in others if follows_lr(other)}
+        if not chosen and theirs and own not in theirs:
+            warn(
+                f"{where} begins at eta = lr / base_lr = {own:g}, where the other groups are at "
+                f"{', '.join(f'{eta:g}' for eta in sorted(theirs))}: give base_lr, the lr at which its eta is 1"
+            )
     elif inherited and "schedule_step" not in given:
         shared = (check(own, "another group") for own in others if own.get("schedule") is group["schedule"])
         group["schedule_step"] = next(shared, 0)
+
+
+def _eta_of(group: Mapping[str, Any]) -> float:
+    return scalar("lr", group["lr"], "a param group") / scalar("base_lr", group["base_lr"], "a param group")
 
 
 def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[list[Hyper], list[Tick]]:
     """The hyperparameters of a step as the groups' schedules have them, and what is to be written when it is done.
 
     Raises:
-        TypeError, ValueError: a schedule gave no finite number >= 0, or a group's base_lr or schedule_step is wrong.
+        TypeError, ValueError: a schedule gave no finite number >= 0, or a group's base_lr, schedule_step or shown lr is
+            wrong.
     """
     result, ticks = list(hypers), list[Tick]()
     schedules = [group.get("schedule") for group in groups]
@@ -104,12 +136,40 @@ def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[l
         if found is None:
             t = check(group, f"param group {i}")
             found = seen[id(schedule), t] = _multipliers(schedule, t, f"param group {i}")
+        if base_lr is not None:
+            lr = _base_of_shown(lr, base_lr, eta, i)
         eta, factor = found
         if factor != 1.0:
             settings = settings._replace(weight_decay=settings.weight_decay * factor)
         result[i] = settings, lr, eta, eta * lr
         ticks += ((group, "eta", eta), (group, "schedule_step", t + 1))
+        if base_lr is not None and (lr or not base_lr):
+            ticks.append((group, "lr", eta * lr))
     return result, ticks
+
+
+def moved_beside(groups: Sequence[Mapping[str, Any]]) -> int | None:
+    """The first group with a schedule whose lr an LR scheduler of torch's kind has moved as well."""
+    for i, group in enumerate(groups):
+        first = group.get("initial_lr")
+        if first is None or group.get("schedule") is None or follows_lr(group) or group.get("show_lr"):
+            continue
+        if scalar("lr", group["lr"], "a param group") not in (0.0, scalar("initial_lr", first, "a param group")):
+            return i
+    return None
+
+
+def _base_of_shown(lr: float, base_lr: Any, eta: float, index: int) -> float:
+    """The lr of a group whose `lr` shows what its schedule made of it; 0 where somebody freezes the group by it."""
+    base = at_least_zero("base_lr", base_lr, f"param group {index}")
+    if lr in (base, eta * base):
+        return base
+    if lr == 0.0:
+        return 0.0
+    raise ValueError(
+        f"lr={lr} in param group {index} with show_lr=True, where it shows what the schedule makes of base_lr={base}: "
+        "it is set by something else, an LR scheduler perhaps; allowed is to set base_lr"
+    )
 
 
 def _ratio(lr: float, base_lr: Any, eta: float, index: int) -> float:
