@@ -84,9 +84,12 @@ def plain_copy(opt: Any, backend: str = "reference") -> Any:
         if p.grad is not None:
             copies[p].grad = torch.zeros_like(copies[p])
             copies[p].grad.data = plain(p.grad)
-    new = type(opt)([{"params": [copies[p] for p in group["params"]]} for group in opt.param_groups], backend=backend)
+    groups = [{"params": [copies[p] for p in group["params"]], "weight_decay": 0.1} for group in opt.param_groups]
+    new = type(opt)(groups, decay=opt.defaults["decay"], backend=backend)
     for own, group in zip(new.param_groups, opt.param_groups, strict=True):
-        own.update({k: v for k, v in group.items() if k != "params"})
+        copied = own["params"]
+        own.clear()
+        own.update({**group, "params": copied})
     for p, q in copies.items():
         if opt.state.get(p) is not None:
             new.state[q] = {k: plain(v) if isinstance(v, Tensor) else v for k, v in opt.state[p].items()}

@@ -58,9 +58,13 @@ def flat_already() -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "integers": (lambda: torch.arange(4), TypeError, "has dtype torch.int64: allowed are"),
-    "sparse": (lambda: torch.eye(3).to_sparse(), RuntimeError, "has layout torch.sparse_coo"),
-    "dispatching": (lambda: Dispatching(torch.ones(4)), TypeError, "is a Dispatching: subclasses"),
+    "float8": (
+        lambda: nn.Parameter(torch.ones(4).to(torch.float8_e5m2)), TypeError, "has dtype torch.float8_e5m2: allowed",
+    ),
+    "sparse": (lambda: nn.Parameter(torch.eye(3).to_sparse()), RuntimeError, "has layout torch.sparse_coo"),
+    "dispatching": (
+        lambda: Dispatching(torch.ones(4)).requires_grad_(), TypeError, "is a Dispatching: subclasses",
+    ),
     "meta": (lambda: nn.Parameter(torch.ones(4, device="meta")), ValueError, "is on the meta device"),
     "sparse gradient": (
         lambda: with_gradient(nn.Parameter(torch.ones(3, 3)), torch.eye(3).to_sparse()), RuntimeError,
@@ -124,8 +128,10 @@ def test_overlapping_parameters() -> None:
 
 def test_a_tensor_is_no_list() -> None:
     for call in (flatten_, unflatten_):
-        with pytest.raises(TypeError, match="params is a Tensor: expected an iterable of parameters"):
+        with pytest.raises(TypeError, match="params is a Tensor; expected an iterable of parameters"):
             call(torch.ones(3))
+        with pytest.raises(TypeError, match=r"params is a Linear: give its \.parameters\(\); expected"):
+            call(nn.Linear(2, 2))
 
 
 @both

@@ -64,7 +64,7 @@ class FlatLife(test_properties.Life):
         self.opts[1].step()
         assert_same_optimizers(*self.opts)
         for opt in self.opts:
-            shown = [float(opt.state[p]["step"]) if opt.state.get(p) else 0 for p in all_params(opt)]
+            shown = [float(opt.state[p].get("step", 1)) if opt.state.get(p) else 0 for p in all_params(opt)]
             assert shown == self.counts
 
     def flatten(self) -> None:
@@ -117,7 +117,7 @@ class FlatLife(test_properties.Life):
             assert b is not None
             alike = g == h and float(opt.state[p]["step"]) == float(opt.state[q]["step"])
             # Their states lie likewise, and were all there when they were loaded, or none was.
-            followers += alike and a.buffer is b.buffer and a.offset + flat.padded(a.numel) == b.offset
+            followers += alike and a.memory is b.memory and a.offset + flat.padded(a.numel) == b.offset
         if all(own for own in opt.state.values()) and len({tuple(own) for own in opt.state.values()}) == 1:
             assert_runs(opt, len(found) - followers)
 

@@ -431,9 +431,14 @@ def test_explicit_cpu_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     (p,) = make_params(BIG[:1], f32, f32)
     start = p.detach().clone()
     p.grad = torch.ones_like(p)
-    opt = wd_kernels.AdamW([p], backend="cpu")
-    with pytest.raises(RuntimeError, match="backend='cpu' cannot be used: it is not there"):
+    opt = wd_kernels.AdamW([p])
+    opt.backend = "cpu"
+    opt._new_table()
+    pattern = "backend='cpu' cannot be used: it is not there. Here are .*'reference'; 'auto' takes the fastest"
+    with pytest.raises(RuntimeError, match=pattern):
         opt.step()
+    with pytest.raises(RuntimeError, match=pattern):
+        wd_kernels.AdamW([p], backend="cpu")
     assert torch.equal(p, start)
     assert not opt.state.get(p)
     with pytest.raises(ValueError, match="backend='gpu': allowed are 'auto', 'cpu', 'triton', 'cuda', 'reference'"):

@@ -158,7 +158,7 @@ class Life:
         self.opts[1].step()
         assert_same_optimizers(*self.opts)
         for opt in self.opts:
-            shown = [float(opt.state[p]["step"]) if opt.state.get(p) else 0 for p in all_params(opt)]
+            shown = [float(opt.state[p].get("step", 1)) if opt.state.get(p) else 0 for p in all_params(opt)]
             assert shown == self.counts
 
     def pick(self) -> int:
@@ -200,7 +200,7 @@ class Life:
         i, kind = self.pick(), self.data.draw(st.sampled_from(("in place", "int", "tensor")))
         if self.opts[0].state.get(self.each(i)[0]):
             for opt, p in zip(self.opts, self.each(i), strict=True):
-                if kind == "in place" and isinstance(opt.state[p]["step"], Tensor):
+                if kind == "in place" and isinstance(opt.state[p].get("step"), Tensor):
                     opt.state[p]["step"].fill_(40)
                 else:
                     opt.state[p]["step"] = 40 if kind == "int" else torch.tensor([40])
@@ -209,11 +209,20 @@ class Life:
     def reload(self) -> None:
         for opt in self.opts:
             opt.load_state_dict(opt.state_dict())
+        self._begin_counts()
+
+    def _begin_counts(self) -> None:
+        """What SGDW saves has no counts, as torch's has none: a buffer that is there has begun."""
+        for i in range(len(self.counts)):
+            opt, p = self.opts[0], self.each(i)[0]
+            if not opt.rule.torch.counts_steps:
+                self.counts[i] = int((opt.state.get(p) or {}).get("momentum_buffer") is not None)
 
     def exchange_files(self) -> None:
         first, second = (pickle.loads(pickle.dumps(opt.state_dict())) for opt in self.opts)
         self.opts[0].load_state_dict(second)
         self.opts[1].load_state_dict(first)
+        self._begin_counts()
 
     def deepcopy(self) -> None:
         self.opts = [copy.deepcopy(opt) for opt in self.opts]
@@ -273,7 +282,7 @@ class Life:
 MUTATIONS = tuple(
     name
     for name, value in vars(Life).items()
-    if callable(value) and name not in ("__init__", "own", "each", "step", "pick")
+    if callable(value) and name not in ("__init__", "own", "each", "step", "pick", "_begin_counts")
 )
 
 

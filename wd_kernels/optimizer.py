@@ -140,10 +140,7 @@ class DecoupledOptimizer(Optimizer):
         known = [*self.defaults, FLAG, "params", "param_names", "initial_lr"]
         for key in given:
             if key not in known and (near := get_close_matches(str(key), known, 1, 0.85)) and near[0] not in given:
-                warnings.warn(
-                    f"param group {index} has a key {key!r} that nothing here reads: is {near[0]!r} meant?",
-                    stacklevel=3,
-                )
+                warn(f"param group {index} has a key {key!r} that nothing here reads: is {near[0]!r} meant?")
 
     def _check_repeats(self, group: dict[str, Any], index: int, known: set[int]) -> None:
         for k, p in enumerate(group["params"]):

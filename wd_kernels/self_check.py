@@ -47,9 +47,10 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         home = device_of(backend)
         params = [torch.randn(shape, generator=generator).to(home, self.dtype) for shape in self.shapes]
-        options = VARIANTS[self.optimizer][self.variant]
+        options = dict(VARIANTS[self.optimizer][self.variant])
         groups = [{"params": params[:2]}, {"params": params[2:]}]
-        return OPTIMIZERS[self.optimizer](groups, lr=0.1, decay=self.decay, backend=backend, **options)
+        options = {"lr": 0.1, "weight_decay": 0.1, "decay": self.decay, "backend": backend, **options}
+        return OPTIMIZERS[self.optimizer](groups, **options)
 
 
 @dataclass

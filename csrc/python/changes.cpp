@@ -33,7 +33,7 @@ __attribute__((always_inline)) inline void fetch_ordinary(const View& view, int6
   __builtin_prefetch(view.params[size_t(i)]);
   __builtin_prefetch(view.seen[size_t(i)].grad);
   __builtin_prefetch(view.seen[size_t(i)].own);
-  fetch_count((*view.handles)[e.view]);
+  fetch_count(view.handles[e.view]);
   const SeenRole* const roles = view.seen_roles.data() + e.first_role;
   for (int64_t role = 0; role < e.roles; ++role) {
     __builtin_prefetch(roles[role].object);
@@ -44,10 +44,10 @@ __attribute__((always_inline)) inline void fetch_ordinary(const View& view, int6
 void fetch_flat(const View& view, int64_t i, const Expected& e) {
   __builtin_prefetch(view.params[size_t(i)]);
   __builtin_prefetch(view.seen[size_t(i)].own);
-  __builtin_prefetch((*view.handles)[e.held + kGrad].object);
-  fetch_count((*view.handles)[e.view]);
+  __builtin_prefetch(view.handles[e.held + kGrad].object);
+  fetch_count(view.handles[e.view]);
   for (int64_t role = 0; role < e.roles; ++role) {
-    const Held& held = (*view.handles)[e.held + role];
+    const Held& held = view.handles[e.held + role];
     __builtin_prefetch(held.handle);
     fetch(held.near, view.seen_roles[size_t(e.first_role + role)].storage);
   }
@@ -121,7 +121,7 @@ PyObject* item(PyObject* own, Py_ssize_t* position, PyObject* name) {
 // The step count of a state must be the table's own, and lie in its vector. Sets where the states follow.
 bool counts_here(PyObject* own, Py_ssize_t* position, const View& view, int64_t i, const Expected& e) {
   if (own == nullptr || !PyDict_Check(own)) return false;
-  const Held& count = (*view.handles)[e.view];
+  const Held& count = view.handles[e.view];
   return item(own, position, view.names[0]) == count.object && lies_at(count, view.steps + i) &&
          dtype_code_of(count.handle) == count.dtype;
 }
@@ -163,10 +163,10 @@ bool check_ordinary(PyObject* param, PyObject* grad, PyObject* keep, View& view,
   return true;
 }
 
-// The same of one that lies in flat buffers; `handles` keep its tensors.
+// The same of one that lies in flat buffers.
 bool check_flat(PyObject* param, PyObject* grad, View& view, int64_t i, const Expected& e) {
   const ExpectedRole* const roles = view.roles + e.first_role;
-  const Handles& held = *view.handles;
+  const std::vector<Held>& held = view.handles;
   PyObject* const own = view.seen[size_t(i)].own;
   Py_ssize_t position = 0;
   if (param != held[e.held + kParam].object || grad != held[e.held + kGrad].object) return false;
@@ -176,7 +176,7 @@ bool check_flat(PyObject* param, PyObject* grad, View& view, int64_t i, const Ex
   for (int64_t role = 0; role < e.roles; ++role) {
     const int64_t at = role == kGrad ? e.flat_grad : roles[role].address;
     if (!lies_at(held[e.held + role], reinterpret_cast<void*>(at))) return false;
-    if (lazy(static_cast<const void*>(held[e.held + role].near))) return false;
+    if (lazy(held[e.held + role])) return false;
   }
   // A state is written where it lies, whatever is done to its shape: identity and address are enough.
   for (const Role role : {kParam, kGrad})
@@ -233,7 +233,6 @@ bool check(View& view, PyObject* groups, PyObject* state, PyObject* keep, Change
 
 View::~View() {
   for (PyObject* name : names) Py_XDECREF(name);
-  handles.reset();
   Py_XDECREF(hold);
   Py_XDECREF(owners);
 }
@@ -257,8 +256,8 @@ void check_positions(const View& view, int64_t roles, int64_t dims, int64_t name
     require(e.segment >= 0 && e.segment < view.segments && e.inspected >= 0 && e.inspected <= 2, "parameters");
     require(e.first_role >= 0 && e.roles >= 0 && e.roles <= kMaxRoles && e.first_role + e.roles <= roles, "roles");
     const int64_t held = e.kind == kFlat ? e.roles : 0;
-    require(e.held >= 0 && e.held + held <= view.handles->size(), "handles");
-    require(e.view >= 0 && (e.view < view.handles->size() || e.roles == 0), "step counts");
+    require(e.held >= 0 && e.held + held <= int64_t(view.handles.size()), "handles");
+    require(e.view >= 0 && (e.view < int64_t(view.handles.size()) || e.roles == 0), "step counts");
   }
   for (int64_t i = 0; i < roles; ++i) {
     const ExpectedRole& role = view.roles[i];
@@ -272,7 +271,7 @@ void check_positions(const View& view, int64_t roles, int64_t dims, int64_t name
 }  // namespace
 
 // view(params, tensors, names, hold, held) -> capsule. `params`: a tuple; `tensors`: a tuple, in the order below;
-// `held`: the tensors that are compared through handles.
+// `held`: the tensors that are compared through handles, kept by the caller as long as the view.
 PyObject* view(PyObject*, PyObject* args) {
   PyObject *params, *tensors, *names, *hold, *held;
   if (!PyArg_ParseTuple(args, "O!O!O!OO!", &PyTuple_Type, &params, &PyTuple_Type, &tensors, &PyTuple_Type, &names,
@@ -326,7 +325,7 @@ PyObject* view(PyObject*, PyObject* args) {
       v.run_firsts = firsts.as<int64_t>();
       v.run_firsts[0] = 0;
     }
-    v.handles = std::make_unique<Handles>(hold, held);
+    v.handles = held_of(held);
     check_positions(v, roles.rows, dims.rows, PyTuple_Size(names));
     for (int64_t i = 0; i < roles.rows; ++i)
       v.seen_roles.push_back({nullptr, nullptr, reinterpret_cast<const void*>(storages.as<int64_t>()[i])});

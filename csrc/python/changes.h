@@ -91,7 +91,7 @@ struct View {
   std::vector<Key> keys;            // of the rows that Python has
   std::vector<int64_t> run_plan;    // firsts and capacities of the runs that chunks were cut for
   PyObject* names[kMaxRoles] = {};  // of a state dictionary: "step", and the states
-  std::unique_ptr<Handles> handles;
+  std::vector<Held> handles;
   PyObject *owners = nullptr, *hold = nullptr;
 
   View() = default;

@@ -58,21 +58,23 @@ std::vector<Tensor> views_of(const std::vector<Tensor>& tensors) {
   return views;
 }
 
-Handles::Handles(PyObject* hold, PyObject* list) : list_(list), tensors_(tensors_of(hold, list)) {
-  held_.reserve(tensors_.size());
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    AtenTensorHandle const handle = tensors_[i].get();
+std::vector<Held> held_of(PyObject* list) {
+  std::vector<Held> all;
+  for (Py_ssize_t i = 0; i < PyList_Size(list); ++i) {
+    PyObject* const object = PyList_GetItem(list, i);
+    if (!known(object)) throw std::runtime_error("a tensor of a table is not one of torch's own types");
+    const auto handle = reinterpret_cast<AtenTensorHandle>(handle_of(object));
     int64_t* shape = nullptr;
-    aoti_torch_get_sizes(handle, &shape);
-    held_.push_back(
-        {PyList_GetItem(list, Py_ssize_t(i)), handle, reinterpret_cast<const char*>(shape), dtype_code_of(handle)});
+    if (handle != nullptr) aoti_torch_get_sizes(handle, &shape);
+    all.push_back({object, handle, reinterpret_cast<const char*>(shape), handle ? dtype_code_of(handle) : -1});
   }
-  Py_INCREF(list_);
+  return all;
 }
 
-Handles::~Handles() {
-  tensors_.clear();
-  Py_DECREF(list_);
+bool lazy(const Held& held) {
+  int64_t ndim = 0, *shape = nullptr;
+  if (aoti_torch_get_dim(held.handle, &ndim) != AOTI_TORCH_SUCCESS || ndim > kInlineDims) return true;
+  return aoti_torch_get_sizes(held.handle, &shape) != AOTI_TORCH_SUCCESS || lazy(static_cast<const void*>(shape));
 }
 
 }  // namespace wd

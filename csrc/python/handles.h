@@ -1,4 +1,5 @@
-// Handles of tensors: a step reads an address through one in a few nanoseconds, where DLPack takes forty.
+// Handles of tensors: a step reads an address through one in a few nanoseconds, where DLPack takes forty. And how
+// tensors are kept, or their memory.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -17,30 +18,20 @@ std::vector<Tensor> tensors_of(PyObject* hold, PyObject* list);
 // What keeps the memory of tensors where it is, whatever is done to them: a view of each.
 std::vector<Tensor> views_of(const std::vector<Tensor>& tensors);
 
+// A tensor that is looked at in every step. It is not kept: whoever has the list does that, where the garbage collector
+// sees it.
 struct Held {
-  PyObject* object;  // alive as long as the list is
-  AtenTensorHandle handle;
-  const char* near;  // an address inside torch's tensor, to be prefetched
-  int32_t dtype;     // torch's code of it
+  PyObject* object;
+  AtenTensorHandle handle;  // the object's own (`handle_of`): what is read is what it is now
+  const char* near;         // an address inside torch's tensor, to be prefetched
+  int32_t dtype;            // torch's code of it
 };
 
-// A list of tensors with their handles. It keeps the tensors, not their memory.
-class Handles {
- public:
-  // Throws, as `tensors_of` does.
-  Handles(PyObject* hold, PyObject* list);
-  Handles(const Handles&) = delete;
-  Handles& operator=(const Handles&) = delete;
-  ~Handles();
+// Of a list of tensors. Throws where one is of another type.
+std::vector<Held> held_of(PyObject* list);
 
-  const Held& operator[](int64_t i) const { return held_[size_t(i)]; }
-  int64_t size() const { return int64_t(held_.size()); }
-
- private:
-  PyObject* list_;
-  std::vector<Tensor> tensors_;
-  std::vector<Held> held_;
-};
+// Has it the negative or the conjugate bit, or so many dimensions that it might have?
+bool lazy(const Held& held);
 
 int32_t dtype_code_of(AtenTensorHandle tensor);
 

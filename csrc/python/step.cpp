@@ -96,7 +96,7 @@ class HeldMemory {
       const Expected& e = view.expected[i];
       if (view.active[i] == 0 || e.inspected != kNotYet) continue;  // Python holds what it has inspected
       for (int64_t role = 0; role < e.roles; ++role) {
-        PyObject* const tensor = e.kind == kFlat  ? (*view.handles)[e.held + role].object
+        PyObject* const tensor = e.kind == kFlat  ? view.handles[e.held + role].object
                                  : role == kParam ? view.params[size_t(i)]
                                                   : PyList_GetItem(keep, kept++);
         if (role == kGrad)

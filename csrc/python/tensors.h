@@ -21,6 +21,7 @@ struct DLTensor {
 };
 
 constexpr uint8_t kComplexCode = 5;
+constexpr int32_t kInlineDims = 5;  // as many sizes lie in torch's tensor object itself
 
 // Fills `out` with what lies behind a tensor, borrowed; false where torch does not lend it.
 bool read(PyObject* tensor, DLTensor* out);
@@ -42,6 +43,10 @@ bool lazy(const void* shape);
 
 // Does torch lend its tensors?
 bool lends();
+
+// Where an object of one of torch's types keeps its at::Tensor: what torch's C API calls a handle. It owns nothing, so
+// that the garbage collector sees all there is, and follows whatever is done to the object. Null unless torch lends.
+void* handle_of(PyObject* tensor);
 
 // connect(capsule, Parameter, (tensor, plain, negative), (tensor, plain, conjugate)) -> bool: takes torch's DLPack
 // exchange API and its two types of tensors; False where they are others than is known here.

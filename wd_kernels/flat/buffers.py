@@ -1,32 +1,37 @@
-"""What lies where: buffers of parameters and gradients that lie end to end in memory, and the places in them.
+"""What lies where: memory in which parameters and gradients lie end to end, and the places in it.
 
-Every tensor keeps a storage of its own, made of its stretch of the buffer: pickles and checkpoints hold its bytes and
+Every tensor keeps a storage of its own, made of its stretch of the memory: pickles and checkpoints hold its bytes and
 no others, `deepcopy` gives ordinary tensors, and nothing sees a view. Only the table knows that the stretches are
 neighbours, and it believes that of an address, never of a name: what a framework moves, replaces or swaps is stepped
-where it lies then.
+where it lies then. Nothing is attached to a parameter, not even a weak reference, which `torch.utils.swap_tensors`
+would refuse.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils import dlpack
-from torch.utils.weak import WeakIdKeyDictionary
+
+from ..validation import has_memory
 
 __all__ = [
     "PADDING",
     "FlatBuffer",
+    "FlatMemory",
     "FlatPlace",
     "attached",
     "changed",
     "generation",
-    "known_places",
+    "memory_of_gradient",
     "padded",
     "place_of",
+    "places",
     "stretch",
     "stretches",
 ]
@@ -35,39 +40,60 @@ __all__ = [
 PADDING = 32
 
 
-class FlatBuffer:
-    """Parameters of one device and dtype that lie end to end, and the memory where their gradients may lie likewise.
+class FlatMemory:
+    """Memory of one device and dtype in which parameters lie end to end, and that where their gradients may likewise.
 
     It owns nothing: the memory lives as long as tensors that lie in it.
 
     Attributes:
         device, dtype: of all its parameters.
         numel: elements with padding.
-        number: tells buffers apart.
+        number: tells one from another.
+        given: the offsets at which the memory of the gradients may hold something else than zeros.
     """
 
     _count = 0
 
     def __init__(self, data: Tensor, grad: Tensor | None) -> None:
-        FlatBuffer._count += 1
-        self.number = FlatBuffer._count
+        FlatMemory._count += 1
+        self.number = FlatMemory._count
         self.device, self.dtype, self.numel = data.device, data.dtype, data.numel()
-        self._data, self._address = weakref.ref(data), data.data_ptr()
+        self._data, self._address = weakref.ref(data, self._forget), data.data_ptr()
+        self._offsets: list[int] = []
         self.attach(grad)
+        memories[self.number] = self
+
+    def _forget(self, _: object) -> None:
+        """Of its memory, something is gone: other tensors may lie there now."""
+        if self.data is None:
+            for offset in self._offsets:
+                address = self._address + offset * self.dtype.itemsize
+                if address in places and places[address].memory is self:
+                    del places[address]
+            self._offsets = []
+            if self.grad is None:
+                memories.pop(self.number, None)
+
+    def put(self, offset: int, numel: int) -> FlatPlace:
+        """The place of a parameter that is to lie at `offset`."""
+        self._offsets.append(offset)
+        place = places[self._address + offset * self.dtype.itemsize] = FlatPlace(self, offset, numel)
+        return place
 
     def attach(self, grad: Tensor | None) -> None:
-        """Makes `grad` the memory of the gradients."""
-        self._grad = None if grad is None else weakref.ref(grad)
+        """Makes `grad`, which is zeros, the memory of the gradients."""
+        self._grad = None if grad is None else weakref.ref(grad, self._forget)
         self._grad_address = 0 if grad is None else grad.data_ptr()
+        self.given = set[int]()
 
     @property
     def data(self) -> Tensor | None:
-        """The parameters, padding included, as one tensor; None once they lie elsewhere. Padding has no meaning."""
+        """All of it, as one tensor; None once it is gone."""
         return self._data()
 
     @property
     def grad(self) -> Tensor | None:
-        """The gradients, as one tensor; None once they lie elsewhere. Their padding is zero."""
+        """All memory of gradients, as one tensor, whatever lies there; None once it is gone."""
         return None if self._grad is None else self._grad()
 
     @property
@@ -76,7 +102,7 @@ class FlatBuffer:
         return self._grad_address if self.grad is not None else 0
 
     def holds(self, p: Tensor, offset: int) -> bool:
-        """Does `p` lie at `offset` of this buffer?"""
+        """Does `p` lie at `offset`?"""
         return (
             p.data_ptr() == self._address + offset * self.dtype.itemsize
             and p.dtype == self.dtype
@@ -85,8 +111,48 @@ class FlatBuffer:
         )
 
     def has_gradient(self, grad: Tensor) -> bool:
-        """Does `grad` lie in this buffer, at any place?"""
+        """Does `grad` lie here, at any place?"""
         return self.grad is not None and 0 <= grad.data_ptr() - self._grad_address < self.numel * self.dtype.itemsize
+
+
+class FlatBuffer:
+    """What `flatten_` has laid end to end: parameters of one device and dtype, and their gradients. It keeps them.
+
+    Attributes:
+        device, dtype: of all its parameters.
+        numel: elements with padding.
+    """
+
+    def __init__(self, memory: FlatMemory, params: Sequence[Tensor], offsets: Sequence[int]) -> None:
+        self._memory, self._members = memory, tuple(zip(params, offsets, strict=True))
+        self.device, self.dtype, self.numel = memory.device, memory.dtype, memory.numel
+
+    @property
+    def data(self) -> Tensor | None:
+        """The parameters, as one tensor; None where one of them lies elsewhere. Padding has no meaning."""
+        whole = all(has_memory(p) and self._memory.holds(p, offset) for p, offset in self._members)
+        return self._memory.data if whole else None
+
+    @property
+    def grad(self) -> Tensor | None:
+        """All gradients, as one tensor, zeros where a parameter is frozen; None where that is not all of them.
+
+        That is: where one lies elsewhere, was replaced or set to None, or where a layer was unfrozen since. Padding is
+        zero. `flatten_` brings gradients back.
+        """
+        memory = self._memory
+        base, stale = memory.grad, set(memory.given)
+        if base is None or self.data is None:
+            return None
+        for p, offset in self._members:
+            if p.grad is not None:
+                lies = has_memory(p.grad) and p.grad.data_ptr() == memory.grad_address + offset * p.itemsize
+                if not lies or p.grad.dtype != p.dtype:
+                    return None
+                stale.discard(offset)
+            elif p.requires_grad:
+                return None
+        return None if stale else base
 
     def __repr__(self) -> str:
         attached = "attached" if self.grad is not None else "elsewhere"
@@ -95,15 +161,17 @@ class FlatBuffer:
 
 @dataclass(frozen=True)
 class FlatPlace:
-    """Where a parameter was put: the buffer, the first of its elements, and how many there are."""
+    """Where a parameter was put: the memory, the first of its elements, and how many there are."""
 
-    buffer: FlatBuffer
+    memory: FlatMemory
     offset: int
     numel: int
 
 
-#: The place that each parameter was given.
-known_places: Any = WeakIdKeyDictionary()
+#: The place at each address at which a parameter was put, as long as its memory is there.
+places: dict[int, FlatPlace] = {}
+#: By their numbers, those of which anything is there.
+memories: dict[int, FlatMemory] = {}
 _generation = 0
 
 
@@ -123,20 +191,27 @@ def padded(numel: int) -> int:
     return -(-numel // PADDING) * PADDING
 
 
-def place_of(p: Tensor, view: Tensor | None = None) -> FlatPlace | None:
-    """The place of a parameter in a flat buffer, if it still lies there; `view`: of its memory, if that was taken."""
-    place: FlatPlace | None = known_places.get(p)
-    lies = p if view is None else view
-    there = place is not None and place.numel == lies.numel() and place.buffer.holds(lies, place.offset)
+def place_of(p: Tensor) -> FlatPlace | None:
+    """The place at which a parameter, or a view of its memory, lies; None where that is in no flat memory."""
+    if not places or is_lazy(p) or not has_memory(p):
+        return None
+    place = places.get(p.data_ptr())
+    there = place is not None and place.numel == p.numel() and place.memory.holds(p, place.offset)
     return place if there else None
 
 
 def attached(p: Tensor) -> bool:
-    """Does the gradient of `p` lie in its buffer as `p` does?"""
+    """Does the gradient of `p` lie as `p` does?"""
     place = place_of(p)
-    if place is None or p.grad is None or not place.buffer.grad_address:
+    if place is None or p.grad is None or not place.memory.grad_address or not has_memory(p.grad):
         return False
-    return p.grad.data_ptr() == place.buffer.grad_address + place.offset * p.itemsize
+    return p.grad.data_ptr() == place.memory.grad_address + place.offset * p.itemsize
+
+
+def memory_of_gradient(grad: Tensor) -> FlatMemory | None:
+    """The flat memory in which a gradient lies, wherever its parameter does."""
+    known = list(memories.values()) if has_memory(grad) else []
+    return next((memory for memory in known if memory.has_gradient(grad)), None)
 
 
 def stretch(base: Tensor, offset: int, like: Tensor) -> Tensor:

@@ -11,8 +11,20 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..validation import Extent, check_disjoint, check_roles, is_dense, label
-from .buffers import FlatBuffer, FlatPlace, attached, changed, known_places, padded, place_of, stretch, stretches
+from ..formats import parameter_format
+from ..validation import Extent, check_disjoint, check_roles, has_memory, is_dense, label
+from .buffers import (
+    FlatBuffer,
+    FlatMemory,
+    FlatPlace,
+    attached,
+    changed,
+    memory_of_gradient,
+    padded,
+    place_of,
+    stretch,
+    stretches,
+)
 
 __all__ = ["flatten_", "unflatten_"]
 
@@ -29,16 +41,22 @@ def flatten_(params: Params) -> list[FlatBuffer]:
     is stepped as one long tensor. Where a gradient is set to None or replaced, by a framework's `zero_grad()`, say,
     its parameter is stepped like any other: nothing is lost but speed. Flattening again brings gradients back.
 
-    Keeping gradients has torch's meaning: a parameter that takes no part in a loss has a gradient of zeros, and is
-    decayed.
+    Keeping gradients has torch's meaning: a parameter that takes no part in a loss has a gradient of zeros, is decayed,
+    and goes on by its momentum. One that is frozen (`requires_grad=False`) after it had a gradient goes on likewise
+    until `zero_grad`, which drops that gradient.
+
+    Flat tensors are ordinary ones but for their storages, which cannot be resized (`untyped_storage().resize_(0)`, as
+    offloading does it) nor shared with other processes: `unflatten_` first.
 
     Args:
         params: as an optimizer takes them: parameters, (name, parameter) pairs, or dicts of parameter groups. Buffers
             follow this order, so give the groups that the optimizer will have. A parameter may come twice (tied
-            weights). Empty ones are left as they are.
+            weights). Empty ones are left as they are, and so is what is not trained and could not be, quantised weights
+            say.
 
     Returns:
-        The buffers. They own no memory; `buffer.grad` is there for one all-reduce or one norm of all gradients.
+        The buffers. `buffer.grad` is there for one all-reduce or one norm of all gradients: it is all of them, or None
+        as soon as one of them lies elsewhere.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the parameter: a DTensor or another subclass with memory of its own
@@ -54,73 +72,82 @@ def flatten_(params: Params) -> list[FlatBuffer]:
         >>> opt.zero_grad(set_to_none=False)
     """
     named = _named(params)
-    by_kind: dict[tuple[torch.device, torch.dtype], dict[FlatBuffer | None, list[tuple[Tensor, str]]]] = {}
+    by_kind: dict[tuple[torch.device, torch.dtype], dict[FlatMemory | None, list[tuple[Tensor, str]]]] = {}
     for p, what in named:
         place = _check(p, what)
-        by_buffer = by_kind.setdefault((p.device, p.dtype), {})
-        by_buffer.setdefault(None if place is None else place.buffer, []).append((p, what))
-    for by_buffer in by_kind.values():
-        if None in by_buffer and len(by_buffer) > 1:
-            flat, other = (by_buffer[b][0][1] for b in (next(b for b in by_buffer if b), None))
+        by_memory = by_kind.setdefault((p.device, p.dtype), {})
+        by_memory.setdefault(None if place is None else place.memory, []).append((p, what))
+    for by_memory in by_kind.values():
+        if None in by_memory and len(by_memory) > 1:
+            flat, other = (by_memory[b][0][1] for b in (next(b for b in by_memory if b), None))
             raise ValueError(f"{flat} is flat already, and {other} is not: unflatten_ all of them first")
     check_disjoint(Extent(p.detach(), what) for p, what in named)
     with torch.no_grad(), torch.inference_mode(False):
-        plans = [_plan(*item) for by_buffer in by_kind.values() for item in by_buffer.items()]
+        plans = [_plan(*item) for by_memory in by_kind.values() for item in by_memory.items()]
         writes: list[Callable[[], object]] = [changed]
         for plan in plans:
+            if plan.grad is not plan.memory.grad:
+                writes.append(partial(plan.memory.attach, plan.grad))
             for p, theta, grad, place in plan.moves:
                 if theta is not None:
                     theta.copy_(p)
-                    writes += (partial(setattr, p, "data", theta), partial(known_places.__setitem__, p, place))
+                    writes.append(partial(setattr, p, "data", theta))
                 if grad is not None:
                     writes.append(partial(setattr, p, "grad", grad if p.grad is None else grad.copy_(p.grad)))
-            if plan.grad is not plan.buffer.grad:
-                writes.append(partial(plan.buffer.attach, plan.grad))
+                if grad is not None or attached(p):
+                    writes.append(partial(_give, plan.memory, place.offset))
         native.insist([*writes, changed])  # all or nothing: what raises has been done
-    return [plan.buffer for plan in plans]
+    return [
+        FlatBuffer(plan.memory, [p for p, *_ in plan.moves], [place.offset for *_, place in plan.moves])
+        for plan in plans
+    ]
+
+
+def _give(memory: FlatMemory, offset: int) -> None:
+    memory.given.add(offset)
 
 
 @dataclass
 class _Plan:
-    """A buffer, and for every parameter its new memory, that of its gradient (None: they stay), and its place."""
+    """Flat memory, and for every parameter its new tensor, that of its gradient (None: they stay), and its place."""
 
-    buffer: FlatBuffer
+    memory: FlatMemory
     grad: Tensor | None  # the memory of the gradients
     moves: list[tuple[Tensor, Tensor | None, Tensor | None, FlatPlace]]
 
 
-def _plan(buffer: FlatBuffer | None, members: Sequence[tuple[Tensor, str]]) -> _Plan:
+def _plan(memory: FlatMemory | None, members: Sequence[tuple[Tensor, str]]) -> _Plan:
     """Allocates what the parameters need: all of it, or gradients alone where they are flat already."""
     params = [p for p, _ in members]
-    if buffer is not None:
+    if memory is not None:
         places = [place_of(p) for p in params]
-        size, data = buffer.numel, None
+        size, data = memory.numel, None
     else:
         offsets, size = [], 0
         for p in params:
             offsets.append(size)
             size += padded(p.numel())
         data = torch.zeros(size, dtype=params[0].dtype, device=params[0].device)
-    grad = buffer.grad if buffer is not None else None
-    if buffer is not None and grad is not None and not all(attached(p) for p in params if p.requires_grad):
-        others = sum(place.buffer is buffer and attached(p) for p, place in known_places.items())
-        if stretches(grad) != others:  # a gradient that is nobody's now, or another's: it keeps what it shows
-            grad = None
+    grad = memory.grad if memory is not None else None
+    # A gradient that is nobody's now, another's, or that of a parameter which is not given, keeps what it shows.
+    whole = all(attached(p) for p in params if p.requires_grad)
+    if grad is not None and not whole and stretches(grad) != sum(map(attached, params)):
+        grad = None
     if grad is None and any(p.requires_grad for p in params):
         grad = torch.zeros(size, dtype=params[0].dtype, device=params[0].device)
-    if buffer is None:
+    if memory is None:
         assert data is not None
-        buffer = FlatBuffer(data, grad)
-        places = [FlatPlace(buffer, offset, p.numel()) for p, offset in zip(params, offsets, strict=True)]
+        memory = FlatMemory(data, grad)
+        places = [memory.put(offset, p.numel()) for p, offset in zip(params, offsets, strict=True)]
     moves: list[tuple[Tensor, Tensor | None, Tensor | None, FlatPlace]] = []
     for p, place in zip(params, places, strict=True):
         assert place is not None
         theta = None if data is None else stretch(data, place.offset, p)
         own = stretch(grad, place.offset, p) if p.requires_grad and grad is not None else None
-        if own is not None and data is None and grad is buffer.grad and attached(p):
+        if own is not None and data is None and grad is memory.grad and attached(p):
             own = None
         moves.append((p, theta, own, place))
-    return _Plan(buffer, grad, moves)
+    return _Plan(memory, grad, moves)
 
 
 def unflatten_(params: Params) -> None:
@@ -135,17 +162,19 @@ def unflatten_(params: Params) -> None:
         for p, _ in _named(params):
             if place_of(p) is not None:
                 p.data = p.data.clone(memory_format=torch.preserve_format)
-            place = known_places.get(p)
-            if place is not None and p.grad is not None and place.buffer.has_gradient(p.grad):
+            if p.grad is not None and memory_of_gradient(p.grad) is not None:
                 p.grad = p.grad.clone(memory_format=torch.preserve_format)
-            known_places.pop(p, None)  # last: what is interrupted may be called again
     changed()
 
 
 def _named(params: Params) -> list[tuple[Tensor, str]]:
     """Parameters with what errors call them; a repeated one once, empty ones not."""
-    if isinstance(params, Tensor):
-        raise TypeError("params is a Tensor: expected an iterable of parameters, (name, parameter) pairs or dicts")
+    if isinstance(params, (Tensor, torch.nn.Module)):
+        hint = ": give its .parameters()" if isinstance(params, torch.nn.Module) else ""
+        raise TypeError(
+            f"params is a {type(params).__name__}{hint}; expected an iterable of parameters, (name, parameter) pairs "
+            "or dicts"
+        )
     entries: list[tuple[Any, str]] = []
     for index, entry in enumerate(params):
         if isinstance(entry, dict):
@@ -161,7 +190,14 @@ def _named(params: Params) -> list[tuple[Tensor, str]]:
         if not isinstance(p, Tensor):
             raise TypeError(f"{what} is a {type(p).__name__}: expected a tensor")
         found.setdefault(id(p), (p, what))
-    return [(p, what) for p, what in found.values() if p.layout != torch.strided or p.numel()]
+    return [(p, what) for p, what in found.values() if not _stays(p)]
+
+
+def _stays(p: Tensor) -> bool:
+    """Is it left as it is: empty, or not trained and nothing that could be, quantised weights, say?"""
+    if p.requires_grad or p.grad is not None:
+        return p.layout == torch.strided and not p.numel()
+    return not has_memory(p) or parameter_format(p.dtype) is None
 
 
 def _check(p: Tensor, what: str) -> FlatPlace | None:

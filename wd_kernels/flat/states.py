@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .buffers import FlatBuffer, FlatPlace, generation, padded, place_of, stretch, stretches
+from .buffers import FlatMemory, FlatPlace, attached, generation, padded, place_of, stretch, stretches
 
 __all__ = ["FlatGradients", "FlatStates"]
 
@@ -20,7 +20,7 @@ class FlatGradients:
     def __init__(self) -> None:
         self._known: tuple[int, list[int]] = (-1, [])
         self._addresses: list[int] | None = None  # where they lie while all are attached; None: somewhere else
-        self._buffers: list[FlatBuffer] = []
+        self._memories: list[FlatMemory] = []
 
     def zero_(self, params: Sequence[Tensor]) -> bool:
         """Zeroes the gradients of `params`; False, and nothing is done, if one of them lies elsewhere.
@@ -29,11 +29,16 @@ class FlatGradients:
         """
         known = (generation(), list(map(id, params)))
         if known != self._known:
-            self._known, (self._addresses, self._buffers) = known, _whole_buffers(params)
+            self._known, (self._addresses, self._memories) = known, _whole_memories(params)
+        for p in params:
+            if not p.requires_grad and p.grad is not None and (place := place_of(p)) is not None and attached(p):
+                p.grad.zero_()  # a parameter that was frozen since has no gradient
+                p.grad = None
+                place.memory.given.discard(place.offset)
         if self._addresses is None:
             return False
-        memory = [base for base in (buffer.grad for buffer in self._buffers) if base is not None]
-        if len(memory) < len(self._buffers):
+        memory = [base for base in (memory.grad for memory in self._memories) if base is not None]
+        if len(memory) < len(self._memories):
             return False
         lie = [0 if p.grad is None else p.grad.data_ptr() for p in params]
         if lie != self._addresses:
@@ -46,17 +51,17 @@ class FlatGradients:
         return True
 
 
-def _whole_buffers(params: Sequence[Tensor]) -> tuple[list[int] | None, list[FlatBuffer]]:
-    """Where the gradients of `params` lie if they are flat, and the buffers if nobody else has a part in them."""
+def _whole_memories(params: Sequence[Tensor]) -> tuple[list[int] | None, list[FlatMemory]]:
+    """Where the gradients of `params` lie if they are flat, and in which memory if nobody else has a part in it."""
     places = [place_of(p) for p in params]
-    taken: dict[FlatBuffer, int] = {}
+    taken: dict[FlatMemory, int] = {}
     addresses = []
     for p, place in zip(params, places, strict=True):
-        if place is None or not place.buffer.grad_address:
+        if place is None or not place.memory.grad_address:
             return None, []
-        taken[place.buffer] = taken.get(place.buffer, 0) + padded(place.numel)
-        addresses.append(place.buffer.grad_address + place.offset * p.itemsize)
-    if any(count != buffer.numel for buffer, count in taken.items()):
+        taken[place.memory] = taken.get(place.memory, 0) + padded(place.numel)
+        addresses.append(place.memory.grad_address + place.offset * p.itemsize)
+    if any(count != memory.numel for memory, count in taken.items()):
         return None, []
     return addresses, list(taken)
 
@@ -72,18 +77,18 @@ class FlatStates:
 
     def zeros(self, place: FlatPlace, like: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         """A new state of zeros for the parameter `like`, which lies at `place`."""
-        key = (place.buffer.number, name, dtype)
+        key = (place.memory.number, name, dtype)
         base = self._bases.get(key)
         tensor = None if base is None else base.tensor()
         if base is None or tensor is None or place.offset in base.given:
-            tensor = torch.zeros(place.buffer.numel, dtype=dtype, device=like.device)
+            tensor = torch.zeros(place.memory.numel, dtype=dtype, device=like.device)
             base = self._bases[key] = _Base(weakref.ref(tensor), set())
         base.given.add(place.offset)
         return stretch(tensor, place.offset, like)
 
     def base(self, place: FlatPlace, state: Tensor, name: str) -> Tensor | None:
         """The buffer in which `state` lies as its parameter does; None if it lies elsewhere."""
-        base = self._bases.get((place.buffer.number, name, state.dtype))
+        base = self._bases.get((place.memory.number, name, state.dtype))
         tensor = None if base is None else base.tensor()
         if tensor is None or state.data_ptr() != tensor.data_ptr() + place.offset * state.itemsize:
             return None

@@ -7,7 +7,6 @@ every parameter is inspected in every step, which gives the same bits and takes 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -150,19 +149,26 @@ class FlatRange:
     NOWHERE = (0, 0, 0, 0)
 
 
+#: The types that native code looks into.
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def compared(p: Tensor, dims: int) -> bool:
     """Can native code look at the parameter without running anybody's code? Others are inspected in every step."""
-    return native.CHECKS and type(p) in (Tensor, torch.nn.Parameter) and dims <= 5
+    return native.CHECKS and type(p) in PLAIN and dims <= 5
 
 
 def expect(
     p: Tensor, found: Finding, names: Sequence[str], group: int, special: bool
 ) -> tuple[list[int], list[ExpectedRole]]:
-    """What must be found of a parameter, and of its tensors, to leave it alone; `special`: nothing will do."""
+    """What must be found of a parameter, and of its tensors, to leave it alone; `special`: nothing will do.
+
+    A complex tensor may be a conjugate at any time: it is compared in full, flat or not.
+    """
     theta, kind, flat_grad = found.theta, Kind.ORDINARY, 0
-    may_be_held = _may_be_held(p)
+    may_be_held = all(type(t) in PLAIN for t in (p, found.grad_itself, *found.states)) and not p.is_complex()
     if found.place is not None:
-        begin = found.place.buffer.grad_address
+        begin = found.place.memory.grad_address
         flat_grad = begin and begin + found.place.offset * theta.itemsize
     if special or found.gapped is not None or found.known.grad_copy is not None or not compared(p, theta.dim()):
         kind = Kind.SPECIAL
@@ -189,17 +195,6 @@ def expect(
         Inspected.WITH_GRADIENT,
     ]
     return expected, roles
-
-
-def _may_be_held(p: Tensor) -> bool:
-    """May native code have a handle of `p`? Else it is compared in full, which takes longer and finds the same.
-
-    A complex tensor may be a conjugate at any time. A hook or an attribute may refer to the optimizer: the garbage
-    collector cannot see that a handle closes the circle, and would keep model and optimizer for ever.
-    """
-    hooks = (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None))
-    refers = any(hooks) or any(map(gc.is_tracked, vars(p).values()))
-    return native.CHECKS and not p.is_complex() and not refers
 
 
 class Watch:
@@ -267,7 +262,7 @@ class Watch:
             ranges, runs.moving, runs.places, runs.capacities, self.run_firsts,
         )  # fmt: skip
         hold = native.OPS.hold.default._op
-        self._view = native.C.view(tuple(self.params), arrays, self.names, hold, held)
+        self._held, self._view = held, native.C.view(tuple(self.params), arrays, self.names, hold, held)
 
     def mark(self, inspected: Mapping[int, int]) -> None:
         """Notes what was inspected in this step, and is not compared in it."""

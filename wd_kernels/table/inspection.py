@@ -91,7 +91,7 @@ def inspect(
     check_type(grad_itself, f"the gradient of {what}")
     theta, grad = local(p).data, local(grad_itself).data
     check_roles(theta, grad, what, f"the gradient of {what}")
-    lies, place = theta, place_of(p, theta)
+    lies, place = theta, place_of(theta)
     gapped, param_copy, grad_copy = None, None, None
     if not (theta.is_contiguous() or is_dense(theta)):
         gapped, param_copy = theta, _stand_in(theta, theta.dtype, old.param_copy if old else None).copy_(theta)

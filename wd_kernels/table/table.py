@@ -355,14 +355,14 @@ class TensorTable:
         """Where a parameter lies in flat buffers: FlatRange's first words. A complex element counts as two."""
         if f.place is None:
             return FlatRange.NOWHERE
-        buffer, offset = f.place.buffer, f.place.offset
-        bases = [base for base in (buffer.data, buffer.grad, *f.bases) if base is not None]
-        key = (buffer, buffer.grad_address, *(base.data_ptr() for base in f.bases))
+        memory, offset = f.place.memory, f.place.offset
+        bases = [base for base in (memory.data, memory.grad, *f.bases) if base is not None]
+        key = (memory, memory.grad_address, *(base.data_ptr() for base in f.bases))
         number = self.numbers.setdefault(key, len(self.numbers) + 1)
         self.memory_of[number] = [weakref.ref(base) for base in bases]
         end = offset + buffers.padded(f.place.numel)
         scale = 2 if f.theta.is_complex() else 1
-        grad = buffer.grad_address and buffer.grad_address + offset * f.theta.itemsize
+        grad = memory.grad_address and memory.grad_address + offset * f.theta.itemsize
         return number, scale * offset, scale * end, grad
 
     def _lay_out(self, watch: Watch) -> None:
