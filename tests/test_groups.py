@@ -35,6 +35,31 @@ class Attention(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 5, 4))
 
 
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(3, 3))
+
+
+class Lists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.ones(2, 2)])
+        self.biases = nn.ParameterList([torch.ones(2, 2)])
+        self.deep = nn.ParameterDict({"bias_k": torch.ones(2, 2)})
+
+
+class Twice(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def doubled(module: nn.Module, name: str) -> nn.Module:
+    nn.utils.parametrize.register_parametrization(module, name, Twice())
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 @pytest.mark.parametrize(
     ("model", "decaying", "others"),
     [
@@ -52,6 +77,27 @@ class Attention(nn.Module):
         (nn.Linear(4, 1), ["weight"], ["bias"]),
         (nn.ParameterDict({"debias": torch.ones(2, 2), "bias_table": torch.ones(2, 2)}), ["debias"], ["bias_table"]),
         (nn.ParameterDict({"bias_k": torch.ones(1, 1, 2), "a_bias": torch.ones(2, 2)}), [], ["a_bias", "bias_k"]),
+        # What is parametrised, or kept in a list, is judged as what it stands for.
+        (doubled(nn.LayerNorm((3, 4)), "weight"), [], ["bias", "parametrizations.weight.original"]),
+        (doubled(nn.Linear(3, 2), "weight"), ["parametrizations.weight.original"], ["bias"]),
+        (
+            doubled(Attention().get_submodule("attention"), "in_proj_weight"),
+            ["out_proj.weight", "parametrizations.in_proj_weight.original"],
+            ["in_proj_bias", "out_proj.bias"],
+        ),
+        (
+            doubled(Table(), "relative_position_bias_table"),
+            [],
+            ["parametrizations.relative_position_bias_table.original"],
+        ),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 2, 3)),
+            ["parametrizations.weight.original1"],
+            ["bias", "parametrizations.weight.original0"],
+        ),
+        (nn.utils.weight_norm(nn.Linear(3, 2)), ["weight_v"], ["bias", "weight_g"]),
+        (nn.utils.parametrizations.orthogonal(nn.Linear(3, 2)), ["parametrizations.weight.original"], ["bias"]),
+        (nn.ModuleDict({"a": Lists()}), ["a.weights.0"], ["a.biases.0", "a.deep.bias_k"]),
         (
             Attention(),
             ["pos_embed", "attention.in_proj_weight", "attention.out_proj.weight"],
@@ -79,6 +125,41 @@ def test_every_parameter_has_one_place() -> None:
     assert names(decay_groups(model, exclude=iter(["2.weight", "1.pos*"]))) == less  # by another name of a tied weight
     odd = nn.ParameterDict({"a[0]": torch.ones(2, 2)})
     assert names(decay_groups(odd, exclude=["a[0]"])) == [[], ["a[0]"]]
+
+
+@pytest.mark.parametrize("cls", [wd_kernels.AdamW, wd_kernels.SGDW, torch.optim.AdamW])
+@pytest.mark.parametrize("model", [nn.Embedding(5, 3), nn.LayerNorm(3), nn.Linear(3, 2, bias=False), nn.Linear(3, 2)])
+def test_one_of_the_groups_may_be_empty(cls: Any, model: nn.Module) -> None:
+    """Torch wants names of all groups or of none: an empty one has them too."""
+    opt = cls(decay_groups(model, 0.5), lr=0.1)
+    assert [len(group["params"]) == len(group["param_names"]) for group in opt.param_groups] == [True, True]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    hand_made = [{"params": []}, {"params": list(model.named_parameters())}, {"params": ()}]
+    if cls is not torch.optim.AdamW:
+        opt = cls(hand_made, lr=0.1)
+        opt.step()
+        assert [len(group["param_names"]) for group in opt.param_groups] == [0, len(list(model.parameters())), 0]
+
+
+def test_quantised_weights_beside_what_is_trained() -> None:
+    """A frozen uint8 weight has its place, in the model's order; flat, it stays as it is."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    packed = nn.Parameter(torch.arange(12, dtype=torch.uint8).view(4, 3), requires_grad=False)
+    model[0].weight = packed
+    wd_kernels.flatten_(model.parameters())
+    opt = wd_kernels.AdamW(decay_groups(model, 0.5), lr=0.1)
+    for _ in range(2):
+        model[1](torch.ones(1, 4)).sum().backward()
+        opt.step()
+        opt.zero_grad(set_to_none=False)
+    opt.load_state_dict(opt.state_dict())
+    assert model[0].weight is packed
+    assert packed.flatten().tolist() == list(range(12))
+    assert packed not in opt.state
+    assert len(opt.state) == 2 + 1  # and the first bias, whose flat gradient is kept
 
 
 @pytest.mark.parametrize("rule", ["AdamW", "SGDW"])

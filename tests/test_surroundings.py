@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.nn.parallel import DistributedDataParallel
 
 import wd_kernels
@@ -28,13 +29,59 @@ def parameter(*shape: int) -> torch.nn.Parameter:
     return p
 
 
-@BOTH
-def test_fake_tensors_are_refused(build: Any) -> None:
-    """Under FakeTensorMode the table itself would be fake: an error, not a read of address 0."""
+def shapes_of_a_step(build: Any) -> list[dict[str, Any]]:
+    """What two steps of a model without memory leave in its states."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.LayerNorm(3))
+    optimizer = build(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        model(torch.ones(2, 5)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [
+        {name: (t.shape, t.dtype, t.device.type, float(t) if name == "step" and not is_fake(t) else 2.0)
+         for name, t in own.items()} for own in optimizer.state.values()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(wd_kernels.AdamW, torch.optim.AdamW), (wd_kernels.AdagradW, torch.optim.Adagrad)],
+)
+def test_steps_without_memory(ours: Any, theirs: Any) -> None:
+    """On the meta device and under FakeTensorMode: the states of torch's class, of its shapes, dtypes and devices."""
+    meta = [lambda: torch.device("meta")] if ours is wd_kernels.AdamW else []  # where torch's Adagrad counts on meta
+    for mode in (FakeTensorMode, *meta):
+        with mode():
+            found = shapes_of_a_step(ours)
+        with mode():
+            assert found == shapes_of_a_step(theirs)
+        assert len(found) == 4
     with FakeTensorMode():
-        optimizer = build([parameter(4)], weight_decay=0.1)
-        with pytest.raises(RuntimeError, match="FakeTensor"):
-            optimizer.step()
+        of_sgd = shapes_of_a_step(partial(wd_kernels.SGDW, momentum=0.9))
+    assert [set(own) for own in of_sgd] == [{"step", "momentum_buffer"}] * 4
+
+
+@BOTH
+def test_a_model_that_was_made_on_meta(build: Any) -> None:
+    """to_empty and assign=True give the model other parameters: the optimizer's own would never be stepped."""
+    with torch.device("meta"):
+        model = torch.nn.Linear(3, 2)
+    optimizer = build(model.parameters(), lr=0.1, weight_decay=0.1)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"2 of 2 parameters are on the meta device.*before model.to_empty\(\)"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.step()
+    assert all(float(p.detach().max()) < 1 for p in model.parameters())
+
+
+@BOTH
+def test_fake_mode_around_real_parameters(build: Any) -> None:
+    """The table itself would be fake: an error, not a read of address 0. So would one half without memory."""
     real = parameter(4)
     optimizer = build([real], weight_decay=0.1)
     before = real.detach().clone()
@@ -43,6 +90,10 @@ def test_fake_tensors_are_refused(build: Any) -> None:
     assert torch.equal(real, before)
     optimizer.step()
     assert not torch.equal(real, before)
+    bare = torch.nn.Parameter(torch.ones(3, device="meta"))
+    bare.grad = torch.ones(3, device="meta")
+    with pytest.raises(ValueError, match="parameter 1 of group 0 is on the meta device: it has no memory to step"):
+        build([parameter(4), bare], weight_decay=0.1).step()
 
 
 @BOTH

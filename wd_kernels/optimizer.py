@@ -21,7 +21,7 @@ from .flat.states import FlatGradients
 from .rules import FLAG, Rule, check_chosen, pair
 from .schedules import stepping
 from .schedules.shapes import named
-from .table import TensorTable
+from .table import TensorTable, memoryless
 from .validation import Extent, check_disjoint, check_parameter, has_memory, label, meeting
 
 __all__ = ["DecoupledOptimizer"]
@@ -77,7 +77,10 @@ class DecoupledOptimizer(Optimizer):
             )
         with table.lock, _plain_tensors():
             hypers, ticks = stepping.follow(groups, self.rule.hypers(groups, default=self.defaults["decay"]))
-            table.step(groups, self.state, hypers, ticks)
+            if table.watch is None and memoryless.wanted(groups):
+                memoryless.step(groups, self.state, hypers, ticks)
+            else:
+                table.step(groups, self.state, hypers, ticks)
         if ticks and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
         return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "meeting",
     "same_layout",
     "step_count",
+    "without_memory",
 ]
 
 Key = TypeVar("Key", bound=Hashable)
@@ -44,7 +46,7 @@ def local(t: Tensor) -> Tensor:
     return t
 
 
-def label(group: dict[str, Any], group_index: int, index: int) -> str:
+def label(group: Mapping[str, Any], group_index: int, index: int) -> str:
     """How errors call a parameter: by its name where the group has names, else by its place."""
     names = group.get("param_names")
     place = f"group {group_index}, index {index}"
@@ -83,9 +85,15 @@ def has_memory(t: Tensor) -> bool:
     return strided and t.numel() > 0 and t.device.type != "meta" and not t._is_zerotensor()
 
 
+def without_memory(t: Tensor) -> bool:
+    """Is `t` a shape alone: on the meta device, or a FakeTensor?"""
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    return t.device.type == "meta" or (fakes is not None and isinstance(t, fakes.FakeTensor))
+
+
 def check_type(t: Tensor, what: str) -> None:
-    """Raises TypeError for a tensor whose memory is not its own: subclasses that dispatch, sparse layouts, fakes."""
-    if not is_plain(t):
+    """Raises TypeError for a tensor whose memory is not its own: subclasses that dispatch, sparse layouts."""
+    if not is_plain(t) and not without_memory(t):
         raise TypeError(
             f"{what} is a {type(t).__name__}: subclasses of Tensor that dispatch for themselves cannot be stepped; "
             "allowed are torch.Tensor, torch.nn.Parameter and plain subclasses of them. Where it wraps ordinary "
@@ -120,8 +128,8 @@ def check_address(t: Tensor, what: str) -> None:
 
 def check_memory(p: Tensor, what: str) -> None:
     """Raises if the parameter's elements have no address."""
-    if p.device.type == "meta":
-        raise ValueError(f"{what} is on the meta device: it has no memory to step")
+    if without_memory(p):
+        raise ValueError(f"{what} is {'on the meta device' if p.is_meta else 'fake'}: it has no memory to step")
     check_address(p, what)
 
 
