@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def train(opt: Any, params: list[nn.Parameter], steps: range) -> None:
 def run(name: str) -> dict[str, Any]:
     opt, params = make(name, values(0))
     train(opt, params, range(SAVED))
-    saved, weights = opt.state_dict(), [p.detach().clone() for p in params]
+    saved, weights = copy.deepcopy(opt.state_dict()), [p.detach().clone() for p in params]
     train(opt, params, range(SAVED, SAVED + AFTER))
     return {"state": saved, "weights": weights, "after": [p.detach().clone() for p in params]}
 

@@ -278,23 +278,23 @@ def _misnamed(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
 
 
 def _check_rule(rule: Rule, groups: Sequence[Mapping[str, Any]], states: Sequence[Any]) -> None:
-    """Raises ValueError where a state is that of another rule."""
+    """Raises ValueError where states are those of another rule; where there are none yet, the hyperparameters."""
     own = {state.name for state in rule.states}
-    found = {name for value in states if isinstance(value, Mapping) for name in value}
-    given = set[str]().union(*groups) - {"lr", "params"}
-    for other in RULES.values():
-        theirs = {state.name for state in other.states}
-        shared = set(rule.keys) & set(other.keys)
-        of_states = bool(found & (theirs - own)) and not found & own
-        of_groups = (
-            not found & own and not given & (set(rule.keys) - shared) and bool(given & (set(other.keys) - shared))
+    found = {name for value in states if isinstance(value, Mapping) for name in value} & STATES
+    given = set[str]().union(*groups) - {"lr"}
+    alone = set(rule.keys).difference(*(other.keys for other in RULES.values() if other is not rule))
+    if found & own or (not found and given & alone):
+        return
+    others = [other for other in RULES.values() if other is not rule]
+    theirs = max(
+        others, key=lambda other: (len(found & {state.name for state in other.states}), len(given & set(other.keys)))
+    )
+    what = sorted(found or given & (set(theirs.keys) - set(rule.keys)))
+    if what:
+        raise ValueError(
+            f"the saved state is one of {theirs.title}, it has {what}; this optimizer is {rule.title}, whose states "
+            f"are {sorted(own)}"
         )
-        if other is not rule and (of_states or of_groups):
-            what = sorted(found & theirs) if of_states else sorted(given & (set(other.keys) - shared))
-            raise ValueError(
-                f"the saved state is one of {other.title}, it has {what}; this optimizer is {rule.title}, whose states "
-                f"are {sorted(own)}"
-            )
 
 
 def _same(a: object, b: object) -> bool:

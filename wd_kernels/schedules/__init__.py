@@ -8,13 +8,16 @@ here can be compared, printed, pickled, composed and drawn:
     Constant   StepDrop   Warmup   Cosine   WarmRestarts   WarmupStableDecay
     Sequential   Product                                    one after another; multiplied
     NormalizedDecay                                         also rebases the weight decay
+    PublishedRestarts                                       the restarts of the authors' code, to the bit
 
-`plot` draws them.
+`plot` draws them; `ScheduledLR` shows them to trainers that want an LR scheduler.
 """
 
 from .composed import Product, Sequential
 from .drawing import plot
 from .normalized import NormalizedDecay, normalized_weight_decay
+from .published import PublishedRestarts
+from .reporting import ScheduledLR
 from .shapes import Constant, Cosine, Schedule, StepDrop, WarmRestarts, Warmup, WarmupStableDecay
 
 __all__ = [
@@ -22,7 +25,9 @@ __all__ = [
     "Cosine",
     "NormalizedDecay",
     "Product",
+    "PublishedRestarts",
     "Schedule",
+    "ScheduledLR",
     "Sequential",
     "StepDrop",
     "WarmRestarts",
