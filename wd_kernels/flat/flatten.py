@@ -45,8 +45,8 @@ def flatten_(params: Params) -> list[FlatBuffer]:
     and goes on by its momentum. One that is frozen (`requires_grad=False`) after it had a gradient goes on likewise
     until `zero_grad`, which drops that gradient.
 
-    Flat tensors are ordinary ones but for their storages, which cannot be resized (`untyped_storage().resize_(0)`, as
-    offloading does it) nor shared with other processes: `unflatten_` first.
+    Flat tensors are ordinary ones, but that their storages cannot be resized (`untyped_storage().resize_(0)`, as some
+    offload): `unflatten_` first. What gives one other memory (`share_memory_()`, another process) takes it out.
 
     Args:
         params: as an optimizer takes them: parameters, (name, parameter) pairs, or dicts of parameter groups. Buffers
@@ -93,18 +93,17 @@ def flatten_(params: Params) -> list[FlatBuffer]:
                     theta.copy_(p)
                     writes.append(partial(setattr, p, "data", theta))
                 if grad is not None:
-                    writes.append(partial(setattr, p, "grad", grad if p.grad is None else grad.copy_(p.grad)))
+                    writes.append(partial(setattr, p, "grad", grad.zero_() if p.grad is None else grad.copy_(p.grad)))
                 if grad is not None or attached(p):
-                    writes.append(partial(_give, plan.memory, place.offset))
+                    writes.append(partial(plan.memory.given.add, place.offset))
+                elif plan.grad is not None and plan.grad is plan.memory.grad and place.offset in plan.memory.given:
+                    stretch(plan.grad, place.offset, p).zero_()  # nobody has it any more
+                    writes.append(partial(plan.memory.given.discard, place.offset))
         native.insist([*writes, changed])  # all or nothing: what raises has been done
     return [
         FlatBuffer(plan.memory, [p for p, *_ in plan.moves], [place.offset for *_, place in plan.moves])
         for plan in plans
     ]
-
-
-def _give(memory: FlatMemory, offset: int) -> None:
-    memory.given.add(offset)
 
 
 @dataclass
@@ -119,20 +118,21 @@ class _Plan:
 def _plan(memory: FlatMemory | None, members: Sequence[tuple[Tensor, str]]) -> _Plan:
     """Allocates what the parameters need: all of it, or gradients alone where they are flat already."""
     params = [p for p, _ in members]
+    data = grad = None
     if memory is not None:
-        places = [place_of(p) for p in params]
-        size, data = memory.numel, None
+        places = [place for place in map(place_of, params) if place is not None]
+        size, grad = memory.numel, memory.grad
+        missing = [p.requires_grad or place.offset in memory.given for p, place in zip(params, places, strict=True)]
+        whole = all(attached(p) or not lacks for p, lacks in zip(params, missing, strict=True))
+        # A gradient that is nobody's now, another's, or that of a parameter which is not given, keeps what it shows.
+        if grad is not None and not whole and stretches(grad) != sum(map(attached, params)):
+            grad = None
     else:
         offsets, size = [], 0
         for p in params:
             offsets.append(size)
             size += padded(p.numel())
         data = torch.zeros(size, dtype=params[0].dtype, device=params[0].device)
-    grad = memory.grad if memory is not None else None
-    # A gradient that is nobody's now, another's, or that of a parameter which is not given, keeps what it shows.
-    whole = all(attached(p) for p in params if p.requires_grad)
-    if grad is not None and not whole and stretches(grad) != sum(map(attached, params)):
-        grad = None
     if grad is None and any(p.requires_grad for p in params):
         grad = torch.zeros(size, dtype=params[0].dtype, device=params[0].device)
     if memory is None:
@@ -141,7 +141,6 @@ def _plan(memory: FlatMemory | None, members: Sequence[tuple[Tensor, str]]) -> _
         places = [memory.put(offset, p.numel()) for p, offset in zip(params, offsets, strict=True)]
     moves: list[tuple[Tensor, Tensor | None, Tensor | None, FlatPlace]] = []
     for p, place in zip(params, places, strict=True):
-        assert place is not None
         theta = None if data is None else stretch(data, place.offset, p)
         own = stretch(grad, place.offset, p) if p.requires_grad and grad is not None else None
         if own is not None and data is None and grad is memory.grad and attached(p):

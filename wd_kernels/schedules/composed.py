@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from .shapes import Schedule, named, where
+from .shapes import Schedule, named, opaque, where
 
 __all__ = ["Product", "Sequential"]
 
@@ -21,6 +21,7 @@ def _restarts(part: Callable[[int], float]) -> bool:
     return getattr(part, "restarts", False)
 
 
+@opaque
 @dataclass(frozen=True, init=False, repr=False)
 class _Composed(Schedule):
     parts: tuple[Callable[[int], float], ...]

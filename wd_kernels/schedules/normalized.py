@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
-from .shapes import Schedule, where
+from .shapes import Schedule, opaque, where
 
 __all__ = ["NormalizedDecay", "normalized_weight_decay"]
 
@@ -53,6 +53,7 @@ def normalized_weight_decay(weight_decay: float, batch_size: float, dataset_size
     return weight_decay * math.sqrt(batch_size / (dataset_size * epochs))
 
 
+@opaque
 @dataclass(frozen=True)
 class NormalizedDecay(Schedule):
     r"""A schedule under which the groups' ``weight_decay`` is :math:`\lambda_{norm}`, rebased at each warm restart.

@@ -9,11 +9,12 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache
 
-from .shapes import Schedule, whole
+from .shapes import Schedule, opaque, whole
 
 __all__ = ["PublishedRestarts"]
 
 
+@opaque
 @dataclass(frozen=True)
 class PublishedRestarts(Schedule):
     r"""Warm restarts as the authors' Lua code has them, to repeat its runs; for new ones take `WarmRestarts`.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from types import CellType, CodeType
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
     "Constant",
@@ -27,10 +27,12 @@ __all__ = [
     "WarmupStableDecay",
     "is_called",
     "named",
+    "opaque",
     "where",
     "whole",
 ]
 
+T = TypeVar("T")
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1.0 - x,
     "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
@@ -57,6 +59,12 @@ def _multiplier(schedule: Schedule, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) < math.inf:
         raise ValueError(f"{name}={value!r} of {type(schedule).__name__}: allowed are finite numbers >= 0")
     schedule._set(**{name: float(value)})
+
+
+def opaque(cls: type[T]) -> type[T]:
+    """Of a dataclass, one that does not look like it: OmegaConf, and so Hydra, would take its objects apart."""
+    del cls.__dataclass_fields__  # type: ignore[attr-defined]
+    return cls
 
 
 class Schedule(ABC):
@@ -91,6 +99,7 @@ class Schedule(ABC):
         return min(t, steps), steps
 
 
+@opaque
 @dataclass(frozen=True)
 class Constant(Schedule):
     r""":math:`\eta_t = ` `value`.
@@ -116,6 +125,7 @@ class Constant(Schedule):
         return self.value
 
 
+@opaque
 @dataclass(frozen=True)
 class StepDrop(Schedule):
     r""":math:`\eta_t = \gamma^{k}`, where :math:`k` milestones are at or before :math:`t`.
@@ -151,6 +161,7 @@ class StepDrop(Schedule):
         return float(self.factor ** sum(milestone <= t for milestone in self.milestones))
 
 
+@opaque
 @dataclass(frozen=True)
 class Warmup(Schedule):
     r"""Linear warm-up: :math:`\eta_t = s + (1 - s)\,(t + 1)/n` for :math:`t < n`, then 1.
@@ -179,6 +190,7 @@ class Warmup(Schedule):
         return self.start + (1.0 - self.start) * min((t + 1) / self.steps, 1.0)
 
 
+@opaque
 @dataclass(frozen=True)
 class Cosine(Schedule):
     r"""Cosine annealing: :math:`\eta_t = e + (1 - e)\,\tfrac12(1 + \cos(\pi t/n))` for :math:`t < n`, then :math:`e`.
@@ -205,6 +217,7 @@ class Cosine(Schedule):
         return self.end + (1.0 - self.end) * SHAPES["cosine"](min(t, self.steps) / self.steps)
 
 
+@opaque
 @dataclass(frozen=True)
 class WarmRestarts(Schedule):
     r"""Cosine annealing with warm restarts, which makes AdamW AdamWR and SGDW SGDWR.
@@ -254,6 +267,7 @@ class WarmRestarts(Schedule):
         return self.end + (1.0 - self.end) * SHAPES["cosine"](done / length)
 
 
+@opaque
 @dataclass(frozen=True)
 class WarmupStableDecay(Schedule):
     r"""Linear warm-up, then :math:`\eta = 1`, then a decay to :math:`e`.
