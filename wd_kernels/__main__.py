@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from . import native
-from .backends import BACKENDS, triton
+from .backends import BACKENDS, FASTEST, triton
 from .layout import Spec
 from .self_check import LIMIT, STEPS, Outcome, all_cases, check, device_of
 from .version import __version__
@@ -60,6 +60,11 @@ def versions() -> list[tuple[str, str]]:
     ]
 
 
+def fastest(kind: str) -> str:
+    """What backend="auto" takes for tensors of a type of device."""
+    return next((name for name in FASTEST.get(kind, ()) if BACKENDS[name].why_not() is None), "reference")
+
+
 def choices() -> list[tuple[str, str]]:
     """What was chosen on this machine."""
     if native.C is None:
@@ -71,13 +76,18 @@ def choices() -> list[tuple[str, str]]:
             instructions = str(raised).splitlines()[0]
         forced = os.environ.get("WD_KERNELS_ISA")
         instructions += f" (WD_KERNELS_ISA={forced})" if forced else ""
-    check = "native" if native.CHECKS else "Python (slower: the extension or torch's DLPack exchange API is missing)"
+    check = "in native code"
+    if not native.CHECKS:
+        check = "in Python, which is slower: the native extension is missing, or torch is one that it does not know"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     name = "none" if accelerator is None else str(accelerator)
     if name.startswith("cuda"):
         name = torch.cuda.get_device_name()
     threads = str(torch.get_num_threads())
-    chosen = [("instruction set", instructions), ("threads", threads), ("check", check), ("accelerator", name)]
+    kinds = [("CPU tensors", "cpu"), *([("GPU tensors", "cuda")] if accelerator is not None else [])]
+    chosen = [(what, f"backend='auto' steps them with {fastest(kind)!r}") for what, kind in kinds]
+    chosen += [("instruction set", instructions), ("threads", threads), ("GPU", name)]
+    chosen += [("tensors are checked", check)]
     return chosen + ([("CUDA kernels", native.OPS.cuda_built())] if native.load_cuda() is None else [])
 
 
