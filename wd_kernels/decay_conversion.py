@@ -35,11 +35,13 @@ WHERE = "convert_weight_decay"
 
 
 class Conversion(NamedTuple):
-    """A converted weight decay.
+    r"""A converted weight decay.
 
     Attributes:
         weight_decay: for the target mode.
-        exact: whether every step decays as in the source mode.
+        exact: whether every step takes as much off a weight to which no gradient comes. (The hyperbolic modes divide
+            the whole step, by :math:`1 + \eta c`: between a linear and a hyperbolic mode, what a gradient moves
+            differs by that, 20% at :math:`\eta c = 0.2`, also where `exact` is True.)
         deviation: the largest relative difference, over the steps, of what a step takes off a weight. 0 where exact.
             Where `l2` is approximated it is that of the approximation, not its error.
     """
