@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pathlib
 import warnings
 from collections.abc import Callable
@@ -217,6 +218,16 @@ def test_states_of_older_versions(version: str, name: str) -> None:
 # What is no state of such an optimizer --------------------------------------------------------------------------------
 
 
+def of_numbers() -> dict[str, Any]:
+    """A state that JSON can hold."""
+    opt = AdamW([nn.Parameter(torch.ones(2))])
+    opt.param_groups[0]["params"][0].grad = torch.ones(2)
+    opt.step()
+    saved = opt.state_dict()
+    saved["state"][0] = {name: value.tolist() for name, value in saved["state"][0].items()}
+    return saved
+
+
 def wrong() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
     model = nn.Linear(3, 2)
     flat = {"state.weight.step": torch.ones(()), "param_groups.weight.lr": 0.1}
@@ -228,6 +239,11 @@ def wrong() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
         "model": (model.state_dict, ValueError, "it has .'bias', 'weight'.: a model's state_dict"),
         "checkpoint": (lambda: of_adamw, ValueError, r"a whole checkpoint, of which load_state_dict\(checkpoint\['opt"),
         "flattened": (lambda: flat, ValueError, "a flattened one, which .*set_optimizer_state_dict loads"),
+        "json": (
+            lambda: json.loads(json.dumps(of_numbers())),
+            ValueError,
+            r"has states of \['0'\].*its parameters are \[0\]",
+        ),
         "other": (lambda: {"step": 3}, ValueError, "it has .'step'.: expected an optimizer's"),
     }
 
@@ -235,7 +251,7 @@ def wrong() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
 @pytest.mark.parametrize("what", list(wrong()))
 def test_what_is_no_optimizers_state(what: str) -> None:
     given, error, message = wrong()[what]
-    opt = AdamW(parameters())
+    opt = AdamW(parameters([(2,)]))
     with pytest.raises(error, match=message):
         opt.load_state_dict(given())
 

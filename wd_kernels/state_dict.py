@@ -121,6 +121,7 @@ def load(
                 f"{len(own['params'])}"
             )
     keys = list(chain.from_iterable(g["params"] for g in saved))
+    _check_keys(keys, state_dict["state"])
     _check_rule(rule, saved, [state_dict["state"].get(key) for key in keys])
 
     groups = []
@@ -275,6 +276,17 @@ def _misnamed(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
         f"its parameter {k} is {b!r}, that of this optimizer {a!r}: states are taken in order, not by name. Give the "
         "parameters in the order in which they were saved"
     ]
+
+
+def _check_keys(keys: Sequence[Any], states: Mapping[Any, Any]) -> None:
+    """Raises ValueError where there are states, and none of them is that of a parameter: all would begin anew."""
+    if not any(key in states for key in keys):
+        lost = [key for key, own in states.items() if isinstance(own, Mapping) and STATES & set(own)]
+        if lost:
+            raise ValueError(
+                f"the saved state has states of {lost[:3]}, ..., and its parameters are {list(keys[:3])}, ...: none of "
+                "them fits. JSON makes strings of numbers, and names want the same in 'params'"
+            )
 
 
 def _check_rule(rule: Rule, groups: Sequence[Mapping[str, Any]], states: Sequence[Any]) -> None:

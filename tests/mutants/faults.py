@@ -351,7 +351,7 @@ HELD = _of(
     ),
     (
         "flat walk: a lazy bit is not seen",
-        "    if (lazy(static_cast<const void*>(held[e.held + role].near))) return false;\n",
+        "    if (lazy(held[e.held + role])) return false;\n",
         "",
     ),
 )
@@ -693,8 +693,18 @@ RULES = [
         "rules reference optim checkpoint",
         (
             "rules: what tensors held is remembered",
-            "if all(type(v) in (float, bool, str) for",
-            "if all(type(v) in (float, bool, str, torch.Tensor) for",
+            "if all(type(v) in PLAIN for",
+            "if all(type(v) in (*PLAIN, torch.Tensor) for",
+        ),
+        (
+            "rules: torch's flag does not tell Adam from AdamW",
+            "group.get(FLAG) if self.torch.decoupled_flag else None",
+            "None",
+        ),
+        (
+            "rules: groups without a mode decay as torch's, not as the optimizer",
+            "_Unnamed(self.torch.decays[0] if default is None else default)",
+            "_Unnamed(self.torch.decays[0])",
         ),
         (
             "rules: of a complex state the real part alone begins at its first value",
@@ -717,11 +727,6 @@ RULES = [
             "scaled_lr * (1.0 / bias1)",
         ),
         (
-            "rules: AdamW freezes where the schedule is 0",
-            "frozen = 1.0 if lr == 0.0 else 0.0",
-            "frozen = 1.0 if a == 0.0 else 0.0",
-        ),
-        (
             "rules: bias corrections are remembered by beta2 alone",
             "_biases.get((beta1, beta2, t))",
             "next((found for (_, *key), found in _biases.items() if key == [beta2, t]), None)",
@@ -738,10 +743,11 @@ RULES = [
         "wd_kernels/rules/sgdw.py",
         "rules reference propositions optim",
         (
-            "rules: SGDW freezes where the schedule is 0",
-            "frozen = 1.0 if lr == 0.0 else 0.0",
-            "frozen = 1.0 if a == 0.0 else 0.0",
+            "rules: a buffer is carried into the paper's form without the schedule",
+            'a = at_least_zero("lr", saved["lr"], where) * at_least_zero("eta", saved.get("eta", 1.0), where)',
+            'a = at_least_zero("lr", saved["lr"], where)',
         ),
+        ("rules: a buffer is carried the wrong way", "a if forms[1] ==", "a if forms[0] =="),
         ("rules: a new buffer is dampened", "first_grad_coef if fresh else later_grad_coef", "later_grad_coef"),
         ("rules: nesterov without momentum's factor", "(1.0, momentum) if nesterov", "(1.0, 1.0) if nesterov"),
         ("rules: the paper's form without momentum takes no lr", "if paper and momentum:", "if paper:"),
@@ -874,14 +880,10 @@ CHANGES = _of(
     ),
     (
         "changes: complex parameters are compared by handles",
-        "native.CHECKS and not p.is_complex() and",
-        "native.CHECKS and",
+        "(p, found.grad_itself, *found.states)) and not p.is_complex()",
+        "(p, found.grad_itself, *found.states))",
     ),
-    (
-        "changes: parameters that refer to the optimizer are held",
-        "not p.is_complex() and not refers",
-        "not p.is_complex()",
-    ),
+    ("changes: nobody keeps what native code looks at", "self._held, self._view = held, native", "self._view = native"),
     ("python rows: a buffer is never fresh", "int(steps[i]) + 1, bool(fresh[i])", "int(steps[i]) + 1, False"),
     ("python: autograd is not told", "            work.increment(work.written)\n", ""),
     ("python: a stand-in is not copied back", "            to.copy_(source)\n", "            pass\n"),
@@ -956,20 +958,50 @@ VALIDATION = _of(
 CHECKPOINT = _of(
     "wd_kernels/state_dict.py",
     "checkpoint schedules",
-    ("checkpoint: a saved schedule's name replaces the schedule", 'LIVE = (*HOW, "schedule")', "LIVE = HOW"),
+    ("checkpoint: a saved schedule's name replaces the schedule", '"schedule", "show_lr")', '"show_lr")'),
+    ("checkpoint: lambda is loaded without its mode", 'loaded.pop("weight_decay", None)', "pass"),
+    ("checkpoint: a decay of 0 is not loaded", '(same_form and _is_zero(decay["weight_decay"]))', "False"),
+    (
+        "checkpoint: lambda_norm is loaded as lambda",
+        " and _normalizes(theirs) == _normalizes(schedule)\n",
+        "\n",
+    ),
+    (
+        "checkpoint: buffers are not carried between forms",
+        "            if factor != 1.0:",
+        "            if factor == 0.0:",
+    ),
+    ("checkpoint: an absent eta keeps the live one", 'loaded.setdefault("eta", 1.0)', "pass"),
+    ("checkpoint: a count of nothing replaces the live one", 'loaded.pop("schedule_step", None)', "pass"),
+    ("checkpoint: a shown lr is taken for the first", '        loaded["lr"] = first\n', "        pass\n"),
+    ("checkpoint: base_lr does not know initial_lr", 'saved.get("initial_lr") if first is None else first', "first"),
+    (
+        "checkpoint: groups hold what torch's distributed checkpoints lack",
+        "            del group[key]\n",
+        "            pass\n",
+    ),
+    (
+        "checkpoint: SGDW saves counts",
+        "if not rule.torch.counts_steps and isinstance",
+        "if found is None and isinstance",
+    ),
+    (
+        "checkpoint: what a distributed checkpoint has not found is loaded",
+        "isinstance(value, Mapping) and not value:",
+        "value is None:",
+    ),
     ("checkpoint: saved counts go on counting", '"step": value["step"].clone()}', '"step": value["step"]}'),
     (
         "checkpoint: loaded states are not copied",
         "loaded.clone(memory_format=torch.preserve_format) if loaded is detached else loaded",
         "loaded",
     ),
-    ("checkpoint: decoupled_weight_decay=True leaves l2", "elif decoupled is True and", "elif decoupled is None and"),
     (
         "checkpoint: loaded settings are shared with the saved state",
-        "settings = {k: deepcopy(v) for",
-        "settings = {k: v for",
+        "loaded = {key: deepcopy(value) for",
+        "loaded = {key: value for",
     ),
-    ("checkpoint: bad hyperparameters load", "    rule.hypers(groups)\n    for", "    for"),
+    ("checkpoint: bad hyperparameters load", "    rule.hypers([{**own, **loaded, **decay}], where=where)\n", ""),
     (
         "checkpoint: groups of other lengths load",
         '        if len(own["params"]) != len(other["params"]):',
@@ -980,12 +1012,12 @@ CHECKPOINT = _of(
         "            if place is not None:\n                own[name]",
         "            if place is not None and not p.numel():\n                own[name]",
     ),
-    ("checkpoint: l2 is not told to torch", 'group["decay"] != "l2"', 'group["decay"] != ""'),
-    ("checkpoint: the eta of a schedule stays where there is none", 'lost.add("eta")', "pass"),
+    ("checkpoint: l2 is not told to torch", 'group[FLAG] = mode != "l2"', 'group[FLAG] = mode != ""'),
+    ("checkpoint: the eta of a schedule stays where there is none", 'loaded.pop("eta", None)', "pass"),
     (
         "checkpoint: torch's Adagrad gets the states of those alone that were stepped",
-        "if rule.torch.all_states else ():",
-        "if not groups else ():",
+        "if rule.torch.all_states and not found and known:",
+        "if rule.torch.all_states and found is None and not known:",
     ),
     ("checkpoint: exported states of what was not stepped are zeros", "state.begin(zeros(), group)", "zeros()"),
 )
@@ -996,6 +1028,18 @@ FLAT = [
         "flat flat_tensors",
         ("flat: a parameter of another dtype is taken for flat", "            and p.dtype == self.dtype\n", ""),
         ("flat: padding of 16 elements", "PADDING = 32", "PADDING = 16"),
+        (
+            "flat: gradients that are not all are given",
+            "            elif p.requires_grad:\n",
+            "            elif False:\n",
+        ),
+        ("flat: what was dropped is shown", "return None if stale else base", "return base"),
+        ("flat: places outlive their memory", "weakref.ref(data, self._forget)", "weakref.ref(data)"),
+        (
+            "flat: parameters that lie elsewhere are shown",
+            "return self._memory.data if whole else None",
+            "return self._memory.data",
+        ),
         (
             "flat: tensors are views of the whole buffer",
             "    return dlpack.from_dlpack(dlpack.to_dlpack(view))  # type: ignore[attr-defined]",
@@ -1008,15 +1052,21 @@ FLAT = [
         ("flat: zeroing spares nobody", "if sum(map(stretches, memory)) != sum(a != 0 for a in lie):", "if not lie:"),
         ("flat: memory of old states is given out again", " or place.offset in base.given:", ":"),
         (
+            "flat: what was frozen keeps its gradient",
+            "                p.grad = None\n",
+            "",
+        ),
+        (
             "flat: gradients of another optimizer are zeroed too",
-            "if any(count != buffer.numel for buffer, count in taken.items()):",
+            "if any(count != memory.numel for memory, count in taken.items()):",
             "if not taken:",
         ),
     ),
     *_of(
         "wd_kernels/flat/flatten.py",
         "flat_tensors flat",
-        ("flatten: gradients are lost", "grad if p.grad is None else grad.copy_(p.grad)", "grad"),
+        ("flatten: gradients are lost", "grad.zero_() if p.grad is None else grad.copy_(p.grad)", "grad"),
+        ("flatten: a gradient comes back from the dead", "grad.zero_() if p.grad is None", "grad if p.grad is None"),
         (
             "flatten: views of other memory are moved",
             "if place is None and p.untyped_storage().nbytes() != p.numel() * p.itemsize:",
@@ -1024,8 +1074,8 @@ FLAT = [
         ),
         (
             "flatten: a gradient that somebody else has is taken",
-            "        if stretches(grad) != others:",
-            "        if stretches(grad) < others:",
+            "stretches(grad) != sum(map(attached, params)):",
+            "stretches(grad) < sum(map(attached, params)):",
         ),
         (
             "unflatten: parameters stay neighbours",
@@ -1082,6 +1132,9 @@ SCHEDULES = [
         ("schedules: a warm-up begins at 0", "min((t + 1) / self.steps, 1.0)", "min(t / self.steps, 1.0)"),
         ("schedules: a cosine rises again after its end", "(min(t, self.steps) / self.steps)", "(t / self.steps)"),
         ("schedules: a restart comes a step late", "while t >= length:", "while t > length:"),
+        ("schedules: lambdas are called alike", 'if value.__name__ == "<lambda>" else ""', 'if value is None else ""'),
+        ("schedules: names have addresses", 'return _ADDRESS.sub("", repr(value))', "return repr(value)"),
+        ("schedules: another Python's lambda is another", "if _PYTHON not in saved and", "if"),
         ("schedules: a drop comes a step late", "milestone <= t for", "milestone < t for"),
         (
             "schedules: the decay begins a step early",
@@ -1101,6 +1154,16 @@ SCHEDULES = [
         ("schedules: every part counts from the first step", "self.parts[k](t - self.firsts[k])", "self.parts[k](t)"),
     ),
     *_of(
+        "wd_kernels/schedules/published.py",
+        "schedules",
+        (
+            "published restarts: no batch comes late",
+            "if fraction == 1.0 and",
+            "if fraction > 1.0 - 1e-9 and",
+        ),
+        ("published restarts: the first period begins anew as well", "self.next = 1 + epochs", "self.next = epochs"),
+    ),
+    *_of(
         "wd_kernels/schedules/normalized.py",
         "normalized schedules",
         (
@@ -1117,6 +1180,14 @@ SCHEDULES = [
             'group["schedule_step"] = next(shared, 0)',
             'group["schedule_step"] = 0',
         ),
+        (
+            "stepping: a shown lr is scheduled again",
+            "            lr = _base_of_shown(lr, base_lr, eta, i)\n",
+            "            _base_of_shown(lr, base_lr, eta, i)\n",
+        ),
+        ("stepping: anybody may set a shown lr", "if lr in (base, eta * base):", "if lr:"),
+        ("stepping: an LR scheduler beside a schedule is not seen", "not in (0.0, scalar(", "in (0.0, scalar("),
+        ("stepping: a first lr is that of the moment", 'group.get("initial_lr", group["lr"])', 'group["lr"]'),
         (
             "stepping: from_lr scales the lr too",
             "result[i] = settings, lr, _ratio(lr, base_lr, eta, i), lr",
@@ -1181,9 +1252,14 @@ AROUND = [
             "model.named_parameters()",
         ),
         (
+            "groups: a parametrised weight is judged by its stand-in",
+            'if word.startswith("original"):',
+            'if word.startswith("no original"):',
+        ),
+        (
             "groups: names that only contain a bias decay",
-            '"bias" in name.rpartition(".")[2].split("_")',
-            'name.endswith("bias")',
+            'or "bias" in words or "biases" in words',
+            'or words[0].startswith("bias")',
         ),
     ),
     *_of(
