@@ -85,7 +85,7 @@ def test_another_decay_stays_out(
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         opt.load_state_dict(through_file(saved()))
-    said = [str(own.message) for own in seen if "decays by" in str(own.message)]
+    said = [str(own.message) for own in seen if "goes on with its own" in str(own.message)]
     assert len(said) == 1
     assert message in said[0]
     assert "convert_weight_decay" in said[0]
@@ -102,7 +102,7 @@ def test_who_converts_and_resumes() -> None:
     ours = AdamW(others, lr=1e-3, weight_decay=lam, decay="independent")
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p.data)
-    with pytest.warns(UserWarning, match="decays by weight_decay=0.1"):
+    with pytest.warns(UserWarning, match="has weight_decay=0.1"):
         ours.load_state_dict(theirs.state_dict())
     train(theirs, range(3, 8))
     train(ours, range(3, 8))
@@ -122,9 +122,7 @@ def test_a_decay_of_zero_means_the_same_everywhere(rule: str) -> None:
     assert {(group["weight_decay"], mode_of(live, group)) for group in live.param_groups} == {(0.0, "proximal")}
     for group in saved.param_groups[1:4]:
         group["weight_decay"] = 0.25
-    with pytest.warns(
-        UserWarning, match="param groups 1, 2, 3 of the saved state: it decays by weight_decay=0.25"
-    ) as seen:
+    with pytest.warns(UserWarning, match="param groups 1, 2, 3 of the saved state: it has weight_decay=0.25") as seen:
         live.load_state_dict(saved.state_dict())
     assert len(seen) == 1
     same = build(rule, [{"params": [p]} for p in parameters()], decay="metric_proximal", weight_decay=0.5)
@@ -164,14 +162,68 @@ def test_momentum_buffers_between_forms(way: tuple[Any, Any], source: str) -> No
 
 
 def test_a_buffer_that_cannot_be_carried() -> None:
-    """What was made at lr 0 in the paper's form holds nothing of the gradients: an error, and nothing is loaded."""
+    """Into torch's form where the next lr is 0: an error, and nothing is loaded."""
     saved = SGDW(parameters(), lr=0.0, momentum=0.9, form="paper")
     train(saved, range(2))
     live = SGDW(parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(ValueError, match=r"state 'momentum_buffer' of parameter 0 of group 0 was made at lr 0"):
+    with pytest.raises(ValueError, match=r"state 'momentum_buffer' of parameter 0 of group 0 cannot be carried over"):
         live.load_state_dict(saved.state_dict())
     assert not live.state
     assert live.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize("way", [("torch", "paper"), ("paper", "torch")])
+def test_buffers_are_carried_by_the_next_lr(way: tuple[Any, Any], shown: bool) -> None:
+    """At a drop of the schedule the loaded run takes the step that the other form would have taken."""
+
+    def make(form: Any, show: bool) -> Any:
+        schedule = schedules.StepDrop((3,), 0.01)
+        return SGDW([nn.Parameter(torch.ones(1))], 1.0, 0.9, form=form, schedule=schedule, show_lr=show)
+
+    for other in (False, True):
+        saved, live = make(way[0], shown), make(way[1], other)
+        train(saved, range(3))
+        live.load_state_dict(saved.state_dict())
+        (p,), (q,) = all_params(saved), all_params(live)
+        q.data.copy_(p.data)
+        before = float(p.detach())
+        for own in (p, q):
+            own.grad = torch.ones(1)
+        buffer = float(saved.state[p]["momentum_buffer"])
+        saved.step()
+        live.step()
+        # torch's form has the old gradients at the new lr, the paper's at theirs: each goes on as it was saved.
+        assert before - float(q.detach()) == pytest.approx(before - float(p.detach()), rel=1e-4)
+        moved = 0.9 * buffer + 0.01 if way[0] == "paper" else 0.01 * (0.9 * buffer + 1)
+        assert before - float(p.detach()) == pytest.approx(moved, rel=1e-4)
+
+
+def test_only_the_form_is_said_where_nothing_decays() -> None:
+    saved = SGDW(parameters(), lr=0.1, momentum=0.9, decay="independent", form="paper")
+    train(saved, range(2))
+    live = SGDW(parameters(), lr=0.1, momentum=0.9, decay="independent", weight_decay=0.3)
+    with pytest.warns(UserWarning, match="it has form='paper', SGDW here goes on with its own form='torch'; its buff"):
+        live.load_state_dict(saved.state_dict())
+    assert live.param_groups[0]["weight_decay"] == 0
+
+
+def test_a_schedule_of_ones_own_that_normalizes() -> None:
+    """The same one: lambda_norm is loaded, and nothing said."""
+
+    class Own(NormalizedDecay):
+        pass
+
+    def make() -> Any:
+        return build("adamw", parameters(), decay="independent", schedule=Own(schedules.Cosine(9)))
+
+    saved, live = make(), make()
+    train(saved, range(2))
+    saved.param_groups[0]["weight_decay"] = 0.3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        live.load_state_dict(saved.state_dict())
+    assert live.param_groups[0]["weight_decay"] == 0.3
 
 
 # Nothing is said in ordinary use --------------------------------------------------------------------------------------
@@ -287,6 +339,8 @@ def test_names_that_disagree() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         AdamW(params).load_state_dict(saved.state_dict())  # one of them has no names
+        wrapped = list(zip(("module.fc.weight", "_orig_mod.fc.bias"), params, strict=True))
+        AdamW(wrapped).load_state_dict(saved.state_dict())
         AdamW(list(zip(("fc.weight", "fc.bias"), params, strict=True))).load_state_dict(saved.state_dict())
 
 

@@ -29,8 +29,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize(
     "betas",
-    [[0.8, 0.95], ListConfig([0.8, 0.95]), np.array([0.8, 0.95]), torch.tensor([0.8, 0.95], dtype=torch.float64)],
-    ids=["list", "ListConfig", "array", "tensor"],
+    [
+        [0.8, 0.95],
+        (np.float64(0.8), np.float64(0.95)),
+        ListConfig([0.8, 0.95]),
+        np.array([0.8, 0.95]),
+        torch.tensor([0.8, 0.95], dtype=torch.float64),
+    ],
+    ids=["list", "numpy", "ListConfig", "array", "tensor"],
 )
 def test_betas_of_any_kind(betas: Any) -> None:
     """As torch takes them; checkpoints hold numbers. In the constructor, in a group, and in the functional API."""
@@ -155,10 +161,40 @@ def test_a_key_with_a_typo(key: str, meant: str) -> None:
     assert seen[0].filename == __file__
 
 
+def test_a_group_that_was_refused_can_be_given_again() -> None:
+    """Its parameters too, where they were a generator."""
+    opt = AdamW(parameters([(3,)]))
+    group: dict[str, Any] = {"params": nn.Linear(2, 2).parameters(), "weight_decay": -1.0}
+    with pytest.raises(ValueError, match=r"weight_decay=-1\.0 in param group 1"):
+        opt.add_param_group(group)
+    group["weight_decay"] = 0.1
+    opt.add_param_group(group)
+    assert [p.shape for p in opt.param_groups[1]["params"]] == [(2, 2), (2,)]
+
+
+def test_an_optimizer_from_anothers_defaults() -> None:
+    for opt in (AdamW(parameters(), decay="l2", schedule="from_lr"), SGDW(parameters(), momentum=0.9, form="paper")):
+        again = type(opt)(parameters(), **opt.defaults)
+        assert again.defaults == opt.defaults
+
+
 def test_keys_that_others_keep_in_groups() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        keys = ("lr_scale", "name", "initial_lr", "layer_id", "param_names_", "swa", "fsdp", "lr_mult", "is_frozen")
+        keys = (
+            "lr_scale",
+            "name",
+            "initial_lr",
+            "layer_id",
+            "param_names_",
+            "swa",
+            "fsdp",
+            "lr_mult",
+            "is_frozen",
+            "no_weight_decay",
+            "scheduler",
+            "base_lrs",
+        )
         AdamW([{"params": parameters(), "foreach": True, **{key: 1.0 for key in keys if key != "param_names_"}}])
 
 

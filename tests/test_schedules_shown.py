@@ -14,6 +14,8 @@ import torch
 from bits import assert_same_bits
 from saving import through_file
 from semantics import build, parameters, set_gradients
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler
 from training import BUILD, small
 
@@ -65,6 +67,8 @@ def test_shown_and_unshown_states_exchange() -> None:
         for _ in range(4):
             saved.step()
         live.load_state_dict(saved.state_dict())
+        if live_shows and saved_shows:
+            assert live.param_groups[0]["lr"] == saved.param_groups[0]["lr"] == 0.1 * Cosine(8)(3)
         for opt in (saved, live):
             opt.param_groups[0]["params"][0].data.fill_(1.0)
             opt.step()
@@ -91,8 +95,8 @@ def test_a_shown_lr_is_not_set() -> None:
     ):
         opt.step()
     opt.param_groups[0]["lr"] = shown
-    with pytest.raises(ValueError, match=r"lr=0\.025 in param group 0"):  # eta has moved on by the step at lr 0
-        opt.step()
+    opt.step()
+    assert opt.param_groups[0]["schedule_step"] == 2  # the step at lr 0 moved nothing, and did not count
     opt.param_groups[0].update(lr=0.2, base_lr=0.2)
     opt.step()
     for options, message in (
@@ -198,6 +202,25 @@ def test_the_same_schedule_has_the_same_name(make: Callable[[], Any]) -> None:
         small("adamw", schedule=second).load_state_dict(opt.state_dict())
 
 
+def test_what_a_function_changes_is_not_in_its_name() -> None:
+    """Nor are thousands of numbers that it has captured."""
+
+    def counting() -> Callable[[int], float]:
+        calls, table = 0, tuple(range(10_000))
+
+        def eta(t: int) -> float:
+            nonlocal calls
+            calls += 1
+            return 1.0 if table else 0.0
+
+        return eta
+
+    first, second = counting(), counting()
+    first(0)
+    assert saved_name(first) == saved_name(second)
+    assert len(saved_name(first)) < 200
+
+
 @pytest.mark.parametrize(("a", "b"), OTHERS)
 def test_another_schedule_has_another_name(a: Any, b: Any) -> None:
     assert saved_name(a) != saved_name(b)
@@ -271,6 +294,29 @@ def test_one_rule_for_the_count() -> None:
         assert scheduled_from(small("adamw", decay="lr_scaled").state_dict()).param_groups[0]["schedule_step"] == 0
 
 
+def test_torchs_distributed_checkpoints_do_not_count() -> None:
+    """They make the states that they fill by a step at lr 0: a count that was set stays, and 0 is said."""
+    saved = torch.optim.AdamW(nn.Linear(3, 2).parameters(), lr=0.1)
+    for p in saved.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    saved.step()
+    for count in (0, 1000):
+        model = nn.Linear(3, 2)
+        opt = AdamW(model.parameters(), lr=0.1, schedule=Cosine(2000))
+        opt.param_groups[0]["schedule_step"] = count
+        state = get_optimizer_state_dict(model, opt)
+        assert opt.param_groups[0]["schedule_step"] == count
+        names = ["weight", "bias"]
+        given = saved.state_dict()
+        state["state"] = {name: given["state"][k] for k, name in enumerate(names)}
+        state["param_groups"] = [{**given["param_groups"][0], "params": names}]
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            set_optimizer_state_dict(model, opt, state)
+        assert opt.param_groups[0]["schedule_step"] == count
+        assert len([own for own in seen if "has followed no schedule" in str(own.message)]) == (count == 0)
+
+
 # base_lr and torch's initial_lr ---------------------------------------------------------------------------------------
 
 
@@ -296,6 +342,36 @@ def test_a_state_without_a_first_lr_is_said() -> None:
     with pytest.warns(UserWarning, match=r"it has lr=0.005, and neither base_lr nor.*this optimizer's base_lr=0.001"):
         opt.load_state_dict(theirs.state_dict())
     assert opt.param_groups[0]["base_lr"] == 1e-3
+
+
+def test_a_base_that_was_chosen_stays() -> None:
+    """OneCycleLR's initial_lr is not the lr at which eta is 1, and the README says base_lr=max_lr."""
+    theirs = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.01)
+    lr_scheduler.OneCycleLR(theirs, max_lr=0.1, total_steps=10)
+    opt = AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.01, schedule="from_lr", base_lr=0.1)
+    opt.load_state_dict(theirs.state_dict())
+    assert opt.param_groups[0]["base_lr"] == 0.1
+
+
+def test_an_lr_that_a_scheduler_has_left_is_said() -> None:
+    theirs = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    lr_scheduler.LambdaLR(theirs, lambda t: 0.25)
+    opt = AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.1, schedule=Cosine(9))
+    with pytest.warns(UserWarning, match=r"its lr=0.025 is what an LR scheduler made of 0.1, and schedule=Cosine"):
+        opt.load_state_dict(theirs.state_dict())
+
+
+def test_a_late_group_beside_shown_ones() -> None:
+    opt = small("adamw", schedule=Cosine(9), show_lr=True)
+    for _ in range(4):
+        opt.step()
+    shown = opt.param_groups[0]["lr"]
+    with pytest.warns(UserWarning, match="param group 1 takes its lr=.* for its base_lr"):
+        opt.add_param_group({"params": parameters([(3,)]), "lr": shown})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.add_param_group({"params": parameters([(3,)]), "lr": shown, "base_lr": 0.1})
+        opt.add_param_group({"params": parameters([(3,)])})
 
 
 def test_a_group_that_comes_late_and_follows_lr() -> None:

@@ -57,6 +57,13 @@ def test_steps_without_memory(ours: Any, theirs: Any) -> None:
             assert found == shapes_of_a_step(theirs)
         assert len(found) == 4
     with FakeTensorMode():
+        (w,) = made = [torch.nn.Parameter(torch.ones(3, 2))]
+        w.grad = torch.ones(3, 2)
+        optimizer = ours(made)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        assert {t.shape for t in optimizer.state[w].values()} == {torch.Size([]), torch.Size([3, 2])}
         of_sgd = shapes_of_a_step(partial(wd_kernels.SGDW, momentum=0.9))
     assert [set(own) for own in of_sgd] == [{"step", "momentum_buffer"}] * 4
 
@@ -76,6 +83,9 @@ def test_a_model_that_was_made_on_meta(build: Any) -> None:
         optimizer.step()
     optimizer.param_groups[0]["params"] = list(model.parameters())
     optimizer.step()
+    frozen = torch.nn.Parameter(torch.zeros(3, device="meta"), requires_grad=False)  # offloaded, say
+    idle = torch.nn.Parameter(torch.ones(2))
+    build([frozen, idle], weight_decay=0.1).step()
     assert all(float(p.detach().max()) < 1 for p in model.parameters())
 
 

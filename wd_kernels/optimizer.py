@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from functools import cache, partial
@@ -27,6 +27,10 @@ from .validation import Extent, check_disjoint, check_parameter, has_memory, lab
 __all__ = ["DecoupledOptimizer"]
 
 
+#: Keys of others' in groups that look like ours.
+OTHERS = ("no_weight_decay", "scheduler", "base_lrs", "initial_lrs")
+
+
 class DecoupledOptimizer(Optimizer):
     """A torch.optim.Optimizer that steps all its parameters through one table."""
 
@@ -34,7 +38,7 @@ class DecoupledOptimizer(Optimizer):
     _warned_of_scheduler = False
 
     def __init__(self, params: ParamsT, backend: str, **defaults: Any) -> None:
-        defaults = {**stepping.SETTINGS, **defaults}
+        defaults = {**stepping.DEFAULTS, **defaults}
         _refuse_flags(defaults, "")
         backends.check(backend)
         self.backend = backend
@@ -104,6 +108,8 @@ class DecoupledOptimizer(Optimizer):
         """Adds a group. As torch's, and a bad parameter or hyperparameter is an error here, by name."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group is a {type(param_group).__name__}: expected a dict")
+        if isinstance(param_group.get("params"), Iterator):
+            param_group["params"] = list(param_group["params"])
         index, given = len(self.param_groups), dict(param_group)
         try:
             _name_empty_groups([*self.param_groups, param_group])
@@ -140,7 +146,7 @@ class DecoupledOptimizer(Optimizer):
                 settings[own.name] = pair(own.name, settings[own.name], where)
 
     def _warn_of_typos(self, given: Mapping[str, Any], index: int) -> None:
-        known = [*self.defaults, FLAG, "params", "param_names", "initial_lr"]
+        known = [*self.defaults, FLAG, "params", "param_names", "initial_lr", "schedule_step", *OTHERS]
         for key in given:
             if key not in known and (near := get_close_matches(str(key), known, 1, 0.85)) and near[0] not in given:
                 warn(f"param group {index} has a key {key!r} that nothing here reads: is {near[0]!r} meant?")
@@ -220,7 +226,8 @@ class DecoupledOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("backend", "auto")
-        self.defaults = {**stepping.SETTINGS, **self.defaults}
+        self.defaults = {**stepping.DEFAULTS, **self.defaults}
+        self.defaults.pop("schedule_step", None)  # version 0.1 had it there
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key not in ("decay", *stepping.SETTINGS, *self.rule.absent):  # absent, they mean what torch does

@@ -32,12 +32,13 @@ from .rules import FLAG, RULES, Rule
 from .schedules import stepping
 from .schedules.shapes import is_called, named
 from .schedules.stepping import follows_lr
-from .validation import conform_state, label, step_count
+from .validation import conform_state, label, step_count, without_memory
 
 __all__ = ["export", "load", "settle", "with_own_counts"]
 
 HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would step: the live group's stay
 LIVE = (*HOW, "schedule", "show_lr")  # what a loaded group does not replace
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 #: The states of every rule: those of another one are kept in a loaded state, as they should lie.
 STATES = frozenset(state.name for rule in RULES.values() for state in rule.states)
 
@@ -138,7 +139,11 @@ def load(
 
     places = [(g, k, p) for g, group in enumerate(groups) for k, p in enumerate(group["params"])]
     parameter_of = dict(zip(keys, places, strict=True))
-    factors = [rule.carry(other, own, where.format(i)) for i, (own, other) in enumerate(zip(live, saved, strict=True))]
+    factors: list[Mapping[str, float]] = [{} for _ in groups]
+    if any(_form(rule, own) != _form(rule, other) for own, other in zip(live, saved, strict=True)):
+        next_step, _ = stepping.follow(groups, rule.hypers(groups, where=where, default=default))
+        scaled = [a for *_, a in next_step]
+        factors = [rule.carry(other, own, a) for other, own, a in zip(saved, groups, scaled, strict=True)]
     state: defaultdict[Any, Any] = defaultdict(dict)
     flat = FlatStates()
     for key, value in state_dict["state"].items():
@@ -171,13 +176,19 @@ def _load_group(
         "decay": _saved_mode(rule, saved, own, default),
         **_form(rule, saved),
     }
-    rule.hypers([{**own, **loaded, **decay}], where=where)
+    rule.hypers([{**own, **loaded, **decay}], where=where, default=default)
     for key in _form(rule, own):
         loaded.pop(key, None)
-    same_form = _form(rule, saved) == _form(rule, own)
-    same_meaning = same_form and decay["decay"] == live_decay["decay"] and _normalizes(theirs) == _normalizes(schedule)
-    if not same_meaning and not (same_form and _is_zero(decay["weight_decay"])):  # 0 means the same in every mode
-        loaded.pop("weight_decay", None)
+    same_form, nothing = _form(rule, saved) == _form(rule, own), _is_zero(decay["weight_decay"])
+    same_norm = _normalizes(theirs) == _normalizes(schedule) or (
+        theirs is not None and is_called(schedule, str(theirs))
+    )
+    if nothing:  # which means the same in every mode
+        for key in ("weight_decay", "decay"):
+            del decay[key], live_decay[key]
+    if not same_form or not (nothing or (decay["decay"] == live_decay["decay"] and same_norm)):
+        if not nothing:
+            loaded.pop("weight_decay", None)
         remarks.append(_of_another_decay(rule, decay, live_decay, theirs, schedule))
 
     if follows_lr(own) or (schedule is None and theirs is not None):
@@ -197,17 +208,26 @@ def _load_group(
 def _load_lr(own: Mapping[str, Any], saved: Mapping[str, Any], loaded: dict[str, Any]) -> list[str]:
     """What lr and base_lr are when another kind of schedule was saved, and what is to be said of that."""
     first = loaded.pop("base_lr", None)
-    if saved.get("show_lr") and not follows_lr(own):
+    if saved.get("show_lr") and not follows_lr(own) and not own.get("show_lr"):
         loaded["lr"] = first
     if own.get("show_lr"):
         loaded["base_lr"] = loaded.get("lr", own["lr"]) if first is None else first
         loaded["lr"] = loaded["base_lr"] if not saved.get("show_lr") else loaded["lr"]
         loaded["eta"] = 1.0 if not saved.get("show_lr") else loaded.get("eta", 1.0)
+    elif own.get("schedule") is not None and not follows_lr(own):
+        first = saved.get("initial_lr")
+        if saved.get("schedule") is None and first is not None and not _same(first, saved.get("lr")):
+            return [
+                f"its lr={_plain(saved['lr'])} is what an LR scheduler made of {_plain(first)}, and schedule="
+                f"{named(own['schedule'])} multiplies it: set group['lr'] to the lr that it is to be of"
+            ]
     elif follows_lr(own):
-        first = saved.get("initial_lr") if first is None else first
+        base_lr = own.get("base_lr")
+        chosen = not _same(base_lr, own.get("lr")) and not _same(base_lr, own.get("initial_lr"))
+        first = saved.get("initial_lr") if first is None and not chosen else first
         if first is not None:
             loaded["base_lr"] = deepcopy(first)
-        elif "lr" in saved and not _same(saved["lr"], own.get("base_lr")):
+        elif "lr" in saved and not chosen and not _same(saved["lr"], own.get("base_lr")):
             return [
                 f"it has lr={_plain(saved['lr'])}, and neither base_lr nor an LR scheduler's initial_lr: eta is "
                 f"lr / base_lr with this optimizer's base_lr={own.get('base_lr')}; if that is not meant, set "
@@ -238,9 +258,11 @@ def _of_another_decay(
 ) -> str:
     had, goes_on = (", ".join(f"{key}={_plain(value)!r}" for key, value in own.items()) for own in (saved, live))
     normal = [" under NormalizedDecay" if _normalizes(own) else "" for own in (theirs, schedule)]
-    carried = "; its buffers are carried over, by the saved lr" if saved.get("form") != live.get("form") else ""
+    carried = (
+        "; its buffers are carried over, by the lr of the next step" if saved.get("form") != live.get("form") else ""
+    )
     return (
-        f"it decays by {had}{normal[0]}, {rule.title} here goes on with its own {goes_on}{normal[1]}{carried}. To go "
+        f"it has {had}{normal[0]}, {rule.title} here goes on with its own {goes_on}{normal[1]}{carried}. To go "
         "on as saved, make the optimizer so, or set the group's after loading; convert_weight_decay carries a weight "
         "decay from one mode to another"
     )
@@ -268,7 +290,10 @@ def _begins(group: Mapping[str, Any], saved: Mapping[str, Any], states: Sequence
 def _misnamed(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """What is to be said of parameters that have other names than the saved ones, which are taken in order."""
     ours, theirs = own.get("param_names"), saved.get("param_names")
-    if not isinstance(ours, (list, tuple)) or not isinstance(theirs, (list, tuple)) or list(ours) == list(theirs):
+    if not isinstance(ours, (list, tuple)) or not isinstance(theirs, (list, tuple)):
+        return []
+    ours, theirs = ([_unwrapped(str(name)) for name in names] for names in (ours, theirs))
+    if ours == theirs:
         return []
     k = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     a, b = (names[k] if k < len(names) else None for names in (ours, theirs))
@@ -276,6 +301,11 @@ def _misnamed(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
         f"its parameter {k} is {b!r}, that of this optimizer {a!r}: states are taken in order, not by name. Give the "
         "parameters in the order in which they were saved"
     ]
+
+
+def _unwrapped(name: str) -> str:
+    """A parameter's name without what wrappers put into it: DDP, torch.compile, FSDP, activation checkpoints."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _check_keys(keys: Sequence[Any], states: Mapping[Any, Any]) -> None:
@@ -370,7 +400,9 @@ def _load_one(
     for name, value in saved.items():
         if (name == "step" or name in STATES) and isinstance(value, Mapping) and not value:
             continue  # torch's distributed checkpoints make it of what they have not found
-        if name == "step" and value is not None:
+        if isinstance(value, Tensor) and (without_memory(value) or without_memory(p)):
+            own[name] = value.detach().clone()  # a shape alone
+        elif name == "step" and value is not None:
             own[name] = torch.tensor(
                 step_count(value, f"the saved step count of {what}"), dtype=torch.float32, device="cpu"
             )
@@ -382,8 +414,8 @@ def _load_one(
             if factor != 1.0:
                 if not math.isfinite(factor):
                     raise ValueError(
-                        f"the saved state {name!r} of {what} was made at lr 0, by which it cannot be divided: give the "
-                        "optimizer the form that it was saved with"
+                        f"the saved state {name!r} of {what} cannot be carried over: the lr of the next step is 0, by "
+                        "which it would be divided. Give the optimizer the form that it was saved with"
                     )
                 loaded = loaded * factor
             if place is not None:

@@ -58,8 +58,9 @@ class FlatMemory:
         FlatMemory._count += 1
         self.number = FlatMemory._count
         self.device, self.dtype, self.numel = data.device, data.dtype, data.numel()
-        self._data, self._address = weakref.ref(data, self._forget), data.data_ptr()
         self._offsets: list[int] = []
+        self._grad: weakref.ref[Tensor] | None = None
+        self._data, self._address = weakref.ref(data, self._forget), data.data_ptr()
         self.attach(grad)
         memories[self.number] = self
 
@@ -137,8 +138,8 @@ class FlatBuffer:
     def grad(self) -> Tensor | None:
         """All gradients, as one tensor, zeros where a parameter is frozen; None where that is not all of them.
 
-        That is: where one lies elsewhere, was replaced or set to None, or where a layer was unfrozen since. Padding is
-        zero. `flatten_` brings gradients back.
+        That is: where one lies elsewhere, was replaced or set to None, where a layer was unfrozen since, or where
+        others lie here than `flatten_` was given this time. Padding is zero. `flatten_` brings gradients back.
         """
         memory = self._memory
         base, stale = memory.grad, set(memory.given)

@@ -135,8 +135,8 @@ class Rule:
             its factor and its share of "l2", and the step is theta - (decay * theta + u).
         torch: the class of torch that it equals.
         metric: what its steps are divided by, in words; empty: by nothing.
-        carry: (saved group, live group, where) to what a saved state is multiplied by, by name, to be one of the live
-            group.
+        carry: (saved group, live group, its scaled learning rate in the next step) to what a saved state is multiplied
+            by, by name, to be one of the live group.
         variants: options that between them show all it can do, by name; the self-check runs them.
     """
 
@@ -153,7 +153,7 @@ class Rule:
     torch: TorchTwin
     metric: str
     variants: Mapping[str, Mapping[str, Any]]
-    carry: Callable[[Mapping[str, Any], Mapping[str, Any], str], Mapping[str, float]] = lambda saved, live, where: {}
+    carry: Callable[[Mapping[str, Any], Mapping[str, Any], float], Mapping[str, float]] = lambda saved, live, a: {}
     _memo: dict[tuple[Any, ...], Settings] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

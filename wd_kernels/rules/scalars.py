@@ -94,7 +94,8 @@ def pair(name: str, value: Any, where: str) -> Any:
     Raises TypeError naming the hyperparameter and the group.
     """
     if isinstance(value, (tuple, list)) and len(value) == 2:
-        return value
+        plain = all(type(item) in (float, int) or isinstance(item, torch.Tensor) for item in value)
+        return value if plain else tuple(scalar(f"{name}[{i}]", item, where) for i, item in enumerate(value))
     if isinstance(value, (Sequence, torch.Tensor)) or hasattr(value, "__array__"):
         items = () if isinstance(value, (str, bytes, tuple, list)) or not _sized(value) else tuple(value)
         if len(items) == 2:

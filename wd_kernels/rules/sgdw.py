@@ -87,12 +87,11 @@ def equation(
     return u, {"momentum_buffer": b}
 
 
-def carry(saved: Mapping[str, Any], live: Mapping[str, Any], where: str) -> dict[str, float]:
-    """The buffer of form "paper" is that of "torch" times the lr."""
+def carry(saved: Mapping[str, Any], live: Mapping[str, Any], a: float) -> dict[str, float]:
+    """In the next step the buffer of form "paper" moves weights as that of "torch" does times the lr of that step."""
     forms = [group.get("form", "torch") for group in (saved, live)]
     if forms[0] == forms[1]:
         return {}
-    a = at_least_zero("lr", saved["lr"], where) * at_least_zero("eta", saved.get("eta", 1.0), where)
     return {"momentum_buffer": a if forms[1] == "paper" else 1.0 / a if a else math.inf}
 
 

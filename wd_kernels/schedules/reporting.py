@@ -36,6 +36,9 @@ class ScheduledLR(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer, last_epoch: int = -1) -> None:
+        for group in optimizer.param_groups:
+            if group.get("show_lr"):
+                group.setdefault("initial_lr", group["base_lr"])
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:  # type: ignore[override]

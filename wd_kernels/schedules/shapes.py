@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import hashlib
 import inspect
@@ -343,7 +344,8 @@ def _called(value: object, depth: int) -> str:
         return f"{_called(value.__self__, depth + 1)}.{value.__name__}"
     if inspect.isfunction(value):
         names, cells = value.__code__.co_freevars, value.__closure__ or ()
-        captured = {name: _content(cell) for name, cell in zip(names, cells, strict=True)}
+        moved = {i.argval for i in dis.get_instructions(value) if i.opname == "STORE_DEREF"}  # what counts calls, say
+        captured = {name: _content(cell) for name, cell in zip(names, cells, strict=True) if name not in moved}
         own = [*_pairs(captured, depth), *_pairs(value.__kwdefaults__ or {}, depth)]
         own += [_called(v, depth + 1) for v in value.__defaults__ or ()]
         code = _PYTHON + _digest(value.__code__) if value.__name__ == "<lambda>" else ""
@@ -351,7 +353,7 @@ def _called(value: object, depth: int) -> str:
     name = getattr(value, "__qualname__", None)
     if isinstance(name, str):
         return name
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and len(value) <= 16:
         return f"({', '.join(_called(v, depth + 1) for v in value)})"
     if depth and not (value is None or isinstance(value, (Schedule, Real, str))):
         return type(value).__qualname__  # a model that was captured prints pages

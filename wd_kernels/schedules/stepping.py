@@ -17,11 +17,25 @@ from torch import Tensor
 from ..caller import warn
 from ..rules import Hyper, at_least_zero, flag, scalar
 
-__all__ = ["FROM_LR", "SETTINGS", "ScheduleLike", "Tick", "adopt", "check", "follow", "follows_lr", "moved_beside"]
+__all__ = [
+    "DEFAULTS",
+    "FROM_LR",
+    "SETTINGS",
+    "ScheduleLike",
+    "Tick",
+    "adopt",
+    "check",
+    "follow",
+    "follows_lr",
+    "moved_beside",
+]
 
 FROM_LR = "from_lr"
 #: The keys of a group, and what they are where nothing is given.
 SETTINGS: dict[str, Any] = {"schedule": None, "schedule_step": 0, "base_lr": None, "show_lr": False}
+
+#: Those that the optimizer has arguments for.
+DEFAULTS = {key: value for key, value in SETTINGS.items() if key != "schedule_step"}
 
 ScheduleLike: TypeAlias = Callable[[int], float] | Literal["from_lr"] | None
 #: What a finished step writes: (group, key, value).
@@ -78,6 +92,7 @@ def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapp
         others: the optimizer's other groups.
         where: what errors call it.
     """
+    group.setdefault("schedule_step", 0)
     if "show_lr" not in given and (group["schedule"] is None or follows_lr(group)):
         group["show_lr"] = False
     if "base_lr" not in given and not follows_lr(group) and not group["show_lr"]:
@@ -103,7 +118,17 @@ def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapp
                 f"{where} begins at eta = lr / base_lr = {own:g}, where the other groups are at "
                 f"{', '.join(f'{eta:g}' for eta in sorted(theirs))}: give base_lr, the lr at which its eta is 1"
             )
-    elif inherited and "schedule_step" not in given:
+    elif (
+        group["show_lr"]
+        and not chosen
+        and "lr" in given
+        and any(other.get("show_lr") and other.get("eta", 1.0) != 1 for other in others)
+    ):
+        warn(
+            f"{where} takes its lr={group['lr']} for its base_lr, which the schedule multiplies; that of other groups "
+            "shows what it has made of theirs: give base_lr"
+        )
+    if not follows_lr(group) and inherited and "schedule_step" not in given:
         shared = (check(own, "another group") for own in others if own.get("schedule") is group["schedule"])
         group["schedule_step"] = next(shared, 0)
 
@@ -145,6 +170,8 @@ def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[l
         ticks += ((group, "eta", eta), (group, "schedule_step", t + 1))
         if base_lr is not None and (lr or not base_lr):
             ticks.append((group, "lr", eta * lr))
+    if all(lr == 0.0 for _, lr, _, _ in result):
+        ticks = []  # nothing moves: so torch's distributed checkpoints make the states that they fill
     return result, ticks
 
 
@@ -168,7 +195,7 @@ def _base_of_shown(lr: float, base_lr: Any, eta: float, index: int) -> float:
         return 0.0
     raise ValueError(
         f"lr={lr} in param group {index} with show_lr=True, where it shows what the schedule makes of base_lr={base}: "
-        "it is set by something else, an LR scheduler perhaps; allowed is to set base_lr"
+        "it is set by something else, an LR scheduler perhaps; allowed is to set both, base_lr and lr, to a new base"
     )
 
 

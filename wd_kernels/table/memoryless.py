@@ -36,7 +36,7 @@ def wanted(groups: Sequence[Mapping[str, Any]]) -> bool:
         return False
     with_gradient = [p for p in there if p.grad is not None]
     stepped = [p for p in bare if p.grad is not None]
-    if not with_gradient:
+    if not with_gradient and all(without_memory(p) for p in there if p.requires_grad):
         raise RuntimeError(
             f"{len(bare)} of {len(there)} parameters are on the meta device or fake, and none has a gradient: was the "
             "optimizer made before model.to_empty() or model.load_state_dict(..., assign=True), which put others in "
