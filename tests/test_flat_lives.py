@@ -59,13 +59,15 @@ class FlatLife(test_properties.Life):
                     view = [v for q, v in self.views if q is p and v is not None and v.shape == p.shape]
                     view = [v for v in view if not any(v is grad for grad in taken)]
                     p.grad = view[-1].copy_(values) if view and view[-1].dtype == p.dtype else values
-            self.counts[i] += self.each(i)[0].grad is not None
+            self.counts[i] = test_properties.more(self.counts[i], self.each(i)[0].grad is not None)
         checked_step(self.opts[0])
         self.opts[1].step()
         assert_same_optimizers(*self.opts)
         for opt in self.opts:
             shown = [float(opt.state[p].get("step", 1)) if opt.state.get(p) else 0 for p in all_params(opt)]
-            assert shown == self.counts
+            assert [n for n, m in zip(shown, self.counts, strict=True) if m is not None] == test_properties.known(
+                self.counts
+            )
 
     def flatten(self) -> None:
         """Where it cannot be done, it is an error, and nothing moves."""
@@ -105,7 +107,9 @@ class FlatLife(test_properties.Life):
         self.reload()
         for o in self.opts:
             o.zero_grad(set_to_none=False)
-        self.counts = [n + (p.grad is not None) for n, p in zip(self.counts, all_params(opt), strict=True)]
+        self.counts = [
+            test_properties.more(n, p.grad is not None) for n, p in zip(self.counts, all_params(opt), strict=True)
+        ]
         checked_step(opt)
         self.opts[1].step()
         assert_same_optimizers(*self.opts)

@@ -65,12 +65,11 @@ def train(backend, steps=3):
 def refused():
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    opt = wd_kernels.AdamW([p], backend="triton", weight_decay=0.5)
     try:
-        opt.step()
+        wd_kernels.AdamW([p], backend="triton", weight_decay=0.5).step()
     except RuntimeError as error:
         print(error)
-    assert p.tolist() == [1, 1, 1] and not opt.state.get(p), "something was written"
+    assert p.tolist() == [1, 1, 1], "something was written"
 """
 IMPORTS = "import torch, wd_kernels\n"
 BLOCKED = "sys.modules['triton'] = None\n"  # an ImportError for whoever asks

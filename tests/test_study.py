@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from report import replaced
+from semantics import mode_of
 from study import program, report, train
 from study.findings import HELD_OUT, Errors, Findings, Fit, Mean, best_decays, fit
 from study.plan import METHODS, RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids
@@ -83,7 +84,7 @@ def test_a_configuration_is_a_param_group_and_a_step_one_launch(monkeypatch: pyt
     found = train.train(run)
     (opt,) = made
     assert len(opt.param_groups) == len(run.configs) == 4
-    assert [group["decay"] for group in opt.param_groups] == ["independent"] * 2 + ["l2"] * 2
+    assert [mode_of(opt, group) for group in opt.param_groups] == ["independent"] * 2 + ["l2"] * 2
     assert len(opt._table.buckets) == 1
     assert [group["schedule_step"] for group in opt.param_groups] == [54] * 4
     assert found["test"].shape == (3, 4, 6)

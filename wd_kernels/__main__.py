@@ -76,18 +76,17 @@ def choices() -> list[tuple[str, str]]:
             instructions = str(raised).splitlines()[0]
         forced = os.environ.get("WD_KERNELS_ISA")
         instructions += f" (WD_KERNELS_ISA={forced})" if forced else ""
-    check = "in native code"
+    check = "native"
     if not native.CHECKS:
-        check = "in Python, which is slower: the native extension is missing, or torch is one that it does not know"
+        check = "Python, slower: the native extension is missing, or torch is one that it does not know"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     name = "none" if accelerator is None else str(accelerator)
     if name.startswith("cuda"):
         name = torch.cuda.get_device_name()
     threads = str(torch.get_num_threads())
     kinds = [("CPU tensors", "cpu"), *([("GPU tensors", "cuda")] if accelerator is not None else [])]
-    chosen = [(what, f"backend='auto' steps them with {fastest(kind)!r}") for what, kind in kinds]
-    chosen += [("instruction set", instructions), ("threads", threads), ("GPU", name)]
-    chosen += [("tensors are checked", check)]
+    chosen = [(what, f"stepped with {fastest(kind)!r} by backend='auto'") for what, kind in kinds]
+    chosen += [("instruction set", instructions), ("threads", threads), ("check", check), ("accelerator", name)]
     return chosen + ([("CUDA kernels", native.OPS.cuda_built())] if native.load_cuda() is None else [])
 
 
