@@ -133,9 +133,8 @@ def test_triton_that_is_too_old() -> None:
     )
     first, second, *newer = in_a_process(code).splitlines()
     for version, line in (("2.3.1", first), ("3.5.9+git1", second)):
-        assert line.startswith(
-            f"backend='triton' cannot be used: Triton {version} is too old: 3.6 is the oldest that is known here. Here are"
-        )
+        why = f"Triton {version} is too old: 3.6 is the oldest that is known here. Here are "
+        assert line.startswith(f"backend='triton' cannot be used: {why}")
     assert len(newer) == 2
     assert all(line.startswith("used ") for line in newer)
 
