@@ -66,7 +66,8 @@ class NormalizedDecay(Schedule):
     ``decay="independent"``, the paper's own form.
 
     Args:
-        schedule: one of `wd_kernels.schedules` that has an end or restarts.
+        schedule: one of `wd_kernels.schedules` that has an end or restarts; or any callable with ``where(t)``, which is
+            (steps since the last restart, steps of this period), and, for `Sequential`, ``restarts``.
 
     Raises:
         ValueError: `schedule` has neither.

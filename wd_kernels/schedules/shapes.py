@@ -384,6 +384,8 @@ def _digest(code: CodeType) -> str:
 def where(part: Callable[[int], float], t: int) -> tuple[int, int]:
     """`part.where(t)`; ValueError if it has no such thing."""
     if isinstance(part, type) or not hasattr(part, "where"):
-        raise ValueError(f"{part!r} does not say where it restarts: expected a schedule of wd_kernels.schedules")
+        raise ValueError(
+            f"{part!r} does not say where it restarts: expected a schedule of wd_kernels.schedules, or its where(t)"
+        )
     found: tuple[int, int] = part.where(t)
     return found
