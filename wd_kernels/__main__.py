@@ -78,7 +78,7 @@ def choices() -> list[tuple[str, str]]:
         instructions += f" (WD_KERNELS_ISA={forced})" if forced else ""
     check = "native"
     if not native.CHECKS:
-        check = "Python, slower: the native extension is missing, or torch is one that it does not know"
+        check = "Python (slower: the native extension is missing, or torch is one that it does not know)"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     name = "none" if accelerator is None else str(accelerator)
     if name.startswith("cuda"):
