@@ -19,7 +19,7 @@ from semantics import build, parameters, set_gradients
 from torch import nn
 
 import wd_kernels
-from wd_kernels import SGDW, AdamW, functional
+from wd_kernels import SGDW, AdamW, functional, native
 
 ROOT = Path(__file__).parents[1]
 
@@ -198,9 +198,10 @@ def test_keys_that_others_keep_in_groups() -> None:
         AdamW([{"params": parameters(), "foreach": True, **{key: 1.0 for key in keys if key != "param_names_"}}])
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
-def test_a_backend_that_is_not_there() -> None:
+def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the constructor, with those that are."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(native, "load_cuda", native.load_cuda.__wrapped__)
     pattern = "backend='cuda' cannot be used: .*built without CUDA.*Here are .*'reference'; 'auto' takes the fastest"
     with pytest.raises(RuntimeError, match=pattern):
         AdamW(parameters(), backend="cuda")

@@ -269,6 +269,29 @@ def test_lr_0_freezes_weights_while_moments_advance(rule: str, mode: str, zero: 
     assert float(a.state[semantics.all_params(a)[0]]["step"]) == 6
 
 
+@every
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("key", ["lr", "eta"])
+def test_what_freezes_keeps_gradients_out(rule: str, mode: str, key: str, walk: str) -> None:
+    """At lr 0 and at eta 0, where a schedule ends say, no NaN and no infinity of a gradient reaches a weight."""
+    opt = build(rule, parameters(), decay=mode)
+    params = semantics.all_params(opt)
+    for t in range(4):
+        set_gradients(params, t)
+        before = [plain(p) for p in params]
+        frozen = t >= 2
+        opt.param_groups[0][key] = 0.0 if frozen else 0.05
+        if frozen:
+            for p in params:
+                p.grad.fill_(float("nan") if t == 2 else float("inf"))
+        opt.step()
+        for p, old in zip(params, before, strict=True):
+            if frozen:
+                assert_untouched(p, old, "frozen weights")
+            else:
+                assert not torch.equal(p, old)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_lr_0_freezes_weights_in_the_papers_form(mode: str) -> None:
     """There the lr sits inside the buffer: with lr 0 it decays by the momentum, and takes nothing in."""

@@ -152,9 +152,10 @@ def test_children_forked_during_a_step() -> None:
     assert torture.apart("forks", "ours", 12) == {"children": 12, "bad": 0}
 
 
+@pytest.mark.parametrize("sharing", ["file_descriptor", "file_system"])
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_processes_that_are_given_an_optimizer_with_its_state(method: str) -> None:
-    assert torture.apart("started", "ours", method, 2) == {"children": 2, "bad": 0}
+def test_processes_that_are_given_an_optimizer_with_its_state(method: str, sharing: str) -> None:
+    assert torture.apart("started", "ours", method, 2, sharing) == {"children": 2, "bad": 0}
 
 
 def test_random_lives_between_canaries() -> None:

@@ -525,8 +525,13 @@ def _live_on(optimizer: Any) -> None:
     assert float(optimizer.state[p]["step"]) == 2
 
 
-def started(library: str, method: str, children: int) -> dict[str, Any]:
-    """Processes that are started by another method while a thread steps, and given an optimizer with its state."""
+def started(library: str, method: str, children: int, sharing: str = "file_descriptor") -> dict[str, Any]:
+    """Processes that are started by another method while a thread steps, and given an optimizer with its state.
+
+    Args:
+        sharing: how torch hands tensors over.
+    """
+    torch.multiprocessing.set_sharing_strategy(sharing)
     params = [nn.Parameter(torch.randn(200_000)) for _ in range(3)]
     kind: Any = torch.optim.AdamW if library == "torch" else wd_kernels.AdamW
     busy = kind(params)

@@ -166,19 +166,15 @@ class DecoupledOptimizer(Optimizer):
         new = {}
         for g, group in enumerate(self.param_groups[first:], first):
             for k, p in enumerate(group["params"]):
-                if not is_lazy(p) and has_memory(p):
+                if has_memory(p):
                     new[g, k] = Extent(p.detach(), label(group, g, k))
         known: dict[tuple[int, int], tuple[int, int]] = self.__dict__.setdefault("_spans", {})
         near = meeting(new.values(), known) if known else []
         near = [(g, k) for g, k in near if g < first and k < len(self.param_groups[g]["params"])]
         others = {(g, k): self.param_groups[g]["params"][k] for g, k in near}
-        old = [
-            Extent(p.detach(), label(self.param_groups[g], g, k))
-            for (g, k), p in others.items()
-            if not is_lazy(p) and has_memory(p)
-        ]
+        old = [Extent(p.detach(), label(self.param_groups[g], g, k)) for (g, k), p in others.items() if has_memory(p)]
         check_disjoint([*old, *new.values()])
-        known.update((at, extent.span()) for at, extent in new.items() if extent.tensor.numel())
+        known.update((at, extent.span()) for at, extent in new.items())
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, whose Adam, AdamW and SGD load it. Step counts are copies, not views of the table's vector."""
@@ -197,12 +193,16 @@ class DecoupledOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class, or of torch's. Tensors are copied; states keep their stored precision.
 
-        A key that a saved group lacks keeps the live group's value. `decoupled_weight_decay=False` means
-        `decay="l2"`. A momentum buffer without a step count counts as started. Narrower states are widened, which is
-        exact; a state that would have to be narrowed is an error.
+        A saved `weight_decay` is loaded where it means the same: where decay mode, form and whether it is normalised
+        are the live ones, or where it is 0. Else the live decay stays, and a warning says so; momentum buffers of the
+        other form are carried over by the lr of the next step. Of what torch's class lacks, an absent key means what
+        that does (`eta` 1, say); any other key that a saved group lacks keeps the live value. A momentum buffer without
+        a step count counts as started. Narrower states are widened, which is exact; a state that would have to be
+        narrowed is an error.
 
         Raises:
-            ValueError, TypeError: naming what does not fit; the optimizer is as it was.
+            ValueError, TypeError: naming what does not fit, or what was given instead of an optimizer's state; the
+                optimizer is as it was.
         """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .formats import FORMATS, exact_in, gradient_formats, parameter_format, state_dtype
 
@@ -81,7 +82,7 @@ def is_plain(t: Tensor) -> bool:
 
 def has_memory(t: Tensor) -> bool:
     """Has `t` elements that lie at addresses of its own?"""
-    strided = is_plain(t) and t.layout == torch.strided
+    strided = not is_lazy(t) and is_plain(t) and t.layout == torch.strided
     return strided and t.numel() > 0 and t.device.type != "meta" and not t._is_zerotensor()
 
 

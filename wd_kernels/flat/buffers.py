@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.utils import dlpack
 
 from ..validation import has_memory
@@ -194,7 +193,7 @@ def padded(numel: int) -> int:
 
 def place_of(p: Tensor) -> FlatPlace | None:
     """The place at which a parameter, or a view of its memory, lies; None where that is in no flat memory."""
-    if not places or is_lazy(p) or not has_memory(p):
+    if not places or not has_memory(p):
         return None
     place = places.get(p.data_ptr())
     there = place is not None and place.numel == p.numel() and place.memory.holds(p, place.offset)

@@ -118,17 +118,14 @@ def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapp
                 f"{where} begins at eta = lr / base_lr = {own:g}, where the other groups are at "
                 f"{', '.join(f'{eta:g}' for eta in sorted(theirs))}: give base_lr, the lr at which its eta is 1"
             )
-    elif (
-        group["show_lr"]
-        and not chosen
-        and "lr" in given
-        and any(other.get("show_lr") and other.get("eta", 1.0) != 1 for other in others)
-    ):
+        return
+    scaled = any(other.get("show_lr") and other.get("eta", 1.0) != 1 for other in others)
+    if group["show_lr"] and not chosen and "lr" in given and scaled:
         warn(
             f"{where} takes its lr={group['lr']} for its base_lr, which the schedule multiplies; that of other groups "
             "shows what it has made of theirs: give base_lr"
         )
-    if not follows_lr(group) and inherited and "schedule_step" not in given:
+    if inherited and "schedule_step" not in given:
         shared = (check(own, "another group") for own in others if own.get("schedule") is group["schedule"])
         group["schedule_step"] = next(shared, 0)
 
