@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import MemberDescriptorType
 from typing import Any
 
 import torch
 
-__all__ = ["CHECKS", "NAMESPACE", "OPS", "WHY_NOT", "C", "cuda_token", "insist", "load_cuda"]
+__all__ = ["CHECKS", "NAMESPACE", "OPS", "WHY_NOT", "C", "cuda_token", "insist", "knows", "load_cuda"]
 
 C: Any = None
 WHY_NOT: str | None = None
@@ -66,6 +68,17 @@ def insist(functions: list[Callable[[], object]]) -> None:
         return
     for function in functions:
         function()
+
+
+@cache
+def knows(kind: type) -> bool:
+    """Is it torch's DTensor, and can native code look into it? So it can where both are slots, which run no code."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if not CHECKS or kind is not getattr(tensor, "DTensor", None):
+        return False
+    slots = [kind.__dict__.get(name) for name in ("_local_tensor", "_spec")]
+    no_code = kind.__torch_function__ is torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
+    return no_code and all(isinstance(own, MemberDescriptorType) for own in slots) and bool(C.learn(kind, *slots))
 
 
 @cache

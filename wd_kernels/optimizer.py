@@ -21,8 +21,9 @@ from .flat.states import FlatGradients
 from .rules import FLAG, Rule, check_chosen, pair
 from .schedules import stepping
 from .schedules.shapes import named
+from .sharding import local
 from .table import TensorTable, memoryless
-from .validation import Extent, check_disjoint, check_parameter, has_memory, label, meeting
+from .validation import Extent, check_disjoint, check_parameter, check_type, has_memory, label, meeting
 
 __all__ = ["DecoupledOptimizer"]
 
@@ -130,7 +131,8 @@ class DecoupledOptimizer(Optimizer):
             self._check_repeats(group, index, set())
             for k, p in enumerate(group["params"]):
                 if p.requires_grad and not is_lazy(p):  # what is not trained may be anything
-                    check_parameter(p, label(group, index, k))
+                    check_type(p, label(group, index, k))
+                    check_parameter(local(p), label(group, index, k))
             if "_table" in self.__dict__:  # the constructor checks all groups at once
                 self._check_overlaps(index)
             self._warn_of_typos(asked, index)
@@ -166,12 +168,12 @@ class DecoupledOptimizer(Optimizer):
         new = {}
         for g, group in enumerate(self.param_groups[first:], first):
             for k, p in enumerate(group["params"]):
-                if has_memory(p):
-                    new[g, k] = Extent(p.detach(), label(group, g, k))
+                if has_memory(here := local(p)):
+                    new[g, k] = Extent(here.detach(), label(group, g, k))
         known: dict[tuple[int, int], tuple[int, int]] = self.__dict__.setdefault("_spans", {})
         near = meeting(new.values(), known) if known else []
         near = [(g, k) for g, k in near if g < first and k < len(self.param_groups[g]["params"])]
-        others = {(g, k): self.param_groups[g]["params"][k] for g, k in near}
+        others = {(g, k): local(self.param_groups[g]["params"][k]) for g, k in near}
         old = [Extent(p.detach(), label(self.param_groups[g], g, k)) for (g, k), p in others.items() if has_memory(p)]
         check_disjoint([*old, *new.values()])
         known.update((at, extent.span()) for at, extent in new.items())

@@ -32,7 +32,8 @@ from .rules import FLAG, RULES, Rule
 from .schedules import stepping
 from .schedules.shapes import is_called, named
 from .schedules.stepping import follows_lr
-from .validation import conform_state, label, step_count, without_memory
+from .sharding import check_sharding, local, sharded_like
+from .validation import check_type, conform_state, label, step_count, without_memory
 
 __all__ = ["export", "load", "settle", "with_own_counts"]
 
@@ -101,8 +102,8 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
 
 
 def _first_states(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    zeros = partial(torch.zeros_like, p.detach(), dtype=state_dtype(p.dtype))
-    return {state.name: state.begin(zeros(), group) for state in rule.states}
+    zeros = partial(torch.zeros_like, local(p).detach(), dtype=state_dtype(p.dtype))
+    return {state.name: sharded_like(p, state.begin(zeros(), group)) for state in rule.states}
 
 
 def load(
@@ -407,21 +408,25 @@ def _load_one(
                 step_count(value, f"the saved step count of {what}"), dtype=torch.float32, device="cpu"
             )
         elif name in STATES and isinstance(value, Tensor):
-            detached = value.detach()  # a state is a leaf that needs no gradient, whatever was saved
-            moved = detached.to(p.device)
-            loaded = conform_state(p, p.detach(), moved, f"the saved state {name!r} of {what}")
+            of_state = f"the saved state {name!r} of {what}"
+            check_type(value, of_state)
+            check_sharding(p, value, of_state)
+            theta = local(p).detach()
+            detached = local(value).detach()  # a state is a leaf that needs no gradient, whatever was saved
+            loaded = conform_state(theta, theta, detached.to(theta.device), of_state)
             factor = factors.get(name, 1.0)
             if factor != 1.0:
                 if not math.isfinite(factor):
                     raise ValueError(
-                        f"the saved state {name!r} of {what} cannot be carried over: the lr of the next step is 0, by "
-                        "which it would be divided. Give the optimizer the form that it was saved with"
+                        f"{of_state} cannot be carried over: the lr of the next step is 0, by which it would be "
+                        "divided. Give the optimizer the form that it was saved with"
                     )
                 loaded = loaded * factor
             if place is not None:
-                own[name] = flat.zeros(place, p.detach(), name, loaded.dtype).copy_(loaded)
+                own[name] = flat.zeros(place, theta, name, loaded.dtype).copy_(loaded)
             else:
-                own[name] = loaded.clone(memory_format=torch.preserve_format) if loaded is detached else loaded
+                made = loaded.clone(memory_format=torch.preserve_format) if loaded is detached else loaded
+                own[name] = sharded_like(p, made)
         else:
             own[name] = deepcopy(value)
     return own

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .formats import FORMATS, exact_in, gradient_formats, parameter_format, state_dtype
+from .sharding import local
 
 __all__ = [
     "Extent",
@@ -30,7 +31,6 @@ __all__ = [
     "is_dense",
     "is_plain",
     "label",
-    "local",
     "meeting",
     "same_layout",
     "step_count",
@@ -40,11 +40,6 @@ __all__ = [
 Key = TypeVar("Key", bound=Hashable)
 
 _ALLOWED_DTYPES = ", ".join([*(f.name for f in FORMATS), "complex64", "complex128"])
-
-
-def local(t: Tensor) -> Tensor:
-    """The part of a tensor that lies in this process: the tensor itself."""
-    return t
 
 
 def label(group: Mapping[str, Any], group_index: int, index: int) -> str:
@@ -94,11 +89,13 @@ def without_memory(t: Tensor) -> bool:
 
 def check_type(t: Tensor, what: str) -> None:
     """Raises TypeError for a tensor whose memory is not its own: subclasses that dispatch, sparse layouts."""
-    if not is_plain(t) and not without_memory(t):
+    here = local(t)
+    if not is_plain(here) and not without_memory(here):
+        whole = "" if here is t else f"{type(t).__name__} of a "
         raise TypeError(
-            f"{what} is a {type(t).__name__}: subclasses of Tensor that dispatch for themselves cannot be stepped; "
-            "allowed are torch.Tensor, torch.nn.Parameter and plain subclasses of them. Where it wraps ordinary "
-            "tensors, step those: wd_kernels.functional takes them"
+            f"{what} is a {whole}{type(here).__name__}: subclasses of Tensor that dispatch for themselves cannot be "
+            "stepped; allowed are torch.Tensor, torch.nn.Parameter, plain subclasses of them and DTensors of them. "
+            "Where it wraps ordinary tensors, step those: wd_kernels.functional takes them"
         )
     if t.layout != torch.strided:
         raise RuntimeError(f"{what} has layout {t.layout}: sparse tensors are not supported; allowed is torch.strided")

@@ -130,7 +130,7 @@ bool counts_here(PyObject* own, Py_ssize_t* position, const View& view, int64_t 
 bool check_ordinary(PyObject* param, PyObject* grad, PyObject* keep, View& view, int64_t i, const Expected& e) {
   Seen& seen = view.seen[size_t(i)];
   Py_ssize_t position = 0;
-  if (!known(grad) || !counts_here(seen.own, &position, view, i, e)) return false;
+  if (!counts_here(seen.own, &position, view, i, e)) return false;
   const ExpectedRole* const roles = view.roles + e.first_role;
   SeenRole* const noted = view.seen_roles.data() + e.first_role;
   void* grad_address = nullptr;
@@ -138,18 +138,20 @@ bool check_ordinary(PyObject* param, PyObject* grad, PyObject* keep, View& view,
     PyObject* tensor = role == kParam ? param : grad;
     if (role >= kState) {
       tensor = item(seen.own, &position, view.names[roles[role].name]);
-      if (tensor == nullptr || !known(tensor)) return false;
+      if (tensor == nullptr) return false;
     }
+    Local here;
+    if (!local(tensor, &here) || reinterpret_cast<int64_t>(here.spec) != roles[role].spec) return false;
     DLTensor t;
-    if (!read(tensor, &t) || !agrees(t, e, roles[role], view.dims)) return false;
+    if (!read(here.tensor, &t) || !agrees(t, e, roles[role], view.dims)) return false;
     if (lazy(t)) return false;
-    noted[role].object = tensor;
+    noted[role].object = here.tensor;
     noted[role].near = t.shape;
     if (role == kGrad) {
       grad_address = address(t);
       if (e.flat_grad != 0 && reinterpret_cast<int64_t>(grad_address) == e.flat_grad) return false;  // flat again
     }
-    if (keep != nullptr && role != kParam && PyList_Append(keep, tensor) < 0) {
+    if (keep != nullptr && role != kParam && PyList_Append(keep, here.tensor) < 0) {
       PyErr_Clear();
       return false;
     }
@@ -205,7 +207,7 @@ bool check(View& view, PyObject* groups, PyObject* state, PyObject* keep, Change
     const Expected& e = view.expected[i];
     PyObject* const param = view.params[size_t(i)];
     bool now = e.inspected != kWithoutGradient, fine = e.inspected != kNotYet;
-    if (e.inspected == kNotYet && e.kind != kSpecial && known(param)) {
+    if (e.inspected == kNotYet && e.kind != kSpecial && compared(param)) {
       PyObject* const grad = grad_of(param);
       if (grad == nullptr) return false;
       now = grad != Py_None;

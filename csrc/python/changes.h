@@ -34,8 +34,9 @@ struct ExpectedRole {
   int64_t dtype, ndim;  // as DLPack has it
   int64_t dims;         // where shape and strides begin in the array of dims
   int64_t address;      // 0: anywhere, as a gradient may lie
+  int64_t spec;         // of a DTensor, the object that says how it is sharded; else 0
 };
-constexpr int kExpectedRoleWords = 5;
+constexpr int kExpectedRoleWords = 6;
 static_assert(sizeof(ExpectedRole) == kExpectedRoleWords * sizeof(int64_t), "changes.py writes these words");
 
 // Where a segment lies in flat buffers: `buffer` tells sets of buffers apart (0: in none), `offset` and `end` are

@@ -95,9 +95,11 @@ class HeldMemory {
     for (int64_t i = 0; i < view.parameters; ++i) {
       const Expected& e = view.expected[i];
       if (view.active[i] == 0 || e.inspected != kNotYet) continue;  // Python holds what it has inspected
+      Local param;
+      if (!local(view.params[size_t(i)], &param)) throw std::runtime_error("a parameter is of another type by now");
       for (int64_t role = 0; role < e.roles; ++role) {
         PyObject* const tensor = e.kind == kFlat  ? view.handles[e.held + role].object
-                                 : role == kParam ? view.params[size_t(i)]
+                                 : role == kParam ? param.tensor
                                                   : PyList_GetItem(keep, kept++);
         if (role == kGrad)
           add(tensor, &view.moving[e.segment].grad);
@@ -206,6 +208,7 @@ namespace {
 
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS, "connect(capsule, Tensor, Parameter) -> bool"},
+    {"learn", learn, METH_VARARGS, "learn(DTensor, local, spec) -> bool"},
     {"view", wd::view, METH_VARARGS, "view(params, tensors, names, hold, held) -> capsule"},
     {"step", wd::step, METH_VARARGS, "step(view, groups, state, work)"},
     {"assign_rows", assign_rows_of, METH_O, "assign_rows(view) -> keys"},

@@ -22,6 +22,8 @@ uint64_t lazy_flags = 0;
 // The descriptor of Tensor.grad, and what it calls: no look-up by name for each tensor.
 PyObject* grad_descriptor = nullptr;
 descrgetfunc get_grad = nullptr;
+PyObject *dtensor_type = nullptr, *local_slot = nullptr, *spec_slot = nullptr;
+descrgetfunc get_slot = nullptr;
 
 }  // namespace
 
@@ -34,6 +36,21 @@ bool read(PyObject* tensor, DLTensor* out) {
 bool known(PyObject* object) {
   const void* const type = Py_TYPE(object);
   return type == tensor_type || type == parameter_type;
+}
+
+bool compared(PyObject* object) { return known(object) || (PyObject*)Py_TYPE(object) == dtensor_type; }
+
+bool local(PyObject* object, Local* out) {
+  *out = {object, nullptr};
+  if (known(object)) return true;
+  if ((PyObject*)Py_TYPE(object) != dtensor_type) return false;
+  out->tensor = get_slot(local_slot, object, dtensor_type);
+  out->spec = get_slot(spec_slot, object, dtensor_type);
+  const bool there = out->tensor != nullptr && out->spec != nullptr;
+  Py_XDECREF(out->tensor);  // the DTensor keeps them
+  Py_XDECREF(out->spec);
+  if (!there) PyErr_Clear();
+  return there && known(out->tensor);
 }
 
 PyObject* grad_of(PyObject* param) { return get_grad(grad_descriptor, param, tensor_type); }
@@ -136,6 +153,17 @@ PyObject* connect(PyObject*, PyObject* args) {
   lazy_flags = negative | conjugate;
   Py_INCREF(tensor_type = (PyObject*)Py_TYPE(tensor));
   Py_INCREF(parameter_type = parameter);
+  Py_RETURN_TRUE;
+}
+
+PyObject* learn(PyObject*, PyObject* args) {
+  PyObject *type, *slots[2];
+  if (!PyArg_ParseTuple(args, "OOO", &type, &slots[0], &slots[1])) return nullptr;
+  get_slot = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(slots[0]), Py_tp_descr_get));
+  if (get_slot == nullptr || Py_TYPE(slots[0]) != Py_TYPE(slots[1])) Py_RETURN_FALSE;
+  Py_INCREF(dtensor_type = type);
+  Py_INCREF(local_slot = slots[0]);
+  Py_INCREF(spec_slot = slots[1]);
   Py_RETURN_TRUE;
 }
 

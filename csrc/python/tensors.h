@@ -33,6 +33,17 @@ inline int64_t device_of(const DLTensor& t) { return (int64_t(t.device_type) << 
 // Is the object's type one of torch's own, Tensor or Parameter?
 bool known(PyObject* object);
 
+// Is it that, or torch's DTensor?
+bool compared(PyObject* object);
+
+// What of a tensor lies in this process, borrowed.
+struct Local {
+  PyObject* tensor;  // the object itself, or a DTensor's local tensor
+  PyObject* spec;    // of a DTensor, what says how it is sharded; else null
+};
+// False where what lies here is no tensor of torch's own types.
+bool local(PyObject* object, Local* out);
+
 // The gradient of such an object, a new reference. Runs no Python code while no torch function mode is on.
 PyObject* grad_of(PyObject* param);
 
@@ -51,5 +62,7 @@ void* handle_of(PyObject* tensor);
 // connect(capsule, Parameter, (tensor, plain, negative), (tensor, plain, conjugate)) -> bool: takes torch's DLPack
 // exchange API and its two types of tensors; False where they are others than is known here.
 PyObject* connect(PyObject* module, PyObject* args);
+// learn(DTensor, local, spec) -> bool: takes torch's DTensor, and the descriptors of its two slots.
+PyObject* learn(PyObject* module, PyObject* args);
 
 }  // namespace wd

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import backends, native
 from ..layout import CPU, GRAD, Moving, Segments, numel_of
+from ..sharding import spec_of
 from .inspection import Finding
 
 __all__ = [
@@ -137,9 +138,23 @@ class Expected:
         return [kind, segment, 0, 0, 0, group, 0, 0, 0, 0, 0, Inspected.NOT_YET]
 
 
-#: What must be found of one of its tensors: its name among those of the state, dtype, shape with strides, and address
-#: (0: anywhere). And, to be fetched ahead, where torch's storage object lies.
-ExpectedRole = tuple[int, int, tuple[int, ...], int, int]
+class ExpectedRole(NamedTuple):
+    """What must be found of one of its tensors: of a DTensor, of its local tensor.
+
+    Attributes:
+        name: its name among those of the state.
+        dtype, layout: DLPack's code; shape with strides.
+        address: 0 for anywhere.
+        spec: of a DTensor, the very object that says how it is sharded.
+        storage: where torch's storage object lies, to be fetched ahead.
+    """
+
+    name: int
+    dtype: int
+    layout: tuple[int, ...]
+    address: int
+    spec: object
+    storage: int
 
 
 class FlatRange:
@@ -155,7 +170,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def compared(p: Tensor, dims: int) -> bool:
     """Can native code look at the parameter without running anybody's code? Others are inspected in every step."""
-    return native.CHECKS and type(p) in PLAIN and dims <= 5
+    return native.CHECKS and dims <= 5 and (type(p) in PLAIN or native.knows(type(p)))
 
 
 def expect(
@@ -176,10 +191,12 @@ def expect(
         kind = Kind.FLAT
     places = [names.index(name) for name in found.known.spec.states]
     roles = []
-    for role, (name, t) in enumerate(zip([0, 0, *places], found.roles, strict=True)):
+    themselves = (p, found.grad_itself, *found.states)
+    for role, (name, t, whole) in enumerate(zip([0, 0, *places], found.roles, themselves, strict=True)):
         like = theta if role == GRAD else t  # a gradient that lies otherwise is inspected every step
         address = 0 if role == GRAD else t.data_ptr()
-        roles.append((name, dtype_code(t.dtype), (*like.shape, *like.stride()), address, t.untyped_storage()._cdata))
+        layout, spec = (*like.shape, *like.stride()), spec_of(whole)
+        roles.append(ExpectedRole(name, dtype_code(t.dtype), layout, address, spec, t.untyped_storage()._cdata))
     expected = [
         kind,
         found.known.segment,
@@ -238,6 +255,7 @@ class Watch:
         """
         self._counts, self._moving, self._control = counts, segments.moving, control
         roles, dims, storages = list[tuple[int, ...]](), list[int](), list[int]()
+        specs = list[object]()  # kept, so that nothing else comes to lie there
         where: dict[tuple[int, ...], int] = {}  # each shape with strides once
         held: list[Tensor] = []
         for i, (own, of_roles) in enumerate(zip(self.expected, self.roles, strict=True)):
@@ -246,23 +264,24 @@ class Watch:
             own[Expected.VIEW] = len(held)
             held += [view for view in (self.views[i],) if view is not None]
             own[Expected.FIRST_ROLE] = len(roles)
-            for name, dtype, layout, address, storage in of_roles:
+            for name, dtype, layout, address, spec, storage in of_roles:
                 at = where.setdefault(layout, len(dims))
                 if at == len(dims):
                     dims += layout
-                roles.append((name, dtype, len(layout) // 2, at, address))
+                roles.append((name, dtype, len(layout) // 2, at, address, 0 if spec is None else id(spec)))
                 storages.append(storage)
+                specs.append(spec)
         self._expected = _words(self.expected, len(Expected.nothing(0, 0, 0)))
         self.run_firsts = torch.zeros(len(firsts), dtype=torch.int64, device=CPU)
         if native.C is None:
             return
         arrays = (
-            _words(self.order(state)), self._expected, _words(roles, 5), _words(dims), _words(storages),
+            _words(self.order(state)), self._expected, _words(roles, 6), _words(dims), _words(storages),
             counts.steps, counts.active, counts.fresh, _words(firsts), segments.moving, segments.places, control,
             ranges, runs.moving, runs.places, runs.capacities, self.run_firsts,
         )  # fmt: skip
         hold = native.OPS.hold.default._op
-        self._held, self._view = held, native.C.view(tuple(self.params), arrays, self.names, hold, held)
+        self._specs, self._held, self._view = specs, held, native.C.view(tuple(self.params), arrays, self.names, hold, held)
 
     def mark(self, inspected: Mapping[int, int]) -> None:
         """Notes what was inspected in this step, and is not compared in it."""

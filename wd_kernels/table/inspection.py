@@ -14,7 +14,8 @@ from ..flat.states import FlatStates
 from ..formats import state_dtype
 from ..layout import Spec, spec_of
 from ..rules import Rule, State
-from ..validation import check_roles, check_type, conform_state, is_dense, local, same_layout, step_count
+from ..sharding import check_sharding, local, sharded_like
+from ..validation import check_roles, check_type, conform_state, is_dense, same_layout, step_count
 
 __all__ = ["Finding", "Known", "inspect"]
 
@@ -89,6 +90,7 @@ def inspect(
     own = {} if found is None else dict(found)
     check_type(p, what)
     check_type(grad_itself, f"the gradient of {what}")
+    check_sharding(p, grad_itself, f"the gradient of {what}", gradient=True)
     theta, grad = local(p).data, local(grad_itself).data
     check_roles(theta, grad, what, f"the gradient of {what}")
     lies, place = theta, place_of(theta)
@@ -117,14 +119,16 @@ def inspect(
     for state in states:
         value, name = own.get(state.name), f"the state {state.name!r} of {what}"
         if value is None:
-            now = put[state.name] = value = _first(state, theta, settings, place, flat)
+            now = _first(state, theta, settings, place, flat)
+            put[state.name] = value = sharded_like(p, now)
         else:
             if isinstance(value, Tensor):
                 check_type(value, name)
+                check_sharding(p, value, name)
             seen = local(value).data if isinstance(value, Tensor) else value
             now = conform_state(theta, theta, seen, name)
             if now is not seen:
-                put[state.name] = value = now
+                put[state.name] = value = sharded_like(p, now)
         memory.append(now.data)
         themselves.append(value)
     spec = spec_of(theta.device, theta.dtype, grad.dtype, tuple(states))

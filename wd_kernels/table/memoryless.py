@@ -17,6 +17,7 @@ from ..formats import state_dtype
 from ..layout import CPU
 from ..rules import Hyper
 from ..schedules.stepping import Tick
+from ..sharding import check_sharding, local, sharded_like
 from ..validation import check_gradient, check_parameter, label, without_memory
 
 __all__ = ["step", "wanted"]
@@ -52,8 +53,9 @@ def step(groups: Sequence[Mapping[str, Any]], state: Any, hypers: Sequence[Hyper
         for k, p in enumerate(group["params"]):
             if p.grad is not None:
                 what = label(group, g, k)
-                check_parameter(p, what)
-                check_gradient(p, p.grad, f"the gradient of {what}")
+                check_parameter(local(p), what)
+                check_sharding(p, p.grad, f"the gradient of {what}", gradient=True)
+                check_gradient(local(p), local(p.grad), f"the gradient of {what}")
     for group, (settings, *_) in zip(groups, hypers, strict=True):
         for p in group["params"]:
             if p.grad is not None:
@@ -67,5 +69,5 @@ def _count(p: Tensor, own: dict[str, Any], states: Sequence[Any]) -> None:
     own["step"] = (torch.zeros((), dtype=torch.float32, device=CPU) if step is None else step) + 1
     for state in states:
         if own.get(state.name) is None:
-            dtype = state_dtype(p.dtype)
-            own[state.name] = torch.zeros_like(p.detach(), dtype=dtype, memory_format=torch.preserve_format)
+            zeros = torch.zeros_like(local(p).detach(), dtype=state_dtype(p.dtype), memory_format=torch.preserve_format)
+            own[state.name] = sharded_like(p, zeros)

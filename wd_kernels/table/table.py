@@ -29,6 +29,7 @@ from ..flat.states import FlatStates
 from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, write_segment
 from ..rules import Hyper, Rule, State
 from ..schedules.stepping import Tick
+from ..sharding import local
 from ..validation import Extent, check_disjoint, label
 from .changes import Changes, Counts, Expected, FlatRange, Inspected, Keys, Kind, Watch, Work, expect
 from .inspection import Finding, Known, inspect
@@ -187,7 +188,8 @@ class TensorTable:
         if found is not None:
             return Tensors(found.theta, found.grad, dict(zip(known.spec.states, found.memory, strict=True)), row)
         assert p.grad is not None
-        return Tensors(p, p.grad, {name: self.state[p][name] for name in known.spec.states}, row)
+        own = self.state[p]
+        return Tensors(local(p), local(p.grad), {name: local(own[name]) for name in known.spec.states}, row)
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
         if self.ranges is None:
@@ -344,11 +346,12 @@ class TensorTable:
             what, f = label(self.groups[g], g, k), found.get(i)
             if f is None:
                 own = self.state.get(p, {})
-                lies, states = p.detach(), [own.get(state.name) for state in self.needs[g]]
+                lies = local(p).detach()
+                states = [local(t) for state in self.needs[g] if isinstance(t := own.get(state.name), Tensor)]
             else:
                 lies, states = f.theta if f.gapped is None else f.gapped, list(f.memory)
             extents.append(Extent(lies, what))
-            extents += [Extent(s, f"a state of {what}") for s in states if isinstance(s, Tensor)]
+            extents += [Extent(s, f"a state of {what}") for s in states]
         check_disjoint(extents)
 
     def _range(self, f: Finding) -> tuple[int, int, int, int]:

@@ -1,0 +1,111 @@
+"""DTensors: what of one lies in this process, and whether what belongs together is sharded alike.
+
+A step is elementwise. Where parameter, gradient and states are sharded alike, every process steps its own shards and
+nothing is sent, so a table holds local tensors. torch.distributed.tensor is not imported here: where nobody has
+imported it there are no DTensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_sharding", "is_sharded", "local", "redistribute_gradients", "sharded_like", "spec_of"]
+
+
+def _class(module: str, name: str) -> Any:
+    return getattr(sys.modules.get(module), name, None)
+
+
+def is_sharded(t: object) -> bool:
+    """Is it a DTensor, whatever its placements?"""
+    dtensor = _class("torch.distributed.tensor", "DTensor")
+    return dtensor is not None and isinstance(t, dtensor)
+
+
+def spec_of(t: Tensor) -> Any:
+    """What torch says of a DTensor's sharding; None of an ordinary tensor."""
+    return t._spec if is_sharded(t) else None  # type: ignore[attr-defined]
+
+
+def local(t: Tensor) -> Tensor:
+    """What of a tensor lies in this process: the tensor itself, or a DTensor's local one, once it has arrived."""
+    if is_sharded(t):
+        t = t._local_tensor  # type: ignore[attr-defined]
+    arriving = _class("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
+    return t.wait() if arriving is not None and isinstance(t, arriving) else t  # type: ignore[attr-defined]
+
+
+def sharded_like(p: Tensor, t: Tensor) -> Tensor:
+    """`t`, which belongs to `local(p)`, as what belongs to `p`: of its mesh and placements, with the memory of `t`."""
+    if not is_sharded(p):
+        return t
+    dtensor, like = _class("torch.distributed.tensor", "DTensor"), spec_of(p)
+    spec = type(like)(like.mesh, like.placements, tensor_meta=like.tensor_meta._replace(dtype=t.dtype), **_order(like))
+    made: Tensor = dtensor(t, spec, requires_grad=False)
+    return made
+
+
+def check_sharding(p: Tensor, t: Tensor, what: str, gradient: bool = False) -> None:
+    """Raises unless `t`, a gradient or a state, is sharded as its parameter `p`, or both are ordinary tensors.
+
+    What differs does so in every process, so all of them raise.
+    """
+    if not (is_sharded(p) or is_sharded(t)) or (_sharding(p) == _sharding(t) and p.shape == t.shape):
+        return
+    if p.shape != t.shape:
+        raise ValueError(f"{what} has shape {tuple(t.shape)}; allowed is that of the parameter, {tuple(p.shape)}")
+    if gradient:
+        way = (
+            "gradients are not sent within a step: p.grad = p.grad.redistribute(placements=p.placements) does that "
+            "before it, or optimizer.register_step_pre_hook(wd_kernels.redistribute_gradients) for all"
+        )
+    else:
+        way = "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict loads states of any sharding"
+    raise ValueError(f"{what} is {_described(t)}; allowed is what its parameter is, {_described(p)}: {way}")
+
+
+def redistribute_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Gives every DTensor gradient the placements of its parameter, in place of the gradient: a pre-hook for steps.
+
+    Sequence parallelism leaves gradients of norms `Partial`, and row-wise parallel embeddings leave `Replicate` ones
+    beside `Shard`: torch's own optimizers sum and cut these within each operation of a step. wd_kernels sends nothing
+    in a step; this does it before, once for each such gradient, in the order of the parameters, so every process must
+    call it. Under `fully_shard` there is nothing to do.
+
+    Args:
+        optimizer: whose gradients; any torch optimizer.
+
+    Example:
+        >>> import torch, wd_kernels
+        >>> opt = wd_kernels.AdamW([torch.nn.Parameter(torch.ones(3))])
+        >>> handle = opt.register_step_pre_hook(wd_kernels.redistribute_gradients)
+
+    Source: torch's tutorial "Large Scale Transformer model training with Tensor Parallel", whose gradients these are.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            grad = p.grad
+            if grad is not None and is_sharded(p) and is_sharded(grad) and grad.placements != p.placements:
+                p.grad = grad.redistribute(placements=p.placements)
+
+
+def _order(spec: Any) -> dict[str, Any]:
+    """In which order dimensions of the mesh shard one of the tensor, where placements do not say it."""
+    strided = getattr(spec, "use_strided_shard_as_shard_order", False)
+    return {} if strided or not hasattr(spec, "shard_order") else {"shard_order": spec.shard_order}
+
+
+def _sharding(t: Tensor) -> tuple[Any, ...] | None:
+    spec = spec_of(t)
+    return None if spec is None else (spec.mesh, tuple(spec.placements), _order(spec))
+
+
+def _described(t: Tensor) -> str:
+    spec = spec_of(t)
+    if spec is None:
+        return "an ordinary tensor"
+    return f"a DTensor with placements {tuple(spec.placements)} over {spec.mesh}"
