@@ -14,6 +14,7 @@ from .optim import SGDW, AdagradW, AdamW
 from .param_groups import decay_groups
 from .rules import DecayMode, Form
 from .schedules import NormalizedDecay, normalized_weight_decay
+from .sharding import redistribute_gradients
 from .version import __version__
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "flatten_",
     "functional",
     "normalized_weight_decay",
+    "redistribute_gradients",
     "schedules",
     "unflatten_",
 ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["CHECKS", "NAMESPACE", "OPS", "WHY_NOT", "C", "cuda_token", "insist", "knows", "load_cuda"]
+__all__ = ["CHECKS", "NAMESPACE", "OPS", "WHY_NOT", "C", "cuda_token", "insist", "load_cuda", "looks_into"]
 
 C: Any = None
 WHY_NOT: str | None = None
 CHECKS = False
+_DTENSORS: dict[type, bool] = {}  # torch's own alone
 AGAIN = "mend that and build the package again, in its source folder: "
 PIP = "pip install --no-cache-dir --force-reinstall --no-deps ."
 
@@ -70,15 +70,16 @@ def insist(functions: list[Callable[[], object]]) -> None:
         function()
 
 
-@cache
-def knows(kind: type) -> bool:
-    """Is it torch's DTensor, and can native code look into it? So it can where both are slots, which run no code."""
-    tensor = sys.modules.get("torch.distributed.tensor")
-    if not CHECKS or kind is not getattr(tensor, "DTensor", None):
-        return False
-    slots = [kind.__dict__.get(name) for name in ("_local_tensor", "_spec")]
-    no_code = kind.__torch_function__ is torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
-    return no_code and all(isinstance(own, MemberDescriptorType) for own in slots) and bool(C.learn(kind, *slots))
+def looks_into(dtensor: Any) -> bool:
+    """Can native code read what a DTensor has, which lies in two slots, and its gradient, without Python code?"""
+    kind = type(dtensor)
+    if kind not in _DTENSORS:
+        slots = [kind.__dict__.get(name) for name in ("_local_tensor", "_spec")]
+        no_code = kind.__torch_function__ is torch._C._disabled_torch_function_impl
+        if not (CHECKS and no_code and all(isinstance(own, MemberDescriptorType) for own in slots)):
+            return False
+        _DTENSORS[kind] = bool(C.learn(dtensor, dtensor._local_tensor, dtensor._spec))
+    return _DTENSORS[kind]
 
 
 @cache

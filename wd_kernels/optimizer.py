@@ -80,7 +80,7 @@ class DecoupledOptimizer(Optimizer):
                 "step() was called within a step of the same optimizer, by a signal's handler, a callback of the "
                 "garbage collector or a schedule: it cannot be taken there"
             )
-        with table.lock, _plain_tensors():
+        with table.lock, _plain_tensors(table.sharded):
             hypers, ticks = stepping.follow(groups, self.rule.hypers(groups, default=self.defaults["decay"]))
             if table.watch is None and memoryless.wanted(groups):
                 memoryless.step(groups, self.state, hypers, ticks)
@@ -251,9 +251,10 @@ def _name_empty_groups(groups: list[dict[str, Any]]) -> None:
             group.setdefault("param_names", [])
 
 
-def _plain_tensors() -> AbstractContextManager[object]:
-    """Where a torch function mode is on, such as a default device, it is not asked about every attribute."""
-    return torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else nullcontext()
+def _plain_tensors(sharded: bool) -> AbstractContextManager[object]:
+    """No torch function mode, such as a default device, and no class of DTensors is asked about every attribute."""
+    asked = sharded or torch._C._len_torch_function_stack()
+    return torch._C.DisableTorchFunction() if asked else nullcontext()
 
 
 def _refuse_flags(settings: Mapping[str, Any], where: str) -> None:

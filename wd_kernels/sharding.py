@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_sharding", "is_sharded", "local", "redistribute_gradients", "sharded_like", "spec_of"]
+__all__ = ["check_sharding", "is_dtensor", "is_sharded", "local", "redistribute_gradients", "sharded_like", "spec_of"]
 
 
 def _class(module: str, name: str) -> Any:
@@ -26,6 +26,11 @@ def is_sharded(t: object) -> bool:
     return dtensor is not None and isinstance(t, dtensor)
 
 
+def is_dtensor(t: object) -> bool:
+    """Is it one, and none of a subclass?"""
+    return type(t) is _class("torch.distributed.tensor", "DTensor")
+
+
 def spec_of(t: Tensor) -> Any:
     """What torch says of a DTensor's sharding; None of an ordinary tensor."""
     return t._spec if is_sharded(t) else None  # type: ignore[attr-defined]
@@ -36,7 +41,7 @@ def local(t: Tensor) -> Tensor:
     if is_sharded(t):
         t = t._local_tensor  # type: ignore[attr-defined]
     arriving = _class("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
-    return t.wait() if arriving is not None and isinstance(t, arriving) else t  # type: ignore[attr-defined]
+    return t.wait() if arriving is not None and isinstance(t, arriving) else t
 
 
 def sharded_like(p: Tensor, t: Tensor) -> Tensor:

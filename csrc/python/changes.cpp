@@ -36,6 +36,7 @@ __attribute__((always_inline)) inline void fetch_ordinary(const View& view, int6
   fetch_count(view.handles[e.view]);
   const SeenRole* const roles = view.seen_roles.data() + e.first_role;
   for (int64_t role = 0; role < e.roles; ++role) {
+    __builtin_prefetch(roles[role].whole);
     __builtin_prefetch(roles[role].object);
     if (roles[role].near != nullptr) fetch(roles[role].near, roles[role].storage);
   }
@@ -145,6 +146,7 @@ bool check_ordinary(PyObject* param, PyObject* grad, PyObject* keep, View& view,
     DLTensor t;
     if (!read(here.tensor, &t) || !agrees(t, e, roles[role], view.dims)) return false;
     if (lazy(t)) return false;
+    noted[role].whole = tensor;
     noted[role].object = here.tensor;
     noted[role].near = t.shape;
     if (role == kGrad) {
@@ -330,7 +332,7 @@ PyObject* view(PyObject*, PyObject* args) {
     v.handles = held_of(held);
     check_positions(v, roles.rows, dims.rows, PyTuple_Size(names));
     for (int64_t i = 0; i < roles.rows; ++i)
-      v.seen_roles.push_back({nullptr, nullptr, reinterpret_cast<const void*>(storages.as<int64_t>()[i])});
+      v.seen_roles.push_back({nullptr, nullptr, nullptr, reinterpret_cast<const void*>(storages.as<int64_t>()[i])});
     v.seen.resize(size_t(n));
     for (int64_t i = 0; i < n; ++i) v.params.push_back(PyTuple_GetItem(params, i));
     for (Py_ssize_t i = 0; i < PyTuple_Size(names); ++i) Py_INCREF(v.names[i] = PyTuple_GetItem(names, i));

@@ -208,7 +208,7 @@ namespace {
 
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS, "connect(capsule, Tensor, Parameter) -> bool"},
-    {"learn", learn, METH_VARARGS, "learn(DTensor, local, spec) -> bool"},
+    {"learn", learn, METH_VARARGS, "learn(dtensor, local, spec) -> bool"},
     {"view", wd::view, METH_VARARGS, "view(params, tensors, names, hold, held) -> capsule"},
     {"step", wd::step, METH_VARARGS, "step(view, groups, state, work)"},
     {"assign_rows", assign_rows_of, METH_O, "assign_rows(view) -> keys"},

@@ -22,8 +22,15 @@ uint64_t lazy_flags = 0;
 // The descriptor of Tensor.grad, and what it calls: no look-up by name for each tensor.
 PyObject* grad_descriptor = nullptr;
 descrgetfunc get_grad = nullptr;
-PyObject *dtensor_type = nullptr, *local_slot = nullptr, *spec_slot = nullptr;
-descrgetfunc get_slot = nullptr;
+PyObject* dtensor_type = nullptr;
+Py_ssize_t local_at = 0, spec_at = 0;
+
+// What the object has in a slot.
+PyObject* slot(PyObject* object, Py_ssize_t at) {
+  PyObject* value;
+  std::memcpy(&value, reinterpret_cast<char*>(object) + at, sizeof value);
+  return value;
+}
 
 }  // namespace
 
@@ -44,13 +51,8 @@ bool local(PyObject* object, Local* out) {
   *out = {object, nullptr};
   if (known(object)) return true;
   if ((PyObject*)Py_TYPE(object) != dtensor_type) return false;
-  out->tensor = get_slot(local_slot, object, dtensor_type);
-  out->spec = get_slot(spec_slot, object, dtensor_type);
-  const bool there = out->tensor != nullptr && out->spec != nullptr;
-  Py_XDECREF(out->tensor);  // the DTensor keeps them
-  Py_XDECREF(out->spec);
-  if (!there) PyErr_Clear();
-  return there && known(out->tensor);
+  *out = {slot(object, local_at), slot(object, spec_at)};
+  return out->tensor != nullptr && out->spec != nullptr && known(out->tensor);
 }
 
 PyObject* grad_of(PyObject* param) { return get_grad(grad_descriptor, param, tensor_type); }
@@ -93,15 +95,22 @@ bool find_flag(PyObject* tensor, PyObject* plain, PyObject* lazy, Py_ssize_t* at
   return false;
 }
 
+// Of an object of the type; -1 where it is not known.
+Py_ssize_t size_of(PyTypeObject* type) {
+  PyObject* const size = PyObject_GetAttrString((PyObject*)type, "__basicsize__");
+  const Py_ssize_t bytes = size == nullptr ? -1 : PyLong_AsSsize_t(size);
+  Py_XDECREF(size);
+  PyErr_Clear();
+  return bytes;
+}
+
 // Finds the word of torch's object that is its at::Tensor, which is one pointer: to where the sizes lie a little
 // further on, and by which torch's C API finds the same sizes and the same data as DLPack does.
 bool find_handle(PyObject* tensor, Py_ssize_t* at) {
   constexpr intptr_t kFurthest = 512;
   DLTensor t;
   if (exchange->tensor_from_object(tensor, &t) != 0) return false;
-  PyObject* const size = PyObject_GetAttrString((PyObject*)Py_TYPE(tensor), "__basicsize__");
-  const Py_ssize_t bytes = size == nullptr ? -1 : PyLong_AsSsize_t(size);
-  Py_XDECREF(size);
+  const Py_ssize_t bytes = size_of(Py_TYPE(tensor));
   for (Py_ssize_t offset = sizeof(PyObject); offset + Py_ssize_t(sizeof(void*)) <= bytes; offset += sizeof(void*)) {
     char* const place = reinterpret_cast<char*>(tensor) + offset;
     intptr_t word;
@@ -157,13 +166,16 @@ PyObject* connect(PyObject*, PyObject* args) {
 }
 
 PyObject* learn(PyObject*, PyObject* args) {
-  PyObject *type, *slots[2];
-  if (!PyArg_ParseTuple(args, "OOO", &type, &slots[0], &slots[1])) return nullptr;
-  get_slot = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(slots[0]), Py_tp_descr_get));
-  if (get_slot == nullptr || Py_TYPE(slots[0]) != Py_TYPE(slots[1])) Py_RETURN_FALSE;
-  Py_INCREF(dtensor_type = type);
-  Py_INCREF(local_slot = slots[0]);
-  Py_INCREF(spec_slot = slots[1]);
+  PyObject *example, *tensor, *spec;
+  if (!PyArg_ParseTuple(args, "OOO", &example, &tensor, &spec)) return nullptr;
+  const Py_ssize_t bytes = size_of(Py_TYPE(example));
+  local_at = spec_at = 0;
+  for (Py_ssize_t at = sizeof(PyObject); at + Py_ssize_t(sizeof(PyObject*)) <= bytes; at += sizeof(PyObject*)) {
+    if (slot(example, at) == tensor) local_at = at;
+    if (slot(example, at) == spec) spec_at = at;
+  }
+  if (local_at == 0 || spec_at == 0) Py_RETURN_FALSE;
+  Py_INCREF(dtensor_type = (PyObject*)Py_TYPE(example));
   Py_RETURN_TRUE;
 }
 

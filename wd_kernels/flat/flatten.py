@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import native
 from ..formats import parameter_format
+from ..sharding import is_sharded
 from ..validation import Extent, check_disjoint, check_roles, has_memory, is_dense, label
 from .buffers import (
     FlatBuffer,
@@ -201,6 +202,11 @@ def _stays(p: Tensor) -> bool:
 
 def _check(p: Tensor, what: str) -> FlatPlace | None:
     """The place of `p` if it is flat already. Raises if it and its gradient cannot be made flat."""
+    if is_sharded(p):
+        raise TypeError(
+            f"{what} is a DTensor: who shards it, fully_shard, say, keeps the address of its local tensor, which must "
+            "stay where it is. Flat are ordinary tensors; DTensors are stepped in one launch as they are"
+        )
     check_roles(p, p.grad, what, f"the gradient of {what}")
     if not p.is_leaf:
         raise ValueError(f"{what} is not a leaf of the autograd graph: a parameter is one")

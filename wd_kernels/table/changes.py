@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends, native
 from ..layout import CPU, GRAD, Moving, Segments, numel_of
-from ..sharding import spec_of
+from ..sharding import is_dtensor, spec_of
 from .inspection import Finding
 
 __all__ = [
@@ -170,7 +170,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def compared(p: Tensor, dims: int) -> bool:
     """Can native code look at the parameter without running anybody's code? Others are inspected in every step."""
-    return native.CHECKS and dims <= 5 and (type(p) in PLAIN or native.knows(type(p)))
+    return native.CHECKS and dims <= 5 and (type(p) in PLAIN or (is_dtensor(p) and native.looks_into(p)))
 
 
 def expect(
@@ -281,7 +281,11 @@ class Watch:
             ranges, runs.moving, runs.places, runs.capacities, self.run_firsts,
         )  # fmt: skip
         hold = native.OPS.hold.default._op
-        self._specs, self._held, self._view = specs, held, native.C.view(tuple(self.params), arrays, self.names, hold, held)
+        self._specs, self._held, self._view = (
+            specs,
+            held,
+            native.C.view(tuple(self.params), arrays, self.names, hold, held),
+        )
 
     def mark(self, inspected: Mapping[int, int]) -> None:
         """Notes what was inspected in this step, and is not compared in it."""

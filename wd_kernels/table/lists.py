@@ -21,6 +21,7 @@ from ..backends.cpu import CHUNK
 from ..formats import state_dtype
 from ..layout import CPU, GRAD, PARAM, Bucket, Moving, Segments, Spec, Tensors, native_kernel, spec_of, write_segment
 from ..rules import Rule, State
+from ..sharding import check_sharding, local
 from ..validation import (
     Extent,
     check_address,
@@ -166,7 +167,8 @@ def _held(label: Callable[[int, int], str], roles: Roles) -> list[list[Tensor]]:
             if not isinstance(t, Tensor):
                 raise TypeError(f"{label(role, i)} is a {type(t).__name__}: expected a tensor")
             check_type(t, label(role, i))
-        held.append([t.data for t in own])
+            check_sharding(roles[PARAM][i], t, label(role, i), gradient=role == GRAD)
+        held.append([local(t).data for t in own])
     return held
 
 

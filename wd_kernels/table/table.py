@@ -29,7 +29,7 @@ from ..flat.states import FlatStates
 from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, write_segment
 from ..rules import Hyper, Rule, State
 from ..schedules.stepping import Tick
-from ..sharding import local
+from ..sharding import is_sharded, local
 from ..validation import Extent, check_disjoint, label
 from .changes import Changes, Counts, Expected, FlatRange, Inspected, Keys, Kind, Watch, Work, expect
 from .inspection import Finding, Known, inspect
@@ -67,6 +67,7 @@ class TensorTable:
         control: float64 [2], the gradient factor and the skip flag that every launch reads.
         buckets: the launches of a step.
         written: the parameters that this step writes.
+        sharded: are some of the parameters DTensors?
         inspected: what was inspected in this step, by position; it holds the memory of its tensors.
     """
 
@@ -74,6 +75,7 @@ class TensorTable:
         self.rule, self.resolve = rule, resolve
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.params: list[Tensor] = []
+        self.sharded = False
         self.device_copies: dict[torch.device, Any] = {}
         self.buckets: list[Bucket] = []
         self.segments = Segments.empty(0, 0)
@@ -210,6 +212,7 @@ class TensorTable:
         watch = Watch(self.groups, ("step", *(state.name for state in self.rule.states)))
         self.generation = buffers.generation()
         self.params, n = watch.params, len(watch.params)
+        self.sharded = any(map(is_sharded, self.params))
         self.known: list[Known | None] = [None] * n
         self.range_of: list[tuple[int, int, int, int]] = [FlatRange.NOWHERE] * n
         self.numbers: dict[tuple[object, ...], int] = {}  # of sets of flat buffers
