@@ -15,6 +15,13 @@ from torch import Tensor
 
 __all__ = ["check_sharding", "is_dtensor", "is_sharded", "local", "redistribute_gradients", "sharded_like", "spec_of"]
 
+#: What can be done about other placements.
+OF_GRADIENTS = (
+    "gradients are not sent within a step: p.grad = p.grad.redistribute(placements=p.placements) does that before it, "
+    "or optimizer.register_step_pre_hook(wd_kernels.redistribute_gradients) for all"
+)
+OF_STATES = "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict loads states of any sharding"
+
 
 def _class(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
@@ -59,18 +66,13 @@ def check_sharding(p: Tensor, t: Tensor, what: str, gradient: bool = False) -> N
 
     What differs does so in every process, so all of them raise.
     """
-    if not (is_sharded(p) or is_sharded(t)) or (_sharding(p) == _sharding(t) and p.shape == t.shape):
-        return
-    if p.shape != t.shape:
-        raise ValueError(f"{what} has shape {tuple(t.shape)}; allowed is that of the parameter, {tuple(p.shape)}")
-    if gradient:
-        way = (
-            "gradients are not sent within a step: p.grad = p.grad.redistribute(placements=p.placements) does that "
-            "before it, or optimizer.register_step_pre_hook(wd_kernels.redistribute_gradients) for all"
+    if _sharding(p) != _sharding(t):
+        raise ValueError(
+            f"{what} is {_described(t)}; allowed is what its parameter is, {_described(p)}: "
+            f"{OF_GRADIENTS if gradient else OF_STATES}"
         )
-    else:
-        way = "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict loads states of any sharding"
-    raise ValueError(f"{what} is {_described(t)}; allowed is what its parameter is, {_described(p)}: {way}")
+    if is_sharded(p) and p.shape != t.shape:
+        raise ValueError(f"{what} has shape {tuple(t.shape)}; allowed is that of the parameter, {tuple(p.shape)}")
 
 
 def redistribute_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
