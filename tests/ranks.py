@@ -27,18 +27,18 @@ import torch.distributed as dist
 __all__ = ["MOST", "run"]
 
 MOST = 4
-PATIENCE = 120.0  # seconds
+PATIENCE = 60.0  # seconds
 _processes: list[tuple[Any, Connection]] = []
-_runs = 0
+_groups: list[tuple[int, str]] = []  # sizes, and the files where their ranks meet; the last one's is there
 
 
 def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)` returns on each of so many ranks. Raises where one raises, and ends all where one hangs."""
-    global _runs
     if not _processes:
         _start()
-    _runs += 1
-    meeting = str(Path(tempfile.gettempdir()) / f"wd-kernels-{os.getpid()}-{_runs}")
+    if not _groups or _groups[-1][0] != world:
+        _groups.append((world, str(Path(tempfile.gettempdir()) / f"wd-kernels-{os.getpid()}-{len(_groups)}")))
+    meeting = _groups[-1][1]
     for _, connection in _processes[:world]:
         connection.send((world, meeting, function, args))
     ends = time.monotonic() + PATIENCE
@@ -70,6 +70,7 @@ def stop() -> None:
         process.terminate()
         process.join()
     _processes.clear()
+    _groups.append((0, ""))
 
 
 def _start() -> None:
@@ -86,19 +87,19 @@ def _start() -> None:
 def _serve(rank: int, connection: Connection) -> None:
     """Runs what it is told, until nobody tells it any more. The group stays as long as its size does."""
     torch.set_num_threads(1)
-    now = 0
+    now = ""
     while True:
         try:
             world, meeting, function, args = connection.recv()
         except EOFError:
             return
         try:
-            if world != now:
+            if meeting != now:
                 if now:
                     dist.destroy_process_group()
                 store = dist.FileStore(meeting, world)
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-                now = world
+                now = meeting
             file = io.BytesIO()
             torch.save(function(*args), file)
             answer: tuple[bool, Any] = (True, file.getvalue())

@@ -11,11 +11,10 @@ from bits import assert_same_bits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )
 
@@ -88,7 +87,7 @@ def data(t: int) -> Tensor:
 def backward(model: nn.Module, t: int, dtype: torch.dtype = torch.float32) -> float:
     loss = full_with_gradient(model(data(t).to(dtype))).square().sum()
     loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def full_with_gradient(t: Tensor) -> Tensor:

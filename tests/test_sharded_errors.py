@@ -112,8 +112,14 @@ def loads_other_shardings() -> None:
     saved = opt.state_dict()
     key = next(iter(saved["state"]))
     for wrong, message in [
-        (full(saved["state"][key]["exp_avg"]), r"the saved state 'exp_avg' of .* is an ordinary tensor; .*set_optimizer"),
-        (placed(saved["state"][key]["exp_avg"], Replicate()), r"the saved state 'exp_avg' of .* \(Replicate\(\),\) over"),
+        (
+            full(saved["state"][key]["exp_avg"]),
+            r"the saved state 'exp_avg' of .* is an ordinary tensor; .*set_optimizer",
+        ),
+        (
+            placed(saved["state"][key]["exp_avg"], Replicate()),
+            r"the saved state 'exp_avg' of .* \(Replicate\(\),\) over",
+        ),
     ]:
         spoilt = {**saved, "state": {**saved["state"], key: {**saved["state"][key], "exp_avg": wrong}}}
         with pytest.raises(ValueError, match=message):

@@ -62,8 +62,8 @@ void* handle_of(PyObject* tensor);
 // connect(capsule, Parameter, (tensor, plain, negative), (tensor, plain, conjugate)) -> bool: takes torch's DLPack
 // exchange API and its two types of tensors; False where they are others than is known here.
 PyObject* connect(PyObject* module, PyObject* args);
-// learn(dtensor, local, spec) -> bool: takes torch's DTensor, of which an example is given with what its two slots have;
-// False where they are not found in it.
+// learn(dtensor, local, spec) -> bool: takes torch's DTensor, of which an example is given with what its two slots
+// have; False where they are not found in it.
 PyObject* learn(PyObject* module, PyObject* args);
 
 }  // namespace wd
