@@ -33,7 +33,7 @@ _groups: list[tuple[int, str]] = []  # sizes, and the files where their ranks me
 
 
 def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)` returns on each of so many ranks. Raises where one raises, and ends all where one hangs."""
+    """What `function(*args)` returns on each of so many ranks. Raises where one raises; ends all where one hangs."""
     if not _processes:
         _start()
     if not _groups or _groups[-1][0] != world:

@@ -85,12 +85,12 @@ BAD: list[tuple[Callable[[Any, AdamW], None], str]] = [
     (local_state, rf"the state 'exp_avg' of {WEIGHT} is an ordinary tensor; allowed is what its parameter is, a DTen"),
     (whole_state, rf"the state 'exp_avg' of {WEIGHT} is an ordinary tensor; allowed is what its parameter is, a DTen"),
     (state_of_another_shard, rf"the state 'exp_avg' of {WEIGHT} has shape .*; allowed is that of the parameter, \("),
-    (sharded_state_of_an_ordinary_one, rf"the state 'exp_avg' of {WEIGHT} is a DTensor .*; allowed .* an ordinary tens"),
+    (sharded_state_of_an_ordinary_one, rf"the state 'exp_avg' of {WEIGHT} is a DTensor .*; allowed .* an ordinary ten"),
 ]  # fmt: skip
 
 
 def refuses(spoil: Callable[[Any, AdamW], None], message: str) -> None:
-    model, opt = trained()
+    _, opt = trained()
     spoil(opt.param_groups[0]["params"][0], opt)
     params = opt.param_groups[0]["params"]
     before = [p.detach().clone() for p in params]
