@@ -10,6 +10,7 @@ from . import functional, schedules
 from .backends import BackendName, FallbackWarning
 from .decay_conversion import Conversion, convert_weight_decay
 from .flat import FlatBuffer, flatten_, unflatten_
+from .gradient_release import GradientRelease, release_gradients
 from .optim import SGDW, AdagradW, AdamW
 from .param_groups import decay_groups
 from .rules import DecayMode, Form
@@ -27,6 +28,7 @@ __all__ = [
     "FallbackWarning",
     "FlatBuffer",
     "Form",
+    "GradientRelease",
     "NormalizedDecay",
     "__version__",
     "convert_weight_decay",
@@ -35,6 +37,7 @@ __all__ = [
     "functional",
     "normalized_weight_decay",
     "redistribute_gradients",
+    "release_gradients",
     "schedules",
     "unflatten_",
 ]

@@ -25,7 +25,7 @@ from .sharding import local
 from .table import TensorTable, memoryless
 from .validation import Extent, check_disjoint, check_parameter, check_type, has_memory, label, meeting
 
-__all__ = ["DecoupledOptimizer"]
+__all__ = ["DecoupledOptimizer", "plain_tensors"]
 
 
 #: Keys of others' in groups that look like ours.
@@ -37,6 +37,7 @@ class DecoupledOptimizer(Optimizer):
 
     rule: Rule
     _warned_of_scheduler = False
+    release: Any = None  # a GradientRelease, while there is one
 
     def __init__(self, params: ParamsT, backend: str, **defaults: Any) -> None:
         defaults = {**stepping.DEFAULTS, **defaults}
@@ -80,7 +81,12 @@ class DecoupledOptimizer(Optimizer):
                 "step() was called within a step of the same optimizer, by a signal's handler, a callback of the "
                 "garbage collector or a schedule: it cannot be taken there"
             )
-        with table.lock, _plain_tensors(table.sharded):
+        if self.release is not None:
+            ticks = self.release.finish()
+            if ticks and not self._warned_of_scheduler:
+                self._warn_of_scheduler(groups)
+            return loss
+        with table.lock, plain_tensors(table.sharded):
             hypers, ticks = stepping.follow(groups, self.rule.hypers(groups, default=self.defaults["decay"]))
             if table.watch is None and memoryless.wanted(groups):
                 memoryless.step(groups, self.state, hypers, ticks)
@@ -109,6 +115,8 @@ class DecoupledOptimizer(Optimizer):
         """Adds a group. As torch's, and a bad parameter or hyperparameter is an error here, by name."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group is a {type(param_group).__name__}: expected a dict")
+        if self.release is not None:
+            raise RuntimeError("a group is added while gradients are released: remove() the release, and make another")
         if isinstance(param_group.get("params"), Iterator):
             param_group["params"] = list(param_group["params"])
         index, given = len(self.param_groups), dict(param_group)
@@ -251,7 +259,7 @@ def _name_empty_groups(groups: list[dict[str, Any]]) -> None:
             group.setdefault("param_names", [])
 
 
-def _plain_tensors(sharded: bool) -> AbstractContextManager[object]:
+def plain_tensors(sharded: bool) -> AbstractContextManager[object]:
     """No torch function mode, such as a default device, and no class of DTensors is asked about every attribute."""
     asked = sharded or torch._C._len_torch_function_stack()
     return torch._C.DisableTorchFunction() if asked else nullcontext()

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_sharding", "is_dtensor", "is_sharded", "local", "redistribute_gradients", "sharded_like", "spec_of"]
+__all__ = [
+    "check_sharding",
+    "is_dtensor",
+    "is_fully_sharded",
+    "is_sharded",
+    "local",
+    "redistribute_gradients",
+    "sharded_like",
+    "spec_of",
+]
 
 #: What can be done about other placements.
 OF_GRADIENTS = (
@@ -36,6 +45,12 @@ def is_sharded(t: object) -> bool:
 def is_dtensor(t: object) -> bool:
     """Is it one, and none of a subclass?"""
     return type(t) is _class("torch.distributed.tensor", "DTensor")
+
+
+def is_fully_sharded(module: object) -> bool:
+    """Has `fully_shard` wrapped it?"""
+    kind = _class("torch.distributed.fsdp", "FSDPModule")
+    return kind is not None and isinstance(module, kind)
 
 
 def spec_of(t: Tensor) -> Any:

@@ -39,15 +39,20 @@ __all__ = [
 
 Key = TypeVar("Key", bound=Hashable)
 
+#: Of a group that is part of others: the (group, index) of each of its parameters.
+PLACES = "_places"
 _ALLOWED_DTYPES = ", ".join([*(f.name for f in FORMATS), "complex64", "complex128"])
 
 
 def label(group: Mapping[str, Any], group_index: int, index: int) -> str:
     """How errors call a parameter: by its name where the group has names, else by its place."""
-    names = group.get("param_names")
+    names, places = group.get("param_names"), group.get(PLACES)
+    name = names[index] if isinstance(names, (list, tuple)) and index < len(names) else None
+    if places is not None:
+        group_index, index = places[index]
     place = f"group {group_index}, index {index}"
-    if isinstance(names, (list, tuple)) and index < len(names):
-        return f"parameter {names[index]!r} ({place})"
+    if name is not None:
+        return f"parameter {name!r} ({place})"
     return f"parameter {index} of group {group_index}"
 
 

@@ -1,0 +1,343 @@
+"""Gradient release: the bits of ordinary steps, with the gradients of one block at a time."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from bits import assert_same_optimizers
+from sharded import BUILD, backward, make, shard
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import wd_kernels
+from wd_kernels import AdamW, decay_groups, release_gradients
+from wd_kernels.schedules import Cosine
+
+STEPS = 5
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw": {"amsgrad": True, "weight_decay": 0.1},
+    "sgdw": {"momentum": 0.9, "weight_decay": 0.01, "decay": "independent", "form": "paper"},
+    "adagradw": {"weight_decay": 0.1},
+}
+
+
+def pair(rule: str = "adamw", **more: Any) -> list[tuple[nn.Sequential, Any]]:
+    """A model with its optimizer, twice: two groups, a schedule, and momentum."""
+    made = []
+    for _ in range(2):
+        model = make()
+        groups = decay_groups(model, more.get("weight_decay", OPTIONS[rule]["weight_decay"]))
+        made.append((model, BUILD[rule](groups, **{"lr": 0.01, "schedule": Cosine(9), **OPTIONS[rule], **more})))
+    return made
+
+
+def same(a: Any, b: Any) -> None:
+    """Parameters, states, counts, groups."""
+    assert_same_optimizers(a, b)
+    assert a.param_groups[0]["schedule_step"] == b.param_groups[0]["schedule_step"] > 0
+
+
+class Launches:
+    """Counts the steps of a release's blocks."""
+
+    def __init__(self, release: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.blocks: list[int] = []
+        step = release._step
+
+        def counted(block: Any) -> None:
+            self.blocks.append(len(block.params))
+            step(block)
+
+        monkeypatch.setattr(release, "_step", counted)
+
+
+@pytest.mark.filterwarnings("ignore:an LR scheduler moves lr")
+@pytest.mark.parametrize("rule", OPTIONS)
+def test_bits(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every entry of a Sequential is a block: one launch for its weight and bias. An LR scheduler goes on beside it."""
+    (a, released), (b, ordinary) = pair(rule)
+    release = release_gradients(a, released)
+    assert [len(block) for block in release.blocks] == [2, 2, 2, 2, 2]
+    launches = Launches(release, monkeypatch)
+    schedulers = [torch.optim.lr_scheduler.StepLR(opt, 2) for opt in (released, ordinary)]
+    for t in range(STEPS):
+        for model, opt, scheduler in ((a, released, schedulers[0]), (b, ordinary, schedulers[1])):
+            opt.zero_grad()
+            backward(model, t)
+            opt.step()
+            scheduler.step()
+        assert launches.blocks == [2] * 5 * (t + 1)
+        assert all(p.grad is None for p in a.parameters())
+    same(released, ordinary)
+
+
+def test_live_gradients() -> None:
+    """There is never a gradient of more than one block, whatever order the backward pass has."""
+    (model, opt), _ = pair()
+    release_gradients(model, opt)
+    most = []
+
+    def look(p: Tensor) -> None:
+        most.append({id(q) for q in model.parameters() if q.grad is not None})
+
+    blocks = [{id(p) for p in layer.parameters()} for layer in model]
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(look)
+    backward(model, 0)
+    assert len(most) == 10
+    assert all(any(found <= block for block in blocks) for found in most)
+
+
+@pytest.mark.parametrize("way", ["every parameter", "one block", "modules"])
+def test_blocks(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (a, released), (b, ordinary) = pair()
+    blocks: Any = {
+        "every parameter": [[p] for p in a.parameters()],
+        "one block": [a.parameters()],
+        "modules": [a[0], nn.Sequential(a[1], a[2])],  # the rest are blocks of their own
+    }[way]
+    release = release_gradients(a, released, blocks=blocks)
+    launches = Launches(release, monkeypatch)
+    for t in range(3):
+        for model, opt in ((a, released), (b, ordinary)):
+            opt.zero_grad()
+            backward(model, t)
+            opt.step()
+    same(released, ordinary)
+    expected = {"every parameter": [1] * 10, "one block": [10], "modules": [1, 1, 1, 1, 4, 2]}[way]
+    assert sorted(launches.blocks) == sorted(expected * 3)
+
+
+def test_default_blocks() -> None:
+    """Entries of the outermost lists, and every other module that has parameters of its own."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+            self.embed = nn.Embedding(3, 2)
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)) for _ in range(2))
+            self.head = nn.Linear(2, 3)
+            self.head.weight = self.embed.weight  # tied
+
+    model = Model()
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = release_gradients(model, AdamW(model.parameters())).blocks
+    assert [[names[id(p)] for p in block] for block in found] == [
+        ["scale"],
+        ["embed.weight"],
+        [f"layers.0.{k}.{name}" for k in (0, 1) for name in ("weight", "bias")],
+        [f"layers.1.{k}.{name}" for k in (0, 1) for name in ("weight", "bias")],
+        ["head.bias"],
+    ]
+
+
+def test_missing_gradients_and_frozen_parameters() -> None:
+    """A block that is not whole when the backward pass ends is stepped by step(); what is frozen is not waited for."""
+    (a, released), (b, ordinary) = pair()
+    a[2].bias.requires_grad_(False)
+    b[2].bias.requires_grad_(False)
+    release_gradients(a, released)
+    for t in range(STEPS):
+        for model, opt in ((a, released), (b, ordinary)):
+            opt.zero_grad()
+            if t == 2:
+                model[0](torch.ones(2, 6)).sum().backward()
+                (model[3].weight * 3).sum().backward()  # not its bias
+                assert model is b or model[3].weight.grad is not None
+            else:
+                backward(model, t)
+            if t == 3:
+                model[2].bias.requires_grad_(True)
+            opt.step()
+        assert all(p.grad is None for p in a.parameters())
+    same(released, ordinary)
+
+
+def test_accumulation() -> None:
+    (a, released), (b, ordinary) = pair()
+    release = release_gradients(a, released)
+    for t in range(3):
+        with release.accumulating():
+            backward(a, 10 * t)
+            assert all(p.grad is not None for p in a.parameters())
+        backward(a, 10 * t + 1)
+        released.step()
+        ordinary.zero_grad()
+        for k in range(2):
+            backward(b, 10 * t + k)
+        ordinary.step()
+    same(released, ordinary)
+
+
+def test_a_second_gradient_is_an_error() -> None:
+    """By name, and nothing of it is written; step() ends what was begun, and the next pass is fine."""
+    (model, opt), _ = pair()
+    release = release_gradients(model, opt)
+    backward(model, 0)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(RuntimeError, match=r"second gradient of parameter '5\.\w+' \(group \d, index \d\) has come af"):
+        backward(model, 1)
+    for saved, own in zip(before["state"].values(), opt.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(saved[name], own[name]) for name in saved)
+    opt.zero_grad()
+    opt.step()
+    backward(model, 1)
+    opt.step()
+    assert {float(own["step"]) for own in opt.state.values()} == {2.0}
+    release.remove()
+    backward(model, 2)
+    assert all(p.grad is not None for p in model.parameters())
+    opt.step()
+    assert {float(own["step"]) for own in opt.state.values()} == {3.0}
+
+
+@pytest.mark.parametrize("clip", [{"clip_value": 0.02}, {"clip_block_norm": 0.05}])
+def test_clipping(clip: dict[str, float]) -> None:
+    """As torch's functions do it, block by block."""
+    (a, released), (b, ordinary) = pair()
+    release_gradients(a, released, **clip)
+    for t in range(3):
+        backward(a, t)
+        released.step()
+        ordinary.zero_grad()
+        backward(b, t)
+        before = [p.grad.clone() for p in b.parameters()]  # type: ignore[union-attr]
+        for layer in (layer for layer in b if list(layer.parameters())):
+            if "clip_value" in clip:
+                nn.utils.clip_grad_value_(layer.parameters(), clip["clip_value"])
+            else:
+                nn.utils.clip_grad_norm_(layer.parameters(), clip["clip_block_norm"])
+        assert not all(torch.equal(p.grad, was) for p, was in zip(b.parameters(), before, strict=True))
+        ordinary.step()
+    same(released, ordinary)
+
+
+def test_checkpoints_and_copies() -> None:
+    """States, groups and counts are the optimizer's: saved and loaded in the middle, copied without the release."""
+    (a, released), (b, ordinary) = pair()
+    release_gradients(a, released)
+    for t in range(STEPS):
+        for model, opt in ((a, released), (b, ordinary)):
+            opt.zero_grad()
+            backward(model, t)
+            opt.step()
+        if t == 2:
+            released.load_state_dict(copy.deepcopy(released.state_dict()))
+    same(released, ordinary)
+    copied = copy.deepcopy(released)
+    assert copied.release is None
+    same(copied, ordinary)
+
+
+def test_nothing_is_kept_alive() -> None:
+    (model, opt), _ = pair()
+    seen = [weakref.ref(opt), weakref.ref(release_gradients(model, opt)), weakref.ref(model[0].weight)]
+    backward(model, 0)
+    opt.step()
+    del model, opt
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * 3
+
+
+def test_bad_arguments() -> None:
+    (model, opt), _ = pair()
+    with pytest.raises(TypeError, match=r"optimizer is a SGD: allowed are those of wd_kernels"):
+        release_gradients(model, torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 with gradient release: .*clip_value=, .*clip_block_norm"):
+        release_gradients(model, opt, max_grad_norm=1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"clip_value=-1: allowed are numbers > 0"):
+        release_gradients(model, opt, clip_value=-1)
+    flat = make()
+    wd_kernels.flatten_(flat.parameters())
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 is flat: its gradient is part of a buffer"):
+        release_gradients(flat, AdamW(flat.parameters()))
+    release = release_gradients(model, opt)
+    with pytest.raises(RuntimeError, match="released already"):
+        release_gradients(model, opt)
+    with pytest.raises(RuntimeError, match="a group is added while gradients are released"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))], "param_names": ["new"]})
+    opt.param_groups[0]["params"][0] = nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match="other parameters than when its gradients were released"):
+        opt.step()
+    release.remove()
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad.double()))  # torch refuses
+
+
+def test_errors_name_the_parameter() -> None:
+    """A block is a part of the groups: its parameters are called by their places in the whole."""
+    model = make()
+    opt = AdamW(decay_groups(model, 0.1))
+    release_gradients(model, opt)
+    backward(model, 0)
+    opt.step()
+    opt.state[model[5].bias]["exp_avg"] = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"'exp_avg' of parameter '5\.bias' \(group 1, index 5\) has shape \(7,\)"):
+        backward(model, 1)
+
+
+# On several ranks -----------------------------------------------------------------------------------------------------
+
+
+def wrapped(kind: str, release: bool) -> tuple[nn.Module, Any]:
+    model: nn.Module = make()
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 64  # DDP's first bucket
+    if kind == "ddp":
+        model = DistributedDataParallel(model, bucket_cap_mb=0.0003)
+    elif kind == "ddp-views":
+        model = DistributedDataParallel(model, bucket_cap_mb=0.0003, gradient_as_bucket_view=True)
+    else:
+        shard(model, kind)  # type: ignore[arg-type]
+    opt = AdamW(model.named_parameters(), lr=0.01, weight_decay=0.1, schedule=Cosine(9))
+    if release:
+        release_gradients(model, opt)
+    return model, opt
+
+
+def sync(model: nn.Module, on: bool) -> Any:
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on
+    else:
+        model.set_requires_gradient_sync(on)  # type: ignore[operator]
+
+
+def distributed(kind: str) -> None:
+    (a, released), (b, ordinary) = wrapped(kind, True), wrapped(kind, False)
+    steps = []
+    step = released.release._step
+    released.release._step = lambda block: (steps.append(len(block.params)), step(block))
+    for t in range(4):
+        for model, opt in ((a, released), (b, ordinary)):
+            opt.zero_grad()
+            if kind != "tp" and t == 2:  # two micro-steps
+                sync(model, False)
+                backward(model, 100)
+                sync(model, True)
+            backward(model, t)
+            if model is a:
+                assert sum(steps) == 10 * (t + 1)  # all within the backward pass
+            opt.step()
+        assert all(p.grad is None for p in a.parameters())
+    assert len(steps) >= 4 * 2
+    same(released, ordinary)
+
+
+@pytest.mark.parametrize(("world", "kind"), [(2, "fsdp"), (2, "tp"), (2, "ddp"), (2, "ddp-views"), (4, "fsdp-tp")])
+def test_distributed(world: int, kind: str) -> None:
+    ranks.run(world, distributed, kind)
+
+
+def unwrapped() -> None:
+    with pytest.warns(UserWarning, match="gradients of this process alone, of 2: .* DistributedDataParallel first"):
+        release_gradients(model := make(), AdamW(model.parameters()))
+
+
+def test_a_model_that_nothing_sums() -> None:
+    ranks.run(2, unwrapped)
