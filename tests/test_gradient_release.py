@@ -288,9 +288,9 @@ def test_errors_name_the_parameter() -> None:
 def wrapped(kind: str, release: bool) -> tuple[nn.Module, Any]:
     model: nn.Module = make()
     if kind == "ddp":
-        model = DistributedDataParallel(model, bucket_cap_mb=0.0003)
+        model = DistributedDataParallel(model, bucket_cap_mb=0.00005)
     elif kind == "ddp-views":
-        model = DistributedDataParallel(model, bucket_cap_mb=0.0003, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, bucket_cap_mb=0.00005, gradient_as_bucket_view=True)
     else:
         shard(model, kind)  # type: ignore[arg-type]
     opt = AdamW(model.named_parameters(), lr=0.01, weight_decay=0.1, schedule=Cosine(9))
@@ -323,7 +323,7 @@ def distributed(kind: str) -> None:
                 assert sum(steps) == 10 * (t + 1)  # all within the backward pass
             opt.step()
         assert all(p.grad is None for p in a.parameters())
-    assert len(steps) > 4  # of several blocks; DDP cuts its buckets in the second pass
+    assert len(steps) > 4 * 2  # of several blocks; DDP cuts its buckets in the second pass
     same(released, ordinary)
 
 
