@@ -44,8 +44,8 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     ends = time.monotonic() + PATIENCE
     found: list[Any] = []
     failed: list[str] = []
-    for rank, (process, connection) in enumerate(_processes[:world]):
-        if not connection.poll(max(0.0, ends - time.monotonic())) or not process.is_alive():
+    for rank, (_, connection) in enumerate(_processes[:world]):
+        if not connection.poll(max(0.0, ends - time.monotonic())):
             failed.append(f"rank {rank} did not return within {PATIENCE:.0f} s")
             continue
         try:

@@ -1,0 +1,134 @@
+"""The same run on any number of ranks, and after one of them was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from bits import assert_same_bits
+from sharded import WIDTH, full, make, shard, train
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+from wd_kernels import AdamW, release_gradients
+from wd_kernels.schedules import Cosine
+
+STEPS, EVERY, DIES = 7, 2, 5  # saved after 2 and 4 steps; killed within the sixth
+SAMPLES = 8
+
+
+def built(released: bool) -> tuple[Any, AdamW]:
+    model = make()
+    shard(model, "fsdp")
+    opt = AdamW(model.named_parameters(), lr=0.01, weight_decay=0.1, schedule=Cosine(9))
+    if released:
+        release_gradients(model, opt)
+    return model, opt
+
+
+def states(model: Any, opt: AdamW) -> list[Tensor]:
+    return [full(t) for p in model.parameters() for t in (p, *opt.state[p].values())]
+
+
+def whole_run(released: bool) -> list[Tensor]:
+    model, opt = built(released)
+    train(model, opt, range(STEPS))
+    return states(model, opt)
+
+
+@cache
+def uninterrupted() -> list[Tensor]:
+    return ranks.run(1, whole_run, False)[0]
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("world", [2, 4])
+def test_same_data_everywhere(world: int, released: bool) -> None:
+    """Means of 2 and 4 equal gradients are exact, so all that could differ is the step."""
+    for found in ranks.run(world, whole_run, released):
+        for a, b in zip(found, uninterrupted(), strict=True):
+            assert_same_bits(a, b)
+
+
+def split_samples() -> list[Tensor]:
+    """Every rank has some of the samples; their gradients are summed in the order of the samples, wherever they are."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    twin, (model, opt) = make(), built(False)
+    own = range(rank * SAMPLES // world, (rank + 1) * SAMPLES // world)
+    for t in range(4):
+        for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+            p.data.copy_(full(q))
+        mine = []
+        for sample in own:
+            twin.zero_grad()
+            x = torch.randn(WIDTH, generator=torch.Generator().manual_seed(100 * t + sample))
+            twin(x).square().sum().backward()
+            mine.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))  # type: ignore[union-attr]
+        gathered = [torch.empty(len(own), mine[0].numel()) for _ in range(world)]
+        dist.all_gather(gathered, torch.stack(mine))
+        total = torch.zeros_like(mine[0])
+        for gradient in torch.cat(gathered):
+            total += gradient
+        pieces = total.split([p.numel() for p in twin.parameters()])
+        for q, piece in zip(model.parameters(), pieces, strict=True):
+            whole = DTensor.from_local(piece.view(q.shape), q.device_mesh, [torch.distributed.tensor.Replicate()])
+            q.grad = whole.redistribute(placements=q.placements)
+        opt.step()
+    return states(model, opt)
+
+
+def test_data_of_each_rank() -> None:
+    first, *others = (ranks.run(world, split_samples)[0] for world in (1, 2, 4))
+    for found in others:
+        for a, b in zip(found, first, strict=True):
+            assert_same_bits(a, b)
+
+
+# Killed and restarted -------------------------------------------------------------------------------------------------
+
+
+def save(model: Any, opt: AdamW, folder: Path) -> None:
+    of_model, of_opt = get_state_dict(model, opt)
+    dcp.save({"model": of_model, "optimizer": of_opt}, checkpoint_id=folder)
+
+
+def dies(folder: Path) -> None:
+    """Trains and saves; the last rank is killed within a step, between its checks and its launch."""
+    model, opt = built(False)
+    for t in range(STEPS):
+        if t == DIES and dist.get_rank() == dist.get_world_size() - 1:
+            opt._table._work = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        train(model, opt, range(t, t + 1))
+        if (t + 1) % EVERY == 0:
+            save(model, opt, folder / str(t + 1))
+
+
+def resumes(folder: Path) -> list[Tensor]:
+    model, opt = built(False)
+    done = max(int(path.name) for path in folder.iterdir() if (path / ".metadata").exists())
+    assert done == DIES // EVERY * EVERY
+    of_model, of_opt = get_state_dict(model, opt)
+    state = {"model": of_model, "optimizer": of_opt}
+    dcp.load(state, checkpoint_id=folder / str(done))
+    set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    train(model, opt, range(done, STEPS))
+    return states(model, opt)
+
+
+def test_a_rank_is_killed(tmp_path: Path) -> None:
+    """Restarted from the last checkpoint, on as many ranks, more and fewer: the bits of the run that nothing ended."""
+    with pytest.raises(AssertionError, match="rank 1 ended"):
+        ranks.run(2, dies, tmp_path)
+    for world in (2, 4, 1):
+        for found in ranks.run(world, resumes, tmp_path):
+            for a, b in zip(found, uninterrupted(), strict=True):
+                assert_same_bits(a, b)
