@@ -6,7 +6,6 @@ python bench/sharded.py [> bench/results/sharded.txt]
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from datetime import date
 from functools import partial
@@ -40,9 +39,7 @@ def give_gradients(params: list[Any]) -> None:
 
 
 def main() -> None:
-    dist.init_process_group(
-        "gloo", store=torch._C._distributed_c10d.FileStore(tempfile.mktemp(), 1), rank=0, world_size=1
-    )
+    dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     versions = ", ".join(f"{key} {value}" for key, value in internals.versions_here().items())
     print(f"{date.today()}; {versions}\nfloat32 AdamW, new gradients in every step, median us of step() (quartiles)\n")
     print(f"{'tensors':>13}  {'':<14}  {'ordinary':>28}  {'DTensor':>28}  ratio")

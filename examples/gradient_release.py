@@ -14,6 +14,7 @@ import hashlib
 import multiprocessing
 import resource
 from collections.abc import Callable
+from datetime import date
 from typing import Any
 
 import torch
@@ -79,6 +80,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=24)
     options = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{date.today()}, torch {torch.__version__}, {device}, {options.layers} layers of width {options.width}")
     print(f"{'':<8}  {'parameters':>10}  {'ordinary':>10}  {'released':>10}  {'saved':>10}  of the gradients")
     for maker in MAKERS:
         (size, ordinary, a), (_, released, b) = (
