@@ -16,8 +16,8 @@ import wd_kernels
 OWN = [
     f"wd_kernels.{name}"
     for name in (
-        "backends.device_copy", "decay_conversion", "flat.flatten", "functional", "layout", "optim", "param_groups",
-        "rules.scalars",
+        "backends.device_copy", "decay_conversion", "flat.flatten", "functional", "gradient_release", "layout",
+        "optim", "param_groups", "rules.scalars", "sharding",
     )
 ]  # fmt: skip
 OWN += [

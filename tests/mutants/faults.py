@@ -742,11 +742,7 @@ RULES = [
     *_of(
         "wd_kernels/rules/sgdw.py",
         "rules reference propositions optim",
-        (
-            "rules: a buffer is carried into the paper's form without the schedule",
-            'a = at_least_zero("lr", saved["lr"], where) * at_least_zero("eta", saved.get("eta", 1.0), where)',
-            'a = at_least_zero("lr", saved["lr"], where)',
-        ),
+        ("rules: a buffer is carried by the lr itself", "1.0 / a if a else math.inf", "a"),
         ("rules: a buffer is carried the wrong way", "a if forms[1] ==", "a if forms[0] =="),
         ("rules: a new buffer is dampened", "first_grad_coef if fresh else later_grad_coef", "later_grad_coef"),
         ("rules: nesterov without momentum's factor", "(1.0, momentum) if nesterov", "(1.0, 1.0) if nesterov"),
@@ -883,7 +879,7 @@ CHANGES = _of(
         "(p, found.grad_itself, *found.states)) and not p.is_complex()",
         "(p, found.grad_itself, *found.states))",
     ),
-    ("changes: nobody keeps what native code looks at", "self._held, self._view = held, native", "self._view = native"),
+    ("changes: nobody keeps what native code looks at", "self._specs, self._held = specs, held", "self._specs = specs"),
     ("python rows: a buffer is never fresh", "int(steps[i]) + 1, bool(fresh[i])", "int(steps[i]) + 1, False"),
     ("python: autograd is not told", "            work.increment(work.written)\n", ""),
     ("python: a stand-in is not copied back", "            to.copy_(source)\n", "            pass\n"),
@@ -960,11 +956,11 @@ CHECKPOINT = _of(
     "checkpoint schedules",
     ("checkpoint: a saved schedule's name replaces the schedule", '"schedule", "show_lr")', '"show_lr")'),
     ("checkpoint: lambda is loaded without its mode", 'loaded.pop("weight_decay", None)', "pass"),
-    ("checkpoint: a decay of 0 is not loaded", '(same_form and _is_zero(decay["weight_decay"]))', "False"),
+    ("checkpoint: a decay of 0 is not loaded", '_is_zero(decay["weight_decay"])\n', "False\n"),
     (
         "checkpoint: lambda_norm is loaded as lambda",
-        " and _normalizes(theirs) == _normalizes(schedule)\n",
-        "\n",
+        'decay["decay"] == live_decay["decay"] and same_norm',
+        'decay["decay"] == live_decay["decay"]',
     ),
     (
         "checkpoint: buffers are not carried between forms",
@@ -974,7 +970,11 @@ CHECKPOINT = _of(
     ("checkpoint: an absent eta keeps the live one", 'loaded.setdefault("eta", 1.0)', "pass"),
     ("checkpoint: a count of nothing replaces the live one", 'loaded.pop("schedule_step", None)', "pass"),
     ("checkpoint: a shown lr is taken for the first", '        loaded["lr"] = first\n', "        pass\n"),
-    ("checkpoint: base_lr does not know initial_lr", 'saved.get("initial_lr") if first is None else first', "first"),
+    (
+        "checkpoint: base_lr does not know initial_lr",
+        'saved.get("initial_lr") if first is None and not chosen else first',
+        "first",
+    ),
     (
         "checkpoint: groups hold what torch's distributed checkpoints lack",
         "            del group[key]\n",
@@ -1001,7 +1001,11 @@ CHECKPOINT = _of(
         "loaded = {key: deepcopy(value) for",
         "loaded = {key: value for",
     ),
-    ("checkpoint: bad hyperparameters load", "    rule.hypers([{**own, **loaded, **decay}], where=where)\n", ""),
+    (
+        "checkpoint: bad hyperparameters load",
+        "    rule.hypers([{**own, **loaded, **decay}], where=where, default=default)\n",
+        "",
+    ),
     (
         "checkpoint: groups of other lengths load",
         '        if len(own["params"]) != len(other["params"]):',
@@ -1275,6 +1279,115 @@ AROUND = [
     ),
 ]
 
+SHARDING = _of(
+    "wd_kernels/sharding.py",
+    "sharded sharded_errors sharded_checkpoint",
+    ("placements are not compared", "spec.mesh, tuple(spec.placements), _order(spec)", "spec.mesh, _order(spec)"),
+    (
+        "meshes are not compared",
+        "spec.mesh, tuple(spec.placements), _order(spec)",
+        "tuple(spec.placements), _order(spec)",
+    ),
+    (
+        "an ordinary state of a DTensor is taken",
+        "if _sharding(p) != _sharding(t):",
+        "if _sharding(t) and _sharding(p) != _sharding(t):",
+    ),
+    (
+        "states are local tensors",
+        "    if not is_sharded(p):\n        return t\n    dtensor",
+        "    return t\n    dtensor",
+    ),
+    ("states have the parameter's dtype in their spec", "._replace(dtype=t.dtype)", ""),
+    (
+        "only gradients of parameters that are partial are redistributed",
+        "grad.placements != p.placements",
+        "grad.placements[0].is_partial()",
+    ),
+)
+SHARDED_ROLES = [
+    *_of(
+        "csrc/python/changes.cpp",
+        "sharded_errors sharded",
+        (
+            "the sharding is not compared",
+            "if (!local(tensor, &here) || reinterpret_cast<int64_t>(here.spec) != roles[role].spec) return false;",
+            "if (!local(tensor, &here)) return false;",
+        ),
+    ),
+    *_of(
+        "csrc/python/tensors.cpp",
+        "sharded",
+        (
+            "what a DTensor wraps may be of any type",
+            "out->spec != nullptr && known(out->tensor)",
+            "out->spec != nullptr",
+        ),
+    ),
+    *_of(
+        "wd_kernels/optimizer.py",
+        "sharded_errors",
+        ("DTensors may share memory", "if has_memory(here := local(p)):", "if has_memory(here := p):"),
+    ),
+]
+RELEASE = _of(
+    "wd_kernels/gradient_release.py",
+    "gradient_release",
+    ("gradients are kept", "                for q in block.params:\n                    q.grad = None\n", ""),
+    (
+        "a second gradient is stepped too",
+        "if id(p) in self._stepped:\n            raise",
+        "if False:\n            raise",
+    ),
+    ("each parameter steps its block", "            if not block.waiting:\n", "            if True:\n"),
+    (
+        "what is left is not stepped",
+        "                if any(p.grad is not None and id(p) not in self._stepped for p in block.params):\n",
+        "                if not block.waiting:\n",
+    ),
+    (
+        "frozen parameters are waited for",
+        "{id(p) for p in self.params if p.requires_grad}",
+        "{id(p) for p in self.params}",
+    ),
+    (
+        "schedules do not count",
+        "            for own, key, value in self._ticks:\n                own[key] = value\n",
+        "",
+    ),
+    (
+        "hyperparameters are those of the first round",
+        "            self._hypers = None\n            self._stepped",
+        "            self._stepped",
+    ),
+    (
+        "hyperparameters are those of the first group",
+        "[hypers[g] for g in self.of_groups]",
+        "[hypers[0] for g in self.of_groups]",
+    ),
+    (
+        "accumulating steps",
+        "return not self._paused and self.optimizer.release is self",
+        "return self.optimizer.release is self",
+    ),
+    (
+        "a bucket is stepped with the gradients of one rank",
+        "                    p.grad = grad\n                self._step",
+        "                    pass\n                self._step",
+    ),
+    ("blocks are not clipped by their norm", "nn.utils.clip_grad_norm_(self.params, release.clip_block_norm)", "pass"),
+    (
+        "tied parameters are in two blocks",
+        "[left.pop(id(p)) for p in those if id(p) in left]",
+        "[p for p in those if left.pop(id(p), None) is not None or id(p) not in left]",
+    ),
+    (
+        "the release lives as long as its parameters",
+        "hook = partial(_arrived, this)",
+        "hook = partial(_arrived, lambda: self)",
+    ),
+)
+
 FAULTS: tuple[Fault, ...] = (
     *RULES,
     *REFERENCE,
@@ -1290,6 +1403,9 @@ FAULTS: tuple[Fault, ...] = (
     *FUNCTIONAL,
     *DEVICE_COPY,
     *CHANGES,
+    *SHARDING,
+    *SHARDED_ROLES,
+    *RELEASE,
     *TRITON,
     *BACKENDS,
     *TRITON_ROUNDING,
