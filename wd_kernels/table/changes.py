@@ -281,11 +281,8 @@ class Watch:
             ranges, runs.moving, runs.places, runs.capacities, self.run_firsts,
         )  # fmt: skip
         hold = native.OPS.hold.default._op
-        self._specs, self._held, self._view = (
-            specs,
-            held,
-            native.C.view(tuple(self.params), arrays, self.names, hold, held),
-        )
+        view = native.C.view(tuple(self.params), arrays, self.names, hold, held)
+        self._specs, self._held, self._view = specs, held, view
 
     def mark(self, inspected: Mapping[int, int]) -> None:
         """Notes what was inspected in this step, and is not compared in it."""
