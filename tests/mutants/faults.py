@@ -879,7 +879,11 @@ CHANGES = _of(
         "(p, found.grad_itself, *found.states)) and not p.is_complex()",
         "(p, found.grad_itself, *found.states))",
     ),
-    ("changes: nobody keeps what native code looks at", "self._specs, self._held, self._view = specs, held, view", "self._specs, self._view = specs, view"),
+    (
+        "changes: nobody keeps what native code looks at",
+        "self._specs, self._held, self._view = specs, held, view",
+        "self._specs, self._view = specs, view",
+    ),
     ("python rows: a buffer is never fresh", "int(steps[i]) + 1, bool(fresh[i])", "int(steps[i]) + 1, False"),
     ("python: autograd is not told", "            work.increment(work.written)\n", ""),
     ("python: a stand-in is not copied back", "            to.copy_(source)\n", "            pass\n"),
