@@ -84,6 +84,15 @@ def _start() -> None:
     atexit.register(stop)
 
 
+def _forget_meshes() -> None:
+    """DTensors remember what came of operators by their meshes, of which a new one of the same ranks is the same."""
+    from torch.distributed.tensor._redistribute import _gen_transform_infos
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    _gen_transform_infos.cache_clear()
+
+
 def _serve(rank: int, connection: Connection) -> None:
     """Runs what it is told, until nobody tells it any more. The group stays as long as its size does."""
     torch.set_num_threads(1)
@@ -97,6 +106,7 @@ def _serve(rank: int, connection: Connection) -> None:
             if meeting != now:
                 if now:
                     dist.destroy_process_group()
+                    _forget_meshes()
                 store = dist.FileStore(meeting, world)
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
                 now = meeting
