@@ -184,3 +184,20 @@ def functional() -> None:
 
 def test_functional() -> None:
     ranks.run(2, functional)
+
+
+def partial_beside_replicated() -> None:
+    """No dimension is cut in either, and still only one has the sum."""
+    p = nn.Parameter(DTensor.from_local(torch.ones(3, 2), mesh_of("tp"), [Replicate()], run_check=False))
+    p.grad = placed(p, Partial())
+    opt = AdamW([p], weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"the gradient of .* \(Partial\(sum\),\) over .* is, .* \(Replicate\(\),\) over"):
+        opt.step()
+    wd_kernels.redistribute_gradients(opt)
+    assert torch.equal(full(p.grad), torch.full((3, 2), float(dist.get_world_size())))
+    opt.step()
+    assert opt.state[p]["step"] == 1
+
+
+def test_partial_beside_replicated() -> None:
+    ranks.run(2, partial_beside_replicated)
