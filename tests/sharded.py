@@ -118,6 +118,8 @@ class Whole:
                     assert isinstance(value, DTensor)
                     assert (value.device_mesh, value.placements) == (q.device_mesh, q.placements)
                     assert type(value.to_local()) is Tensor
+                    assert value._spec.tensor_meta is not None
+                    assert value._spec.tensor_meta.dtype == value.to_local().dtype == value.dtype
                 else:
                     assert type(value) is Tensor
 
