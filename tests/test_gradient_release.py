@@ -251,7 +251,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"optimizer is a SGD: allowed are those of wd_kernels"):
         release_gradients(model, torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 with gradient release: .*clip_value=, .*clip_block_norm"):
-        release_gradients(model, opt, max_grad_norm=1.0)  # type: ignore[arg-type]
+        release_gradients(model, opt, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"clip_value=-1: allowed are numbers > 0"):
         release_gradients(model, opt, clip_value=-1)
     flat = make()
@@ -335,6 +335,13 @@ def test_distributed(world: int, kind: str) -> None:
 def unwrapped() -> None:
     with pytest.warns(UserWarning, match="gradients of this process alone, of 2: .* DistributedDataParallel first"):
         release_gradients(model := make(), AdamW(model.parameters()))
+    for name in ("find_unused_parameters", "static_graph"):
+        parallel = DistributedDataParallel(make(), **{name: True})
+        with pytest.raises(ValueError, match=rf"{name}=True\) with gradient release: which parameters no rank has used"):
+            release_gradients(parallel, AdamW(parallel.parameters()))
+    parallel = DistributedDataParallel(make())
+    with pytest.raises(ValueError, match="blocks with a model in DDP: its buckets are the blocks"):
+        release_gradients(parallel, AdamW(parallel.parameters()), blocks=[])
 
 
 def test_a_model_that_nothing_sums() -> None:

@@ -39,7 +39,7 @@ def release_gradients(
     blocks: Blocks | None = None,
     clip_value: float | None = None,
     clip_block_norm: float | None = None,
-    max_grad_norm: None = None,
+    max_grad_norm: float | None = None,
 ) -> GradientRelease:
     """From now on each block of parameters is stepped as soon as its gradients are there, and they are freed.
 
@@ -50,7 +50,8 @@ def release_gradients(
 
     - `fully_shard`: blocks are what it wraps, stepped as their gradients are reduced. Shard first.
     - DDP: give the wrapped model; blocks are its buckets. They stay allocated, as ever, so it saves no memory, but the
-      step runs while other buckets are summed. In `no_sync()` nothing is stepped.
+      step runs while other buckets are summed. In `no_sync()` nothing is stepped. Not with `find_unused_parameters` or
+      `static_graph`, where buckets have zeros for what no rank has used.
     - Gradient accumulation: all micro-steps but the last one `with release.accumulating():`, or DDP's `no_sync()`, or
       `set_requires_gradient_sync(False)` of fully_shard.
     - A second gradient of a parameter that is stepped already, before `optimizer.step()`, is an error.
@@ -138,6 +139,12 @@ class GradientRelease:
         if self._of_ddp:
             if blocks is not None:
                 raise ValueError("blocks with a model in DDP: its buckets are the blocks (of bucket_cap_mb=)")
+            for name in ("find_unused_parameters", "static_graph"):
+                if getattr(model, name):
+                    raise ValueError(
+                        f"DistributedDataParallel(..., {name}=True) with gradient release: which parameters no rank "
+                        "has used is known when the backward pass ends; they would be stepped, and decayed, with zeros"
+                    )
             group: Any = model.process_group
             model.register_comm_hook(this, lambda state, bucket: _reduce_and_step(state, group, bucket))  # type: ignore[operator]
         else:
