@@ -337,7 +337,9 @@ def unwrapped() -> None:
         release_gradients(model := make(), AdamW(model.parameters()))
     for name in ("find_unused_parameters", "static_graph"):
         parallel = DistributedDataParallel(make(), **{name: True})
-        with pytest.raises(ValueError, match=rf"{name}=True\) with gradient release: which parameters no rank has used"):
+        with pytest.raises(
+            ValueError, match=rf"{name}=True\) with gradient release: which parameters no rank has used"
+        ):
             release_gradients(parallel, AdamW(parallel.parameters()))
     parallel = DistributedDataParallel(make())
     with pytest.raises(ValueError, match="blocks with a model in DDP: its buckets are the blocks"):

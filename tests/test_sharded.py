@@ -10,10 +10,12 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from bits import assert_same_bits
 from sharded import BUILD, KINDS, WIDTH, Whole, backward, full, make, mesh_of, shard, train
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -190,3 +192,24 @@ def low_precision(way: str) -> None:
 @pytest.mark.parametrize("way", ["policy", "bfloat16", "gradients", "offload"])
 def test_mixed_precision(way: str) -> None:
     ranks.run(2, low_precision, way)
+
+
+def arriving() -> None:
+    """A gradient that is still being summed, as sequence parallelism leaves them: it is waited for."""
+    mesh = mesh_of("dp")
+    local = torch.randn(3, 2, generator=torch.Generator().manual_seed(dist.get_rank()))
+    p, q = (nn.Parameter(DTensor.from_local(local.clone(), mesh, [Shard(0)], run_check=False)) for _ in range(2))
+    a, b = AdamW([p], weight_decay=0.1), AdamW([q], weight_decay=0.1)
+    for t in range(3):
+        total = all_reduce(local + t, "sum", mesh.get_group())
+        assert type(total) is AsyncCollectiveTensor
+        p.grad = DTensor(total, p._spec, requires_grad=False)
+        dist.all_reduce(summed := local + t)
+        q.grad = DTensor(summed, q._spec, requires_grad=False)
+        a.step()
+        b.step()
+    assert_same_bits(full(p), full(q))
+
+
+def test_gradients_that_arrive() -> None:
+    ranks.run(2, arriving)

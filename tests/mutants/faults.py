@@ -1320,15 +1320,6 @@ SHARDED_ROLES = [
         ),
     ),
     *_of(
-        "csrc/python/tensors.cpp",
-        "sharded",
-        (
-            "what a DTensor wraps may be of any type",
-            "out->spec != nullptr && known(out->tensor)",
-            "out->spec != nullptr",
-        ),
-    ),
-    *_of(
         "wd_kernels/optimizer.py",
         "sharded_errors",
         ("DTensors may share memory", "if has_memory(here := local(p)):", "if has_memory(here := p):"),
