@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from bits import assert_same_optimizers
 from sharded import BUILD, backward, make, shard
 from torch import Tensor, nn
@@ -153,6 +154,8 @@ def test_missing_gradients_and_frozen_parameters() -> None:
                 assert model is b or model[3].weight.grad is not None
             else:
                 backward(model, t)
+            if model is a and t != 2:
+                assert model[2].weight.grad is None  # its block did not wait for the frozen one
             if t == 3:
                 model[2].bias.requires_grad_(True)
             opt.step()
@@ -311,14 +314,15 @@ def distributed(kind: str) -> None:
     steps = []
     step = released.release._step
     released.release._step = lambda block: (steps.append(len(block.params)), step(block))
+    own = 1000 * dist.get_rank() * ("tp" not in kind)  # other data on every rank that has the whole model
     for t in range(4):
         for model, opt in ((a, released), (b, ordinary)):
             opt.zero_grad()
             if kind != "tp" and t == 2:  # two micro-steps
                 sync(model, False)
-                backward(model, 100)
+                backward(model, own + 100)
                 sync(model, True)
-            backward(model, t)
+            backward(model, own + t)
             if model is a:
                 assert sum(steps) == 10 * (t + 1)  # all within the backward pass
             opt.step()

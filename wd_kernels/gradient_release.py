@@ -134,8 +134,7 @@ class GradientRelease:
                 raise ValueError(f"{what} is not a leaf of the autograd graph: a parameter is one")
         self._of_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
         self._blocks: dict[tuple[int, ...], _Block] = {}
-        self._hooks: list[Any] = []
-        this = weakref.ref(self)  # what a parameter has is not seen by the garbage collector
+        self._hooks: dict[int, Any] = {}
         if self._of_ddp:
             if blocks is not None:
                 raise ValueError("blocks with a model in DDP: its buckets are the blocks (of bucket_cap_mb=)")
@@ -146,12 +145,13 @@ class GradientRelease:
                         "has used is known when the backward pass ends; they would be stepped, and decayed, with zeros"
                     )
             group: Any = model.process_group
-            model.register_comm_hook(this, lambda state, bucket: _reduce_and_step(state, group, bucket))  # type: ignore[operator]
+            model.register_comm_hook(  # type: ignore[operator]
+                weakref.ref(self), lambda state, bucket: _reduce_and_step(state, group, bucket)
+            )
         else:
             _warn_of_sums(params)
             self._block_of = {id(p): self._block(own) for own in _split(model, blocks, params) for p in own}
-            hook = partial(_arrived, this)
-            self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in params if p.requires_grad]
+            self._listen(params)
         optimizer.release = self
 
     @property
@@ -169,9 +169,9 @@ class GradientRelease:
 
     def remove(self) -> None:
         """Ends the release: gradients stay for `optimizer.step()` again. What DDP has been given averages as before."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
-        self._hooks = []
+        self._hooks = {}
         if self.optimizer.release is self:
             self.optimizer.release = None
 
@@ -236,6 +236,8 @@ class GradientRelease:
             self._stepped.clear()
             for block in self._blocks.values():
                 block.waiting = block.trained()
+            if not self._of_ddp:
+                self._listen(params)  # to what was unfrozen, too
             return self._ticks
 
     def hypers(self) -> Sequence[Hyper]:
@@ -245,6 +247,13 @@ class GradientRelease:
             hypers = opt.rule.hypers(opt.param_groups, default=opt.defaults["decay"])
             self._hypers, self._ticks = stepping.follow(opt.param_groups, hypers)
         return self._hypers
+
+    def _listen(self, params: Iterable[Any]) -> None:
+        """Hooks of parameters; they hold no release, since the garbage collector does not see what has them."""
+        hook = partial(_arrived, weakref.ref(self))
+        for p in params:
+            if p.requires_grad and id(p) not in self._hooks:
+                self._hooks[id(p)] = p.register_post_accumulate_grad_hook(hook)
 
     def _expect(self, p: Tensor) -> None:
         if id(p) in self._stepped:

@@ -1378,7 +1378,7 @@ RELEASE = _of(
     ),
     (
         "the release lives as long as its parameters",
-        "hook = partial(_arrived, this)",
+        "hook = partial(_arrived, weakref.ref(self))",
         "hook = partial(_arrived, lambda: self)",
     ),
 )
