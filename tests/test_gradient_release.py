@@ -12,8 +12,11 @@ import ranks
 import torch
 import torch.distributed as dist
 from bits import assert_same_optimizers
-from sharded import BUILD, backward, make, shard
+from sharded import BUILD, WIDTH, backward, make, mesh_of, shard
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 import wd_kernels
@@ -185,11 +188,13 @@ def test_a_second_gradient_is_an_error() -> None:
     release = release_gradients(model, opt)
     backward(model, 0)
     before = copy.deepcopy(opt.state_dict())
-    with pytest.raises(RuntimeError, match=r"second gradient of parameter '5\.\w+' \(group \d, index \d\) has come af"):
+    message = r"second gradient of parameter '5\.\w+' \(group \d, index \d\) has come after it was stepped"
+    with pytest.raises(RuntimeError, match=message):
+        backward(model, 1)
+    with release.accumulating(), pytest.raises(RuntimeError, match=message):
         backward(model, 1)
     for saved, own in zip(before["state"].values(), opt.state_dict()["state"].values(), strict=True):
         assert all(torch.equal(saved[name], own[name]) for name in saved)
-    opt.zero_grad()
     opt.step()
     backward(model, 1)
     opt.step()
@@ -199,6 +204,103 @@ def test_a_second_gradient_is_an_error() -> None:
     assert all(p.grad is not None for p in model.parameters())
     opt.step()
     assert {float(own["step"]) for own in opt.state.values()} == {3.0}
+
+
+class Stopped(Exception):
+    """Of a pass that does not end."""
+
+
+def stop(p: Tensor) -> None:
+    raise Stopped
+
+
+@pytest.mark.parametrize("way", ["bad lr", "half a pass", "half a block"])
+def test_a_pass_that_fails(way: str) -> None:
+    """zero_grad() drops what was left of it, a warning says that it was not counted, and the next pass is whole."""
+    (a, released), (b, ordinary) = pair()
+    release_gradients(a, released)
+    if way == "bad lr":
+        for group in released.param_groups:
+            group["lr"] = float("nan")
+        with pytest.raises(ValueError, match="lr=nan"):
+            backward(a, 0)
+        for group in released.param_groups:
+            group["lr"] = 0.01
+    elif way == "half a block":
+        (a[3].weight * 3).sum().backward()
+    else:
+        hook = a[1].weight.register_post_accumulate_grad_hook(stop)
+        with pytest.raises(Stopped):
+            backward(a, 0)
+        hook.remove()
+        assert released.state[a[5].weight]["step"] == 1
+        assert a[2].weight not in released.state or released.state[a[2].weight]["step"] == 1
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            q.data.copy_(p.data)
+        ordinary.load_state_dict(copy.deepcopy(released.state_dict()))
+        with pytest.warns(UserWarning, match=r"zero_grad\(\) comes after a backward pass that has stepped blocks"):
+            released.zero_grad()
+    for t in range(3):
+        for model, opt in ((a, released), (b, ordinary)):
+            opt.zero_grad()
+            backward(model, t)
+            opt.step()
+        assert all(p.grad is None for p in a.parameters())
+    same(released, ordinary)
+
+
+@pytest.mark.parametrize("when", ["before step", "after step"])
+@pytest.mark.parametrize("what", ["a bias", "a block"])
+def test_unfreezing(what: str, when: str) -> None:
+    """Frozen at first or for one pass, at any moment: no gradient is lost, none is stepped twice."""
+    (a, released), (b, ordinary) = pair()
+    frozen = [[m[2].bias] if what == "a bias" else [*m[2].parameters()] for m in (a, b)]
+    for p in frozen[0] + frozen[1]:
+        p.requires_grad_(False)
+    release_gradients(a, released)
+    for t in range(6):
+        for model, opt, own in ((a, released, frozen[0]), (b, ordinary, frozen[1])):
+            opt.zero_grad()
+            backward(model, t)
+            for p in own if when == "before step" else ():
+                p.requires_grad_(t in (1, 3, 4))
+            opt.step()
+            for p in own if when == "after step" else ():
+                p.requires_grad_(t in (1, 3, 4))
+        assert all(p.grad is None for p in a.parameters())
+    same(released, ordinary)
+
+
+def test_an_interrupt_in_a_block_s_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that was stepped when a handler raised is not stepped again."""
+    (a, released), (b, ordinary) = pair(schedule=None)
+    release = release_gradients(a, released)
+    take = released.take_step
+    times = []
+
+    def interrupted(*args: Any) -> None:
+        take(*args)
+        times.append(1)
+        if len(times) == 8:  # in the second pass
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(released, "take_step", interrupted)
+    for t in range(4):
+        for model, opt in ((a, released), (b, ordinary)):
+            opt.zero_grad()
+            try:
+                backward(model, t)
+            except KeyboardInterrupt:  # in the middle layer: those before it have no gradient in this pass
+                reached = [id(p) for p in release._params() if id(p) in release._stepped]
+                assert reached
+                missed = [k for k, p in enumerate(a.parameters()) if id(p) not in reached]
+            opt.step() if model is a or t != 1 else None
+            if model is b and t == 1:
+                for k, p in enumerate(b.parameters()):
+                    p.grad = None if k in missed else p.grad
+                opt.step()
+    assert len(times) == 18  # 2 of 20 were never reached
+    assert_same_optimizers(released, ordinary)
 
 
 @pytest.mark.parametrize("clip", [{"clip_value": 0.02}, {"clip_block_norm": 0.05}])
@@ -267,10 +369,41 @@ def test_bad_arguments() -> None:
     with pytest.raises(RuntimeError, match="a group is added while gradients are released"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(2))], "param_names": ["new"]})
     opt.param_groups[0]["params"][0] = nn.Parameter(torch.ones(2))
-    with pytest.raises(RuntimeError, match="other parameters than when its gradients were released"):
+    with pytest.raises(RuntimeError, match="has other parameters, or has them in other places, than when"):
         opt.step()
     release.remove()
     model[0].weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad.double()))  # torch refuses
+
+
+def test_what_cannot_be_released() -> None:
+    model = make()
+    opt = AdamW(decay_groups(model, 0.1))
+    for blocks, name in (([model[0].weight], "Parameter"), (nn.ModuleDict({"a": model[0]}), "str"), ([[1]], "int")):
+        with pytest.raises(TypeError, match=f"blocks holds a {name}: expected modules, or lists of parameters"):
+            release_gradients(model, opt, blocks=blocks)
+    release = release_gradients(model, opt)
+    other = AdamW([model[0].weight])
+    with pytest.raises(ValueError, match="parameter 0 of group 0 is released by another optimizer"):
+        release_gradients(model, other)
+    p = opt.param_groups[0]["params"].pop()
+    opt.param_groups[1]["params"].append(p)
+    with pytest.raises(RuntimeError, match="has other parameters, or has them in other places"):
+        backward(model, 0)
+    release.remove()
+    release_gradients(model, other)
+
+
+def test_on_meta() -> None:
+    with torch.device("meta"):
+        model = make()
+        opt = AdamW(model.parameters())
+        release_gradients(model, opt)
+        for _ in range(2):
+            model(torch.ones(4, WIDTH)).sum().backward()
+            assert all(p.grad is None for p in model.parameters())
+            opt.step()
+    assert {t.device.type for own in opt.state.values() for name, t in own.items() if name != "step"} == {"meta"}
+    assert {float(own["step"]) for own in opt.state.values()} == {2.0}
 
 
 def test_errors_name_the_parameter() -> None:
@@ -348,6 +481,45 @@ def unwrapped() -> None:
     parallel = DistributedDataParallel(make())
     with pytest.raises(ValueError, match="blocks with a model in DDP: its buckets are the blocks"):
         release_gradients(parallel, AdamW(parallel.parameters()), blocks=[])
+
+
+def wrapped_otherwise() -> None:
+    """DDP within another module, and compiled; a second release; Join, FSDP1; gradients that are partial."""
+    model = DistributedDataParallel(make())
+    compiled: Any = torch.compile(model, backend="eager")
+    opt = AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(2):
+        release = release_gradients(compiled, opt)
+        for t in range(2):
+            backward(compiled, 1000 * dist.get_rank() + t)
+            opt.step()
+        release.remove()
+    found = [torch.empty_like(model.module[0].weight) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, model.module[0].weight.detach())
+    assert torch.equal(*found)
+    assert {float(own["step"]) for own in opt.state.values()} == {4.0}
+    release_gradients(model, opt)
+    with pytest.raises(RuntimeError, match="Join with gradient release"), Join([model]):
+        backward(model, 0)
+
+    whole = FullyShardedDataParallel(make(), device_id=torch.device("cpu"))
+    with pytest.raises(TypeError, match="FullyShardedDataParallel with gradient release: its gradients are there bef"):
+        release_gradients(whole, AdamW(whole.parameters()))
+
+    p = nn.Parameter(DTensor.from_local(torch.ones(3), mesh_of("tp"), [Replicate()], run_check=False))
+    of_partial = AdamW([p], lr=0.01, weight_decay=0.1)
+    of_partial.register_step_pre_hook(wd_kernels.redistribute_gradients)
+    release_gradients(nn.Module(), of_partial)
+    for _ in range(2):
+        local = p.to_local(grad_placements=[Partial()])
+        (local * torch.arange(3.0)).sum().backward()
+        assert p.grad is None
+        of_partial.step()
+    assert of_partial.state[p]["step"] == 2
+
+
+def test_wrapped_otherwise() -> None:
+    ranks.run(2, wrapped_otherwise)
 
 
 def test_a_model_that_nothing_sums() -> None:

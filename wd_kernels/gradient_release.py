@@ -23,7 +23,7 @@ from .flat import place_of
 from .optimizer import DecoupledOptimizer, plain_tensors
 from .rules import Hyper
 from .schedules import stepping
-from .sharding import is_fully_sharded, is_sharded
+from .sharding import is_fully_sharded, is_sharded, redistribute, redistribute_gradients
 from .table import TensorTable
 from .validation import PLACES, label
 
@@ -43,20 +43,24 @@ def release_gradients(
 ) -> GradientRelease:
     """From now on each block of parameters is stepped as soon as its gradients are there, and they are freed.
 
-    The numbers are those of ordinary steps, to the bit. There are never more gradients than those of the blocks that
-    the backward pass is in, so a model of n float32 parameters needs some 4n bytes less. `optimizer.step()` is still
-    called after every backward pass: it steps what no hook has (a block of which a parameter took no part in the loss),
-    and counts for schedules; LR schedulers, frameworks and `zero_grad()` go on as before.
+    The numbers are those of ordinary steps, to the bit, with the hyperparameters that the groups have when the first
+    gradient comes. There are never more gradients than those of the blocks that the backward pass is in, so a model of
+    n float32 parameters needs some 4n bytes less. `optimizer.step()` is still called after every backward pass: it
+    steps what no hook has (a block of which a parameter took no part in the loss), and counts for schedules; LR
+    schedulers and frameworks go on as before.
 
     - `fully_shard`: blocks are what it wraps, stepped as their gradients are reduced. Shard first.
     - DDP: give the wrapped model; blocks are its buckets. They stay allocated, as ever, so it saves no memory, but the
       step runs while other buckets are summed. In `no_sync()` nothing is stepped. Not with `find_unused_parameters` or
-      `static_graph`, where buckets have zeros for what no rank has used.
+      `static_graph`, where buckets have zeros for what no rank has used, nor within `Join`.
     - Gradient accumulation: all micro-steps but the last one `with release.accumulating():`, or DDP's `no_sync()`, or
       `set_requires_gradient_sync(False)` of fully_shard.
-    - A second gradient of a parameter that is stepped already, before `optimizer.step()`, is an error.
-    - `torch.amp.GradScaler` skips a step where any gradient has overflowed, which is not known before the last one is
-      there: it does not go with this (it finds no gradients, and says so). bfloat16 needs no scaling.
+    - A second gradient of a parameter that is stepped already, before `optimizer.step()`, is an error: a backward pass
+      that is for another model's parameters (a GAN's) belongs into `accumulating()` with `zero_grad()` after it.
+    - A backward pass that fails leaves the blocks that it has stepped; `zero_grad()` drops the rest, and the next pass
+      begins anew. Its step does not count for schedules.
+    - `torch.amp.GradScaler` does not go with this: blocks would be stepped with scaled gradients before it looks at
+      them. bfloat16 needs no scaling. Nor does `torch.nn.utils.clip_grad_norm_`, which finds no gradients any more.
 
     Args:
         model: whose parameters; wrapped in DDP, if it is to be.
@@ -117,41 +121,35 @@ class GradientRelease:
         clip_value: float | None,
         clip_block_norm: float | None,
     ) -> None:
-        self.optimizer, self.clip_value, self.clip_block_norm = optimizer, clip_value, clip_block_norm
+        self._optimizer = weakref.ref(optimizer)  # which has this
+        self._clip_value, self._clip_block_norm = clip_value, clip_block_norm
         self._lock = threading.RLock()
         self._hypers: Sequence[Hyper] | None = None  # of a round: from the first gradient to optimizer.step()
         self._ticks: Sequence[stepping.Tick] = ()
-        self._stepped: set[int] = set()  # the ids of parameters that this round has stepped
-        self._paused = False
-        groups = optimizer.param_groups
-        self.places = {id(p): (g, k) for g, group in enumerate(groups) for k, p in enumerate(group["params"])}
-        params = [p for group in groups for p in group["params"]]
+        self._arrived: set[int] = set()  # the ids of parameters whose gradients this pass has brought
+        self._stepped: dict[int, bool] = {}  # of those that this round has stepped, written as the step is taken
+        self._paused = self._warned = False
+        self._places = _places(optimizer)
+        params = self._params()
         for p in params:
-            what = self.label(p)
+            what = self._label(p)
             if place_of(p) is not None:
                 raise ValueError(f"{what} is flat: its gradient is part of a buffer, which stays; unflatten_ it first")
             if not p.is_leaf:
                 raise ValueError(f"{what} is not a leaf of the autograd graph: a parameter is one")
-        self._of_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+            if _released(p):
+                raise ValueError(f"{what} is released by another optimizer: only one of them would step it")
+        ddp = _data_parallel(model, blocks)
+        self._of_ddp = ddp is not None
         self._blocks: dict[tuple[int, ...], _Block] = {}
         self._hooks: dict[int, Any] = {}
-        if self._of_ddp:
-            if blocks is not None:
-                raise ValueError("blocks with a model in DDP: its buckets are the blocks (of bucket_cap_mb=)")
-            for name in ("find_unused_parameters", "static_graph"):
-                if getattr(model, name):
-                    raise ValueError(
-                        f"DistributedDataParallel(..., {name}=True) with gradient release: which parameters no rank "
-                        "has used is known when the backward pass ends; they would be stepped, and decayed, with zeros"
-                    )
-            group: Any = model.process_group
-            model.register_comm_hook(  # type: ignore[operator]
-                weakref.ref(self), lambda state, bucket: _reduce_and_step(state, group, bucket)
-            )
-        else:
+        if ddp is None:
             _warn_of_sums(params)
-            self._block_of = {id(p): self._block(own) for own in _split(model, blocks, params) for p in own}
-            self._listen(params)
+            split = _split(model, blocks, params)
+            self._block_of = {id(p): self._block(own) for own in split for p in own}
+        else:
+            _join(ddp, self)
+        self._listen(params)
         optimizer.release = self
 
     @property
@@ -166,40 +164,44 @@ class GradientRelease:
             yield
         finally:
             self._paused = before
+            self._arrived.clear()
 
     def remove(self) -> None:
-        """Ends the release: gradients stay for `optimizer.step()` again. What DDP has been given averages as before."""
+        """Ends the release: gradients stay for `optimizer.step()` again. Under DDP they are averaged as before."""
         for hook in self._hooks.values():
             hook.remove()
         self._hooks = {}
-        if self.optimizer.release is self:
-            self.optimizer.release = None
+        if self.attached:
+            self._owner().release = None
 
     @property
-    def active(self) -> bool:
-        return not self._paused and self.optimizer.release is self
-
-    def label(self, p: Tensor) -> str:
-        g, k = self.places[id(p)]
-        return label(self.optimizer.param_groups[g], g, k)
+    def attached(self) -> bool:
+        own = self._optimizer()
+        return own is not None and own.release is self
 
     # The way of a gradient --------------------------------------------------------------------------------------------
 
     def arrived(self, p: Tensor) -> None:
         """A gradient is whole: steps its block, and frees it, if it is the last one of it."""
+        if not self.attached:
+            return
         with self._lock:
             self._expect(p)
+            if self._paused or self._of_ddp:
+                return
+            self._arrived.add(id(p))
             block = self._block_of[id(p)]
-            block.waiting.discard(id(p))
-            if not block.waiting:
+            if all(id(q) in self._arrived and q.grad is not None for q in block.params if q.requires_grad):
                 self._step(block)
                 for q in block.params:
                     q.grad = None
 
     def arrived_in_bucket(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """The averaged gradients of a bucket of DDP's, which goes on to look at those that its parameters have."""
+        if self._paused or not self.attached:
+            return
         with self._lock:
-            known = [(p, grad) for p, grad in zip(params, gradients, strict=True) if id(p) in self.places]
+            known = [(p, grad) for p, grad in zip(params, gradients, strict=True) if id(p) in self._places]
             before = [p.grad for p, _ in known]
             for p, _ in known:
                 self._expect(p)
@@ -212,41 +214,92 @@ class GradientRelease:
                     p.grad = own
 
     def finish(self) -> Sequence[stepping.Tick]:
-        """What is left to `optimizer.step()`: blocks that no hook has stepped, and what schedules count."""
+        """What is left to `optimizer.step()`: parameters that no hook has stepped, and what schedules count."""
         with self._lock:
-            params = [p for group in self.optimizer.param_groups for p in group["params"]]
-            if [id(p) for p in params] != list(self.places):
-                raise RuntimeError(
-                    "the optimizer has other parameters than when its gradients were released: remove() the release "
-                    "and make another"
-                )
-            left = [p for p in params if p.grad is not None and id(p) not in self._stepped]
-            if self._of_ddp and left:
-                self._step(self._block(left))
-            for block in {id(p): self._block_of[id(p)] for p in left if not self._of_ddp}.values():
-                if any(p.grad is not None and id(p) not in self._stepped for p in block.params):
-                    self._step(block)
+            self._settings()
+            params = self._params()
             for p in params:
                 if id(p) in self._stepped:
-                    p.grad = None
-            self.hypers()
-            for own, key, value in self._ticks:
-                own[key] = value
-            self._hypers = None
-            self._stepped.clear()
-            for block in self._blocks.values():
-                block.waiting = block.trained()
+                    p.grad = None  # DDP leaves it, and so does an exception
+            left = [p for p in params if p.grad is not None]
+            blocks = [self._block(params)] if self._of_ddp and left else []
             if not self._of_ddp:
-                self._listen(params)  # to what was unfrozen, too
-            return self._ticks
+                blocks = list({id(own): own for own in (self._block_of[id(p)] for p in left)}.values())
+            for block in blocks:
+                self._step(block)
+            for p in left:
+                p.grad = None
+            ticks = self._ticks
+            for own, key, value in ticks:
+                own[key] = value
+            self._begin()
+            self._listen(params)  # to what was unfrozen, too
+            return ticks
 
-    def hypers(self) -> Sequence[Hyper]:
+    def zero_grad(self) -> None:
+        """`optimizer.zero_grad()`: the next gradient begins a round, whatever became of this one."""
+        with self._lock:
+            if self._stepped and not self._warned:
+                self._warned = True
+                warn(
+                    "zero_grad() comes after a backward pass that has stepped blocks, without optimizer.step(): "
+                    "schedules have not counted it. Call optimizer.step() after every backward pass"
+                )
+            self._begin()
+
+    def _begin(self) -> None:
+        self._hypers = None
+        self._arrived.clear()
+        self._stepped.clear()
+
+    def _settings(self) -> Sequence[Hyper]:
         """The hyperparameters of this round, as the groups had them when it began."""
         if self._hypers is None:
-            opt = self.optimizer
+            opt = self._owner()
+            if _places(opt) != self._places:
+                raise RuntimeError(
+                    "the optimizer has other parameters, or has them in other places, than when its gradients were "
+                    "released: remove() the release and make another"
+                )
             hypers = opt.rule.hypers(opt.param_groups, default=opt.defaults["decay"])
             self._hypers, self._ticks = stepping.follow(opt.param_groups, hypers)
         return self._hypers
+
+    def _expect(self, p: Tensor) -> None:
+        if id(p) in self._stepped:
+            raise RuntimeError(
+                f"a second gradient of {self._label(p)} has come after it was stepped: call optimizer.step() after "
+                "every backward pass, or accumulate: with release.accumulating(), all but the last one"
+            )
+
+    def _step(self, block: _Block) -> None:
+        """Steps what has a gradient. That it was stepped is written with its count, whatever interrupts it."""
+        hypers, opt = self._settings(), self._owner()
+        groups = block.groups_of(opt)
+        if redistribute_gradients in opt._optimizer_step_pre_hooks.values():
+            redistribute(block.params)
+        if self._clip_value is not None:
+            nn.utils.clip_grad_value_(block.params, self._clip_value)
+        if self._clip_block_norm is not None:
+            nn.utils.clip_grad_norm_(block.params, self._clip_block_norm)
+        ticks = [(self._stepped, id(p), True) for p in block.params if p.grad is not None]
+        table = block.table
+        with table.lock, plain_tensors(table.sharded):
+            opt.take_step(table, groups, [hypers[g] for g in block.of_groups], ticks)
+
+    # What there is ----------------------------------------------------------------------------------------------------
+
+    def _owner(self) -> DecoupledOptimizer:
+        own = self._optimizer()
+        assert own is not None
+        return own
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self._owner().param_groups for p in group["params"]]
+
+    def _label(self, p: Tensor) -> str:
+        g, k = self._places[id(p)]
+        return label(self._owner().param_groups[g], g, k)
 
     def _listen(self, params: Iterable[Any]) -> None:
         """Hooks of parameters; they hold no release, since the garbage collector does not see what has them."""
@@ -255,76 +308,108 @@ class GradientRelease:
             if p.requires_grad and id(p) not in self._hooks:
                 self._hooks[id(p)] = p.register_post_accumulate_grad_hook(hook)
 
-    def _expect(self, p: Tensor) -> None:
-        if id(p) in self._stepped:
-            raise RuntimeError(
-                f"a second gradient of {self.label(p)} has come after it was stepped: call optimizer.step() after "
-                "every backward pass, or accumulate: with release.accumulating(), all but the last one"
-            )
-
-    def _step(self, block: _Block) -> None:
-        block.step(self.hypers())
-        self._stepped.update(map(id, block.params))
-
     def _block(self, params: Sequence[Tensor]) -> _Block:
         """Those parameters as a block, known or new."""
         key = tuple(map(id, params))
         if key not in self._blocks:
-            self._blocks[key] = _Block(self, params)
+            self._blocks[key] = _Block(self._owner(), params, self._places)
         return self._blocks[key]
 
 
 class _Block:
     """Parameters that are stepped together: a table, whose groups are what it has of the optimizer's groups."""
 
-    def __init__(self, release: GradientRelease, params: Sequence[Tensor]) -> None:
-        self.release, self.params = release, tuple(params)
-        opt = release.optimizer
+    def __init__(self, opt: DecoupledOptimizer, params: Sequence[Tensor], places: dict[int, tuple[int, int]]) -> None:
+        self.params = tuple(params)
         self.table = TensorTable(opt.rule, cache(partial(backends.resolve, opt.backend)))
         self.of_groups: dict[int, list[tuple[Tensor, int]]] = {}
-        for p in sorted(params, key=lambda p: release.places[id(p)]):
-            g, k = release.places[id(p)]
+        for p in sorted(params, key=lambda p: places[id(p)]):
+            g, k = places[id(p)]
             self.of_groups.setdefault(g, []).append((p, k))
         self.groups: list[dict[str, Any]] = [{"params": [p for p, _ in own]} for own in self.of_groups.values()]
-        self.waiting = self.trained()
 
-    def trained(self) -> set[int]:
-        return {id(p) for p in self.params if p.requires_grad}
-
-    def step(self, hypers: Sequence[Hyper]) -> None:
-        opt, release = self.release.optimizer, self.release
+    def groups_of(self, opt: DecoupledOptimizer) -> list[dict[str, Any]]:
+        """Its parts of the groups, as they are now."""
         for (g, own), group in zip(self.of_groups.items(), self.groups, strict=True):
             live = opt.param_groups[g]
             group.update(live, params=group["params"], **{PLACES: [(g, k) for _, k in own]})
             if "param_names" in live:
                 group["param_names"] = [live["param_names"][k] for _, k in own]
-        if release.clip_value is not None:
-            nn.utils.clip_grad_value_(self.params, release.clip_value)
-        if release.clip_block_norm is not None:
-            nn.utils.clip_grad_norm_(self.params, release.clip_block_norm)
-        with self.table.lock, plain_tensors(self.table.sharded):
-            self.table.step(self.groups, opt.state, [hypers[g] for g in self.of_groups], ())
+        return self.groups
+
+
+def _places(opt: DecoupledOptimizer) -> dict[int, tuple[int, int]]:
+    return {id(p): (g, k) for g, group in enumerate(opt.param_groups) for k, p in enumerate(group["params"])}
 
 
 def _arrived(release: weakref.ref[GradientRelease], p: Tensor) -> None:
     own = release()
-    if own is not None and own.active:
+    if own is not None:
         own.arrived(p)
 
 
-def _reduce_and_step(release: weakref.ref[GradientRelease], group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+def _released(p: Tensor) -> bool:
+    """By an optimizer that is still there?"""
+    hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
+    found = [own.args[0]() for own in hooks.values() if isinstance(own, partial) and own.func is _arrived]
+    return any(own is not None and own.attached for own in found)
+
+
+# DistributedDataParallel ----------------------------------------------------------------------------------------------
+
+#: The release of each model that has been given a hook, which it may be given once.
+_releases: weakref.WeakKeyDictionary[nn.Module, weakref.ref[GradientRelease]] = weakref.WeakKeyDictionary()
+
+
+def _data_parallel(model: nn.Module, blocks: Blocks | None) -> Any:
+    """The DDP of a model, compiled or within another one; None where there is none. Raises for what cannot be."""
+    wrappers = [m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"]
+    if wrappers:
+        raise TypeError(
+            "FullyShardedDataParallel with gradient release: its gradients are there before they are reduced; "
+            "allowed is torch.distributed.fsdp.fully_shard"
+        )
+    found = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise ValueError(f"the model holds {len(found)} DistributedDataParallel: allowed is one, around all of it")
+    if blocks is not None:
+        raise ValueError("blocks with a model in DDP: its buckets are the blocks (of bucket_cap_mb=)")
+    for name in ("find_unused_parameters", "static_graph"):
+        if getattr(found[0], name):
+            raise ValueError(
+                f"DistributedDataParallel(..., {name}=True) with gradient release: which parameters no rank has used "
+                "is known when the backward pass ends; they would be stepped, and decayed, with zeros"
+            )
+    return found[0]
+
+
+def _join(ddp: Any, release: GradientRelease) -> None:
+    if ddp not in _releases:
+        here = weakref.ref(ddp)
+        ddp.register_comm_hook(None, lambda state, bucket: _reduce_and_step(here, bucket))
+    _releases[ddp] = weakref.ref(release)
+
+
+def _reduce_and_step(ddp: weakref.ref[Any], bucket: Any) -> torch.futures.Future[Tensor]:
     """DDP's all-reduce of a bucket, and the step when it is done."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # not in every build
 
+    model: Any = ddp()
+    release = _releases[model]
+    own = release()
+    if own is not None and own.attached and model._join_config.enable:
+        raise RuntimeError("Join with gradient release: ranks without data left would step too; remove() it first")
     params, gradients = bucket.parameters(), bucket.gradients()  # views: the mean is written where they lie
 
     def step(done: torch.futures.Future[Tensor]) -> Tensor:
         mean, own = done.value(), release()
-        if own is not None and own.active:
+        if own is not None:
             own.arrived_in_bucket(params, gradients)
         return mean
 
-    return allreduce_hook(group, bucket).then(step)
+    return allreduce_hook(model.process_group, bucket).then(step)
 
 
 def _warn_of_sums(params: Iterable[Tensor]) -> None:
@@ -344,9 +429,20 @@ def _split(model: nn.Module, blocks: Blocks | None, params: Sequence[Tensor]) ->
     def take(those: Iterable[Tensor]) -> list[Tensor]:
         return [left.pop(id(p)) for p in those if id(p) in left]
 
-    given = _default_blocks(model) if blocks is None else list(blocks)
-    found = [take(own.parameters() if isinstance(own, nn.Module) else own) for own in given]
+    given = _default_blocks(model) if blocks is None else [_members(own) for own in blocks]
+    found = [take(own) for own in given]
     return [own for own in (*found, *([p] for p in left.values())) if own]
+
+
+def _members(block: Any) -> list[Tensor]:
+    own: list[Any] = [block] if isinstance(block, (str, Tensor)) else []
+    wrong = own[:1]
+    if not wrong:
+        own = list(block.parameters() if isinstance(block, nn.Module) else block)
+        wrong = [p for p in own if not isinstance(p, Tensor)]
+    if wrong:
+        raise TypeError(f"blocks holds a {type(wrong[0]).__name__}: expected modules, or lists of parameters")
+    return own
 
 
 def _default_blocks(model: nn.Module) -> list[Iterable[Tensor]]:

@@ -18,7 +18,7 @@ from . import backends, native
 from . import state_dict as state_dicts
 from .caller import warn
 from .flat.states import FlatGradients
-from .rules import FLAG, Rule, check_chosen, pair
+from .rules import FLAG, Hyper, Rule, check_chosen, pair
 from .schedules import stepping
 from .schedules.shapes import named
 from .sharding import local
@@ -88,13 +88,23 @@ class DecoupledOptimizer(Optimizer):
             return loss
         with table.lock, plain_tensors(table.sharded):
             hypers, ticks = stepping.follow(groups, self.rule.hypers(groups, default=self.defaults["decay"]))
-            if table.watch is None and memoryless.wanted(groups):
-                memoryless.step(groups, self.state, hypers, ticks)
-            else:
-                table.step(groups, self.state, hypers, ticks)
+            self.take_step(table, groups, hypers, ticks)
         if ticks and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
         return loss
+
+    def take_step(
+        self,
+        table: TensorTable,
+        groups: list[dict[str, Any]],
+        hypers: Sequence[Hyper],
+        ticks: Sequence[stepping.Tick],
+    ) -> None:
+        """A step of the parameters of some groups, which a table has; `ticks` are written when it is taken."""
+        if table.watch is None and memoryless.wanted(groups):
+            memoryless.step(groups, self.state, hypers, ticks)
+        else:
+            table.step(groups, self.state, hypers, ticks)
 
     def _warn_of_scheduler(self, groups: list[dict[str, Any]]) -> None:
         index = stepping.moved_beside(groups)
@@ -108,6 +118,8 @@ class DecoupledOptimizer(Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. Flat gradients that are kept are zeroed in one go."""
+        if self.release is not None:
+            self.release.zero_grad()
         if set_to_none or not self._flat_gradients.zero_([p for group in self.param_groups for p in group["params"]]):
             super().zero_grad(set_to_none)
 

@@ -8,6 +8,7 @@ imported it there are no DTensors.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "is_fully_sharded",
     "is_sharded",
     "local",
+    "redistribute",
     "redistribute_gradients",
     "sharded_like",
     "spec_of",
@@ -109,10 +111,15 @@ def redistribute_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None
     Source: torch's tutorial "Large Scale Transformer model training with Tensor Parallel", whose gradients these are.
     """
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            grad = p.grad
-            if grad is not None and is_sharded(p) and is_sharded(grad) and grad.placements != p.placements:
-                p.grad = grad.redistribute(placements=p.placements)
+        redistribute(group["params"])
+
+
+def redistribute(params: Iterable[Any]) -> None:
+    """The same of some parameters."""
+    for p in params:
+        grad = p.grad
+        if grad is not None and is_sharded(p) and is_sharded(grad) and grad.placements != p.placements:
+            p.grad = grad.redistribute(placements=p.placements)
 
 
 def _order(spec: Any) -> dict[str, Any]:

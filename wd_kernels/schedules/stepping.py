@@ -39,7 +39,7 @@ DEFAULTS = {key: value for key, value in SETTINGS.items() if key != "schedule_st
 
 ScheduleLike: TypeAlias = Callable[[int], float] | Literal["from_lr"] | None
 #: What a finished step writes: (group, key, value).
-Tick: TypeAlias = tuple[dict[str, Any], str, Any]
+Tick: TypeAlias = tuple[dict[Any, Any], Any, Any]
 
 
 def follows_lr(group: Mapping[str, Any]) -> bool:
