@@ -33,8 +33,8 @@ def test_sharded(ranks: int, options: list[str]) -> None:
 
 @pytest.mark.slow
 def test_gradient_release() -> None:
-    said = printed(str(ROOT / "examples" / "gradient_release.py"), "--layers", "6")
+    said = printed(str(ROOT / "examples" / "gradient_release.py"), "--layers", "16")
     for rule in ("AdamW", "SGDW"):
         saved = re.search(rf"^{rule}.* (\d+)%, the same weights to the bit$", said, re.MULTILINE)
         assert saved
-        assert int(saved[1]) > 50  # of six blocks' gradients
+        assert int(saved[1]) > 40  # resident memory is no exact measure
