@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from functools import partial
 from typing import Any
@@ -100,6 +101,13 @@ def steady(kind: str) -> None:
         assert operators_of(opt) == operators_of(ordinary)
     assert seen == []
     assert [p._version for p in model.parameters()] == [version + 2 for version in versions]
+    p = next(model.parameters())
+    for _ in range(2):
+        equal = copy.copy(p._spec)  # another object: inspected, once
+        for _ in range(3):
+            p.grad = DTensor(p.grad.to_local(), equal, requires_grad=False)
+            opt.step()
+    assert seen == [[0], [0]]
     gc.collect()
     before = len(gc.get_objects())
     for _ in range(1000):

@@ -153,6 +153,12 @@ def constructs() -> None:
     again = nn.Parameter(DTensor.from_local(good.to_local().detach(), mesh, [Shard(0)], run_check=False))
     with pytest.raises(ValueError, match="parameter 0 of group 0 and parameter 1 of group 0 overlap in memory"):
         AdamW([good, again])
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot be used: torch .* is built without CUDA"):
+        AdamW([good], backend="cuda")
+    elsewhere = nn.Parameter(DTensor.from_local(torch.ones(3, 2, device="meta"), mesh, [Shard(0)], run_check=False))
+    good.grad, elsewhere.grad = torch.zeros_like(good), torch.zeros_like(elsewhere)
+    with pytest.raises(ValueError, match="parameter 1 of group 0 is on the meta device: it has no memory to step"):
+        AdamW([good, elsewhere]).step()
 
 
 def test_constructor() -> None:

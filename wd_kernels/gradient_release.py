@@ -23,7 +23,7 @@ from .flat import place_of
 from .optimizer import DecoupledOptimizer, plain_tensors
 from .rules import Hyper
 from .schedules import stepping
-from .sharding import is_fully_sharded, is_sharded, redistribute, redistribute_gradients
+from .sharding import is_sharded, loaded, redistribute, redistribute_gradients
 from .table import TensorTable
 from .validation import PLACES, label
 
@@ -285,7 +285,7 @@ class GradientRelease:
         ticks = [(self._stepped, id(p), True) for p in block.params if p.grad is not None]
         table = block.table
         with table.lock, plain_tensors(table.sharded):
-            opt.take_step(table, groups, [hypers[g] for g in block.of_groups], ticks)
+            table.step(groups, opt.state, [hypers[g] for g in block.of_groups], ticks)
 
     # What there is ----------------------------------------------------------------------------------------------------
 
@@ -363,8 +363,8 @@ _releases: weakref.WeakKeyDictionary[nn.Module, weakref.ref[GradientRelease]] = 
 
 def _data_parallel(model: nn.Module, blocks: Blocks | None) -> Any:
     """The DDP of a model, compiled or within another one; None where there is none. Raises for what cannot be."""
-    wrappers = [m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"]
-    if wrappers:
+    fsdp1 = loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
+    if any(isinstance(m, fsdp1) for m in model.modules()):
         raise TypeError(
             "FullyShardedDataParallel with gradient release: its gradients are there before they are reduced; "
             "allowed is torch.distributed.fsdp.fully_shard"
@@ -435,18 +435,20 @@ def _split(model: nn.Module, blocks: Blocks | None, params: Sequence[Tensor]) ->
 
 
 def _members(block: Any) -> list[Tensor]:
-    own: list[Any] = [block] if isinstance(block, (str, Tensor)) else []
-    wrong = own[:1]
-    if not wrong:
-        own = list(block.parameters() if isinstance(block, nn.Module) else block)
-        wrong = [p for p in own if not isinstance(p, Tensor)]
-    if wrong:
-        raise TypeError(f"blocks holds a {type(wrong[0]).__name__}: expected modules, or lists of parameters")
-    return own
+    """The parameters of a block. What can be iterated and still is none, a tensor or a name, is an error."""
+    if isinstance(block, (str, Tensor)):
+        block = [block]
+        allowed: Any = ()
+    else:
+        block, allowed = list(block.parameters() if isinstance(block, nn.Module) else block), Tensor
+    for p in block:
+        if not isinstance(p, allowed):
+            raise TypeError(f"blocks holds a {type(p).__name__}: expected modules, or lists of parameters")
+    return list(block)
 
 
 def _default_blocks(model: nn.Module) -> list[Iterable[Tensor]]:
-    wrapped = [m for m in model.modules() if is_fully_sharded(m)]
+    wrapped = [m for m in model.modules() if isinstance(m, loaded("torch.distributed.fsdp", "FSDPModule"))]
     if wrapped:
         return [list(m.parameters()) for m in reversed(wrapped)]  # inner ones first: they take what is theirs
     found: list[Iterable[Tensor]] = []

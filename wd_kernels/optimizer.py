@@ -18,12 +18,12 @@ from . import backends, native
 from . import state_dict as state_dicts
 from .caller import warn
 from .flat.states import FlatGradients
-from .rules import FLAG, Hyper, Rule, check_chosen, pair
+from .rules import FLAG, Rule, check_chosen, pair
 from .schedules import stepping
 from .schedules.shapes import named
 from .sharding import local
-from .table import TensorTable, memoryless
-from .validation import Extent, check_disjoint, check_parameter, check_type, has_memory, label, meeting
+from .table import TensorTable
+from .validation import Extent, check_disjoint, check_parameter, has_memory, label, meeting
 
 __all__ = ["DecoupledOptimizer", "plain_tensors"]
 
@@ -83,28 +83,13 @@ class DecoupledOptimizer(Optimizer):
             )
         if self.release is not None:
             ticks = self.release.finish()
-            if ticks and not self._warned_of_scheduler:
-                self._warn_of_scheduler(groups)
-            return loss
-        with table.lock, plain_tensors(table.sharded):
-            hypers, ticks = stepping.follow(groups, self.rule.hypers(groups, default=self.defaults["decay"]))
-            self.take_step(table, groups, hypers, ticks)
+        else:
+            with table.lock, plain_tensors(table.sharded):
+                hypers, ticks = stepping.follow(groups, self.rule.hypers(groups, default=self.defaults["decay"]))
+                table.step(groups, self.state, hypers, ticks)
         if ticks and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
         return loss
-
-    def take_step(
-        self,
-        table: TensorTable,
-        groups: list[dict[str, Any]],
-        hypers: Sequence[Hyper],
-        ticks: Sequence[stepping.Tick],
-    ) -> None:
-        """A step of the parameters of some groups, which a table has; `ticks` are written when it is taken."""
-        if table.watch is None and memoryless.wanted(groups):
-            memoryless.step(groups, self.state, hypers, ticks)
-        else:
-            table.step(groups, self.state, hypers, ticks)
 
     def _warn_of_scheduler(self, groups: list[dict[str, Any]]) -> None:
         index = stepping.moved_beside(groups)
@@ -151,8 +136,7 @@ class DecoupledOptimizer(Optimizer):
             self._check_repeats(group, index, set())
             for k, p in enumerate(group["params"]):
                 if p.requires_grad and not is_lazy(p):  # what is not trained may be anything
-                    check_type(p, label(group, index, k))
-                    check_parameter(local(p), label(group, index, k))
+                    check_parameter(p, label(group, index, k))
             if "_table" in self.__dict__:  # the constructor checks all groups at once
                 self._check_overlaps(index)
             self._warn_of_typos(asked, index)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "PLAIN",
     "check_sharding",
     "is_dtensor",
-    "is_fully_sharded",
     "is_sharded",
+    "loaded",
     "local",
     "redistribute",
     "redistribute_gradients",
@@ -26,6 +27,8 @@ __all__ = [
     "spec_of",
 ]
 
+#: torch's own types, which native code looks into.
+PLAIN = (Tensor, torch.nn.Parameter)
 #: What can be done about other placements.
 OF_GRADIENTS = (
     "gradients are not sent within a step: p.grad = p.grad.redistribute(placements=p.placements) does that before it, "
@@ -34,25 +37,19 @@ OF_GRADIENTS = (
 OF_STATES = "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict loads states of any sharding"
 
 
-def _class(module: str, name: str) -> Any:
-    return getattr(sys.modules.get(module), name, None)
+def loaded(module: str, name: str) -> Any:
+    """A class of torch.distributed's, or no type at all where nobody has imported it: then nothing is one."""
+    return getattr(sys.modules.get(module), name, ())
 
 
 def is_sharded(t: object) -> bool:
     """Is it a DTensor, whatever its placements?"""
-    dtensor = _class("torch.distributed.tensor", "DTensor")
-    return dtensor is not None and isinstance(t, dtensor)
+    return type(t) not in PLAIN and isinstance(t, loaded("torch.distributed.tensor", "DTensor"))
 
 
 def is_dtensor(t: object) -> bool:
     """Is it one, and none of a subclass?"""
-    return type(t) is _class("torch.distributed.tensor", "DTensor")
-
-
-def is_fully_sharded(module: object) -> bool:
-    """Has `fully_shard` wrapped it?"""
-    kind = _class("torch.distributed.fsdp", "FSDPModule")
-    return kind is not None and isinstance(module, kind)
+    return type(t) is loaded("torch.distributed.tensor", "DTensor")
 
 
 def spec_of(t: Tensor) -> Any:
@@ -64,15 +61,17 @@ def local(t: Tensor) -> Tensor:
     """What of a tensor lies in this process: the tensor itself, or a DTensor's local one, once it has arrived."""
     if is_sharded(t):
         t = t._local_tensor  # type: ignore[attr-defined]
-    arriving = _class("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
-    return t.wait() if arriving is not None and isinstance(t, arriving) else t
+    if type(t) in PLAIN:
+        return t
+    arriving = loaded("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
+    return t.wait() if isinstance(t, arriving) else t
 
 
 def sharded_like(p: Tensor, t: Tensor) -> Tensor:
     """`t`, which belongs to `local(p)`, as what belongs to `p`: of its mesh and placements, with the memory of `t`."""
     if not is_sharded(p):
         return t
-    dtensor, like = _class("torch.distributed.tensor", "DTensor"), spec_of(p)
+    dtensor, like = loaded("torch.distributed.tensor", "DTensor"), spec_of(p)
     spec = type(like)(like.mesh, like.placements, tensor_meta=like.tensor_meta._replace(dtype=t.dtype), **_order(like))
     made: Tensor = dtensor(t, spec, requires_grad=False)
     return made

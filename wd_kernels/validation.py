@@ -109,6 +109,7 @@ def check_type(t: Tensor, what: str) -> None:
 def check_parameter(p: Tensor, what: str) -> None:
     """Raises if `p` cannot be stepped at all, whatever its gradient."""
     check_type(p, what)
+    p = local(p)
     if parameter_format(p.dtype) is None:
         raise TypeError(
             f"{what} has dtype {p.dtype}: allowed are {_ALLOWED_DTYPES}. "

@@ -65,8 +65,8 @@ struct Seen {
   PyObject* own = nullptr;  // the parameter's state dictionary, borrowed within one check
 };
 struct SeenRole {
-  const void *whole = nullptr, *object = nullptr, *near = nullptr,
-             *storage = nullptr;  // of a DTensor, and what is here
+  const void* whole = nullptr;  // the DTensor that `object` is the local tensor of, or itself
+  const void *object = nullptr, *near = nullptr, *storage = nullptr;
 };
 
 // All that the check reads and writes of a table. The arrays belong to tensors that it keeps; their lengths, and the

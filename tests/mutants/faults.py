@@ -1320,6 +1320,11 @@ SHARDED_ROLES = [
         ),
     ),
     *_of(
+        "wd_kernels/table/table.py",
+        "sharded",
+        ("an equal spec is inspected for ever", "not same_specs or roles", "roles"),
+    ),
+    *_of(
         "wd_kernels/optimizer.py",
         "sharded_errors",
         ("DTensors may share memory", "if has_memory(here := local(p)):", "if has_memory(here := p):"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends, native
 from ..layout import CPU, GRAD, Moving, Segments, numel_of
-from ..sharding import is_dtensor, spec_of
+from ..sharding import PLAIN, is_dtensor, spec_of
 from .inspection import Finding
 
 __all__ = [
@@ -145,7 +145,7 @@ class ExpectedRole(NamedTuple):
         name: its name among those of the state.
         dtype, layout: DLPack's code; shape with strides.
         address: 0 for anywhere.
-        spec: of a DTensor, the very object that says how it is sharded.
+        spec: of a DTensor, the very object that says how it is sharded; an equal one is another.
         storage: where torch's storage object lies, to be fetched ahead.
     """
 
@@ -162,10 +162,6 @@ class FlatRange:
 
     BUFFER, OFFSET, END, GRAD, NUMEL = 0, 1, 2, 3, 4
     NOWHERE = (0, 0, 0, 0)
-
-
-#: The types that native code looks into.
-PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def compared(p: Tensor, dims: int) -> bool:

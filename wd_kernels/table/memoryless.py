@@ -53,7 +53,7 @@ def step(groups: Sequence[Mapping[str, Any]], state: Any, hypers: Sequence[Hyper
         for k, p in enumerate(group["params"]):
             if p.grad is not None:
                 what = label(group, g, k)
-                check_parameter(local(p), what)
+                check_parameter(p, what)
                 check_sharding(p, p.grad, f"the gradient of {what}", gradient=True)
                 check_gradient(local(p), local(p.grad), f"the gradient of {what}")
     for group, (settings, *_) in zip(groups, hypers, strict=True):

@@ -31,6 +31,7 @@ from ..rules import Hyper, Rule, State
 from ..schedules.stepping import Tick
 from ..sharding import is_sharded, local
 from ..validation import Extent, check_disjoint, label
+from . import memoryless
 from .changes import Changes, Counts, Expected, FlatRange, Inspected, Keys, Kind, Watch, Work, expect
 from .inspection import Finding, Known, inspect
 
@@ -109,6 +110,9 @@ class TensorTable:
         needs = [settings.states for settings, *_ in hypers]
         if not isinstance(state, dict):
             raise TypeError(f"the optimizer's state is a {type(state).__name__}: expected a dict")
+        if self.watch is None and memoryless.wanted(groups):
+            memoryless.step(groups, state, hypers, ticks)
+            return
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError("a step writes in place: it cannot be taken inside a torch.func transform")
         watch, self.watch = self.watch, None
@@ -408,4 +412,5 @@ def _differs(before: tuple[Any, Any, Any], watch: Watch, i: int) -> bool:
     same_objects = flat is now or (
         flat is not None and now is not None and all(a is b for a, b in zip(flat, now, strict=True))
     )
-    return unmarked[0] != unmarked[1] or roles != watch.roles[i] or not same_objects
+    same_specs = all(a.spec is b.spec for a, b in zip(roles, watch.roles[i], strict=False))
+    return unmarked[0] != unmarked[1] or not same_specs or roles != watch.roles[i] or not same_objects
