@@ -250,6 +250,24 @@ def test_a_pass_that_fails(way: str) -> None:
     same(released, ordinary)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_half_a_block_that_the_model_drops(name: str) -> None:
+    """After model.zero_grad() what had arrived is waited for again, or the block is clipped in two."""
+    (a, released), (b, ordinary) = pair()
+    release_gradients(a, released, clip_block_norm=0.05)
+    for t in range(3):
+        (getattr(a[2], name) * 3).sum().backward()
+        a.zero_grad()
+        backward(a, t)
+        released.step()
+        b.zero_grad()
+        backward(b, t)
+        for layer in (layer for layer in b if list(layer.parameters())):
+            nn.utils.clip_grad_norm_(layer.parameters(), 0.05)
+        ordinary.step()
+    same(released, ordinary)
+
+
 @pytest.mark.parametrize("when", ["before step", "after step"])
 @pytest.mark.parametrize("what", ["a bias", "a block"])
 def test_unfreezing(what: str, when: str) -> None:
@@ -269,6 +287,21 @@ def test_unfreezing(what: str, when: str) -> None:
             for p in own if when == "after step" else ():
                 p.requires_grad_(t in (1, 3, 4))
         assert all(p.grad is None for p in a.parameters())
+    same(released, ordinary)
+
+
+def test_unfreezing_between_two_passes_of_a_round() -> None:
+    """Of a block that was stepped without it, a parameter still has its first gradient to come."""
+    (a, released), (b, ordinary) = pair()
+    release_gradients(a, released)
+    for t in range(3):
+        for model, opt in ((a, released), (b, ordinary)):
+            opt.zero_grad()
+            model[2].bias.requires_grad_(False)
+            backward(model, t)
+            model[2].bias.requires_grad_(True)
+            (model[2].bias * 3).sum().backward()
+            opt.step()
     same(released, ordinary)
 
 
