@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -144,7 +145,8 @@ def main() -> None:
     set_state_dict(other, again, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     resumed = train(other, again, mesh, range(SAVED, STEPS), lambda t: None)
 
-    if dist.get_rank() == 0:
+    if folders[0] is not None and dist.get_rank() == 0:
+        shutil.rmtree(folders[0])  # the losses of all ranks are there: all have loaded
         size = sum(p.numel() for p in model.parameters())
         print(f"{world} ranks on {kind}, mesh {tuple(mesh.shape)}, {size} parameters")
         print(f"{'step':>4}  {'loss':>8}  {'resumed':>8}")

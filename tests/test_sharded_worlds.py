@@ -72,7 +72,7 @@ def split_samples() -> list[Tensor]:
             twin.zero_grad()
             x = torch.randn(WIDTH, generator=torch.Generator().manual_seed(100 * t + sample))
             twin(x).square().sum().backward()
-            mine.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))  # type: ignore[union-attr]
+            mine.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))
         gathered = [torch.empty(len(own), mine[0].numel()) for _ in range(world)]
         dist.all_gather(gathered, torch.stack(mine))
         total = torch.zeros_like(mine[0])
@@ -106,7 +106,7 @@ def dies(folder: Path) -> None:
     model, opt = built(False)
     for t in range(STEPS):
         if t == DIES and dist.get_rank() == dist.get_world_size() - 1:
-            opt._table._work = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+            opt._table._work = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         train(model, opt, range(t, t + 1))
         if (t + 1) % EVERY == 0:
             save(model, opt, folder / str(t + 1))
