@@ -1,6 +1,6 @@
 // Storage formats: how one element of one role lies in memory. `load` widens to the arithmetic type, `store` rounds
-// once, to nearest even, and writes every NaN as the canonical one. Conversions are integer and float32 operations on
-// bits, so that every compiler can vectorise them and every machine gives the same result.
+// once, to nearest even or stochastically, and writes every NaN as the canonical one. Conversions are integer and
+// float32 operations on bits, so that every compiler can vectorise them and every machine gives the same result.
 //
 // Include inside the namespace of one instruction set (see cpu/mover.inc); it needs layout.h.
 
@@ -12,35 +12,80 @@ WD_HOST_DEVICE inline To bits_to(From from) {
   return to;
 }
 
+// A bijection of 64-bit numbers that leaves no bit of its argument recognisable.
+WD_HOST_DEVICE inline uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// Random bits: those of a step, then of one word in it, which two roles share.
+struct Draws {
+  uint64_t key;
+
+  WD_HOST_DEVICE static Draws of(uint64_t seed, uint64_t step) { return {mix(mix(seed) + step)}; }
+  WD_HOST_DEVICE Draws of_word(int word) const { return {mix(key + uint64_t(word))}; }
+  // What tells an element from others, by its number; that of the next one is kNext more, up to a multiple of 2^32.
+  static constexpr uint32_t kNext = 0x9e3779b1u;
+  WD_HOST_DEVICE static uint32_t place(int64_t index) {
+    return uint32_t(index) * kNext + uint32_t(index >> 32) * 0x85ebca77u;
+  }
+  // The word of the element of that place.
+  WD_HOST_DEVICE uint32_t operator()(uint32_t place) const {
+    uint32_t x = place + uint32_t(key);
+    x = (x ^ (x >> 16)) * 0x7feb352du + uint32_t(key >> 32);
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+  }
+};
+
+// Which word has a role's 16 bits, and these.
+WD_HOST_DEVICE inline int word_of(int role) { return role / 2; }
+WD_HOST_DEVICE inline uint32_t draw_of(int role, uint32_t word) { return role % 2 == 0 ? word >> 16 : word & 0xffffu; }
+
 struct Float64 {
+  static constexpr bool kStochastic = false;
   static constexpr int64_t kCode = kFloat64;
   using Arithmetic = double;
   using Memory = double;
   WD_HOST_DEVICE static double load(const Memory* at) { return *at; }
-  WD_HOST_DEVICE static void store(Memory* at, double value) { *at = value; }
+  WD_HOST_DEVICE static void store(Memory* at, double value, uint32_t) { *at = value; }
 };
 
 struct Float32 {
+  static constexpr bool kStochastic = false;
   static constexpr int64_t kCode = kFloat32;
   using Arithmetic = float;
   using Memory = float;
   WD_HOST_DEVICE static float load(const Memory* at) { return *at; }
-  WD_HOST_DEVICE static void store(Memory* at, float value) { *at = value; }
+  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t) { *at = value; }
 };
 
 struct BFloat16 {
+  static constexpr bool kStochastic = false;
   static constexpr int64_t kCode = kBFloat16;
   using Arithmetic = float;
   using Memory = uint16_t;
   WD_HOST_DEVICE static float load(const Memory* at) { return bits_to<float>(uint32_t(*at) << 16); }
-  WD_HOST_DEVICE static void store(Memory* at, float value) {
+  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t) {
     const uint32_t bits = bits_to<uint32_t>(value);
-    const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    *at = uint16_t(value != value ? 0x7fc0u : nearest);
+    const uint32_t nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+    *at = uint16_t((value != value ? 0x7fc00000u : nearest) >> 16);
+  }
+};
+
+struct BFloat16Stochastic : BFloat16 {
+  static constexpr bool kStochastic = true;
+  static constexpr int64_t kCode = kBFloat16Stochastic;
+  // Up as often as what is lost says: of 16 random bits, so many carry.
+  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t draw) {
+    const uint32_t bits = bits_to<uint32_t>(value);
+    *at = uint16_t((value != value ? 0x7fc00000u : bits + draw) >> 16);
   }
 };
 
 struct Float16 {
+  static constexpr bool kStochastic = false;
   static constexpr int64_t kCode = kFloat16;
   using Arithmetic = float;
   using Memory = uint16_t;
@@ -50,7 +95,7 @@ struct Float16 {
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(*at));
     return value;
   }
-  WD_HOST_DEVICE static void store(Memory* at, float value) {
+  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t) {
     Memory nearest;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(nearest) : "f"(value));
     *at = value != value ? Memory(0x7e00u) : nearest;
@@ -64,7 +109,7 @@ struct Float16 {
     const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
     return bits_to<float>(sign | special | bits_to<uint32_t>(finite));
   }
-  WD_HOST_DEVICE static void store(Memory* at, float value) {
+  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t) {
     const uint32_t bits = bits_to<uint32_t>(value);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;

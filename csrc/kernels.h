@@ -12,15 +12,31 @@
   ROW(2, 0, AdagradW<T>)
 
 // The formats (parameter, gradient, states) that CUDA C++ has kernels for. The CPU takes any, tile by tile.
-#define WD_EACH_FORMATS(ROW)       \
-  ROW(Float64, Float64, Float64)   \
-  ROW(Float32, Float32, Float32)   \
-  ROW(Float32, BFloat16, Float32)  \
-  ROW(Float32, Float16, Float32)   \
-  ROW(BFloat16, BFloat16, Float32) \
-  ROW(BFloat16, Float32, Float32)  \
-  ROW(Float16, Float16, Float32)   \
-  ROW(Float16, Float32, Float32)
+#define WD_EACH_FORMATS(ROW)                  \
+  ROW(Float64, Float64, Float64)              \
+  ROW(Float32, Float32, Float32)              \
+  ROW(Float32, BFloat16, Float32)             \
+  ROW(Float32, Float16, Float32)              \
+  ROW(BFloat16, BFloat16, Float32)            \
+  ROW(BFloat16, Float32, Float32)             \
+  ROW(Float16, Float16, Float32)              \
+  ROW(Float16, Float32, Float32)              \
+  ROW(Float32, Float32, BFloat16Stochastic)   \
+  ROW(Float32, BFloat16, BFloat16Stochastic)  \
+  ROW(BFloat16, BFloat16, BFloat16)           \
+  ROW(BFloat16, BFloat16, BFloat16Stochastic) \
+  ROW(BFloat16Stochastic, BFloat16, Float32)  \
+  ROW(BFloat16Stochastic, BFloat16, BFloat16Stochastic)
+
+// The formats that have a loop of their own on the CPU, in float32 arithmetic: the common ones that are converted.
+#define WD_EACH_FUSED(ROW)                              \
+  ROW(Float32, Float32, BFloat16Stochastic)             \
+  ROW(BFloat16, BFloat16, Float32)                      \
+  ROW(BFloat16Stochastic, BFloat16, Float32)            \
+  ROW(BFloat16, BFloat16, BFloat16)                     \
+  ROW(BFloat16, BFloat16, BFloat16Stochastic)           \
+  ROW(BFloat16Stochastic, BFloat16, BFloat16Stochastic) \
+  ROW(Float32, BFloat16, Float32)
 
 // Every epilogue: its code (wd_kernels/epilogues.py), its type. A build for tests has theirs alone.
 #ifdef WD_TEST_EPILOGUE

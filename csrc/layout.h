@@ -28,6 +28,7 @@ namespace wd {
 
 enum Role : int { kParam = 0, kGrad = 1, kState = 2 };
 constexpr int kMaxRoles = 16;
+constexpr int kPadding = 32;  // origins are multiples of it
 constexpr int kBlock = 1024;  // elements that a sum adds up in the arithmetic type; chunks are multiples of it
 
 // What a step may change of a segment.
@@ -54,7 +55,7 @@ struct Control {
 };
 
 // The storage format of one role. wd_kernels/formats.py holds the same codes.
-enum FormatCode : int64_t { kFloat64 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4 };
+enum FormatCode : int64_t { kFloat64 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4, kBFloat16Stochastic = 5 };
 
 // What a launch is given; all of it lies on the device that steps.
 struct Launch {

@@ -2,7 +2,7 @@
 // states) to (update, states) in registers and knows nothing of memory, learning rates or decay modes: those are
 // scalars of its row. T is the arithmetic type. Compile without contraction (-ffp-contract=off, -fmad=false).
 //
-// Include inside the namespace of one instruction set (see cpu/mover.inc); it needs layout.h.
+// Include inside the namespace of one instruction set (see cpu/mover.inc), after formats.h; it needs layout.h.
 
 WD_HOST_DEVICE inline float root(float x) { return __builtin_sqrtf(x); }
 WD_HOST_DEVICE inline double root(double x) { return __builtin_sqrt(x); }
@@ -10,7 +10,8 @@ WD_HOST_DEVICE inline double root(double x) { return __builtin_sqrt(x); }
 // Starts from the nearer end, as torch.lerp does.
 template <class T>
 WD_HOST_DEVICE inline T lerp(T x, T y, T beta, T w) {
-  return w < T(0.5) ? x + w * (y - x) : y + beta * (x - y);
+  const bool near = w < T(0.5);
+  return (near ? x : y) + (near ? w : -beta) * (y - x);
 }
 
 // The scalars of a rule, by the names that its page in wd_kernels/rules has for them, in its order: the members of a
@@ -24,7 +25,7 @@ struct AdamW {
   using Arithmetic = T;
   static constexpr int kStates = amsgrad ? 3 : 2;
   WD_SCALARS(frozen, grad_scale, l2, decay, metric, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, scaled_lr, t,
-             step_size, inv_sqrt_bias2)
+             step_size, inv_sqrt_bias2, seed)
 
   WD_HOST_DEVICE T operator()(T theta, T g, T* state) const {
     T &m = state[0], &v = state[1];
@@ -46,7 +47,7 @@ struct SGDW {
   using Arithmetic = T;
   static constexpr int kStates = momentum_buffer ? 1 : 0;
   WD_SCALARS(frozen, grad_scale, l2, decay, momentum, update_grad, update_buf, step_size, first_grad_coef,
-             later_grad_coef, t, grad_coef)
+             later_grad_coef, t, grad_coef, seed)
 
   WD_HOST_DEVICE T operator()(T, T g, T* state) const {
     if constexpr (momentum_buffer) {
@@ -64,7 +65,7 @@ struct AdagradW {
   using Arithmetic = T;
   static constexpr int kStates = 1;
   WD_SCALARS(frozen, grad_scale, l2, eps, lr_decay, scaled_lr, fixed_decay, scaled_decay, scaled_metric, t, step_size,
-             decay, metric)
+             decay, metric, seed)
 
   WD_HOST_DEVICE T operator()(T theta, T g, T* state) const {
     T& sum = state[0];
@@ -100,6 +101,13 @@ WD_HOST_DEVICE inline Rule rule_of_row(const double* row, double grad_factor) {
   Rule rule = of_row<Rule>(row);
   rule.grad_scale = rule.grad_scale * typename Rule::Arithmetic(grad_factor);
   return rule;
+}
+
+// A row's random bits: its seed and step count, whole numbers that the arithmetic type might not hold.
+template <class Rule>
+WD_HOST_DEVICE inline Draws draws_of_row(const double* row) {
+  using T = typename Rule::Arithmetic;
+  return Draws::of(uint64_t(row[offsetof(Rule, seed) / sizeof(T)]), uint64_t(row[offsetof(Rule, t) / sizeof(T)]));
 }
 
 // The step that all rules share: theta, g (which takes its factor) and states become what they are after it; returns

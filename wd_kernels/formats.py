@@ -13,34 +13,45 @@ import torch
 __all__ = [
     "FORMATS",
     "Format",
+    "Storage",
     "arithmetic_dtype",
     "exact_in",
-    "gradient_formats",
-    "parameter_format",
-    "state_dtype",
-    "state_format",
+    "format_of",
+    "full_state_dtype",
+    "gradient_dtypes",
+    "is_steppable",
+    "state_dtypes",
 ]
 
 
 @dataclass(frozen=True)
 class Format:
-    """One storage format: its name, the dtype of the elements that it stores, and its code."""
+    """One storage format.
+
+    Attributes:
+        name: what errors and tables call it.
+        dtype: of the elements that it stores.
+        code: its number in native code.
+        stochastic: rounded up or down at random, with a mean that is what was to be stored.
+    """
 
     name: str
     dtype: torch.dtype
     code: int
+    stochastic: bool = False
 
 
 FLOAT64 = Format("float64", torch.float64, 1)
 FLOAT32 = Format("float32", torch.float32, 2)
 BFLOAT16 = Format("bfloat16", torch.bfloat16, 3)
 FLOAT16 = Format("float16", torch.float16, 4)
-FORMATS = (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)
+BFLOAT16_STOCHASTIC = Format("stochastic bfloat16", torch.bfloat16, 5, stochastic=True)
+FORMATS = (FLOAT64, FLOAT32, BFLOAT16, FLOAT16, BFLOAT16_STOCHASTIC)
 
-# A complex tensor is stepped as its real and imaginary parts.
-_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
-#: What stores a tensor of a dtype where nothing else is asked for: itself, rounded to nearest even.
-_PLAIN = {fmt.dtype: fmt for fmt in FORMATS} | {torch.complex64: FLOAT32, torch.complex128: FLOAT64}
+#: What stores tensors of a dtype to nearest even; a complex tensor is stepped as its real and imaginary parts.
+_NEAREST = {fmt.dtype: fmt for fmt in FORMATS if not fmt.stochastic}
+_NEAREST |= {torch.complex64: FLOAT32, torch.complex128: FLOAT64}
+_STOCHASTIC = {fmt.dtype: fmt for fmt in FORMATS if fmt.stochastic}
 _EXACT_IN = {
     torch.float16: (torch.float16, torch.float32, torch.float64),
     torch.bfloat16: (torch.bfloat16, torch.float32, torch.float64),
@@ -51,24 +62,21 @@ _EXACT_IN = {
 }
 
 
-def parameter_format(dtype: torch.dtype) -> Format | None:
-    """The format of a parameter, or None where there is none for its dtype (integers, float8, complex32)."""
-    return _PLAIN.get(dtype)
+def format_of(dtype: torch.dtype, stochastic: bool = False) -> Format:
+    """What stores tensors of a dtype; `stochastic` where there is such a format, else to nearest even."""
+    return (_STOCHASTIC.get(dtype) if stochastic else None) or _NEAREST[dtype]
 
 
-def gradient_formats(dtype: torch.dtype) -> dict[torch.dtype, Format]:
-    """What the gradients of a parameter of `dtype` may be, and their formats."""
-    allowed = {dtype}
+def is_steppable(dtype: torch.dtype) -> bool:
+    """May a parameter have this dtype? Integers, float8 and complex32 may not."""
+    return dtype in _NEAREST
+
+
+def gradient_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What the gradients of a parameter of `dtype` may be."""
     if dtype == torch.float32:
-        allowed |= {torch.bfloat16, torch.float16}
-    elif dtype in (torch.bfloat16, torch.float16):
-        allowed |= {torch.float32}
-    return {own: _PLAIN[own] for own in allowed}
-
-
-def state_format(dtype: torch.dtype) -> Format:
-    """The format of the states of a parameter of `dtype`: its arithmetic type."""
-    return _PLAIN[arithmetic_dtype(dtype)]
+        return dtype, torch.bfloat16, torch.float16
+    return (dtype, torch.float32) if dtype in (torch.bfloat16, torch.float16) else (dtype,)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,11 +84,45 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the states of a parameter: that of their format, complex where the parameter is."""
-    return dtype if dtype in _REAL else state_format(dtype).dtype
+def full_state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states that are not rounded: the arithmetic type, complex where the parameter is."""
+    return dtype if dtype.is_complex else arithmetic_dtype(dtype)
+
+
+def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What the states of a parameter of `dtype` may be."""
+    full = full_state_dtype(dtype)
+    if full != torch.float32:
+        return (full,)
+    return (full, torch.bfloat16, torch.float16) if dtype == torch.float16 else (full, torch.bfloat16)
 
 
 def exact_in(source: torch.dtype, target: torch.dtype) -> bool:
     """True if every value of `source` is exact in `target`."""
     return target in _EXACT_IN.get(source, ())
+
+
+# What a group asks for ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a group has its parameters and states stored, from its "state_dtype" and "stochastic_rounding".
+
+    Attributes:
+        states: a word for all states, or (state, word) of some: "float32" (not rounded), "bfloat16", "param" (the dtype
+            of the parameter).
+        stochastic_params, stochastic_states: are those in bfloat16 rounded stochastically?
+    """
+
+    states: str | tuple[tuple[str, str], ...] = "float32"
+    stochastic_params: bool = False
+    stochastic_states: bool = True
+
+    def word(self, name: str) -> str:
+        """What is asked for one state."""
+        return self.states if isinstance(self.states, str) else dict(self.states).get(name, "float32")
+
+    def state_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a state of a parameter of `dtype`."""
+        return {"bfloat16": torch.bfloat16, "param": dtype}.get(self.word(name)) or full_state_dtype(dtype)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import native
 from .backends import BackendName
-from .rules import TORCHS_DECAY, DecayMode, Form, check_chosen, pair
+from .rules import TORCHS_DECAY, DecayMode, Form, StochasticRounding, check_chosen, pair
 from .torch_ops import OPERATORS, Role
 from .torch_ops import step as step_now
 from .validation import is_plain
@@ -48,6 +48,8 @@ def adamw_(
     maximize: bool = False,
     grad_factor: Number = 1.0,
     backend: BackendName = "auto",
+    stochastic_rounding: StochasticRounding = "states",
+    seed: int = 0,
 ) -> None:
     """One AdamW step on lists of tensors, in place: the equations and decay modes of :class:`wd_kernels.AdamW`.
 
@@ -57,13 +59,14 @@ def adamw_(
         grads: one for each, of its shape; its dtype, or float32 beside 16-bit parameters, or 16-bit beside float32.
             They are read. One that lies otherwise than its parameter is copied.
         exp_avgs, exp_avg_sqs: the moments, zeros before the first step: of the parameter's shape and layout, float32
-            for float32 and 16-bit parameters, else of its dtype.
+            or bfloat16 for float32 and 16-bit parameters (float16 for float16 ones too), else of its dtype.
         max_exp_avg_sqs: the largest second moments, likewise, for AMSGrad; none for AdamW without it.
         step: the number of this step, from 1; or, in a CPU tensor, a number for every parameter.
         lr, betas, eps, weight_decay, decay, eta, maximize: as for :class:`wd_kernels.AdamW`. Numbers, or CPU tensors of
             one element, which are read as float64: reading a device's would wait for it.
         grad_factor: gradients are multiplied by this first, in float64 with their sign: 1/scale, a clipping factor.
-        backend: as for :class:`wd_kernels.AdamW`.
+        backend, stochastic_rounding, seed: as for :class:`wd_kernels.AdamW`. Random bits are those of elements that are
+            numbered through the lists, each tensor from a multiple of 32 on.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and the index; nothing was written.
@@ -81,7 +84,7 @@ def adamw_(
     roles = _lists("adamw_", params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     check_chosen(weight_decay, decay, lr, "adamw_")
     numbers = (step, lr, *pair("betas", betas, "adamw_"), eps, weight_decay, eta, grad_factor)
-    _run("adamw_", roles, numbers, (decay, maximize, backend))
+    _run("adamw_", roles, numbers, (decay, maximize, backend, *_rounding(stochastic_rounding, seed)))
 
 
 def adamw_flat_(
@@ -101,6 +104,8 @@ def adamw_flat_(
     maximize: bool = False,
     grad_factor: Number = 1.0,
     backend: BackendName = "auto",
+    stochastic_rounding: StochasticRounding = "states",
+    seed: int = 0,
 ) -> None:
     """One AdamW step on flat buffers, in place: one-dimensional, contiguous tensors of equal length.
 
@@ -109,7 +114,7 @@ def adamw_flat_(
     roles = [[param], [grad], [exp_avg], [exp_avg_sq], [] if max_exp_avg_sq is None else [max_exp_avg_sq]]
     check_chosen(weight_decay, decay, lr, "adamw_flat_")
     numbers = (step, lr, *pair("betas", betas, "adamw_flat_"), eps, weight_decay, eta, grad_factor)
-    _run("adamw_flat_", roles, numbers, (decay, maximize, backend))
+    _run("adamw_flat_", roles, numbers, (decay, maximize, backend, *_rounding(stochastic_rounding, seed)))
 
 
 def sgdw_(
@@ -129,17 +134,19 @@ def sgdw_(
     maximize: bool = False,
     grad_factor: Number = 1.0,
     backend: BackendName = "auto",
+    stochastic_rounding: StochasticRounding = "states",
+    seed: int = 0,
 ) -> None:
     """One SGDW step on lists of tensors, in place: the equations and decay modes of :class:`wd_kernels.SGDW`.
 
     Args:
         params, grads: as for :func:`adamw_`.
-        momentum_buffers: zeros before the first step, of the parameter's shape and layout, float32 for float32 and
-            16-bit parameters; none where momentum is 0.
+        momentum_buffers: zeros before the first step, of the parameter's shape and layout and of dtypes as for
+            :func:`adamw_`; none where momentum is 0.
         step: the number of this step, from 1; or, in a CPU tensor, a number for every parameter. In step 1 the buffer
             takes the gradient undampened, as torch's does.
         lr, momentum, dampening, weight_decay, nesterov, decay, form, eta, maximize: as for :class:`wd_kernels.SGDW`.
-        grad_factor, backend: as for :func:`adamw_`.
+        grad_factor, backend, stochastic_rounding, seed: as for :func:`adamw_`.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and the index; nothing was written.
@@ -156,7 +163,7 @@ def sgdw_(
     """
     roles = _lists("sgdw_", params, grads, momentum_buffers)
     numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
-    _run("sgdw_", roles, numbers, (decay, form, nesterov, maximize, backend))
+    _run("sgdw_", roles, numbers, (decay, form, nesterov, maximize, backend, *_rounding(stochastic_rounding, seed)))
 
 
 def sgdw_flat_(
@@ -176,6 +183,8 @@ def sgdw_flat_(
     maximize: bool = False,
     grad_factor: Number = 1.0,
     backend: BackendName = "auto",
+    stochastic_rounding: StochasticRounding = "states",
+    seed: int = 0,
 ) -> None:
     """One SGDW step on flat buffers, in place: one-dimensional, contiguous tensors of equal length.
 
@@ -183,7 +192,9 @@ def sgdw_flat_(
     """
     roles = [[param], [grad], [] if momentum_buffer is None else [momentum_buffer]]
     numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
-    _run("sgdw_flat_", roles, numbers, (decay, form, nesterov, maximize, backend))
+    _run(
+        "sgdw_flat_", roles, numbers, (decay, form, nesterov, maximize, backend, *_rounding(stochastic_rounding, seed))
+    )
 
 
 def adagradw_(
@@ -201,16 +212,18 @@ def adagradw_(
     maximize: bool = False,
     grad_factor: Number = 1.0,
     backend: BackendName = "auto",
+    stochastic_rounding: StochasticRounding = "states",
+    seed: int = 0,
 ) -> None:
     """One AdagradW step on lists of tensors, in place: the equations and decay modes of :class:`wd_kernels.AdagradW`.
 
     Args:
         params, grads: as for :func:`adamw_`.
-        state_sums: the initial accumulator value before the first step, of the parameter's shape and layout, float32
-            for float32 and 16-bit parameters, else of its dtype.
+        state_sums: the initial accumulator value before the first step, of the parameter's shape and layout and of
+            dtypes as for :func:`adamw_`.
         step: the number of this step, from 1; or, in a CPU tensor, a number for every parameter.
         lr, lr_decay, weight_decay, eps, decay, eta, maximize: as for :class:`wd_kernels.AdagradW`.
-        grad_factor, backend: as for :func:`adamw_`.
+        grad_factor, backend, stochastic_rounding, seed: as for :func:`adamw_`.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and the index; nothing was written.
@@ -228,7 +241,7 @@ def adagradw_(
     """
     roles = _lists("adagradw_", params, grads, state_sums)
     numbers = (step, lr, lr_decay, eps, weight_decay, eta, grad_factor)
-    _run("adagradw_", roles, numbers, (decay, maximize, backend))
+    _run("adagradw_", roles, numbers, (decay, maximize, backend, *_rounding(stochastic_rounding, seed)))
 
 
 def adagradw_flat_(
@@ -246,13 +259,25 @@ def adagradw_flat_(
     maximize: bool = False,
     grad_factor: Number = 1.0,
     backend: BackendName = "auto",
+    stochastic_rounding: StochasticRounding = "states",
+    seed: int = 0,
 ) -> None:
     """One AdagradW step on flat buffers, in place: one-dimensional, contiguous tensors of equal length.
 
     Arguments and errors as for :func:`adagradw_`, with one buffer in place of each list.
     """
     numbers = (step, lr, lr_decay, eps, weight_decay, eta, grad_factor)
-    _run("adagradw_flat_", [[param], [grad], [sum]], numbers, (decay, maximize, backend))
+    _run(
+        "adagradw_flat_",
+        [[param], [grad], [sum]],
+        numbers,
+        (decay, maximize, backend, *_rounding(stochastic_rounding, seed)),
+    )
+
+
+def _rounding(stochastic: Any, seed: int) -> tuple[Any, int]:
+    """As operators have it: each of one type."""
+    return ("both" if stochastic else "none") if isinstance(stochastic, bool) else stochastic, seed
 
 
 def _lists(name: str, *roles: Any) -> list[Role]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import backends
 from .caller import warn
 from .flat import place_of
+from .layout import origins
 from .optimizer import DecoupledOptimizer, plain_tensors
 from .rules import Hyper
 from .schedules import stepping
@@ -322,6 +323,8 @@ class _Block:
     def __init__(self, opt: DecoupledOptimizer, params: Sequence[Tensor], places: dict[int, tuple[int, int]]) -> None:
         self.params = tuple(params)
         self.table = TensorTable(opt.rule, cache(partial(backends.resolve, opt.backend)))
+        every = [p for group in opt.param_groups for p in group["params"]]
+        self.table.origins = dict(zip(map(id, every), origins(every), strict=True))
         self.of_groups: dict[int, list[tuple[Tensor, int]]] = {}
         for p in sorted(params, key=lambda p: places[id(p)]):
             g, k = places[id(p)]

@@ -8,20 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import native
 from .epilogues import Epilogue
-from .formats import Format, gradient_formats, parameter_format, state_format
+from .formats import Format, format_of, gradient_dtypes, is_steppable, state_dtypes
 from .reference import BLOCK  # chunks are multiples of it, and begin where their segment's alignment holds
 from .rules import Rule, State, code_of
 
 __all__ = [
     "BLOCK",
+    "PADDING",
     "Bucket",
     "Chunk",
     "Chunks",
@@ -35,6 +38,8 @@ __all__ = [
     "cut",
     "native_kernel",
     "numel_of",
+    "origins",
+    "padded",
     "spec_of",
     "write_segment",
 ]
@@ -52,7 +57,8 @@ class Moving:
 class Place:
     """What stays of a segment for many steps: origin, where its sums go, the addresses of all roles but the gradient.
 
-    The origin is the number of its first element among all of the optimizer's.
+    The origin is the number of its first element among all of the optimizer's, where something is rounded by it; else,
+    in a flat buffer, among those that lie there.
     """
 
     ORIGIN, OUTPUT, ADDRESSES = 0, 1, 2
@@ -63,6 +69,9 @@ class Chunk:
 
     ORDINAL_SHIFT = 32
 
+
+#: Every tensor begins at a multiple of this many elements: in a flat buffer, of 64 bytes or more, whatever the dtype.
+PADDING = 32
 
 #: The roles that every bucket has, before its states.
 PARAM, GRAD, STATE = 0, 1, 2
@@ -97,6 +106,17 @@ class Segments:
 def numel_of(p: Tensor) -> int:
     """Elements that a step writes: a complex one is two."""
     return p.numel() * (2 if p.is_complex() else 1)
+
+
+def padded(numel: int) -> int:
+    """Elements that a parameter takes in the index space, and in a flat buffer."""
+    return -(-numel // PADDING) * PADDING
+
+
+def origins(params: Sequence[Tensor]) -> list[int]:
+    """The number of each parameter's first element among all of an optimizer's; a complex element counts as two."""
+    sizes = (0 if is_lazy(p) else padded(p.numel()) * (2 if p.is_complex() else 1) for p in params)
+    return [0, *accumulate(sizes)][:-1]
 
 
 def write_segment(segments: Segments, k: int, roles: Sequence[Tensor]) -> None:
@@ -134,12 +154,18 @@ def native_kernel(rule: Rule, spec: Spec) -> tuple[int, int, int, list[int]]:
 
 
 @lru_cache
-def spec_of(device: torch.device, dtype: torch.dtype, grad: torch.dtype, states: tuple[State, ...]) -> Spec | None:
-    """The bucket of a parameter and a gradient of these dtypes; None where there is none."""
-    param, gradient = parameter_format(dtype), gradient_formats(dtype).get(grad) if parameter_format(dtype) else None
-    if param is None or gradient is None:
+def spec_of(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], states: tuple[State, ...], stochastic: tuple[bool, bool]
+) -> Spec | None:
+    """The bucket of a parameter, a gradient and states of these dtypes; None where there is none.
+
+    Args:
+        stochastic: are parameters, are states rounded stochastically, where their dtype can be?
+    """
+    param, grad, *own = dtypes
+    if not is_steppable(param) or grad not in gradient_dtypes(param) or any(t not in state_dtypes(param) for t in own):
         return None
-    formats = (param, gradient, *(state_format(dtype) for _ in states))
+    formats = (format_of(param, stochastic[0]), format_of(grad), *(format_of(t, stochastic[1]) for t in own))
     return Spec(device, tuple(state.name for state in states), formats)
 
 
@@ -155,7 +181,7 @@ class Bucket:
 
 
 class Tensors(NamedTuple):
-    """What is stepped of one parameter: its roles, its row, and what an epilogue writes."""
+    """What is stepped of one parameter: its roles, its row, what an epilogue writes, and its origin (`Place`)."""
 
     theta: Tensor
     grad: Tensor
@@ -163,6 +189,7 @@ class Tensors(NamedTuple):
     row: int
     outputs: Mapping[str, Tensor] = MappingProxyType({})
     sums: Tensor | None = None
+    origin: int = 0
 
 
 class Table(Protocol):

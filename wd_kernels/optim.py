@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backends import BackendName
 from .optimizer import DecoupledOptimizer
-from .rules import ADAGRADW, ADAMW, TORCHS_DECAY, DecayMode, Form
+from .rules import ADAGRADW, ADAMW, TORCHS_DECAY, DecayMode, Form, StateDtype, StochasticRounding
 from .rules import SGDW as SGDW_RULE
 from .schedules.stepping import ScheduleLike
 
@@ -41,7 +42,7 @@ class AdamW(DecoupledOptimizer):
     Decay and update are summed before they are rounded into the parameter once. Parameters may be float64, float32,
     bfloat16, float16 or complex, of any shape and dense layout; gradients have the parameter's dtype, or are float32
     beside 16-bit parameters, or 16-bit beside float32 ones. ``exp_avg`` and ``exp_avg_sq`` are float32 (float64 for
-    float64) also for 16-bit parameters, where torch keeps them in the parameter's dtype.
+    float64) also for 16-bit parameters, where torch keeps them in the parameter's dtype; `state_dtype` asks for others.
 
     Args:
         params: parameters, named parameters, or dicts of parameter groups.
@@ -64,6 +65,16 @@ class AdamW(DecoupledOptimizer):
             which is torch's "initial_lr" where an LR scheduler has left one.
         show_lr: with a schedule that is called, ``group["lr"]`` shows :math:`\eta\alpha`, for who logs it, and
             :math:`\alpha` is ``group["base_lr"]``.
+        state_dtype: what states are stored in: ``torch.float32`` (float64 of float64 parameters; the default, since
+            bfloat16 moments cost accuracy, and inheriting them from bfloat16 weights has cost people their runs),
+            ``torch.bfloat16``, ``"param"`` (the parameter's dtype, torch's layout), or a dict of these by the states'
+            names. A group may have its own. Arithmetic is float32 all the same.
+        stochastic_rounding: what in bfloat16 is rounded up or down at random, with a mean that is exact: ``"states"``
+            (the default: nearest rounding would lose every decay of a second moment), ``"params"``, True (both) or
+            False. Nearest rounding of bfloat16 weights loses their decay and small updates.
+        seed: of the random bits, a whole number; they are a function of it, the parameter's step count and the
+            element, so that a run repeats to the bit on every backend, resumed, flat, or sharded by the first
+            dimension.
         backend: "auto", "cpu", "triton", "cuda" or "reference"; all give the same bits. One that is not there is an
             error.
         foreach, fused: tolerated, and kept in the groups, for torch's callers: there is one implementation.
@@ -102,6 +113,9 @@ class AdamW(DecoupledOptimizer):
         schedule: ScheduleLike = None,
         base_lr: Number | None = None,
         show_lr: bool = False,
+        state_dtype: StateDtype = torch.float32,
+        stochastic_rounding: StochasticRounding = "states",
+        seed: int = 0,
         backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -111,7 +125,7 @@ class AdamW(DecoupledOptimizer):
         super().__init__(
             params, backend, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, show_lr=show_lr,
-            foreach=foreach, fused=fused,
+            state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, seed=seed, foreach=foreach, fused=fused,
             capturable=capturable, differentiable=differentiable,
         )  # fmt: skip
 
@@ -143,7 +157,8 @@ class SGDW(DecoupledOptimizer):
         maximize: ascend.
         decay: the form of weight decay; "metric_proximal" is "proximal" with :math:`\eta\alpha\lambda`.
         form: "torch" or "paper".
-        eta, schedule, base_lr, show_lr, backend, foreach, fused, differentiable: as in :class:`AdamW`.
+        eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed, backend, foreach, fused,
+        differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -179,6 +194,9 @@ class SGDW(DecoupledOptimizer):
         schedule: ScheduleLike = None,
         base_lr: Number | None = None,
         show_lr: bool = False,
+        state_dtype: StateDtype = torch.float32,
+        stochastic_rounding: StochasticRounding = "states",
+        seed: int = 0,
         backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -187,7 +205,8 @@ class SGDW(DecoupledOptimizer):
         super().__init__(
             params, backend, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, decay=decay, form=form, eta=eta, schedule=schedule, base_lr=base_lr,
-            show_lr=show_lr, foreach=foreach, fused=fused, differentiable=differentiable,
+            show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, seed=seed,
+            foreach=foreach, fused=fused, differentiable=differentiable,
         )  # fmt: skip
 
 
@@ -214,7 +233,8 @@ class AdagradW(DecoupledOptimizer):
         eps: :math:`\epsilon \ge 0`.
         maximize: ascend.
         decay: the form of weight decay.
-        eta, schedule, base_lr, show_lr, backend, foreach, fused, differentiable: as in :class:`AdamW`.
+        eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed, backend, foreach, fused,
+        differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -250,6 +270,9 @@ class AdagradW(DecoupledOptimizer):
         schedule: ScheduleLike = None,
         base_lr: Number | None = None,
         show_lr: bool = False,
+        state_dtype: StateDtype = torch.float32,
+        stochastic_rounding: StochasticRounding = "states",
+        seed: int = 0,
         backend: BackendName = "auto",
         fused: bool | None = None,
         differentiable: bool = False,
@@ -257,6 +280,7 @@ class AdagradW(DecoupledOptimizer):
         super().__init__(
             params, backend, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize, decay=decay, eta=eta,
-            schedule=schedule, base_lr=base_lr, show_lr=show_lr,
-            foreach=foreach, fused=fused, differentiable=differentiable,
+            schedule=schedule, base_lr=base_lr, show_lr=show_lr, state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding, seed=seed, foreach=foreach, fused=fused,
+            differentiable=differentiable,
         )  # fmt: skip

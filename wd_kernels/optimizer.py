@@ -18,7 +18,7 @@ from . import backends, native
 from . import state_dict as state_dicts
 from .caller import warn
 from .flat.states import FlatGradients
-from .rules import FLAG, Rule, check_chosen, pair
+from .rules import FLAG, Rule, check_chosen, pair, state_dtype_word
 from .schedules import stepping
 from .schedules.shapes import named
 from .sharding import local
@@ -44,7 +44,7 @@ class DecoupledOptimizer(Optimizer):
         _refuse_flags(defaults, "")
         backends.check(backend)
         self.backend = backend
-        self._make_pairs(defaults, "the arguments")
+        self._make_plain(defaults, "the arguments")
         self.rule.hypers([defaults], where="the arguments")
         stepping.check(defaults, "the arguments")
         if defaults["schedule"] is not None and defaults["eta"] != 1:
@@ -119,7 +119,7 @@ class DecoupledOptimizer(Optimizer):
         index, given = len(self.param_groups), dict(param_group)
         try:
             _name_empty_groups([*self.param_groups, param_group])
-            self._make_pairs(param_group, f"param group {index}")
+            self._make_plain(param_group, f"param group {index}")
             asked = dict(param_group)
             try:
                 super().add_param_group(param_group)
@@ -145,8 +145,11 @@ class DecoupledOptimizer(Optimizer):
             native.insist([partial(self.param_groups.__delitem__, slice(index, None)), *undo])
             raise
 
-    def _make_pairs(self, settings: dict[str, Any], where: str) -> None:
-        """Numbers, as checkpoints hold them, of what is an array, or a list of a configuration."""
+    def _make_plain(self, settings: dict[str, Any], where: str) -> None:
+        """Numbers and words, as checkpoints hold them, of what is an array, a dtype, or a list of a configuration."""
+        if "state_dtype" in settings:
+            names = [state.name for state in self.rule.states]
+            settings["state_dtype"] = state_dtype_word(settings["state_dtype"], names, where)
         for own in self.rule.hyperparameters:
             if own.parts and own.name in settings:
                 settings[own.name] = pair(own.name, settings[own.name], where)
@@ -196,15 +199,19 @@ class DecoupledOptimizer(Optimizer):
             packed = packed if changed is None else changed
         return packed
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert_states: bool = False) -> None:
         """Loads a state of this class, or of torch's. Tensors are copied; states keep their stored precision.
+
+        Args:
+            convert_states: round states to nearest even that were saved in more bits than the `state_dtype` of this
+                optimizer has; without it that is an error.
 
         A saved `weight_decay` is loaded where it means the same: where decay mode, form and whether it is normalised
         are the live ones, or where it is 0. Else the live decay stays, and a warning says so; momentum buffers of the
         other form are carried over by the lr of the next step. Of what torch's class lacks, an absent key means what
         that does (`eta` 1, say); any other key that a saved group lacks keeps the live value. A momentum buffer without
-        a step count counts as started. Narrower states are widened, which is exact; a state that would have to be
-        narrowed is an error.
+        a step count counts as started. Narrower states are widened to this optimizer's `state_dtype`, which is exact.
+        How states are stored and rounded is the live group's; `seed` is loaded.
 
         Raises:
             ValueError, TypeError: naming what does not fit, or what was given instead of an optimizer's state; the
@@ -215,7 +222,9 @@ class DecoupledOptimizer(Optimizer):
             changed = pre_hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
-        groups, state, flat = state_dicts.load(self.rule, self.param_groups, state_dict, self.defaults["decay"])
+        groups, state, flat = state_dicts.load(
+            self.rule, self.param_groups, state_dict, self.defaults["decay"], convert_states
+        )
         self.__setstate__({"state": state, "param_groups": groups})
         self._table.flat_states = flat
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -7,8 +7,9 @@ accuracy oracle. It allocates freely and is slow; nothing here is a product path
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
 from typing import Protocol
 
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .epilogues import Element, Epilogue
-from .formats import arithmetic_dtype
+from .formats import Format, arithmetic_dtype, format_of
 
-__all__ = ["BLOCK", "Equation", "block_sums", "lerp", "load", "new_values", "sqrt", "step_", "store"]
+__all__ = ["BLOCK", "Draws", "Equation", "block_sums", "lerp", "load", "new_values", "sqrt", "step_", "store"]
 
 #: Elements that a sum adds up in the arithmetic type.
 BLOCK = 1024
@@ -45,15 +46,18 @@ def load(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.resolve_neg().to(dtype)
 
 
-def store(memory: Tensor, value: Tensor) -> None:
-    """Rounds `value` once into `memory`, in place; a 16-bit NaN is the canonical one."""
+def store(memory: Tensor, value: Tensor, draws: Draws | None = None) -> None:
+    """Rounds `value` once into `memory`, in place; a 16-bit NaN is the canonical one.
+
+    To nearest even; with `draws`, a bfloat16 is the one below or above, so that the mean is `value`.
+    """
     memory = memory.detach()
     if memory.is_complex():
         memory = torch.view_as_real(memory)
     if memory.dtype == torch.bfloat16:  # on the bits: hardware conversions may flush subnormals
         bits = value.view(torch.int32)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        memory.view(torch.int16).copy_(torch.where(value.isnan(), 0x7FC0, nearest))
+        up = 0x7FFF + ((bits >> 16) & 1) if draws is None else draws.bits(elements(memory)).to(torch.int32)
+        memory.view(torch.int16).copy_(torch.where(value.isnan(), 0x7FC0, (bits + up) >> 16))
     elif memory.dtype == torch.float16:
         memory.copy_(value)
         memory.view(torch.int16).masked_fill_(value.isnan(), 0x7E00)
@@ -61,11 +65,51 @@ def store(memory: Tensor, value: Tensor) -> None:
         memory.copy_(value)
 
 
+def elements(memory: Tensor) -> Tensor:
+    """The place in storage order of each element of a dense tensor: int64 of its shape."""
+    return torch.arange(memory.numel(), device=memory.device).as_strided(memory.shape, memory.stride())
+
+
+_LOW = 0xFFFFFFFF
+
+
+def _mix(x: int) -> int:
+    """A bijection of 64-bit numbers that leaves no bit of its argument recognisable."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random bits of a step of one tensor (numerics, section 6): a function of seed, count, role and element.
+
+    Attributes:
+        seed: of the group, in [0, 2**53).
+        step: the parameter's own count.
+        origin: the number of the tensor's first element among all of the optimizer's.
+        role: 0 the parameter, 2 the first state, ...
+    """
+
+    seed: int
+    step: int
+    origin: int
+    role: int = 0
+
+    def bits(self, elements: Tensor) -> Tensor:
+        """16 bits for each element of the tensor, by its place in storage order: int64 to int64, in [0, 2**16)."""
+        key = _mix(_mix(_mix(self.seed) + self.step & 0xFFFFFFFFFFFFFFFF) + self.role // 2 & 0xFFFFFFFFFFFFFFFF)
+        n = elements + self.origin
+        x = ((n & _LOW) * 0x9E3779B1 + (n >> 32) * 0x85EBCA77 + (key & _LOW)) & _LOW
+        x = ((x ^ (x >> 16)) * 0x7FEB352D + (key >> 32)) & _LOW
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & _LOW
+        return x >> 16 if self.role % 2 == 0 else (x ^ (x >> 16)) & 0xFFFF
+
+
 def lerp(x: Tensor, y: Tensor, beta: Tensor, w: Tensor) -> Tensor:
     """From the nearer end, as torch.lerp: beta*x + w*y would drift."""
-    if bool(w < 0.5):
-        return x + w * (y - x)
-    return y + beta * (x - y)
+    way = y - x
+    return x + w * way if bool(w < 0.5) else y - beta * way
 
 
 def block_sums(x: Tensor) -> Tensor:
@@ -140,6 +184,7 @@ def subnormals() -> Iterator[None]:
 def step_(
     rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor],
     epilogue: Epilogue | None = None, outputs: Mapping[str, Tensor] = MappingProxyType({}), sums: Tensor | None = None,
+    formats: Sequence[Format] = (), origin: int = 0,
 ) -> None:  # fmt: skip
     """One step of `rule` in place, on tensors as they are stored; a row's `frozen` keeps the bits of theta.
 
@@ -147,21 +192,27 @@ def step_(
         rule, row, grad_factor, theta, g, states: as for `new_values`; an epilogue's scalars follow in the row.
         epilogue, outputs: what is run after it, on tensors that it reads and writes.
         sums: [blocks, len(epilogue.sums)], for the sums of its blocks.
+        formats: of theta, g, states and outputs; by default what rounds their dtypes to nearest even.
+        origin: the number of theta's first element among all of the optimizer's.
     """
     dtype = arithmetic_dtype(theta.dtype)
     own = {name: load(state, dtype) for name, state in states.items()}
     before = load(theta, dtype).clone()
     after, g, u, new = new_values(rule, row, grad_factor, before, load(g, dtype), own)
+    written = (theta, g, *states.values(), *outputs.values())
+    formats = formats or [format_of(t.dtype) for t in written]
+    seed, step = (int(row[rule.scalars.index(name)]) for name in ("seed", "t"))
+    draws = [Draws(seed, step, origin, role) if fmt.stochastic else None for role, fmt in enumerate(formats)]
     if not float(row[rule.scalars.index("frozen")]):
-        store(theta, after)
-    for name, state in states.items():
-        store(state, new[name])
+        store(theta, after, draws[0])
+    for role, (name, state) in enumerate(states.items(), 2):
+        store(state, new[name], draws[role])
     if epilogue is not None:
         s = _named(epilogue.scalars, row[len(rule.scalars) :], before)
         element = Element(before, load(theta, dtype), g, u, new)
         loaded = {name: load(output, dtype) for name, output in outputs.items()}
         produced, summands = epilogue.equation(s, element, loaded)
-        for name, output in outputs.items():
-            store(output, produced[name])
+        for role, (name, output) in enumerate(outputs.items(), 2 + len(states)):
+            store(output, produced[name], draws[role])
         if sums is not None:
             sums.copy_(torch.stack([block_sums(summands[name]) for name in epilogue.sums], -1))

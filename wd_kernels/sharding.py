@@ -7,6 +7,7 @@ imported it there are no DTensors.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "local",
     "redistribute",
     "redistribute_gradients",
+    "shard_offset",
     "sharded_like",
     "spec_of",
 ]
@@ -65,6 +67,24 @@ def local(t: Tensor) -> Tensor:
         return t
     arriving = loaded("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
     return t.wait() if isinstance(t, arriving) else t
+
+
+def shard_offset(p: Tensor) -> int:
+    """How many elements of a sharded tensor come before this process's, where each shard is numbered in one piece.
+
+    So elements have the numbers of the whole tensor, in whatever way its first dimension is sharded, and different ones
+    on different shards in any case.
+    """
+    if not is_sharded(p):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    spec, whole = spec_of(p), p.shape
+    shape, begin = compute_local_shape_and_global_offset(whole, spec.mesh, spec.placements)
+    offset = 0
+    for dim in range(p.dim()):
+        offset += begin[dim] * math.prod(shape[:dim]) * math.prod(whole[dim + 1 :])
+    return offset * (2 if p.is_complex() else 1)
 
 
 def sharded_like(p: Tensor, t: Tensor) -> Tensor:

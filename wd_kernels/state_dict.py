@@ -27,8 +27,8 @@ from torch.nn.parameter import is_lazy
 from .caller import warn
 from .flat.buffers import place_of
 from .flat.states import FlatStates
-from .formats import parameter_format, state_dtype
-from .rules import FLAG, RULES, Rule
+from .formats import Storage, format_of, is_steppable
+from .rules import FLAG, RULES, STORAGE, Rule
 from .schedules import stepping
 from .schedules.shapes import is_called, named
 from .schedules.stepping import follows_lr
@@ -38,7 +38,8 @@ from .validation import check_type, conform_state, label, step_count, without_me
 __all__ = ["export", "load", "settle", "with_own_counts"]
 
 HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would step: the live group's stay
-LIVE = (*HOW, "schedule", "show_lr")  # what a loaded group does not replace
+STORED = ("state_dtype", "stochastic_rounding")  # so do these
+LIVE = (*HOW, *STORED, "schedule", "show_lr")  # what a loaded group does not replace
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 #: The states of every rule: those of another one are kept in a loaded state, as they should lie.
 STATES = frozenset(state.name for rule in RULES.values() for state in rule.states)
@@ -77,7 +78,7 @@ def with_own_counts(state: Mapping[Any, Any]) -> dict[Any, Any]:
 def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, Any]], default: str) -> dict[str, Any]:
     """What leaves an optimizer, whose groups are `live`: what torch's class has, and what that does not do.
 
-    Step counts are copies; where torch's class keeps none they stay at home, since nothing is computed from them. Where
+    Step counts are copies; where torch's class keeps none they stay at home, unless something is rounded by them. Where
     it has the states of all parameters from the start, those that have taken no step are given theirs.
     """
     state = with_own_counts(packed["state"])
@@ -89,27 +90,42 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
             group["schedule"] = named(group["schedule"])
         groups.append(group)
     for group, own in zip(groups, live, strict=True):
+        storage = rule.storage(own, "a param group")
         for key, p in zip(group["params"], own["params"], strict=True):
             found = state.get(key)
-            if not rule.torch.counts_steps and isinstance(found, dict) and "step" in found:
+            counts = rule.torch.counts_steps or _counts_for_rounding(storage, p, found)
+            if not counts and isinstance(found, dict) and "step" in found:
                 state[key] = {name: value for name, value in found.items() if name != "step"}
                 if not state[key]:
                     del state[key]
-            known = not is_lazy(p) and parameter_format(p.dtype) is not None
+            known = not is_lazy(p) and is_steppable(p.dtype)
             if rule.torch.all_states and not found and known:
-                state[key] = {"step": torch.tensor(0.0, device="cpu"), **_first_states(rule, p, own)}
+                state[key] = {"step": torch.tensor(0.0, device="cpu"), **_first_states(rule, p, own, storage)}
     return {**packed, "state": dict(state), "param_groups": groups}
 
 
-def _first_states(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    zeros = partial(torch.zeros_like, local(p).detach(), dtype=state_dtype(p.dtype))
-    return {state.name: sharded_like(p, state.begin(zeros(), group)) for state in rule.states}
+def _counts_for_rounding(storage: Storage, p: Tensor, found: Any) -> bool:
+    """Are a parameter or its states rounded by their step count?"""
+    states = [t.dtype for t in found.values() if isinstance(t, Tensor)] if isinstance(found, dict) else []
+    roles = [(p.dtype, storage.stochastic_params), *((dtype, storage.stochastic_states) for dtype in states)]
+    return any(is_steppable(dtype) and format_of(dtype, stochastic).stochastic for dtype, stochastic in roles)
+
+
+def _first_states(rule: Rule, p: Tensor, group: Mapping[str, Any], storage: Storage) -> dict[str, Tensor]:
+    zeros = partial(torch.zeros_like, local(p).detach())
+    return {
+        state.name: sharded_like(p, state.begin(zeros(dtype=storage.state_dtype(state.name, p.dtype)), group))
+        for state in rule.states
+    }
 
 
 def load(
-    rule: Rule, live: Sequence[dict[str, Any]], state_dict: Mapping[str, Any], default: str
+    rule: Rule, live: Sequence[dict[str, Any]], state_dict: Mapping[str, Any], default: str, convert: bool = False
 ) -> tuple[list[dict[str, Any]], dict[Any, Any], FlatStates]:
     """(groups, state, the memory of flat states) of an optimizer that has loaded `state_dict`; `live` are its groups.
+
+    Args:
+        convert: round states that are to be stored in fewer bits than they were saved in.
 
     Raises ValueError or TypeError, naming what does not fit; nothing is changed.
     """
@@ -145,12 +161,13 @@ def load(
         next_step, _ = stepping.follow(groups, rule.hypers(groups, where=where, default=default))
         scaled = [a for *_, a in next_step]
         factors = [rule.carry(other, own, a) for other, own, a in zip(saved, groups, scaled, strict=True)]
+    storages = [rule.storage(group, where.format(i)) for i, group in enumerate(groups)]
     state: defaultdict[Any, Any] = defaultdict(dict)
     flat = FlatStates()
     for key, value in state_dict["state"].items():
         if key in parameter_of:
             g, k, p = parameter_of[key]
-            state[p] = _load_one(value, p, label(groups[g], g, k), flat, factors[g])
+            state[p] = _load_one(value, p, label(groups[g], g, k), flat, factors[g], storages[g], convert)
         else:
             state[key] = value
     for remark, numbers in remarks.items():
@@ -201,6 +218,9 @@ def _load_group(
     if theirs is not None and not is_called(schedule, str(theirs)):
         remarks.append(f"it has schedule={theirs}, this optimizer goes on with schedule={named(schedule)}")
     remarks += _load_lr(own, saved, loaded)
+    rounding = [{**STORAGE, **group}["stochastic_rounding"] for group in (saved, own)]
+    if "stochastic_rounding" in saved and rounding[0] != rounding[1]:
+        remarks.append(f"it has stochastic_rounding={rounding[0]!r}, this optimizer goes on with {rounding[1]!r}")
     group = {**own, **loaded}
     settle(rule, group, default)
     return group, remarks
@@ -387,12 +407,15 @@ def _looks_like(state_dict: Mapping[Any, Any]) -> str:
 
 
 def _load_one(
-    saved: Mapping[str, Any], p: Tensor, what: str, flat: FlatStates, factors: Mapping[str, float]
-) -> dict[str, Any]:
+    saved: Mapping[str, Any], p: Tensor, what: str, flat: FlatStates, factors: Mapping[str, float], storage: Storage,
+    convert: bool,
+) -> dict[str, Any]:  # fmt: skip
     """One parameter's state, copied to its device and laid out as the parameter, in flat buffers where it is flat.
 
     Args:
         factors: what a state is multiplied by, by its name.
+        storage: how it is to be stored.
+        convert: round what is saved in more bits.
     """
     place = place_of(p)
     if not isinstance(saved, Mapping):
@@ -413,7 +436,8 @@ def _load_one(
             check_sharding(p, value, of_state)
             theta = local(p).detach()
             detached = local(value).detach()  # a state is a leaf that needs no gradient, whatever was saved
-            loaded = conform_state(theta, theta, detached.to(theta.device), of_state)
+            dtype = storage.state_dtype(name, theta.dtype)
+            loaded = conform_state(theta, theta, detached.to(theta.device), dtype, of_state, convert)
             factor = factors.get(name, 1.0)
             if factor != 1.0:
                 if not math.isfinite(factor):

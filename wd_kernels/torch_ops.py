@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import backends, native
 from .layout import CPU, Moving
-from .rules import RULES, Rule, State, scalar
+from .rules import RULES, STORAGE, Rule, State, scalar
 from .table.lists import ONE, Lists, examine, step_alike
 
 __all__ = ["OPERATORS", "Operator", "Role", "step"]
@@ -60,7 +60,7 @@ class Operator:
     @cached_property
     def options(self) -> dict[str, str]:
         own = {h.name: h.kind for h in self.rule.hyperparameters if h.kind != "float" and not h.of_states}
-        return {**own, "backend": "str"}
+        return {**own, "backend": "str", "stochastic_rounding": "str", "seed": "int"}
 
     def schema(self, overload: str) -> str:
         """The schema; states and parameters are written, each under an alias of its own."""
@@ -95,7 +95,7 @@ class Operator:
 
     def group(self, numbers: dict[str, Any], options: dict[str, Any], roles: Sequence[Role]) -> dict[str, Any]:
         """What a rule checks: the group that an optimizer with these states would have."""
-        group = {**numbers, **options}
+        group = {**STORAGE, **numbers, **options}
         for name, parts in self._pairs:
             group[name] = tuple([numbers[part] for part in parts])
         for name, role in self._asking:
@@ -129,10 +129,12 @@ def step(operator: Operator, roles: Sequence[Role], numbers: Sequence[Any], opti
     rows_of = {t: row for row, t in enumerate(dict.fromkeys(counts))}
     rows = operator.rule.rows([hyper], [(0, t, starts and t == 1) for t in rows_of])
     row_of = [rows_of[t] for t in counts]
-    if step_alike(operator.rule, states, roles, settings["backend"], control, rows, row_of):
+    stochastic = (hyper[0].storage.stochastic_params, hyper[0].storage.stochastic_states)
+    backend = settings["backend"]
+    if step_alike(operator.rule, states, stochastic, roles, backend, control, rows, row_of):
         return
     table = Lists(
-        operator.rule, states, lambda role, i: operator.label(kept[role], i), roles, settings["backend"], control
+        operator.rule, states, stochastic, lambda role, i: operator.label(kept[role], i), roles, backend, control
     )
     if len(rows_of) > 1:
         table.segments.moving[:, Moving.ROW] = torch.tensor([row_of[i] for i in table.order], device=CPU)

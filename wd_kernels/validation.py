@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .formats import FORMATS, exact_in, gradient_formats, parameter_format, state_dtype
+from .formats import FORMATS, Storage, exact_in, gradient_dtypes, is_steppable, state_dtypes
+from .reference import store
+from .rules import State
 from .sharding import local
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "check_memory",
     "check_parameter",
     "check_roles",
+    "check_storage",
     "check_type",
     "conform_state",
     "has_memory",
@@ -41,7 +44,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 #: Of a group that is part of others: the (group, index) of each of its parameters.
 PLACES = "_places"
-_ALLOWED_DTYPES = ", ".join([*(f.name for f in FORMATS), "complex64", "complex128"])
+_ALLOWED_DTYPES = ", ".join([*(f.name for f in FORMATS if not f.stochastic), "complex64", "complex128"])
 
 
 def label(group: Mapping[str, Any], group_index: int, index: int) -> str:
@@ -110,7 +113,7 @@ def check_parameter(p: Tensor, what: str) -> None:
     """Raises if `p` cannot be stepped at all, whatever its gradient."""
     check_type(p, what)
     p = local(p)
-    if parameter_format(p.dtype) is None:
+    if not is_steppable(p.dtype):
         raise TypeError(
             f"{what} has dtype {p.dtype}: allowed are {_ALLOWED_DTYPES}. "
             "Leave out what is not trained: [p for p in model.parameters() if p.requires_grad]"
@@ -143,7 +146,7 @@ def check_gradient(p: Tensor, grad: Tensor, what: str) -> None:
         raise ValueError(f"{what} has shape {tuple(grad.shape)}; allowed is that of the parameter, {tuple(p.shape)}")
     if grad.device != p.device:
         raise ValueError(f"{what} is on {grad.device}; allowed is the parameter's device, {p.device}")
-    allowed = gradient_formats(p.dtype)
+    allowed = gradient_dtypes(p.dtype)
     if grad.dtype not in allowed:
         raise TypeError(
             f"{what} has dtype {grad.dtype}; allowed for a parameter of {p.dtype} are "
@@ -161,8 +164,28 @@ def check_roles(p: Tensor, grad: Tensor | None, what: str, of_grad: str) -> None
         check_address(grad, of_grad)
 
 
-def conform_state(p: Tensor, like: Tensor, value: Any, what: str) -> Tensor:
-    """`value` as a state of `p`: itself, or a copy widened or laid out as `like`. Raises where that would lose."""
+def check_storage(p: Tensor, storage: Storage, states: Iterable[State], what: str) -> None:
+    """Raises TypeError if a parameter, or a state of it, cannot be stored as its group asks."""
+    for state in states:
+        dtype, allowed = storage.state_dtype(state.name, p.dtype), state_dtypes(p.dtype)
+        if dtype not in allowed:
+            raise TypeError(
+                f"state_dtype={storage.word(state.name)!r} for the state {state.name!r} of {what}, which has dtype "
+                f"{p.dtype}: allowed for it are {', '.join(map(str, allowed))}. A group of its own may ask for another"
+            )
+    if storage.stochastic_params and p.dtype == torch.float16:
+        raise TypeError(
+            f"stochastic_rounding for {what}, which has dtype {p.dtype}: bfloat16 is what is rounded so. Give float16 "
+            "parameters a group with stochastic_rounding='states' or False"
+        )
+
+
+def conform_state(p: Tensor, like: Tensor, value: Any, dtype: torch.dtype, what: str, narrow: bool = False) -> Tensor:
+    """`value` as a state of `p` in `dtype`: itself, or a copy in that, laid out as `like`.
+
+    Args:
+        narrow: round it to nearest even where `dtype` is narrower; else that is an error.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} is a {type(value).__name__}: expected a tensor")
     check_type(value, what)
@@ -170,16 +193,21 @@ def conform_state(p: Tensor, like: Tensor, value: Any, what: str) -> Tensor:
         raise ValueError(f"{what} has shape {tuple(value.shape)}; allowed is that of the parameter, {tuple(p.shape)}")
     if value.device != p.device:
         raise ValueError(f"{what} is on {value.device}; allowed is the parameter's device, {p.device}")
-    dtype = state_dtype(p.dtype)
-    if not exact_in(value.dtype, dtype):
+    convertible = narrow and value.is_floating_point() and dtype.is_floating_point
+    if not exact_in(value.dtype, dtype) and not convertible:
         raise TypeError(
-            f"{what} has dtype {value.dtype}, which does not fit the {dtype} that a parameter of {p.dtype} keeps its "
-            "states in: cast it yourself, or load it with load_state_dict into a parameter of that precision"
+            f"{what} has dtype {value.dtype}, which does not fit the {dtype} that this optimizer keeps it in (by the "
+            f"parameter's dtype, {p.dtype}, and its group's state_dtype): give the optimizer the state_dtype that it "
+            "was saved with, or round it, load_state_dict(..., convert_states=True)"
         )
     check_address(value, what)
     if value.dtype == dtype and same_layout(value, like) and not (value.is_conj() or value.is_neg()):
         return value
-    return torch.empty_like(like, dtype=dtype).copy_(value)
+    made = torch.empty_like(like, dtype=dtype)
+    if exact_in(value.dtype, dtype):
+        return made.copy_(value)
+    store(made, value.detach().float())
+    return made
 
 
 def step_count(value: Any, what: str) -> float:

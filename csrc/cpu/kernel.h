@@ -10,7 +10,9 @@ struct Kernel {
   const void* formats[kMaxRoles];
   int64_t sizes[kMaxRoles];  // bytes of an element of each role
   int roles;
-  int width;  // scalars in a row
+  int width;        // scalars in a row
+  bool random;      // some role is rounded by random bits
+  void (*fused)();  // the loop of these formats, if they have one of their own
   // Steps the chunks [first, last) of a launch.
   void (*step_chunks)(const Kernel& kernel, const Launch& launch, int64_t first, int64_t last);
 };

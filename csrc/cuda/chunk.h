@@ -7,6 +7,7 @@
 // too, and a phase is a loop there.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "device.h"
@@ -176,13 +177,15 @@ struct Round {
     }
   }
 
-  WD_HOST_DEVICE void step_and_store(const Own& roles, const Rule& rule, const E& epilogue,
-                                     BlockSums<T, E::kSums>& sums, int from, int end, int lane) {
+  // `draws`: of the words; `first`: the number of the chunk's first element.
+  WD_HOST_DEVICE void step_and_store(const Own& roles, const Rule& rule, const E& epilogue, const Draws* draws,
+                                     int64_t first, BlockSums<T, E::kSums>& sums, int from, int end, int lane) {
     const bool frozen = rule.frozen != 0;
     WD_UNROLL
     for (int k = 0; k < accesses; ++k) {
       const int i = at(from, lane, k);
       if (masked && i >= end) continue;
+      const uint32_t place = Draws::place(first + i);  // neighbours pass no multiple of 2^32
       WD_UNROLL
       for (int e = 0; e < width; ++e) {
         T x = P::load(p[k].element + e), own[kStates + 1];
@@ -191,9 +194,14 @@ struct Round {
         const T before = x;
         T gradient = G::load(g[k].element + e);
         const T u = step(rule, x, gradient, own);
-        P::store(p[k].element + e, x);
+        const uint32_t here = place + e * Draws::kNext;
+        P::store(p[k].element + e, x, P::kStochastic ? draw_of(kParam, draws[0](here)) : 0);
+        uint32_t word = 0;
         WD_UNROLL
-        for (int n = 0; n < kStates; ++n) S::store(s[k][n].element + e, own[n]);
+        for (int n = 0; n < kStates; ++n) {
+          if (S::kStochastic && n % 2 == 0) word = draws[word_of(kState + n)](here);
+          S::store(s[k][n].element + e, own[n], S::kStochastic ? draw_of(kState + n, word) : 0);
+        }
         if constexpr (kOutputs + E::kSums > 0) {
           T output[kOutputs + 1], summands[E::kSums + 1];
           WD_UNROLL
@@ -201,7 +209,7 @@ struct Round {
           const T after = frozen ? before : T(P::load(p[k].element + e));
           epilogue(Element<T>{before, after, gradient, u, own, kStates}, output, summands);
           WD_UNROLL
-          for (int n = 0; n < kOutputs; ++n) O::store(o[k][n].element + e, output[n]);
+          for (int n = 0; n < kOutputs; ++n) O::store(o[k][n].element + e, output[n], 0);
           sums.put((i + e) % kBlock, summands);
         }
       }
@@ -248,6 +256,13 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
   WD_UNROLL
   for (int n = 0; n < E::kOutputs; ++n)
     roles.output[n] = memory<typename E::Output::Memory>(place[address_word(kState + Rule::kStates + n)], begin);
+  Draws draws[(kState + Rule::kStates + 1) / 2] = {};
+  if constexpr (P::kStochastic || S::kStochastic) {
+    const Draws of_step = draws_of_row<Rule>(row);
+    WD_UNROLL
+    for (int word = 0; word < (kState + Rule::kStates + 1) / 2; ++word) draws[word] = of_step.of_word(word);
+  }
+  const int64_t first = launch.places[(chunk & 0xffffffff) * launch.place_words + kOrigin] + begin;
   WD_SHARED BlockSums<T, E::kSums> sums;
   // Ends the blocks that end where a round does, which is at a multiple of half a block, or with the chunk.
   const auto end_block = [&](int from, int to) {
@@ -262,13 +277,13 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
   for (int from = 0; from < done; from += of_round) {
     Lanes<Round<Rule, P, G, S, E, Own::kWidth, vectors, false>> lanes;
     WD_EACH_LANE(lane) lanes[lane].load(roles, from, done, lane);
-    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, sums, from, done, lane);
+    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, draws, first, sums, from, done, lane);
     end_block(from, from + of_round);
   }
   for (int from = done; from < count; from += kThreads * kSingles) {
     Lanes<Round<Rule, P, G, S, E, 1, kSingles, true>> lanes;
     WD_EACH_LANE(lane) lanes[lane].load(roles, from, count, lane);
-    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, sums, from, count, lane);
+    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, draws, first, sums, from, count, lane);
     end_block(from, from + kThreads * kSingles);
   }
 }
@@ -286,9 +301,13 @@ struct WithFormats {
   template <class Rule>
   struct Found {
     static const Kernel* found() {
-      static const Kernel kernel = {Of<Rule, P, G, S, E>::entry(), kState + Rule::kStates + E::kOutputs,
-                                    width_of<Rule>() + width_of<E>()};
-      return &kernel;
+      if constexpr (Rule::kStates == 0 && sizeof(typename S::Memory) != sizeof(typename P::Arithmetic)) {
+        return nullptr;  // its rows are those that have no format of states to tell
+      } else {
+        static const Kernel kernel = {Of<Rule, P, G, S, E>::entry(), kState + Rule::kStates + E::kOutputs,
+                                      width_of<Rule>() + width_of<E>()};
+        return &kernel;
+      }
     }
   };
 };

@@ -156,7 +156,8 @@ struct Lists {
       if (!gather_one(roles, n_roles, i, dtypes, device, moving[i], place, spans)) return i;
       place[kOrigin] = origin;
       place[kOutput] = 0;
-      origin += capacities[i] = moving[i].numel;
+      capacities[i] = moving[i].numel;
+      origin += (moving[i].numel + kPadding - 1) / kPadding * kPadding;
     }
     for (std::vector<Span>& own : spans) {  // most often each is in order already
       const auto middle = all.insert(all.end(), own.begin(), own.end());

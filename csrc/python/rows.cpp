@@ -7,7 +7,8 @@
 namespace wd {
 namespace {
 
-// Writes the runs of the segments [first, last) from run `at` on: neighbours in flat buffers that share a row, are one.
+// Writes the runs of the segments [first, last) from run `at` on: neighbours in flat buffers that share a row, and are
+// neighbours among all of the optimizer's too, are one.
 // Returns how many there are.
 int64_t merge(const View& view, int64_t first, int64_t last, int64_t at) {
   int64_t run = at - 1, offset = 0;   // of the run that is being written
@@ -19,7 +20,8 @@ int64_t merge(const View& view, int64_t first, int64_t last, int64_t at) {
     const bool attached =
         range.buffer != 0 && moving.numel != 0 && reinterpret_cast<int64_t>(moving.grad) == range.grad;
     if (attached && before != nullptr && before->buffer == range.buffer && before->end == range.offset &&
-        view.run_moving[run].row == moving.row) {
+        view.run_moving[run].row == moving.row &&
+        place[kOrigin] - view.run_places[run * view.place_words + kOrigin] == range.offset - offset) {
       view.run_moving[run].numel = view.run_capacities[run] = range.offset - offset + moving.numel;
     } else {
       ++run;

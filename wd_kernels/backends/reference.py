@@ -41,8 +41,9 @@ class Reference:
             states, outputs = ({name: next(rest) for name in names} for names in (own.states, own.outputs))
             sums = None if own.sums is None else own.sums.clone()
             reference.step_(
-                table.rule, rows[own.row], grad_factor, theta, own.grad, states, bucket.spec.epilogue, outputs, sums
-            )
+                table.rule, rows[own.row], grad_factor, theta, own.grad, states, bucket.spec.epilogue, outputs, sums,
+                bucket.spec.formats, own.origin,
+            )  # fmt: skip
             writes += zip(before, after, strict=True)
             if sums is not None and own.sums is not None:
                 writes.append((own.sums, sums))

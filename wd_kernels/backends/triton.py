@@ -55,18 +55,34 @@ def block(formats: tuple[Any, ...], sums: int = 0) -> int:
     return BLOCK // 2 if formats[0].dtype == torch.float64 and not sums else BLOCK
 
 
-def options(formats: tuple[Any, ...], warp: int, nvidia: bool) -> dict[str, Any]:
+def options(formats: tuple[Any, ...], warp: int, capability: int | None) -> dict[str, Any]:
     """How a kernel is compiled: exact arithmetic and, for AdamW, the registers that some programs at once leave it.
 
     Left to itself, ptxas puts a register on the stack now and then, so that one program more fits on a processor. The
     numbers are the best of which it keeps all in registers, with the oldest and the newest Triton (`make codegen`).
+    `capability`: of an NVIDIA GPU, 90, say; None of another.
     """
     how: dict[str, Any] = {"num_warps": THREADS // warp, "enable_fp_fusion": False}
     states = len(formats) - 2
-    if nvidia and states >= 2:
-        programs = 4 if formats[0].dtype == torch.float64 else 8 - states
+    if capability is not None and states >= 2:
+        param, grad, state = (fmt.dtype.itemsize for fmt in formats[:3])
+        programs = 4 if param == 8 else 8 - states
+        if any(fmt.stochastic for fmt in formats):
+            full = param == state == 2 and capability >= (90 if states == 2 else 100)
+            programs -= 2 if full else 1
+        elif states == 2 and grad < param and capability < 90:
+            programs -= 1
         how["maxnreg"] = REGISTERS // (programs * THREADS) // 16 * 16
     return how
+
+
+@cache
+def _capability(device: torch.device) -> int | None:
+    """Of an NVIDIA GPU: 90 for 9.0."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @cache
@@ -125,8 +141,7 @@ class Triton(OnDevice):
             table.rule.scalars, spec.states, tuple(fmt.code for fmt in spec.formats), epilogue, more, len(sums),
             block(spec.formats, len(sums)),
         )  # fmt: skip
-        nvidia = spec.device.type == "cuda" and not torch.version.hip
-        how = options(spec.formats, machine(spec.device)[1], nvidia)
+        how = options(spec.formats, machine(spec.device)[1], _capability(spec.device))
         if interpreted():
             return partial(kernels.step_kernel[chunks.numel(),], *arguments, **how)
         key = (spec.device, table.rule.name, spec)

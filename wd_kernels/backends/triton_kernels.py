@@ -21,8 +21,10 @@ FLOAT64 = tl.constexpr(1)
 FLOAT32 = tl.constexpr(2)
 BFLOAT16 = tl.constexpr(3)
 FLOAT16 = tl.constexpr(4)
+BFLOAT16_STOCHASTIC = tl.constexpr(5)
 
 MOVING_WORDS = tl.constexpr(Moving.WORDS)
+ORIGIN = tl.constexpr(Place.ORIGIN)
 OUTPUT = tl.constexpr(Place.OUTPUT)
 ADDRESSES = tl.constexpr(Place.ADDRESSES)
 
@@ -48,8 +50,65 @@ def arithmetic(formats):
 @triton.constexpr_function
 def vector(formats, role):
     """Bytes of a role in one vector access, where the widest role has 16: more would want another layout."""
-    size = {1: 8, 2: 4, 3: 2, 4: 2}
+    size = {1: 8, 2: 4, 3: 2, 4: 2, 5: 2}
     return 16 * size[formats[role]] // max(size[format] for format in formats)
+
+
+@triton.constexpr_function
+def is_bfloat16(format):
+    return format in (3, 5)
+
+
+@triton.constexpr_function
+def stochastic(formats):
+    """Is some role rounded by random bits?"""
+    return 5 in formats
+
+
+# Random bits ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def mix(x):
+    """A bijection of 64-bit numbers that leaves no bit of its argument recognisable."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def whole(row, position: tl.constexpr):
+    """A scalar of a row that is a whole number below 2^53, as uint64: by halves, since targets convert 32 bits."""
+    number = tl.load(row + position)
+    high = (number * 2.3283064365386963e-10).to(tl.uint32)  # 2^-32
+    low = (number - high.to(tl.float64) * 65536.0 * 65536.0).to(tl.uint32)
+    return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+
+
+@triton.jit
+def keys_of_roles(row, scalar_names: tl.constexpr, formats: tl.constexpr):
+    """The key of each role's random bits in this step; of roles that want none, 0."""
+    keys = ()
+    if stochastic(formats):
+        of_step = mix(mix(whole(row, position(scalar_names, "seed"))) + whole(row, position(scalar_names, "t")))
+        for role in tl.static_range(len(formats)):
+            keys += (mix(of_step + role // 2),)
+    else:
+        for _ in tl.static_range(len(formats)):
+            keys += (0,)
+    return keys
+
+
+@triton.jit
+def draw(key, places, role: tl.constexpr):
+    """16 bits for every element: a half of the word of two roles. `places`: uint32, by their numbers."""
+    x = places + key.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x7FEB352D + (key >> 32).to(tl.uint32)
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    if role % 2 == 0:
+        return (x >> 16).to(tl.int32)
+    else:
+        return ((x ^ (x >> 16)) & 0xFFFF).to(tl.int32)
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
@@ -69,7 +128,7 @@ def pointer(address, format: tl.constexpr):
 @triton.jit
 def widen(stored, format: tl.constexpr):
     """What was read, in the arithmetic type: exact."""
-    if format == BFLOAT16:  # on the bits: the interpreter's conversions lose subnormals and round wrongly
+    if is_bfloat16(format):  # on the bits: the interpreter's conversions lose subnormals and round wrongly
         return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     elif format == FLOAT16:
         return stored.to(tl.float16, bitcast=True).to(tl.float32)
@@ -78,9 +137,12 @@ def widen(stored, format: tl.constexpr):
 
 
 @triton.jit
-def narrow(value, format: tl.constexpr):
-    """What is to be written: rounded once, to nearest even; a 16-bit NaN is the canonical one."""
-    if format == BFLOAT16:
+def narrow(value, format: tl.constexpr, key=0, places=0, role: tl.constexpr = 0):
+    """What is to be written: rounded once, to nearest even or by random bits; a 16-bit NaN is the canonical one."""
+    if format == BFLOAT16_STOCHASTIC:
+        bits = tl.where(value != value, 0x7FC00000, value.to(tl.int32, bitcast=True) + draw(key, places, role))
+        return (bits >> 16).to(tl.int16)
+    elif format == BFLOAT16:
         bits = tl.where(value != value, 0x7FC00000, value.to(tl.int32, bitcast=True))
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
     elif format == FLOAT16:
@@ -95,8 +157,8 @@ def load(at, lanes, mask, format: tl.constexpr):
 
 
 @triton.jit
-def store(at, lanes, value, mask, format: tl.constexpr):
-    tl.store(at + lanes, narrow(value, format), mask=mask)
+def store(at, lanes, value, mask, format: tl.constexpr, key, places, role: tl.constexpr):
+    tl.store(at + lanes, narrow(value, format, key, places, role), mask=mask)
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -141,7 +203,8 @@ def divide(x, y):
 @triton.jit
 def lerp(x, y, beta, w):
     """From the nearer end, as torch.lerp."""
-    return tl.where(w < 0.5, x + w * (y - x), y + beta * (x - y))
+    near = w < 0.5
+    return tl.where(near, x, y) + tl.where(near, w, -beta) * (y - x)
 
 
 @triton.jit
@@ -149,7 +212,7 @@ def adamw(theta, g, states, names: tl.constexpr, scalars, root: tl.constexpr):
     """Section 3 on a block: (update, states); `names` are those of the states."""
     (
         frozen, grad_scale, l2, decay, metric, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, scaled_lr,
-        t, step_size, inv_sqrt_bias2,
+        t, step_size, inv_sqrt_bias2, seed,
     ) = scalars  # fmt: skip
     m, v = states[0], states[1]
     m = lerp(m, g, beta1, one_minus_beta1)
@@ -169,7 +232,7 @@ def sgdw(theta, g, states, names: tl.constexpr, scalars, root: tl.constexpr):
     """Section 4 on a block: (update, states)."""
     (
         frozen, grad_scale, l2, decay, momentum, update_grad, update_buf, step_size, first_grad_coef, later_grad_coef,
-        t, grad_coef,
+        t, grad_coef, seed,
     ) = scalars  # fmt: skip
     if has(names, "momentum_buffer"):
         b = momentum * states[0] + grad_coef * g
@@ -186,7 +249,7 @@ def adagradw(theta, g, states, names: tl.constexpr, scalars, root: tl.constexpr)
     """Section 3a on a block: (update, states)."""
     (
         frozen, grad_scale, l2, eps, lr_decay, scaled_lr, fixed_decay, scaled_decay, scaled_metric,
-        t, step_size, decay, metric,
+        t, step_size, decay, metric, seed,
     ) = scalars  # fmt: skip
     total = states[0] + g * g
     d = root(total) + eps
@@ -221,12 +284,13 @@ def block_sum(x, size: tl.constexpr):
 
 
 @triton.jit
-def move(at, count, scalars, frozen, sums, first, rule: tl.constexpr, root: tl.constexpr, scalar_names: tl.constexpr,
-         states: tl.constexpr, formats: tl.constexpr, epilogue: tl.constexpr, n_sums: tl.constexpr,
-         block: tl.constexpr, full: tl.constexpr):  # fmt: skip
+def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constexpr, root: tl.constexpr,
+         scalar_names: tl.constexpr, states: tl.constexpr, formats: tl.constexpr, epilogue: tl.constexpr,
+         n_sums: tl.constexpr, block: tl.constexpr, full: tl.constexpr):  # fmt: skip
     """Steps `count` elements from `at` on, a block at most; `full`: a whole block, and every address is aligned.
 
-    `sums` is where the sums of the segment's blocks go, `first` the place of the first element in it.
+    `keys` are those of the roles' random bits, `number` is that of the first element; `sums` is where the sums of the
+    segment's blocks go, `first` the place of the first element in it.
     """
     if full:
         lanes = tl.arange(0, block)
@@ -234,22 +298,26 @@ def move(at, count, scalars, frozen, sums, first, rule: tl.constexpr, root: tl.c
     else:  # two-dimensional, so that its layout (neighbours in neighbouring threads) stays apart from the vectors'
         lanes = tl.arange(0, block // 128)[:, None] * 128 + tl.arange(0, 128)[None, :]
         mask = lanes < count
+    places = 0
+    if stochastic(formats):
+        numbers = number + lanes
+        places = numbers.to(tl.uint32) * 0x9E3779B1 + (numbers >> 32).to(tl.uint32) * 0x85EBCA77
     values = ()
     for role in tl.static_range(len(formats)):
         values += (load(at[role], lanes, mask, formats[role]),)
     own = scalars[: len(scalar_names)]
     theta, g, u, new = step(values[0], values[1], values[2:], states, own, scalar_names, rule, root)
     if not frozen:
-        store(at[0], lanes, theta, mask, formats[0])
+        store(at[0], lanes, theta, mask, formats[0], keys[0], places, 0)
     for role in tl.static_range(2, 2 + len(states)):
-        store(at[role], lanes, new[role - 2], mask, formats[role])
+        store(at[role], lanes, new[role - 2], mask, formats[role], keys[role], places, role)
     if epilogue is not None:
-        after = tl.where(frozen, values[0], widen(narrow(theta, formats[0]), formats[0]))
+        after = tl.where(frozen, values[0], widen(narrow(theta, formats[0], keys[0], places), formats[0]))
         outputs, summands = epilogue(
             values[0], after, g, u, new, states, values[2 + len(states) :], scalars[len(scalar_names) :]
         )
         for role in tl.static_range(2 + len(states), len(formats)):
-            store(at[role], lanes, outputs[role - 2 - len(states)], mask, formats[role])
+            store(at[role], lanes, outputs[role - 2 - len(states)], mask, formats[role], keys[role], places, role)
         for n in tl.static_range(n_sums):
             summand = summands[n]
             if not full:
@@ -304,15 +372,17 @@ def step_kernel(chunks, places, moving, rows, control, place_words, chunk_size,
         else:
             scalars += (scalar(row, i, formats),)
 
+    keys = keys_of_roles(row, scalar_names, formats)
+    number = tl.load(place - ADDRESSES + ORIGIN) + begin
     sums = tl.load(place - ADDRESSES + OUTPUT) if n_sums > 0 else 0
     done = 0
     if aligned:
         done = count - count % block
         for offset in range(0, done, block):
             move(ahead(at, offset, formats, True), block, scalars, frozen,
-                 sums, begin + offset, rule, root, scalar_names, states, formats, epilogue,
+                 keys, number + offset, sums, begin + offset, rule, root, scalar_names, states, formats, epilogue,
                  n_sums, block, True)  # fmt: skip
     for offset in range(done, count, rest):
         move(ahead(at, offset, formats, False), count - offset, scalars, frozen,
-             sums, begin + offset, rule, root, scalar_names, states, formats, epilogue,
+             keys, number + offset, sums, begin + offset, rule, root, scalar_names, states, formats, epilogue,
              n_sums, rest, False)  # fmt: skip

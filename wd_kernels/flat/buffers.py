@@ -20,7 +20,6 @@ from torch.utils import dlpack
 from ..validation import has_memory
 
 __all__ = [
-    "PADDING",
     "FlatBuffer",
     "FlatMemory",
     "FlatPlace",
@@ -28,15 +27,11 @@ __all__ = [
     "changed",
     "generation",
     "memory_of_gradient",
-    "padded",
     "place_of",
     "places",
     "stretch",
     "stretches",
 ]
-
-#: Every tensor begins at a multiple of this many elements: 64 bytes or more, whatever the dtype.
-PADDING = 32
 
 
 class FlatMemory:
@@ -184,11 +179,6 @@ def changed() -> None:
     """Something was flattened or unflattened."""
     global _generation
     _generation += 1
-
-
-def padded(numel: int) -> int:
-    """Elements that a parameter takes in a buffer."""
-    return -(-numel // PADDING) * PADDING
 
 
 def place_of(p: Tensor) -> FlatPlace | None:

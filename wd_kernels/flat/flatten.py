@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..formats import parameter_format
+from ..formats import is_steppable
+from ..layout import padded
 from ..sharding import is_sharded
 from ..validation import Extent, check_disjoint, check_roles, has_memory, is_dense, label
 from .buffers import (
@@ -21,7 +22,6 @@ from .buffers import (
     attached,
     changed,
     memory_of_gradient,
-    padded,
     place_of,
     stretch,
     stretches,
@@ -197,7 +197,7 @@ def _stays(p: Tensor) -> bool:
     """Is it left as it is: empty, or not trained and nothing that could be, quantised weights, say?"""
     if p.requires_grad or p.grad is not None:
         return p.layout == torch.strided and not p.numel()
-    return not has_memory(p) or parameter_format(p.dtype) is None
+    return not has_memory(p) or not is_steppable(p.dtype)
 
 
 def _check(p: Tensor, what: str) -> FlatPlace | None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .buffers import FlatMemory, FlatPlace, attached, generation, padded, place_of, stretch, stretches
+from ..layout import padded
+from .buffers import FlatMemory, FlatPlace, attached, generation, place_of, stretch, stretches
 
 __all__ = ["FlatGradients", "FlatStates"]
 

@@ -5,6 +5,7 @@ from .adamw import ADAMW
 from .rule import FLAG, Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
 from .scalars import DECAY_MODES, TORCHS_DECAY, DecayMode, at_least_zero, check_chosen, flag, ipow, pair, scalar
 from .sgdw import FORMS, SGDW, Form
+from .storage import STORAGE, StateDtype, StochasticRounding, state_dtype_word
 
 __all__ = [
     "ADAGRADW",
@@ -14,6 +15,7 @@ __all__ = [
     "FORMS",
     "RULES",
     "SGDW",
+    "STORAGE",
     "TORCHS_DECAY",
     "DecayMode",
     "Form",
@@ -22,6 +24,8 @@ __all__ = [
     "Rule",
     "Settings",
     "State",
+    "StateDtype",
+    "StochasticRounding",
     "TorchTwin",
     "at_least_zero",
     "check_chosen",
@@ -30,6 +34,7 @@ __all__ = [
     "ipow",
     "pair",
     "scalar",
+    "state_dtype_word",
 ]
 
 #: Every rule by its name, in the order of the list in csrc/kernels.h: the place in it is its number there.

@@ -30,7 +30,7 @@ def check(group: Mapping[str, Any], where: str) -> Settings:
 
 
 def group_part(settings: Settings, lr: float, eta: float, a: float) -> Part:
-    mode, lam, _, (lr_decay, eps, sign) = settings
+    mode, lam, _, (lr_decay, eps, sign), *_ = settings
     l2, decay, scale, metric = decay_scalars(mode, lam, eta, a)
     fixed_decay = decay_scalars(mode, lam, eta, 0.0)[1]  # what lr_decay does not slow
     return frozen(lr, eta), sign, l2, eps, lr_decay, scale * a, fixed_decay, decay - fixed_decay, metric

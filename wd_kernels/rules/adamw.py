@@ -36,7 +36,7 @@ def check(group: Mapping[str, Any], where: str) -> Settings:
 
 
 def group_part(settings: Settings, lr: float, eta: float, a: float) -> Part:
-    mode, lam, _, (beta1, beta2, eps, sign) = settings
+    mode, lam, _, (beta1, beta2, eps, sign), *_ = settings
     l2, decay, scale, metric = decay_scalars(mode, lam, eta, a)
     return frozen(lr, eta), sign, l2, decay, metric, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, scale * a
 

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..formats import Storage
 from .scalars import at_least_zero
+from .storage import STORAGE, check_storage
 
 __all__ = ["Hyper", "Hyperparameter", "Part", "Rule", "Settings", "State", "TorchTwin"]
 
@@ -35,7 +37,7 @@ class _Unnamed(NamedTuple):
 
 
 #: Values that are what they were under the same key.
-PLAIN = (float, bool, str, type(None), _Unnamed)
+PLAIN = (float, int, bool, str, type(None), _Unnamed)
 
 #: The group part or the count part of a row.
 Part = tuple[float, ...]
@@ -106,12 +108,14 @@ class TorchTwin:
 
 
 class Settings(NamedTuple):
-    """A group's hyperparameters but lr and eta, checked, as plain numbers."""
+    """A group's hyperparameters but lr and eta, checked, as plain numbers; `own` are those of its rule alone."""
 
     decay: str
     weight_decay: float
     states: tuple[State, ...]
     own: tuple[Any, ...]
+    storage: Storage = Storage()
+    seed: int = 0
 
 
 #: All that a row takes from a group: (settings, lr, eta, a), where a, the scaled learning rate, is eta * lr.
@@ -157,14 +161,14 @@ class Rule:
     _memo: dict[tuple[Any, ...], Settings] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scalars", self.group_scalars + self.count_scalars)
+        object.__setattr__(self, "scalars", (*self.group_scalars, *self.count_scalars, "seed"))
         object.__setattr__(self, "keys", tuple(own.name for own in self.hyperparameters))
         flag = {FLAG: None} if self.torch.decoupled_flag else {}
         absent = {own.name: own.absent for own in self.hyperparameters if own.absent is not None}
-        object.__setattr__(self, "read", ("lr", "eta", *self.keys, *flag))
-        object.__setattr__(self, "absent", {"eta": 1.0, **absent, **flag})
+        object.__setattr__(self, "read", ("lr", "eta", *self.keys, *flag, *STORAGE))
+        object.__setattr__(self, "absent", {"eta": 1.0, **absent, **flag, **STORAGE})
 
-    #: The names of a row's scalars.
+    #: The names of a row's scalars: its two parts, then the seed.
     scalars: tuple[str, ...] = field(init=False)
     #: The keys of `hyperparameters`.
     keys: tuple[str, ...] = field(init=False)
@@ -241,12 +245,18 @@ class Rule:
     def _checked(self, group: Mapping[str, Any], key: tuple[Any, ...], mode: _Unnamed, where: str) -> Settings:
         whole = {name: _there(name, value, group, where) for name, value in zip(self.read[2:], key, strict=True)}
         settings = self.check({**whole, "decay": self.mode_of(group, mode.name)}, where)
+        storage, seed = check_storage(whole, [state.name for state in self.states], where)
+        settings = settings._replace(storage=storage, seed=seed)
         # A tensor may hold another number under the same key: only plain values are remembered.
         if all(type(v) in PLAIN for k in key for v in (k if type(k) is tuple else (k,))):
             if len(self._memo) >= 4096:  # a schedule that moves weight_decay makes a new key a step
                 self._memo.clear()
             self._memo[key] = settings
         return settings
+
+    def storage(self, group: Mapping[str, Any], where: str) -> Storage:
+        """How a group has its tensors stored. Raises as `hypers` does."""
+        return check_storage({**STORAGE, **group}, [state.name for state in self.states], where)[0]
 
     def asked(self, **truths: Any) -> tuple[State, ...]:
         """The states of a group whose hyperparameters have these values."""
@@ -257,12 +267,13 @@ class Rule:
         flat: list[float] = []
         group_part, count_part = self.group_part, self.count_part
         part: Part = ()
-        last = -1
+        last, seed = -1, 0
         for group, t, fresh in keys:
             if group != last:
-                last, part = group, group_part(*hypers[group])
+                last, part, seed = group, group_part(*hypers[group]), hypers[group][0].seed
             flat += part
             flat += count_part(part, t, fresh)
+            flat.append(seed)
         if not flat:
             return torch.empty(0, len(self.scalars), dtype=torch.float64, device="cpu")
         return torch.frombuffer(array("d", flat), dtype=torch.float64).view(-1, len(self.scalars))

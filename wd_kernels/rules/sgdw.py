@@ -48,7 +48,7 @@ def check(group: Mapping[str, Any], where: str) -> Settings:
 
 
 def group_part(settings: Settings, lr: float, eta: float, a: float) -> Part:
-    mode, lam, _, (paper, dampening, nesterov, sign, momentum) = settings
+    mode, lam, _, (paper, dampening, nesterov, sign, momentum), *_ = settings
     if mode == "metric_proximal":  # the metric is the identity: proximal, with a in place of eta
         l2, decay, scale, _ = decay_scalars("proximal", lam, a, a)
     else:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..flat.buffers import FlatPlace, place_of
 from ..flat.states import FlatStates
-from ..formats import state_dtype
+from ..formats import Storage
 from ..layout import Spec, spec_of
 from ..rules import Rule, State
 from ..sharding import check_sharding, local, sharded_like
-from ..validation import check_roles, check_type, conform_state, is_dense, same_layout, step_count
+from ..validation import check_roles, check_storage, check_type, conform_state, is_dense, same_layout, step_count
 
 __all__ = ["Finding", "Known", "inspect"]
 
@@ -65,6 +65,7 @@ def inspect(
     own: Any,
     rule: Rule,
     states: Sequence[State],
+    storage: Storage,
     settings: Mapping[str, Any],
     what: str,
     old: Known | None,
@@ -75,7 +76,7 @@ def inspect(
     Args:
         p, grad_itself: the parameter and its gradient.
         own: its state dictionary, or None.
-        rule, states: what steps it, and the states that its group asks for.
+        rule, states, storage: what steps it, the states that its group asks for, and how they are to be stored.
         settings: its group, which has the states' first values.
         what: how errors call the parameter.
         old: what was known of it, whose stand-ins are used again.
@@ -114,24 +115,27 @@ def inspect(
         names = [state.name for state in states]
         raise ValueError(f"the state of {what} has no {missing}: give it all of {names}, or none for a new start")
 
+    check_storage(theta, storage, states, what)
     put: dict[str, Tensor] = {}
     memory, themselves = list[Tensor](), list[Tensor]()
     for state in states:
         value, name = own.get(state.name), f"the state {state.name!r} of {what}"
+        dtype = storage.state_dtype(state.name, theta.dtype)
         if value is None:
-            now = _first(state, theta, settings, place, flat)
+            now = _first(state, theta, dtype, settings, place, flat)
             put[state.name] = value = sharded_like(p, now)
         else:
             if isinstance(value, Tensor):
                 check_type(value, name)
                 check_sharding(p, value, name)
             seen = local(value).data if isinstance(value, Tensor) else value
-            now = conform_state(theta, theta, seen, name)
+            now = conform_state(theta, theta, seen, dtype, name)
             if now is not seen:
                 put[state.name] = value = sharded_like(p, now)
         memory.append(now.data)
         themselves.append(value)
-    spec = spec_of(theta.device, theta.dtype, grad.dtype, tuple(states))
+    dtypes = (theta.dtype, grad.dtype, *(t.dtype for t in memory))
+    spec = spec_of(theta.device, dtypes, tuple(states), (storage.stochastic_params, storage.stochastic_states))
     assert spec is not None
     known = Known(spec, (lies.data_ptr(), lies.shape, lies.stride()), param_copy, grad_copy)
     fresh = any(state.fresh and state.name not in present for state in states)
@@ -149,10 +153,10 @@ def inspect(
 
 
 def _first(
-    state: State, theta: Tensor, settings: Mapping[str, Any], place: FlatPlace | None, flat: FlatStates
-) -> Tensor:
+    state: State, theta: Tensor, dtype: torch.dtype, settings: Mapping[str, Any], place: FlatPlace | None,
+    flat: FlatStates,
+) -> Tensor:  # fmt: skip
     """A state as it begins: beside its parameter in a flat buffer, where that is flat."""
-    dtype = state_dtype(theta.dtype)
     if place is not None:
         made = flat.zeros(place, theta, state.name, dtype)
     else:

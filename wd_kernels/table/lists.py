@@ -18,8 +18,22 @@ from torch import Tensor
 
 from .. import backends, native
 from ..backends.cpu import CHUNK
-from ..formats import state_dtype
-from ..layout import CPU, GRAD, PARAM, Bucket, Moving, Segments, Spec, Tensors, native_kernel, spec_of, write_segment
+from ..formats import state_dtypes
+from ..layout import (
+    CPU,
+    GRAD,
+    PARAM,
+    Bucket,
+    Moving,
+    Place,
+    Segments,
+    Spec,
+    Tensors,
+    native_kernel,
+    origins,
+    spec_of,
+    write_segment,
+)
 from ..rules import Rule, State
 from ..sharding import check_sharding, local
 from ..validation import (
@@ -43,13 +57,14 @@ ONE = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
 
 
 def step_alike(
-    rule: Rule, states: tuple[State, ...], roles: Roles, backend: str, control: Tensor, rows: Tensor,
-    row_of: Sequence[int],
+    rule: Rule, states: tuple[State, ...], stochastic: tuple[bool, bool], roles: Roles, backend: str, control: Tensor,
+    rows: Tensor, row_of: Sequence[int],
 ) -> bool:  # fmt: skip
     """A step of tensors of one kind, on the CPU, in one native call: nothing runs between the check and the launch.
 
     Args:
         rule, states: what is stepped, and the states that are there.
+        stochastic: are parameters, are states rounded stochastically, where their dtype can be?
         roles: lists of equal length: parameters, gradients, and each state.
         backend: by name.
         row_of: of each parameter.
@@ -60,10 +75,11 @@ def step_alike(
     firsts = [own[0] for own in roles]
     if not native.CHECKS or not all(isinstance(t, Tensor) for t in firsts):
         return False
-    spec = spec_of(firsts[PARAM].device, firsts[PARAM].dtype, firsts[GRAD].dtype, states)
+    dtypes = tuple([t.dtype for t in firsts])
+    spec = spec_of(firsts[PARAM].device, dtypes, states, stochastic)
     if spec is None or spec.device.type != "cpu" or backend not in ("auto", "cpu"):
         return False
-    kind = _kind(rule, spec, (firsts[PARAM].dtype, firsts[GRAD].dtype))
+    kind = _kind(rule, spec, dtypes)
     written = [t for role, own in enumerate(roles) if role != GRAD for t in own]
     wrong = native.C.step_lists(
         tuple(roles), kind, list(row_of) if any(row_of) else None, control, rows, torch._C._increment_version, written,
@@ -72,15 +88,10 @@ def step_alike(
     return bool(wrong == -1)
 
 
-def _dtypes(spec: Spec, dtypes: tuple[torch.dtype, ...]) -> tuple[int, ...]:
-    """Those of a parameter, its gradient and its states, as native code has them."""
-    return tuple([dtype_code(dtype) for dtype in (*dtypes, *(state_dtype(dtypes[PARAM]) for _ in spec.states))])
-
-
 @lru_cache
 def _kind(rule: Rule, spec: Spec, dtypes: tuple[torch.dtype, ...]) -> tuple[Any, ...]:
-    """What native code steps together; `dtypes` of parameter and gradient."""
-    return _dtypes(spec, dtypes), device_code(spec.device), CHUNK, *native_kernel(rule, spec)
+    """What native code steps together; `dtypes` of every role."""
+    return tuple(map(dtype_code, dtypes)), device_code(spec.device), CHUNK, *native_kernel(rule, spec)
 
 
 class Lists:
@@ -88,6 +99,7 @@ class Lists:
 
     Args:
         rule, states: what is stepped, and the states that are there.
+        stochastic: are parameters, are states rounded stochastically, where their dtype can be?
         label: how errors call the i-th tensor of a role.
         roles: lists of equal length: parameters, gradients, and each state.
         backend: by name.
@@ -97,10 +109,10 @@ class Lists:
     """
 
     def __init__(
-        self, rule: Rule, states: tuple[State, ...], label: Callable[[int, int], str], roles: Roles, backend: str,
-        control: Tensor = ONE,
+        self, rule: Rule, states: tuple[State, ...], stochastic: tuple[bool, bool], label: Callable[[int, int], str],
+        roles: Roles, backend: str, control: Tensor = ONE,
     ) -> None:  # fmt: skip
-        self.rule, self.states, self.roles = rule, states, list(roles)
+        self.rule, self.states, self.stochastic, self.roles = rule, states, stochastic, list(roles)
         self.device_copies: dict[torch.device, Any] = {}
         self.control = control
         self.order: Sequence[int] = range(len(roles[PARAM]))  # segment k is of the tensors order[k]
@@ -116,15 +128,15 @@ class Lists:
             self._sort(backend)
 
     def _spec(self, own: Sequence[Tensor]) -> Spec | None:
-        """What a bucket's segments share, of a parameter and its gradient; None for what no bucket has."""
-        return spec_of(own[PARAM].device, own[PARAM].dtype, own[GRAD].dtype, self.states)
+        """What a bucket's segments share, of a parameter with its other roles; None for what no bucket has."""
+        return spec_of(own[PARAM].device, tuple([t.dtype for t in own]), self.states, self.stochastic)
 
     def _gather(self, spec: Spec) -> bool:
         """Fills the segments of tensors that are all of one kind and as they should be; False if some are not."""
         device = device_code(spec.device)
         if not native.CHECKS or device < 0:
             return False
-        dtypes = _dtypes(spec, (self.roles[PARAM][0].dtype, self.roles[GRAD][0].dtype))
+        dtypes = tuple([dtype_code(role[0].dtype) for role in self.roles])
         own = self.segments
         return bool(native.C.gather(tuple(self.roles), dtypes, device, own.moving, own.places, own.capacities) == -1)
 
@@ -140,8 +152,10 @@ class Lists:
             first = sum(len(bucket.members) for bucket in self.buckets)
             self.buckets.append(Bucket(spec, _resolve(backend, spec), len(self.buckets), first, members))
         self.order = list(chain(*by_spec.values()))
+        begins = origins(self.roles[PARAM])
         for segment, i in enumerate(self.order):
             write_segment(self.segments, segment, [own[i] for own in self.roles])
+            self.segments.places[segment, Place.ORIGIN] = begins[i]
         self.segments.capacities.copy_(self.segments.moving[:, Moving.NUMEL])
 
     # What a backend reads ---------------------------------------------------------------------------------------------
@@ -156,7 +170,9 @@ class Lists:
     def tensors(self, i: int) -> Tensors:
         theta, grad, *states = (own[i] for own in self.roles)
         own = {state.name: t for state, t in zip(self.states, states, strict=True)}
-        return Tensors(theta.detach(), grad, own, int(self.segments.moving[self.order.index(i), Moving.ROW]))
+        segment = self.order.index(i)
+        row, origin = self.segments.moving[segment, Moving.ROW], self.segments.places[segment, Place.ORIGIN]
+        return Tensors(theta.detach(), grad, own, int(row), origin=int(origin))
 
 
 def _held(label: Callable[[int, int], str], roles: Roles) -> list[list[Tensor]]:
@@ -223,11 +239,11 @@ def examine(label: Callable[[int, int], str], roles: Roles, memory: bool = True)
 
 def _check_state(p: Tensor, state: Tensor, what: str, owner: str) -> None:
     """Raises if `state` cannot be a state of `p`, as it is: a state is written, so no copy will do."""
-    found = (tuple(state.shape), state.dtype, state.device)
-    allowed = (tuple(p.shape), state_dtype(p.dtype), p.device)
-    for name, a, b in zip(("shape", "dtype", "device"), found, allowed, strict=True):
+    if state.dtype not in (allowed := state_dtypes(p.dtype)):
+        raise TypeError(f"{what} has dtype {state.dtype}: {owner} needs {' or '.join(map(str, allowed))}")
+    for name, a, b in (("shape", tuple(state.shape), tuple(p.shape)), ("device", state.device, p.device)):
         if a != b:
-            raise (TypeError if name == "dtype" else ValueError)(f"{what} has {name} {a}: {owner} needs {b}")
+            raise ValueError(f"{what} has {name} {a}: {owner} needs {b}")
     if not same_layout(state, p):
         raise ValueError(f"{what} has strides {state.stride()}; allowed are those of {owner}, {p.stride()}")
     if state.is_conj() or state.is_neg():

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..formats import state_dtype
 from ..layout import CPU
-from ..rules import Hyper
+from ..rules import Hyper, Settings
 from ..schedules.stepping import Tick
 from ..sharding import check_sharding, local, sharded_like
 from ..validation import check_gradient, check_parameter, label, without_memory
@@ -59,15 +58,16 @@ def step(groups: Sequence[Mapping[str, Any]], state: Any, hypers: Sequence[Hyper
     for group, (settings, *_) in zip(groups, hypers, strict=True):
         for p in group["params"]:
             if p.grad is not None:
-                _count(p, state.setdefault(p, {}), settings.states)
+                _count(p, state.setdefault(p, {}), settings)
     for own, key, value in ticks:
         own[key] = value
 
 
-def _count(p: Tensor, own: dict[str, Any], states: Sequence[Any]) -> None:
+def _count(p: Tensor, own: dict[str, Any], settings: Settings) -> None:
     step = own.get("step")
     own["step"] = (torch.zeros((), dtype=torch.float32, device=CPU) if step is None else step) + 1
-    for state in states:
+    for state in settings.states:
         if own.get(state.name) is None:
-            zeros = torch.zeros_like(local(p).detach(), dtype=state_dtype(p.dtype), memory_format=torch.preserve_format)
+            dtype = settings.storage.state_dtype(state.name, p.dtype)
+            zeros = torch.zeros_like(local(p).detach(), dtype=dtype, memory_format=torch.preserve_format)
             own[state.name] = sharded_like(p, zeros)

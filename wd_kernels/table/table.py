@@ -14,22 +14,21 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from .. import backends, native
 from ..flat import buffers
 from ..flat.states import FlatStates
-from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, write_segment
+from ..formats import Storage
+from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, origins, padded, write_segment
 from ..rules import Hyper, Rule, State
 from ..schedules.stepping import Tick
-from ..sharding import is_sharded, local
+from ..sharding import is_sharded, local, shard_offset
 from ..validation import Extent, check_disjoint, label
 from . import memoryless
 from .changes import Changes, Counts, Expected, FlatRange, Inspected, Keys, Kind, Watch, Work, expect
@@ -51,6 +50,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+#: What a group asks for: states, and how they are stored.
+Need: TypeAlias = tuple[tuple[State, ...], Storage]
 #: How often a step looks again at what a signal's handler or another thread changes meanwhile, before it gives up.
 TRIES = 1000
 PATIENCE = 8
@@ -69,6 +70,7 @@ class TensorTable:
         buckets: the launches of a step.
         written: the parameters that this step writes.
         sharded: are some of the parameters DTensors?
+        origins: of parameters, by id, where they are some of an optimizer's; None: they are all.
         inspected: what was inspected in this step, by position; it holds the memory of its tensors.
     """
 
@@ -77,13 +79,14 @@ class TensorTable:
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.params: list[Tensor] = []
         self.sharded = False
+        self.origins: Mapping[int, int] | None = None
         self.device_copies: dict[torch.device, Any] = {}
         self.buckets: list[Bucket] = []
         self.segments = Segments.empty(0, 0)
         self.flat_states = FlatStates()
         self.lock = threading.RLock()
         self.watch: Watch | None = None  # None while a step is under way: what interrupts it makes the next start anew
-        self.needs: list[tuple[State, ...]] | None = None
+        self.needs: list[Need] | None = None
         self.launches: backends.Prepared | None = None
         self.keys: Keys | None = None
         self.written: list[Tensor] | None = None
@@ -107,7 +110,7 @@ class TensorTable:
         Raises:
             TypeError, ValueError, RuntimeError: naming the parameter; nothing was written.
         """
-        needs = [settings.states for settings, *_ in hypers]
+        needs = [(settings.states, settings.storage) for settings, *_ in hypers]
         if not isinstance(state, dict):
             raise TypeError(f"the optimizer's state is a {type(state).__name__}: expected a dict")
         if self.watch is None and memoryless.wanted(groups):
@@ -191,11 +194,14 @@ class TensorTable:
         known, p, found = self.known[i], self.params[i], self.inspected.get(i)
         assert known is not None
         row = int(self.own_segments.moving[known.segment, Moving.ROW])
+        origin = int(self.own_segments.places[known.segment, Place.ORIGIN])
         if found is not None:
-            return Tensors(found.theta, found.grad, dict(zip(known.spec.states, found.memory, strict=True)), row)
+            states = dict(zip(known.spec.states, found.memory, strict=True))
+            return Tensors(found.theta, found.grad, states, row, origin=origin)
         assert p.grad is not None
         own = self.state[p]
-        return Tensors(local(p), local(p.grad), {name: local(own[name]) for name in known.spec.states}, row)
+        states = {name: local(own[name]) for name in known.spec.states}
+        return Tensors(local(p), local(p.grad), states, row, origin=origin)
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
         if self.ranges is None:
@@ -206,7 +212,7 @@ class TensorTable:
     # Building ---------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)  # what is made here outlives the caller's mode
-    def _start(self, needs: list[tuple[State, ...]]) -> Watch:
+    def _start(self, needs: list[Need]) -> Watch:
         """An empty table for the groups' parameters: none inspected, all step counts the table's own."""
         for g, group in enumerate(self.groups):
             if not isinstance(group, dict):
@@ -316,7 +322,7 @@ class TensorTable:
         p, (g, k) = self.params[i], watch.places[i]
         group = self.groups[g]
         own, old = self.state.get(p), self.known[i]
-        return inspect(p, grad, own, self.rule, self.needs[g], group, label(group, g, k), old, self.flat_states)
+        return inspect(p, grad, own, self.rule, *self.needs[g], group, label(group, g, k), old, self.flat_states)
 
     def _take_count(self, watch: Watch, i: int, f: Finding) -> dict[str, Any]:
         """Makes the step count the table's own; returns what the state dictionary is to be given."""
@@ -354,7 +360,7 @@ class TensorTable:
             if f is None:
                 own = self.state.get(p, {})
                 lies = local(p).detach()
-                states = [local(t) for state in self.needs[g] if isinstance(t := own.get(state.name), Tensor)]
+                states = [local(t) for state in self.needs[g][0] if isinstance(t := own.get(state.name), Tensor)]
             else:
                 lies, states = f.theta if f.gapped is None else f.gapped, list(f.memory)
             extents.append(Extent(lies, what))
@@ -370,7 +376,7 @@ class TensorTable:
         key = (memory, memory.grad_address, *(base.data_ptr() for base in f.bases))
         number = self.numbers.setdefault(key, len(self.numbers) + 1)
         self.memory_of[number] = [weakref.ref(base) for base in bases]
-        end = offset + buffers.padded(f.place.numel)
+        end = offset + padded(f.place.numel)
         scale = 2 if f.theta.is_complex() else 1
         grad = memory.grad_address and memory.grad_address + offset * f.theta.itemsize
         return number, scale * offset, scale * end, grad
@@ -390,8 +396,7 @@ class TensorTable:
         devices = {spec.device for spec in by_spec}
         self.device_copies = {device: own for device, own in self.device_copies.items() if device in devices}
         order += [i for i, known in enumerate(self.known) if known is None]
-        sizes = (0 if is_lazy(p) else buffers.padded(p.numel()) * (2 if p.is_complex() else 1) for p in self.params)
-        origins = [0, *accumulate(sizes)]
+        first = origins(self.params) if self.origins is None else [self.origins[id(p)] for p in self.params]
         old, self.own_segments = self.own_segments, Segments.empty(len(order), len(self.rule.states))
         for segment, i in enumerate(order):
             known = self.known[i]
@@ -400,7 +405,12 @@ class TensorTable:
                     self.own_segments.moving[segment] = old.moving[known.segment]
                     self.own_segments.places[segment] = old.places[known.segment]
                 known.segment = segment
-                self.own_segments.places[segment, Place.ORIGIN] = origins[i]
+                origin = first[i]
+                if any(fmt.stochastic for fmt in known.spec.formats):
+                    origin += shard_offset(self.params[i])
+                elif self.range_of[i] != FlatRange.NOWHERE:  # nothing reads it: neighbours in memory are to be one run
+                    origin = self.range_of[i][FlatRange.OFFSET]
+                self.own_segments.places[segment, Place.ORIGIN] = origin
             watch.expected[i][Expected.SEGMENT] = segment
 
 
