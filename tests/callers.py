@@ -27,7 +27,7 @@ from cases import (
 from torch import Tensor
 
 from wd_kernels import functional, native
-from wd_kernels.formats import state_dtype
+from wd_kernels.formats import full_state_dtype
 from wd_kernels.torch_ops import OPERATORS
 
 LISTS: dict[str, Callable[..., None]] = {
@@ -48,7 +48,7 @@ def options_of(case: Case) -> dict[str, Any]:
 def first_state(p: Tensor, case: Case) -> Tensor:
     """A state as it begins: of a complex parameter, both parts of it."""
     value = case.options.get("initial_accumulator_value", 0.0)
-    return torch.full_like(p, complex(value, value) if p.is_complex() else value, dtype=state_dtype(p.dtype))
+    return torch.full_like(p, complex(value, value) if p.is_complex() else value, dtype=full_state_dtype(p.dtype))
 
 
 @dataclass
@@ -142,6 +142,7 @@ def call_of(case: Case, roles: Sequence[Any], step: Any, overload: str = "defaul
     tensors += [None if flat else []] * (len(known.roles) - len(tensors))
     given = {"eps": 1e-8, "lr_decay": 0.0, "weight_decay": 0.1, "lr": 0.05, "eta": 1.0, "grad_factor": 1.0,
              "momentum": 0.0, "dampening": 0.0, "nesterov": False, "form": "torch", "backend": "auto",
+            "stochastic_rounding": "states", "seed": 0,
              "step": step}  # fmt: skip
     given |= {**options_of(case), **changed}
     if case.rule == "adamw":

@@ -43,6 +43,18 @@ DTYPES = (
     (f32, bf16), (f32, f16), (bf16, f32), (f16, f32),
 )  # fmt: skip
 
+#: (parameter, gradient, how they are stored): what is stored otherwise than by default.
+STORED = (
+    (f32, f32, "bf16-states"), (f32, bf16, "bf16-states"), (bf16, bf16, "nearest"), (bf16, bf16, "bf16-states"),
+    (bf16, bf16, "random-params"), (bf16, bf16, "random"),
+)  # fmt: skip
+STORAGE: dict[str, dict[str, Any]] = {
+    "bf16-states": {"state_dtype": "bfloat16", "seed": 3},
+    "nearest": {"state_dtype": "param", "stochastic_rounding": False},
+    "random-params": {"stochastic_rounding": True, "seed": 2**53 - 1},
+    "random": {"state_dtype": "param", "stochastic_rounding": True, "seed": 2**32 + 5},
+}
+
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "adamw": {
         "plain": {"betas": (0.9, 0.95)},
@@ -308,7 +320,10 @@ def states_of(case: Case) -> tuple[str, ...]:
     return STATES[case.rule, bool(case.options.get("amsgrad") or case.options.get("momentum"))]
 
 
-def arithmetic(case: Case) -> torch.dtype:
+def state_dtype(case: Case) -> torch.dtype:
+    """What a case has its states in."""
+    if case.options.get("state_dtype") is not None:
+        return bf16
     return f64 if case.dtype == f64 else f32
 
 
@@ -341,7 +356,7 @@ def placed_run(
         generator = torch.Generator().manual_seed(n + 1000 * k)
         values = {
             "param": torch.randn(n, generator=generator).to(case.dtype),
-            **{name: torch.rand(n, generator=generator).to(arithmetic(case)) for name in names},
+            **{name: torch.rand(n, generator=generator).to(state_dtype(case)) for name in names},
             "grad": gradient(Piece((n,)), case.grad_dtype, n + k),
         }
         own = {role: guarded(v.to(device), offset if moved in (role, "all") else 0) for role, v in values.items()}
@@ -390,7 +405,7 @@ def peculiar_run(case: Case, backend: str, flush: bool = False, device: Device =
     opt = optimizer(case, [p], backend, weight_decay=0.3, lr=0.5)
     states = {}
     for k, name in enumerate(states_of(case)):
-        drawn = peculiar(arithmetic(case)).repeat(n)[k : n * (k + 3) : k + 3]
+        drawn = peculiar(state_dtype(case)).repeat(n)[k : n * (k + 3) : k + 3]
         states[name] = (drawn if name in ("exp_avg", "momentum_buffer") else drawn.abs()).clone().to(device)
         assert states[name].numel() == n
     opt.state[p] = {"step": torch.tensor(1.0), **states}

@@ -23,8 +23,9 @@ from wd_kernels.backends import triton as triton_backend
 from wd_kernels.backends.cuda import CUDA
 from wd_kernels.backends.device_copy import DeviceCopy
 from wd_kernels.backends.triton import THREADS, Triton
-from wd_kernels.flat.buffers import PADDING, attached, place_of
-from wd_kernels.layout import Bucket, Spec, Table, native_kernel
+from wd_kernels.flat.buffers import attached, place_of
+from wd_kernels.formats import arithmetic_dtype, format_of
+from wd_kernels.layout import PADDING, Bucket, Spec, Table, native_kernel
 from wd_kernels.rules import RULES, Rule
 
 __all__ = ["ENGINES", "CUDAOnPTX", "Launch", "OnPTX", "TritonOnPTX", "kernel_of"]
@@ -41,8 +42,10 @@ _KIND_OF = {(rule.name, states): kind for kind, (rule, states) in KINDS.items()}
 
 def kernel_of(rule: Rule, spec: Spec) -> codegen.Kernel:
     """Which of the compiled kernels steps a bucket."""
-    param, grad, *_ = spec.formats
-    return codegen.Kernel(_KIND_OF[rule.name, spec.states], param.dtype, grad.dtype)
+    (param, grad), states = spec.formats[:2], spec.formats[2 : 2 + len(spec.states)]
+    assert len(set(states)) <= 1, f"no kernel is compiled of the formats {[fmt.name for fmt in states]}"
+    state = states[0] if states else format_of(arithmetic_dtype(param.dtype))
+    return codegen.Kernel(_KIND_OF[rule.name, spec.states], param, grad, state)
 
 
 class Launch:
@@ -81,7 +84,7 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
     for i in bucket.members:
         if not table.active[i]:
             continue
-        theta, grad, states, _, outputs, sums = table.tensors(i)
+        theta, grad, states, _, outputs, sums, _ = table.tensors(i)
         place = place_of(theta) if isinstance(theta, torch.nn.Parameter) else None
         roles = [("parameter", theta, True), ("gradient", grad, False)]
         roles += [(f"state {k}", state, True) for k, state in enumerate(states.values())]

@@ -15,7 +15,7 @@ from on_cpu import built, loaded
 from torch import Tensor
 
 from wd_kernels.epilogues import Element, Epilogue
-from wd_kernels.formats import parameter_format, state_dtype
+from wd_kernels.formats import format_of, full_state_dtype
 from wd_kernels.layout import BLOCK, Bucket, Moving, Place, Segments, Spec, Tensors, write_segment
 from wd_kernels.rules import Rule
 
@@ -72,7 +72,7 @@ class ProbeTable:
 
     def __post_init__(self) -> None:
         params, grads = self.roles[:2]
-        dtype = state_dtype(params[0].dtype)
+        dtype = full_state_dtype(params[0].dtype)
         spare = [torch.empty_like(p, dtype=next(g.dtype for g in grads if g is not None)) for p in params]
         own = [params, [g if g is not None else s for g, s in zip(grads, spare, strict=True)], *self.roles[2:]]
         self.sums = [torch.full((-(-p.numel() // BLOCK), len(PROBE.sums)), 7.0, dtype=dtype) for p in params]
@@ -84,7 +84,7 @@ class ProbeTable:
         self.segments.capacities.copy_(self.segments.moving[:, Moving.NUMEL])
         self.active = torch.tensor([int(g is not None) for g in grads])
         self.segments.moving[:, Moving.NUMEL] *= self.active
-        formats = tuple(fmt for fmt in (parameter_format(role[0].dtype) for role in own) if fmt is not None)
+        formats = tuple(fmt for fmt in (format_of(role[0].dtype) for role in own) if fmt is not None)
         self.buckets = [
             Bucket(Spec(params[0].device, self.states, formats, PROBE), self.backend, 0, 0, range(len(params)))
         ]

@@ -17,7 +17,6 @@ from cases import (
     PIECES,
     Case,
     Piece,
-    arithmetic,
     arrange,
     assert_same,
     assert_same_bits,
@@ -35,6 +34,7 @@ from cases import (
     peculiar_run,
     run,
     snapshot,
+    state_dtype,
     states_of,
     with_dtypes,
 )
@@ -166,8 +166,8 @@ def test_gaps_are_not_written(case: Case, backend: str) -> None:
 
 
 def subnormal_run(case: Case, backend: str, flush: bool) -> dict[str, Tensor]:
-    """Numbers that are subnormal as they are stored, and scalars (eps) that are in the arithmetic type."""
-    tiny, arithmetic_tiny = torch.finfo(case.dtype).tiny, torch.finfo(arithmetic(case)).tiny
+    """Numbers that are subnormal as they are stored, and scalars (eps) that are in the state_dtype type."""
+    tiny, arithmetic_tiny = torch.finfo(case.dtype).tiny, torch.finfo(state_dtype(case)).tiny
     (p,) = make_params([Piece((40_000,))], case.dtype, case.grad_dtype)  # enough for a second thread
     with torch.no_grad():
         p.mul_(tiny / 4)

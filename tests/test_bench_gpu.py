@@ -67,11 +67,11 @@ def test_tests_and_build_keep_to_their_time_and_say_how_they_went(tmp_path):
 
 def test_launch_parameters_are_others_for_a_time():
     formats = tuple(wd_kernels.formats.FORMATS[1] for _ in range(4))
-    before = triton_backend.block(formats), triton_backend.options(formats, 32, True)
+    before = triton_backend.block(formats), triton_backend.options(formats, 32, 90)
     longest = wd_kernels.backends.device_copy.LONGEST
     with internals.launch_parameters(wd_kernels.AdamW([torch.nn.Parameter(torch.ones(2))])) as use:
         use(8, 2048, 0, longest=4096, per_processor=7)
-        how = triton_backend.options(formats, 32, nvidia=True)
+        how = triton_backend.options(formats, 32, 90)
         assert how["num_warps"] == 8
         assert how["enable_fp_fusion"] is False
         assert "maxnreg" not in how
@@ -79,12 +79,12 @@ def test_launch_parameters_are_others_for_a_time():
         assert (wd_kernels.backends.device_copy.LONGEST, wd_kernels.backends.device_copy.PER_PROCESSOR) == (4096, 7)
         assert wd_kernels.backends.device_copy.chunk_size(10**9, 132) == 4096
         use(registers=72)
-        assert triton_backend.options(formats, 32, nvidia=True)["maxnreg"] == 72
+        assert triton_backend.options(formats, 32, 90)["maxnreg"] == 72
         assert triton_backend.block(formats) == before[0]
         use()
-        assert triton_backend.options(formats, 32, True) == before[1]
+        assert triton_backend.options(formats, 32, 90) == before[1]
         use(warps=1)
-    assert (triton_backend.block(formats), triton_backend.options(formats, 32, True)) == before
+    assert (triton_backend.block(formats), triton_backend.options(formats, 32, 90)) == before
     assert longest == wd_kernels.backends.device_copy.LONGEST
     assert gpu_parts.VARIANTS["wd_kernels"] == {}
     assert len(gpu_parts.VARIANTS) == 25

@@ -97,19 +97,19 @@ class Driver:  # enough of one to compile for a device that is not there
 
 driver.set_active(Driver())
 from wd_kernels.backends import triton
-from wd_kernels.formats import parameter_format
+from wd_kernels.formats import format_of
 from wd_kernels.rules import ADAMW
 kernels = triton._kernels()
 def known():
     return len(kernels.step_kernel.device_caches[0][0])
 words, numbers = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.float64)
 for dtype in (torch.float32, torch.bfloat16):
-    formats = tuple(parameter_format(d) for d in (dtype, dtype, torch.float32, torch.float32))
+    formats = tuple(format_of(d) for d in (dtype, dtype, torch.float32, torch.float32))
     for size, offset in ((1024, 0), (2048, 16), (16384, 32)):
         arguments = (words[offset:], words, words[16:], numbers, numbers[16:], 6 + offset, size, kernels.adamw,
                      kernels.root, ADAMW.scalars, ("exp_avg", "exp_avg_sq"), tuple(f.code for f in formats),
                      None, (), 0, triton.block(formats))
-        how = triton.options(formats, 32, nvidia=True)
+        how = triton.options(formats, 32, 90)
         compiled = kernels.step_kernel.warmup(*arguments, grid=(1,), **how)
         print(known(), compiled.metadata.num_warps, compiled.metadata.enable_fp_fusion)
         for use in (lambda: triton._load(compiled), lambda: kernels.step_kernel[3,](*arguments, **how)):

@@ -18,7 +18,7 @@ import wd_kernels
 from wd_kernels import __main__ as program
 from wd_kernels import native
 from wd_kernels.backends import BACKENDS, FallbackWarning, cuda, resolve
-from wd_kernels.formats import parameter_format
+from wd_kernels.formats import format_of
 from wd_kernels.layout import Spec
 from wd_kernels.rules import ADAMW
 
@@ -73,7 +73,7 @@ def step(given: dict[str, Any], token: int | None = None) -> None:
         ("chunk_size", 2**31, "expected a multiple of 1024"),
         ("formats", [2], "formats must name 2 to 16 roles"),
         ("formats", [2, 1, 2, 2], "no CUDA kernel for this rule, this epilogue and these"),
-        ("formats", [3, 3, 3, 3], "no CUDA kernel for this rule, this epilogue and these"),
+        ("formats", [3, 3, 4, 4], "no CUDA kernel for this rule, this epilogue and these"),
         ("rule", 7, "no CUDA kernel for this rule"),
         ("variant", 1, "no CUDA kernel for this rule"),
         ("variant", 2, "no CUDA kernel for this rule"),
@@ -137,7 +137,7 @@ def test_a_false_promise_of_alignment_traps(offset: int, aligned: int, ends: boo
 
 
 def spec(device: str) -> Spec:
-    return Spec(torch.device(device), ("exp_avg", "exp_avg_sq"), tuple(parameter_format(f32) for _ in range(4)))
+    return Spec(torch.device(device), ("exp_avg", "exp_avg_sq"), tuple(format_of(f32) for _ in range(4)))
 
 
 @pytest.fixture

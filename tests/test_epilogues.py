@@ -173,7 +173,7 @@ def test_what_an_epilogue_sees(case: Case) -> None:
     row = torch.cat([rule.rows(hypers, [(0, 3, False)])[0], torch.tensor(SCALARS, dtype=f64)])
     table, plain = made(case), made(case)
     k = 4
-    theta, grad, states, _, outputs, _ = table.tensors(k)
+    theta, grad, states, _, outputs, *_ = table.tensors(k)
     before, trace = (x.to(f64, copy=True) for x in (theta, outputs["trace"]))
     reference.step_(rule, row, 0.5, theta, grad, states, PROBE, outputs, table.sums[k])
     others = {name: role[k] for name, role in zip(states, plain.roles[2:], strict=False)}

@@ -16,8 +16,8 @@ from semantics import all_params, checked_step, plain
 from torch import Tensor
 
 from wd_kernels import flatten_, unflatten_
-from wd_kernels.flat import buffers as flat
 from wd_kernels.flat import place_of
+from wd_kernels.layout import padded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf"),
@@ -121,7 +121,7 @@ class FlatLife(test_properties.Life):
             assert b is not None
             alike = g == h and float(opt.state[p]["step"]) == float(opt.state[q]["step"])
             # Their states lie likewise, and were all there when they were loaded, or none was.
-            followers += alike and a.memory is b.memory and a.offset + flat.padded(a.numel) == b.offset
+            followers += alike and a.memory is b.memory and a.offset + padded(a.numel) == b.offset
         if all(own for own in opt.state.values()) and len({tuple(own) for own in opt.state.values()}) == 1:
             assert_runs(opt, len(found) - followers)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wd_kernels import flatten_, unflatten_
 from wd_kernels.flat import buffers as flat
 from wd_kernels.flat import place_of
+from wd_kernels.layout import padded
 
 walk = semantics.walk
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
@@ -157,8 +158,8 @@ def test_buffers_alias_their_tensors() -> None:
             assert t.data_ptr() == whole.data_ptr() + 4 * offset
             assert t.data_ptr() % 64 == 0
             assert_untouched(whole[offset : offset + t.numel()].view(t.shape), t)
-            assert not whole[offset + t.numel() : flat.padded(offset + t.numel())].any()
-            offset += flat.padded(t.numel())
+            assert not whole[offset + t.numel() : padded(offset + t.numel())].any()
+            offset += padded(t.numel())
         assert offset == whole.numel()
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     assert buffer.grad is not None

@@ -120,7 +120,7 @@ BELONGING: dict[str, tuple[Callable[[list[list[Any]]], None], Any, str]] = {
     "state's shape": (put(2, lambda t: t.flatten()), ValueError, r"{2}\[3\] has shape \(30,\): params\[3\] needs"),
     "state's size": (put(-1, lambda t: t[:2]), ValueError, r"{-1}\[3\] has shape \(2, 5\): params\[3\] needs \(6, 5\)"),
     "no elements": (put(-1, lambda t: t[:0]), ValueError, r"{-1}\[3\] has shape \(0, 5\)"),
-    "state's dtype": (put(-1, lambda t: t.bfloat16()), TypeError, r"{-1}\[3\] has dtype torch.bfloat16: params\[3\]"),
+    "state's dtype": (put(-1, lambda t: t.half()), TypeError, r"{-1}\[3\] has dtype torch.float16: params\[3\]"),
     "states' dtype": (put(2, lambda t: t.double(), 0), TypeError, r"{2}\[0\] has dtype torch.float64: params\[0\]"),
     "16-bit parameter": (put(0, lambda t: t.double()), TypeError, r"grads\[3\] has dtype torch.float32"),
     "state's strides": (put(2, lambda t: t.mT.contiguous().mT), ValueError, r"{2}\[3\] has strides \(1, 6\).*\(5, 1\)"),
@@ -189,17 +189,14 @@ def test_lazy_bits_are_refused_where_they_are_written(walk: str) -> None:
             refused(partial(functional.adamw_, *roles, step=1), ValueError, match, tensors)
 
 
-@pytest.mark.parametrize("dtype", [bf16, f16])
-def test_states_of_16_bit_parameters_have_32(dtype: torch.dtype, walk: str) -> None:
-    roles = [[torch.rand(9).to(dtype) for _ in range(2)] for _ in range(4)]
+@pytest.mark.parametrize("dtype", [bf16, f32])
+def test_float16_states_are_those_of_float16_parameters(dtype: torch.dtype, walk: str) -> None:
+    roles = [[torch.rand(9).to(role) for _ in range(2)] for role in (dtype, dtype, f16, f32)]
     tensors = [t for own in roles for t in own]
-    refused(
-        lambda: functional.adamw_(*roles, step=1), TypeError, r"exp_avgs\[0\] has dtype .* needs torch.float32", tensors
-    )
-    roles[2] = [t.float() for t in roles[2]]
-    refused(
-        lambda: functional.adamw_(*roles, step=1), TypeError, r"exp_avg_sqs\[0\] has dtype .*params\[0\] needs", tensors
-    )
+    message = r"{}\[0\] has dtype torch.float16: params\[0\] needs torch.float32 or torch.bfloat16"
+    refused(lambda: functional.adamw_(*roles, step=1), TypeError, message.format("exp_avgs"), tensors)
+    roles[2:] = roles[:1:-1]
+    refused(lambda: functional.adamw_(*roles, step=1), TypeError, message.format("exp_avg_sqs"), tensors)
 
 
 NUMBERS: list[tuple[str, str, Any, Any, str]] = [

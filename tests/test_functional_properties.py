@@ -16,7 +16,7 @@ from test_properties import GRADIENTS, OPTIONS, laid_out, make_parameter, other_
 from torch import Tensor
 
 from wd_kernels import functional
-from wd_kernels.formats import state_dtype
+from wd_kernels.formats import full_state_dtype
 
 NAMES = {"adamw": ("exp_avg", "exp_avg_sq"), "sgdw": ("momentum_buffer",), "adagradw": ("sum",)}
 CALLS = {"adamw": functional.adamw_, "sgdw": functional.sgdw_, "adagradw": functional.adagradw_}
@@ -31,7 +31,7 @@ def state_names(rule: str, options: dict[str, Any]) -> tuple[str, ...]:
 
 def begun(p: Tensor, value: float) -> Tensor:
     """A state before the first step."""
-    return torch.full_like(p, complex(value, value) if p.is_complex() else value, dtype=state_dtype(p.dtype))
+    return torch.full_like(p, complex(value, value) if p.is_complex() else value, dtype=full_state_dtype(p.dtype))
 
 
 def life(rule: str, data: st.DataObject) -> None:

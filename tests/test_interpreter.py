@@ -15,7 +15,7 @@ from torch import nn
 from wd_kernels import native
 from wd_kernels.backends import BACKENDS, FallbackWarning, resolve
 from wd_kernels.backends import triton as backend_module
-from wd_kernels.formats import parameter_format
+from wd_kernels.formats import format_of
 from wd_kernels.layout import Spec
 
 pytest.importorskip("triton", reason="the backend under test needs triton")
@@ -140,7 +140,7 @@ def test_triton_that_is_too_old() -> None:
 
 
 def spec(device: str, *dtypes: torch.dtype) -> Spec:
-    return Spec(torch.device(device), (), tuple(parameter_format(dtype) for dtype in dtypes))
+    return Spec(torch.device(device), (), tuple(format_of(dtype) for dtype in dtypes))
 
 
 def test_the_interpreter_refuses_tensors_of_a_gpu() -> None:

@@ -19,10 +19,11 @@ from cases import (
     EDGES,
     REAL,
     SMALL,
+    STORAGE,
+    STORED,
     VARIANTS,
     Case,
     Piece,
-    arithmetic,
     assert_canaries,
     assert_same,
     bf16,
@@ -43,6 +44,7 @@ from cases import (
     rounding_run,
     run,
     snapshot,
+    state_dtype,
     states_of,
 )
 from cases import (
@@ -72,6 +74,9 @@ BODIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "adagradw": ("adagradw", ("plain", "slowed", "begun")),
 }
 KERNELS = [(body, dtypes) for body in BODIES for dtypes in REAL]
+#: And those of other formats: all of the two rules that are used most, and what is new in the others.
+KERNELS += [(body, stored) for body in ("adamw", "sgdw") for stored in STORED]
+KERNELS += [("adamw amsgrad", STORED[-1]), ("sgdw without momentum", STORED[-1]), ("adagradw", STORED[0])]
 COMPLEX = {(f32, f32): (c64, c64), (f64, f64): (c128, c128)}
 
 PIECES = {"small": SMALL, "layouts": LAYOUTS, "edges": EDGES}
@@ -83,8 +88,10 @@ def case_of(of: Mapping[str, Any]) -> Case:
     rule, names = BODIES[body]
     name = names[of["variant"] % len(names)]
     pair = COMPLEX.get(dtypes, dtypes) if of.get("complex") else dtypes
-    options = {**VARIANTS[rule][name], "decay": of["decay"]}
-    return Case(rule, f"{name}-{of['decay']}", options, *pair)
+    options, stored = {**VARIANTS[rule][name], "decay": of["decay"]}, "".join(f"-{own}" for own in pair[2:])
+    for own in pair[2:]:
+        options |= STORAGE[own]
+    return Case(rule, f"{name}-{of['decay']}{stored}", options, *pair[:2])
 
 
 def params_of(found: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> list[Any]:
@@ -180,7 +187,7 @@ def test_unaligned_roles_and_canaries(of: dict[str, Any], engine: Engine) -> Non
     case = case_of(of)
     found, flags = placed_run(case, engine.backend, of["offset"], of["sizes"], engine.device)
     assert_same(found, placed_run(case, "reference", of["offset"], of["sizes"])[0])
-    widths = {dtype.itemsize for dtype in (case.dtype, case.grad_dtype, arithmetic(case))}
+    widths = {dtype.itemsize for dtype in (case.dtype, case.grad_dtype, state_dtype(case))}
     assert flags == ({1} if all(of["offset"] * width % 16 == 0 for width in widths) else {0, 1})
 
 
@@ -271,7 +278,13 @@ def test_chunks_beyond_the_end_do_nothing(engine: Engine, begin: int, monkeypatc
 
 def few(**options: Sequence[Any]) -> list[Any]:
     """A smaller covering array: engines, bodies and dtypes meet in pairs."""
-    own = {"engine": ENGINES, "body": tuple(BODIES), "dtypes": REAL, "decay": DECAY_MODES, "variant": range(4)}
+    own = {
+        "engine": ENGINES,
+        "body": tuple(BODIES),
+        "dtypes": (*REAL, STORED[0], STORED[-1]),
+        "decay": DECAY_MODES,
+        "variant": range(4),
+    }
     found = covering({**own, **options})
     for of in found:
         of["kernel"] = of.pop("body"), of.pop("dtypes")
@@ -343,7 +356,7 @@ def test_bytes_are_those_of_the_model(of: dict[str, Any], monkeypatch: pytest.Mo
         assert memory.moved("gradient") == (n * case.grad_dtype.itemsize, 0)
         assert memory.moved("parameter") == (n * case.dtype.itemsize,) * 2
         total = sum(sum(memory.moved(name)) for name in ("gradient", *names))
-        assert total == n * step_bytes(of["kernel"][0], case.dtype, case.grad_dtype, arithmetic(case))
+        assert total == n * step_bytes(of["kernel"][0], case.dtype, case.grad_dtype, state_dtype(case))
         for name in names:
             assert memory.touched(name) == (n, n)
         assert memory.touched("gradient") == (n, 0)

@@ -19,6 +19,8 @@ from cases import Case, Piece, f32, gradient, make_params, optimizer, snapshot
 from engines import COMPILED, Engine
 from on_ptx import Launch
 
+from wd_kernels.formats import FLOAT32
+
 CASE = Case("adamw", "independent", {"betas": (0.9, 0.95), "decay": "independent"})
 #: Together they make every operation matter: both ends of lerp, every scalar.
 CASES = (
@@ -28,7 +30,7 @@ CASES = (
 )
 #: On vectors, on the masked path, and off alignment.
 PIECES = (Piece((1500,)), Piece((2048,)), Piece((1100,), "offset"))
-KERNEL = codegen.Kernel("adamw", f32, f32)
+KERNEL = codegen.Kernel("adamw", FLOAT32, FLOAT32, FLOAT32)
 #: One form of each compiler, and the one with packed arithmetic.
 ENGINES = [e for e in COMPILED if e.target in ("sm_90", "sm_100", "library") and e.form != "oldest"]
 pytestmark = pytest.mark.parametrize("engine", ENGINES, ids=str)

@@ -34,13 +34,13 @@ RULES = {"adamw": ADAMW, "sgdw": SGDW, "adagradw": ADAGRADW}
 
 #: What makes a count part of a row, and no kernel reads.
 FOR_COUNTS = {
-    "adamw": ("scaled_lr",), "sgdw": ("first_grad_coef", "later_grad_coef"),
-    "adagradw": ("lr_decay", "scaled_lr", "fixed_decay", "scaled_decay", "scaled_metric"),
+    "adamw": ("scaled_lr", "seed"), "sgdw": ("first_grad_coef", "later_grad_coef", "seed"),
+    "adagradw": ("lr_decay", "scaled_lr", "fixed_decay", "scaled_decay", "scaled_metric", "seed"),
 }  # fmt: skip
 
 
 def named(rule: str, values: Tensor) -> dict[str, float]:
-    """A row by the names of its scalars, but those that kernels do not read."""
+    """A row by the names of its scalars, but those that equations do not read."""
     found = dict(zip(RULES[rule].scalars, values.tolist(), strict=True))
     return {name: value for name, value in found.items() if name not in FOR_COUNTS[rule]}
 

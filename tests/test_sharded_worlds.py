@@ -29,7 +29,8 @@ SAMPLES = 8
 def built(released: bool) -> tuple[Any, AdamW]:
     model = make()
     shard(model, "fsdp")
-    opt = AdamW(model.named_parameters(), lr=0.01, weight_decay=0.1, schedule=Cosine(9))
+    options = {"state_dtype": torch.bfloat16, "seed": 11}  # states are rounded by random bits, of each element
+    opt = AdamW(model.named_parameters(), lr=0.01, weight_decay=0.1, schedule=Cosine(9), **options)
     if released:
         release_gradients(model, opt)
     return model, opt

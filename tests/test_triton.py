@@ -105,16 +105,31 @@ def test_the_self_check_on_a_build_for_gpus_without_one(monkeypatch: pytest.Monk
 
 
 def test_options() -> None:
-    """Registers so that the programs at once are 6 with two states, 5 with three, 4 of float64; for NVIDIA alone."""
-    from wd_kernels.formats import parameter_format
+    """Registers so that the programs at once are 6 with two states, 5 with three, 4 of float64; for NVIDIA alone.
 
-    def of(dtype: torch.dtype, states: int, warp: int = 32, nvidia: bool = True) -> dict[str, Any]:
-        formats = tuple(parameter_format(d) for d in (dtype, dtype, *[f64 if dtype == f64 else f32] * states))
-        return triton.options(formats, warp, nvidia)
+    Random bits take those of one program, on newer ones of two where all roles have 16 bits; narrow gradients beside
+    float32, on the oldest, of one.
+    """
+    from wd_kernels.formats import format_of
+
+    def of(
+        dtype: torch.dtype, states: int, warp: int = 32, capability: int | None = 90, *,
+        state: torch.dtype | None = None, grad: torch.dtype | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        kept = state or (f64 if dtype == f64 else f32)
+        formats = (format_of(dtype), format_of(grad or dtype), *(format_of(kept, state is not None),) * states)
+        return triton.options(formats, warp, capability)
 
     exact = {"num_warps": 4, "enable_fp_fusion": False}
     assert of(f32, 2) == {**exact, "maxnreg": 80}
     assert of(torch.bfloat16, 3) == {**exact, "maxnreg": 96}
     assert of(f64, 2) == of(f64, 3) == {**exact, "maxnreg": 128}
     assert of(f32, 1) == of(f64, 0) == exact
-    assert of(f32, 2, 64, nvidia=False) == {**exact, "num_warps": 2}
+    assert of(f32, 2, 64, None) == {**exact, "num_warps": 2}
+    bf16 = torch.bfloat16
+    assert of(f32, 2, state=bf16) == of(bf16, 2, 32, 80, state=bf16) == {**exact, "maxnreg": 96}
+    assert of(bf16, 2, state=bf16) == of(bf16, 3, state=bf16) == {**exact, "maxnreg": 128}
+    assert of(bf16, 3, 32, 100, state=bf16) == {**exact, "maxnreg": 160}
+    assert of(f32, 2, 32, 100, state=bf16) == {**exact, "maxnreg": 96}
+    assert of(f32, 2, 32, 80, grad=bf16) == {**exact, "maxnreg": 96}
+    assert of(f32, 2, 32, 90, grad=bf16) == {**exact, "maxnreg": 80}

@@ -59,17 +59,9 @@ def _of(file: str, sees: str, *faults: tuple[str, str, str] | tuple[str, str, st
 RULES_H = _of(
     "csrc/rules.h",
     "kernels backends reference movers",
-    ("c++: a weight of one half is lerped from the far end", "w < T(0.5) ?", "w <= T(0.5) ?"),
-    (
-        "c++: lerp always from the old value",
-        "return w < T(0.5) ? x + w * (y - x) : y + beta * (x - y);",
-        "(void)beta;\n  return x + w * (y - x);",
-    ),
-    (
-        "c++: lerp always from the new value",
-        "return w < T(0.5) ? x + w * (y - x) : y + beta",
-        "(void)w;\n  return y + beta",
-    ),
+    ("c++: a weight of one half is lerped from the far end", "near = w < T(0.5);", "near = w <= T(0.5);"),
+    ("c++: lerp always from the old value", "near = w < T(0.5);", "near = w <= T(1);"),
+    ("c++: lerp always from the new value", "near = w < T(0.5);", "near = w < T(0);"),
     (
         "c++: the gradient's factor also scales the l2 term",
         "g = g * rule.grad_scale;\n  const T u = rule(theta, g + rule.l2 * theta, state);",
@@ -119,8 +111,8 @@ FORMATS_H = _of(
     ("c++: bfloat16 ties are rounded up", "bits + 0x7fffu + ((bits >> 16) & 1u)", "bits + 0x8000u"),
     (
         "c++: a bfloat16 NaN keeps sign and payload",
-        "value != value ? 0x7fc0u :",
-        "value != value ? (bits >> 16) | 0x40u :",
+        "value != value ? 0x7fc00000u : nearest",
+        "value != value ? bits | 0x400000u : nearest",
     ),
     ("c++: float16 ties are rounded up", "0xfffu + ((magnitude >> 13) & 1u)", "0x1000u"),
     (
@@ -370,7 +362,12 @@ ROWS = _of(
         " ||\n         std::memcmp(view.run_plan.data() + firsts, view.run_capacities, runs * sizeof(int64_t)) != 0;",
         ";",
     ),
-    ("runs: neighbours of different rows are one", " &&\n        view.run_moving[run].row == moving.row) {", ") {"),
+    ("runs: neighbours of different rows are one", " &&\n        view.run_moving[run].row == moving.row", ""),
+    (
+        "runs: neighbours in memory alone are one",
+        " &&\n        place[kOrigin] - view.run_places[run * view.place_words + kOrigin] == range.offset - offset",
+        "",
+    ),
     ("runs: parameters with others between them are one", " && before->end == range.offset", ""),
     ("runs: neighbours of different buffers are one", "before->buffer == range.buffer && ", ""),
     (
@@ -493,8 +490,8 @@ GATHER = _of(
 REFERENCE = _of(
     "wd_kernels/reference.py",
     "reference kernels backends storage",
-    ("reference: lerp always from the old value", "if bool(w < 0.5):", "if bool(w <= 1):"),
-    ("reference: a weight of one half is lerped from the far end", "if bool(w < 0.5):", "if bool(w <= 0.5):"),
+    ("reference: lerp always from the old value", "if bool(w < 0.5) else", "if bool(w <= 1) else"),
+    ("reference: a weight of one half is lerped from the far end", "if bool(w < 0.5) else", "if bool(w <= 0.5) else"),
     (
         "reference: torch's inexact root",
         "return torch.from_numpy(np.asarray(np.sqrt(x.contiguous().numpy()))).view_as(x)",
@@ -505,7 +502,7 @@ REFERENCE = _of(
         'if not float(row[rule.scalars.index("frozen")]):',
         'if float(row[rule.scalars.index("frozen")]) >= 0:',
     ),
-    ("reference: bfloat16 ties are rounded up", "(bits + 0x7FFF + ((bits >> 16) & 1))", "(bits + 0x8000)"),
+    ("reference: bfloat16 ties are rounded up", "0x7FFF + ((bits >> 16) & 1) if", "0x8000 if"),
     (
         "reference: a float16 NaN is left as it comes",
         "memory.view(torch.int16).masked_fill_(value.isnan(), 0x7E00)",
@@ -561,10 +558,10 @@ TRITON_KERNELS = _of(
     "movers kernels triton interpreter codegen",
     (
         "triton: lerp always from the new value",
-        "tl.where(w < 0.5, x + w * (y - x), y + beta * (x - y))",
-        "y + beta * (x - y)",
+        "near = w < 0.5",
+        "near = w < 0.0",
     ),
-    ("triton: a weight of one half is lerped from the far end", "tl.where(w < 0.5,", "tl.where(w <= 0.5,"),
+    ("triton: a weight of one half is lerped from the far end", "near = w < 0.5", "near = w <= 0.5"),
     ("triton: amsgrad loses a NaN", "(v > v_max) | (v != v)", "v > v_max"),
     (
         "triton: AMD's root scales small numbers wrongly",
@@ -580,7 +577,11 @@ TRITON_KERNELS = _of(
     ("triton: alignment is not asked for", "aligned = tl.load(moved + 3) != 0", "aligned = tl.load(moved + 3) >= 0"),
     ("triton: skip is ignored", "ended = skip | (begin >= numel)", "ended = begin >= numel"),
     ("triton: frozen weights move", '(scalar_names, "frozen")) != 0', '(scalar_names, "frozen")) < 0'),
-    ("triton: a bfloat16 NaN is another", "0x7FC00000", "0x7FC10000"),
+    (
+        "triton: a bfloat16 NaN is another",
+        "0x7FC00000, value.to(tl.int32, bitcast=True))",
+        "0x7FC10000, value.to(tl.int32, bitcast=True))",
+    ),
     (
         "triton: a float16 NaN is left as it comes",
         "tl.where(value != value, 0x7E00, value.to(tl.float16).to(tl.int16, bitcast=True)).to(tl.int16)",
@@ -606,8 +607,8 @@ TRITON_KERNELS = _of(
     ("triton: AdagradW's eps inside the root", "d = root(total) + eps", "d = root(total + eps)"),
     (
         "triton: float32 vectors are promised to be twice as long",
-        "size = {1: 8, 2: 4, 3: 2, 4: 2}",
-        "size = {1: 8, 2: 8, 3: 2, 4: 2}",
+        "size = {1: 8, 2: 4, 3: 2, 4: 2, 5: 2}",
+        "size = {1: 8, 2: 8, 3: 2, 4: 2, 5: 2}",
     ),
 )
 
@@ -616,7 +617,7 @@ TRITON_EPILOGUES = _of(
     "epilogues",
     (
         "triton: an epilogue sees the parameter as it was not yet rounded",
-        "tl.where(frozen, values[0], widen(narrow(theta, formats[0]), formats[0]))",
+        "tl.where(frozen, values[0], widen(narrow(theta, formats[0], keys[0], places), formats[0]))",
         "tl.where(frozen, values[0], theta)",
     ),
 )
@@ -844,7 +845,7 @@ TABLE = _of(
     ),
     (
         "table: flat parameters end before their padding",
-        "end = offset + buffers.padded(f.place.numel)",
+        "end = offset + padded(f.place.numel)",
         "end = offset + f.place.numel",
     ),
     (
@@ -945,7 +946,7 @@ VALIDATION = _of(
     ),
     (
         "validation: a state is laid out as it came",
-        "return torch.empty_like(like, dtype=dtype).copy_(value)",
+        "return made.copy_(value)",
         "return value.to(dtype)",
     ),
     (
@@ -986,8 +987,13 @@ CHECKPOINT = _of(
     ),
     (
         "checkpoint: SGDW saves counts",
-        "if not rule.torch.counts_steps and isinstance",
+        "if not counts and isinstance",
         "if found is None and isinstance",
+    ),
+    (
+        "checkpoint: SGDW loses the counts by which it rounds",
+        "counts = rule.torch.counts_steps or _counts_for_rounding(storage, p, found)",
+        "counts = rule.torch.counts_steps",
     ),
     (
         "checkpoint: what a distributed checkpoint has not found is loaded",
@@ -1027,15 +1033,41 @@ CHECKPOINT = _of(
         "if rule.torch.all_states and not found and known:",
         "if rule.torch.all_states and found is None and not known:",
     ),
-    ("checkpoint: exported states of what was not stepped are zeros", "state.begin(zeros(), group)", "zeros()"),
+    (
+        "checkpoint: exported states of what was not stepped are zeros",
+        "state.begin(zeros(dtype=storage.state_dtype(state.name, p.dtype)), group)",
+        "zeros()",
+    ),
 )
 
 FLAT = [
     *_of(
+        "wd_kernels/layout.py",
+        "flat flat_tensors",
+        ("flat: padding of 16 elements", "PADDING = 32", "PADDING = 16"),
+    ),
+    *_of(
+        "wd_kernels/table/table.py",
+        "stochastic sharded_worlds",
+        (
+            "stochastic: shards are all numbered from the first element",
+            "origin += shard_offset(self.params[i])",
+            "origin += 0",
+        ),
+    ),
+    *_of(
+        "wd_kernels/gradient_release.py",
+        "stochastic",
+        (
+            "stochastic: a block is numbered by itself",
+            "self.table.origins = dict(zip(map(id, every), origins(every), strict=True))",
+            "self.table.origins = None if origins(every) else {}",
+        ),
+    ),
+    *_of(
         "wd_kernels/flat/buffers.py",
         "flat flat_tensors",
         ("flat: a parameter of another dtype is taken for flat", "            and p.dtype == self.dtype\n", ""),
-        ("flat: padding of 16 elements", "PADDING = 32", "PADDING = 16"),
         (
             "flat: gradients that are not all are given",
             "            elif p.requires_grad:\n",
@@ -1112,8 +1144,8 @@ FUNCTIONAL = [
         ("functional: modes do not see the operator", "torch._C._len_torch_dispatch_stack() > 0 or ", ""),
         (
             "functional: maximize is not handed on in buffers",
-            '_run("adamw_flat_", roles, numbers, (decay, maximize, backend))',
-            '_run("adamw_flat_", roles, numbers, (decay, False, backend))',
+            '_run("adamw_flat_", roles, numbers, (decay, maximize, backend, *',
+            '_run("adamw_flat_", roles, numbers, (decay, False, backend, *',
         ),
     ),
     *_of(
@@ -1400,6 +1432,52 @@ RELEASE = _of(
     ("partial gradients are not redistributed", "            redistribute(block.params)\n", "            pass\n"),
 )
 
+STOCHASTIC = [
+    *_of(
+        "csrc/formats.h",
+        "stochastic kernels",
+        *(
+            ("c++: all roles have one word of random bits", "return role / 2;", "return role / 16;"),
+            ("c++: two roles have one half of a word", "word >> 16 : word & 0xffffu", "word >> 16 : word >> 16"),
+            ("c++: random bits repeat after 2^32 elements", "uint32_t(index >> 32) * 0x85ebca77u", "0"),
+            ("c++: random bits are those of the step before", "mix(mix(seed) + step)", "mix(mix(seed) + step - 1)"),
+            (
+                "c++: a stochastic NaN keeps sign and payload",
+                "0x7fc00000u : bits + draw",
+                "bits | 0x400000u : bits + draw",
+            ),
+        ),
+    ),
+    *_of(
+        "csrc/cpu/mover.inc",
+        "stochastic kernels",
+        *(
+            (
+                "cpu: places go on at multiples of 2^32",
+                "last = count - first < left ? count : first + left;",
+                "last = count, (void)left;",
+            ),
+            (
+                "cpu: a pair has one draw",
+                "const uint32_t here = place + uint32_t(half) * Draws::kNext;",
+                "const uint32_t here = place;",
+            ),
+        ),
+    ),
+    *_of(
+        "wd_kernels/reference.py",
+        "stochastic",
+        *(
+            ("reference: rounding is biased", "draws.bits(elements(memory))", "(draws.bits(elements(memory)) | 1)"),
+            (
+                "reference: every second element has its neighbour's bits",
+                "n = elements + self.origin",
+                "n = (elements + self.origin) // 2",
+            ),
+        ),
+    ),
+]
+
 FAULTS: tuple[Fault, ...] = (
     *RULES,
     *REFERENCE,
@@ -1438,6 +1516,7 @@ FAULTS: tuple[Fault, ...] = (
     *CPU_EPILOGUES,
     *CUDA_CHUNK,
     *CUDA_EPILOGUES,
+    *STOCHASTIC,
     *CHECK_LAUNCH,
     *FORMATS_H,
     *RULES_H,
