@@ -30,8 +30,18 @@ from pathlib import Path
 from typing import Any
 
 import disassembly
-import torch
-from internals import KINDS, aligned, format_of
+from internals import KINDS, aligned
+
+from wd_kernels.formats import (
+    BFLOAT16,
+    BFLOAT16_STOCHASTIC,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    Format,
+    arithmetic_dtype,
+    format_of,
+)
 
 RESULTS = Path(__file__).parent / "results"
 #: (backend, architecture, width of a warp) of every target.
@@ -44,35 +54,53 @@ IN_FLIGHT = {"sm_80": 16, "sm_90": 48, "sm_100": 64}
 #: Thread instructions that an H200 issues in the time that its memory takes for a byte: 132 multiprocessors, 128 lanes,
 #: 1.98 GHz, 4.3 TB/s.
 INSTRUCTIONS_PER_BYTE = 132 * 128 * 1.98e9 / 4.3e12
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-_PAIRS = ((F64, F64), (F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))
+#: Formats of parameter, gradient and states: those of every rule, and others that are compiled of the first two.
+FORMATS = (
+    (FLOAT64, FLOAT64, FLOAT64), (FLOAT32, FLOAT32, FLOAT32), (FLOAT32, BFLOAT16, FLOAT32), (FLOAT32, FLOAT16, FLOAT32),
+    (BFLOAT16, BFLOAT16, FLOAT32), (BFLOAT16, FLOAT32, FLOAT32), (FLOAT16, FLOAT16, FLOAT32),
+    (FLOAT16, FLOAT32, FLOAT32), (FLOAT32, FLOAT32, BFLOAT16_STOCHASTIC),
+    (BFLOAT16_STOCHASTIC, BFLOAT16, BFLOAT16_STOCHASTIC),
+)  # fmt: skip
+MORE_FORMATS = (
+    (FLOAT32, BFLOAT16, BFLOAT16_STOCHASTIC), (BFLOAT16, BFLOAT16, BFLOAT16), (BFLOAT16, BFLOAT16, BFLOAT16_STOCHASTIC),
+    (BFLOAT16_STOCHASTIC, BFLOAT16, FLOAT32),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One specialisation: a key of internals.KINDS, and the dtypes of parameter and gradient."""
+    """One specialisation: a key of internals.KINDS, and the formats of parameter, gradient and states."""
 
     rule: str
-    param: torch.dtype
-    grad: torch.dtype
+    param: Format
+    grad: Format
+    state: Format
 
     @property
-    def state(self) -> torch.dtype:
-        return F64 if self.param == F64 else F32
+    def formats(self) -> tuple[Format, ...]:
+        """Of every role."""
+        return self.param, self.grad, *(self.state for _ in KINDS[self.rule][1])
 
     @property
-    def formats(self) -> tuple[Any, ...]:
-        """The package's, of every role."""
-        return tuple(map(format_of, (self.param, self.grad, *(self.state for _ in KINDS[self.rule][1]))))
+    def plain(self) -> bool:
+        """Are its states in the arithmetic type, as they are unless another is asked for?"""
+        return self.state.dtype == arithmetic_dtype(self.param.dtype)
 
     def __str__(self) -> str:
-        dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in (self.param, self.grad))
-        return f"{self.rule} ({', '.join(dtypes)})"
+        names = dict.fromkeys((self.param.name, self.grad.name))
+        return f"{self.rule} ({', '.join(names)}{'' if self.plain else f'; {self.state.name} states'})"
 
 
-def kernels() -> list[Kernel]:
-    """Every specialisation that users reach."""
-    return [Kernel(rule, p, g) for rule, (p, g) in product(KINDS, _PAIRS)]
+def kernels(every: bool = False) -> list[Kernel]:
+    """The specialisations that are compiled here; `every`: all that the CUDA library has."""
+    found: dict[str, Kernel] = {}
+    for rule, formats in product(KINDS, (*FORMATS, *MORE_FORMATS)):
+        own = Kernel(rule, *formats)
+        if len(own.formats) == 2:  # it has no states
+            own = Kernel(rule, *formats[:2], format_of(arithmetic_dtype(own.param.dtype)))
+        if every or formats in FORMATS or rule in ("adamw", "sgdw"):
+            found.setdefault(str(own), own)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -137,7 +165,7 @@ def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] | None = 
     values = {(names.index(name),): value for name, value in constants.items()}
     aligned_by_16 = {(names.index(name),): [["tt.divisibility", 16]] for name in (*types, "chunk_size")}
     source = ASTSource(triton_kernels.step_kernel, signature, values, aligned_by_16)
-    options = {**own.options(kernel.formats, warp, nvidia=backend == "cuda"), **changes}
+    options = {**own.options(kernel.formats, warp, architecture if backend == "cuda" else None), **changes}
     return triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
 
 

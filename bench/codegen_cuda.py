@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import disassembly
-import torch
 from byte_model import step_bytes
 from codegen import Cost, Kernel, kernels, program
 from internals import KINDS
 
+from wd_kernels.formats import BFLOAT16, BFLOAT16_STOCHASTIC, FLOAT16, FLOAT32, FLOAT64
+
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "wd_kernels" / "_cuda.abi3.so"
 THREADS = 128  # kThreads of csrc/cuda/chunk.h
-_FORMATS = {torch.float64: "Float64", torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+_FORMATS = {FLOAT64: "Float64", FLOAT32: "Float32", BFLOAT16: "BFloat16", FLOAT16: "Float16",
+            BFLOAT16_STOCHASTIC: "BFloat16Stochastic"}  # fmt: skip
 
 
 @cache
@@ -51,9 +53,9 @@ def compiler() -> str:
 def name(kernel: Kernel) -> str:
     """How the C++ compiler calls the kernel's template arguments."""
     rule, states = KINDS[kernel.rule]
-    arithmetic = "double" if kernel.param == torch.float64 else "float"
+    arithmetic = "double" if kernel.param == FLOAT64 else "float"
     asked = [str(state.name in states).lower() for state in rule.states if state.asked_by]
-    formats = (_FORMATS[dtype] for dtype in (kernel.param, kernel.grad, kernel.state))
+    formats = (_FORMATS[own] for own in (kernel.param, kernel.grad, kernel.state))
     parts = (f"{rule.title}<{', '.join([arithmetic, *asked])}>", *formats, f"NoEpilogue<{arithmetic}>")
     return ", ".join(f"wd::cuda::{part}" for part in parts)
 
@@ -89,13 +91,13 @@ def costs(library: Path = LIBRARY) -> Iterator[Cost]:
             target = re.findall(r"sm_\d+", cubin)[-1]
             sass = parts(disassembly.tool("nvdisasm", "-c", cubin), r"\n\t\.section\t\.text\.")
             usages = parts(disassembly.tool("cuobjdump", "-res-usage", cubin), r"\bFunction ")
-            for kernel in kernels():
+            for kernel in kernels(every=True):
                 key = name(kernel)
                 code, inexact = sass[key].splitlines(), disassembly.ptx_inexact(carried[key])
                 if not KINDS[kernel.rule][0].metric:
                     inexact += disassembly.sass_inexact(code)
                 found = disassembly.sass_reading(code, disassembly.usage(usages[key]), inexact, THREADS)
-                model = step_bytes(kernel.rule, kernel.param, kernel.grad, kernel.state)
+                model = step_bytes(kernel.rule, kernel.param.dtype, kernel.grad.dtype, kernel.state.dtype)
                 elements = found.moved // model
                 yield Cost(**vars(found), kernel=str(kernel), target=target, elements=elements, model=model)
 

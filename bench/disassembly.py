@@ -208,7 +208,7 @@ def _amd_inexact(llir: str, code: str, divides: bool) -> int:
         found += len(re.findall(r"call .*@llvm\.amdgcn\.(?:rsq|sqrt)\.f32", llir))
     found += sum(mode != "3" for mode in re.findall(r"amdhsa_float_denorm_mode\w+ (\d)", code))
     if not divides:
-        lines = re.findall(r"\tv_\w*(?:fma|fmac|mac|mad)_.*", code)
+        lines = re.findall(r"\tv_\w*(?:fma|fmac|mac|mad)_(?![ui]\d).*", code)  # those of whole numbers are exact
         exact = [line for line in lines if re.search(r"v_fma_mix.*(?:neg\(0\)| 1\.0,)", line)]
         found += llir.count("@llvm.fma.") + len(lines) - len(exact)
     return found

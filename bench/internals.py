@@ -18,7 +18,7 @@ from wd_kernels.__main__ import aligned, choices, versions
 from wd_kernels.backends import Prepared, device_copy
 from wd_kernels.backends import launch as launch_all
 from wd_kernels.backends import triton as backend
-from wd_kernels.formats import parameter_format as format_of
+from wd_kernels.formats import format_of
 from wd_kernels.rules import RULES, Rule
 
 __all__ = ["KINDS", "aligned", "bare_launch", "format_of", "launch_parameters", "time_launches", "versions_here"]
