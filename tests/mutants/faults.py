@@ -991,11 +991,6 @@ CHECKPOINT = _of(
         "if found is None and isinstance",
     ),
     (
-        "checkpoint: SGDW loses the counts by which it rounds",
-        "counts = rule.torch.counts_steps or _counts_for_rounding(storage, p, found)",
-        "counts = rule.torch.counts_steps",
-    ),
-    (
         "checkpoint: what a distributed checkpoint has not found is loaded",
         "isinstance(value, Mapping) and not value:",
         "value is None:",
@@ -1433,6 +1428,15 @@ RELEASE = _of(
 )
 
 STOCHASTIC = [
+    *_of(
+        "wd_kernels/state_dict.py",
+        "stochastic",
+        (
+            "checkpoint: SGDW loses the counts by which it rounds",
+            "counts = rule.torch.counts_steps or _counts_for_rounding(storage, p, found)",
+            "counts = rule.torch.counts_steps",
+        ),
+    ),
     *_of(
         "csrc/formats.h",
         "stochastic kernels",
