@@ -85,8 +85,6 @@ def test_neighbours_are_uncorrelated(role: int) -> None:
 def test_steps_seeds_tensors_and_roles_are_uncorrelated(other: str) -> None:
     a, b = (deviations(draws.bits(torch.arange(N))) for draws in (Draws(0, 1, 0), OTHERS[other]))
     found = correlations(a, b, 40_000)
-    if other == "tensor":  # it begins where the first one ends
-        assert not torch.equal(a, b)
     assert float(found.abs().max()) < 5.5
 
 
@@ -182,12 +180,12 @@ def test_released(plainly: dict[str, Tensor]) -> None:
     params = fresh()
     model = nn.Module()
     for k, p in enumerate(params):
-        model.register_parameter(f"p{k}", p)  # type: ignore[arg-type]
+        model.register_parameter(f"p{k}", p)
     opt = wd_kernels.AdamW(params, weight_decay=0.1, **ALL)
     wd_kernels.release_gradients(model, opt, blocks=[[p] for p in params])
     for t in range(5):
         grads = [gradient(Piece(shape), bf16, 100 * t + k) for k, shape in enumerate(SHAPES)]
-        sum((p * grad).sum() for p, grad in zip(params, grads, strict=True)).backward()  # type: ignore[union-attr]
+        sum((p * grad).sum() for p, grad in zip(params, grads, strict=True)).backward()
         opt.step()
     assert_same(snapshot(params, opt), plainly)
 

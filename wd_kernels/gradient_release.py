@@ -132,6 +132,7 @@ class GradientRelease:
         self._paused = self._warned = False
         self._places = _places(optimizer)
         params = self._params()
+        self._origins = dict(zip(map(id, params), origins(params), strict=True))
         for p in params:
             what = self._label(p)
             if place_of(p) is not None:
@@ -314,6 +315,7 @@ class GradientRelease:
         key = tuple(map(id, params))
         if key not in self._blocks:
             self._blocks[key] = _Block(self._owner(), params, self._places)
+            self._blocks[key].table.origins = self._origins
         return self._blocks[key]
 
 
@@ -323,8 +325,6 @@ class _Block:
     def __init__(self, opt: DecoupledOptimizer, params: Sequence[Tensor], places: dict[int, tuple[int, int]]) -> None:
         self.params = tuple(params)
         self.table = TensorTable(opt.rule, cache(partial(backends.resolve, opt.backend)))
-        every = [p for group in opt.param_groups for p in group["params"]]
-        self.table.origins = dict(zip(map(id, every), origins(every), strict=True))
         self.of_groups: dict[int, list[tuple[Tensor, int]]] = {}
         for p in sorted(params, key=lambda p: places[id(p)]):
             g, k = places[id(p)]

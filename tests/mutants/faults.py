@@ -1055,8 +1055,8 @@ FLAT = [
         "stochastic",
         (
             "stochastic: a block is numbered by itself",
-            "self.table.origins = dict(zip(map(id, every), origins(every), strict=True))",
-            "self.table.origins = None if origins(every) else {}",
+            "self._blocks[key].table.origins = self._origins",
+            "pass",
         ),
     ),
     *_of(

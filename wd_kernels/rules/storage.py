@@ -65,7 +65,7 @@ def _word(value: Any, name: str, where: str) -> str:
 def check_storage(group: Mapping[str, Any], names: Sequence[str], where: str) -> tuple[Storage, int]:
     """(storage, seed) of a group. Raises TypeError or ValueError, naming the key and the group."""
     word = state_dtype_word(group["state_dtype"], names, where)
-    states = tuple(tuple(part.split("=", 1)) for part in word.split(",")) if "=" in word else word
+    pairs = tuple((name, own) for name, _, own in (part.partition("=") for part in word.split(",")))
     stochastic = group["stochastic_rounding"]
     if not isinstance(stochastic, (int, str)) or stochastic not in _STOCHASTIC:
         raise ValueError(
@@ -75,4 +75,4 @@ def check_storage(group: Mapping[str, Any], names: Sequence[str], where: str) ->
     seed = group["seed"]
     if not 0 <= (number := scalar("seed", seed, where)) < 2**53 or not number.is_integer():
         raise ValueError(f"seed={seed!r} in {where}: allowed are whole numbers from 0 on, < 2**53")
-    return Storage(states, *_STOCHASTIC[stochastic]), int(number)  # type: ignore[arg-type]
+    return Storage(pairs if "=" in word else word, *_STOCHASTIC[stochastic]), int(number)
