@@ -7,8 +7,8 @@
 namespace wd {
 namespace {
 
-// Writes the runs of the segments [first, last) from run `at` on: neighbours in flat buffers that share a row, and whose
-// origins follow each other likewise, are one. Returns how many there are.
+// Writes the runs of the segments [first, last) from run `at` on: neighbours in flat buffers that share a row, and
+// whose origins follow each other likewise, are one. Returns how many there are.
 int64_t merge(const View& view, int64_t first, int64_t last, int64_t at) {
   int64_t run = at - 1, offset = 0;   // of the run that is being written
   const FlatRange* before = nullptr;  // the last segment of it, if another may follow
