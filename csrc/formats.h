@@ -1,6 +1,7 @@
 // Storage formats: how one element of one role lies in memory. `load` widens to the arithmetic type, `store` rounds
 // once, to nearest even or stochastically, and writes every NaN as the canonical one. Conversions are integer and
-// float32 operations on bits, so that every compiler can vectorise them and every machine gives the same result.
+// float32 operations on bits, so that every compiler can vectorise them and every machine gives the same result. A
+// format may have a part (`Part`), which lies at an address of its own; of one that has none the address is not read.
 //
 // Include inside the namespace of one instruction set (see cpu/mover.inc); it needs layout.h.
 
@@ -43,31 +44,36 @@ struct Draws {
 WD_HOST_DEVICE inline int word_of(int role) { return role / 2; }
 WD_HOST_DEVICE inline uint32_t draw_of(int role, uint32_t word) { return role % 2 == 0 ? word >> 16 : word & 0xffffu; }
 
-struct Float64 {
-  static constexpr bool kStochastic = false;
+// A format without a part.
+struct Whole {
+  static constexpr bool kStochastic = false, kParted = false;
+  using Part = char;
+};
+
+struct Float64 : Whole {
   static constexpr int64_t kCode = kFloat64;
   using Arithmetic = double;
   using Memory = double;
-  WD_HOST_DEVICE static double load(const Memory* at) { return *at; }
-  WD_HOST_DEVICE static void store(Memory* at, double value, uint32_t) { *at = value; }
+  WD_HOST_DEVICE static double load(const Memory* at, const Part* = nullptr) { return *at; }
+  WD_HOST_DEVICE static void store(Memory* at, double value, uint32_t = 0, Part* = nullptr) { *at = value; }
 };
 
-struct Float32 {
-  static constexpr bool kStochastic = false;
+struct Float32 : Whole {
   static constexpr int64_t kCode = kFloat32;
   using Arithmetic = float;
   using Memory = float;
-  WD_HOST_DEVICE static float load(const Memory* at) { return *at; }
-  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t) { *at = value; }
+  WD_HOST_DEVICE static float load(const Memory* at, const Part* = nullptr) { return *at; }
+  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t = 0, Part* = nullptr) { *at = value; }
 };
 
-struct BFloat16 {
-  static constexpr bool kStochastic = false;
+struct BFloat16 : Whole {
   static constexpr int64_t kCode = kBFloat16;
   using Arithmetic = float;
   using Memory = uint16_t;
-  WD_HOST_DEVICE static float load(const Memory* at) { return bits_to<float>(uint32_t(*at) << 16); }
-  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t) {
+  WD_HOST_DEVICE static float load(const Memory* at, const Part* = nullptr) {
+    return bits_to<float>(uint32_t(*at) << 16);
+  }
+  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t = 0, Part* = nullptr) {
     const uint32_t bits = bits_to<uint32_t>(value);
     const uint32_t nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
     *at = uint16_t((value != value ? 0x7fc00000u : nearest) >> 16);
@@ -78,30 +84,29 @@ struct BFloat16Stochastic : BFloat16 {
   static constexpr bool kStochastic = true;
   static constexpr int64_t kCode = kBFloat16Stochastic;
   // Up as often as what is lost says: of 16 random bits, so many carry.
-  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t draw) {
+  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t draw, Part* = nullptr) {
     const uint32_t bits = bits_to<uint32_t>(value);
     *at = uint16_t((value != value ? 0x7fc00000u : bits + draw) >> 16);
   }
 };
 
-struct Float16 {
-  static constexpr bool kStochastic = false;
+struct Float16 : Whole {
   static constexpr int64_t kCode = kFloat16;
   using Arithmetic = float;
   using Memory = uint16_t;
 #ifdef __CUDA_ARCH__  // the same in one instruction each
-  WD_HOST_DEVICE static float load(const Memory* at) {
+  WD_HOST_DEVICE static float load(const Memory* at, const Part* = nullptr) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(*at));
     return value;
   }
-  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t) {
+  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t = 0, Part* = nullptr) {
     Memory nearest;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(nearest) : "f"(value));
     *at = value != value ? Memory(0x7e00u) : nearest;
   }
 #else
-  WD_HOST_DEVICE static float load(const Memory* at) {
+  WD_HOST_DEVICE static float load(const Memory* at, const Part* = nullptr) {
     const uint32_t magnitude = *at & 0x7fffu;
     const uint32_t sign = uint32_t(*at & 0x8000u) << 16;
     // Shifted into place the exponent is 112 too small; the product mends it, for subnormals too.
@@ -109,7 +114,7 @@ struct Float16 {
     const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
     return bits_to<float>(sign | special | bits_to<uint32_t>(finite));
   }
-  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t) {
+  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t = 0, Part* = nullptr) {
     const uint32_t bits = bits_to<uint32_t>(value);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
@@ -122,3 +127,47 @@ struct Float16 {
   }
 #endif
 };
+
+// A bfloat16 parameter with a remainder, which are the upper bits of one float32. The parameter is the nearest
+// bfloat16, of two the one further from 0: so a remainder has a sign, and as many bits as it has.
+template <class Remainder, bool stochastic>
+struct Split {
+  static constexpr bool kStochastic = stochastic, kParted = true;
+  static constexpr int64_t kCode = sizeof(Remainder) == 2 ? kSplit32 : stochastic ? kSplit24Stochastic : kSplit24;
+  static constexpr int kLost = sizeof(Remainder) == 2 ? 0 : 8;  // bits of a float32 that are not stored
+  using Arithmetic = float;
+  using Memory = uint16_t;
+  using Part = Remainder;
+  WD_HOST_DEVICE static float load(const Memory* at, const Part* part) {
+    return bits_to<float>((uint32_t(*at) << 16) + (uint32_t(int32_t(*part)) << kLost));
+  }
+  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t draw, Part* part) {
+    uint32_t bits = value != value ? 0x7fc00000u : bits_to<uint32_t>(value);
+    if (kLost != 0) bits += stochastic ? draw >> 8 : 0x7fu + ((bits >> 8) & 1u);
+    const uint32_t high = (bits + 0x8000u) >> 16;
+    *at = uint16_t(high);
+    *part = Part(uint32_t(bits - (high << 16)) >> kLost);
+  }
+};
+
+using Split32 = Split<int16_t, false>;
+using Split24 = Split<int8_t, false>;
+using Split24Stochastic = Split<int8_t, true>;
+
+// A 16-bit parameter that is written as the copy of its float32 master, and never read.
+template <class Nearest, int64_t code>
+struct Copy {
+  static constexpr bool kStochastic = false, kParted = true;
+  static constexpr int64_t kCode = code;
+  using Arithmetic = float;
+  using Memory = typename Nearest::Memory;
+  using Part = float;
+  WD_HOST_DEVICE static float load(const Memory*, const Part* part) { return *part; }
+  WD_HOST_DEVICE static void store(Memory* at, float value, uint32_t, Part* part) {
+    Nearest::store(at, value);
+    *part = value;
+  }
+};
+
+using BFloat16Copy = Copy<BFloat16, kBFloat16Copy>;
+using Float16Copy = Copy<Float16, kFloat16Copy>;

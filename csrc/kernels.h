@@ -36,7 +36,10 @@
   ROW(BFloat16, BFloat16, BFloat16)                     \
   ROW(BFloat16, BFloat16, BFloat16Stochastic)           \
   ROW(BFloat16Stochastic, BFloat16, BFloat16Stochastic) \
-  ROW(Float32, BFloat16, Float32)
+  ROW(Float32, BFloat16, Float32)                       \
+  ROW(Split32, BFloat16, Float32)                       \
+  ROW(Split32, BFloat16, BFloat16Stochastic)            \
+  ROW(BFloat16Copy, BFloat16, Float32)
 
 // Every epilogue: its code (wd_kernels/epilogues.py), its type. A build for tests has theirs alone.
 #ifdef WD_TEST_EPILOGUE

@@ -42,7 +42,8 @@ constexpr int64_t kMovingWords = 4;
 static_assert(sizeof(Moving) == kMovingWords * sizeof(int64_t), "layout.py writes 4 words");
 
 // The words of a place: the segment's origin (its first element's number among all of the optimizer's), where the sums
-// of its blocks go, then the address of every role but the gradient: parameter, states, and what else a pass writes.
+// of its blocks go, then the address of every role but the gradient: parameter, states, what else a pass writes, and
+// the parts of formats that have one.
 enum PlaceWord : int { kOrigin = 0, kOutput = 1, kAddresses = 2 };
 
 // The word that holds the address of a role. Of internal linkage, as it is compiled for several instruction sets.
@@ -55,7 +56,19 @@ struct Control {
 };
 
 // The storage format of one role. wd_kernels/formats.py holds the same codes.
-enum FormatCode : int64_t { kFloat64 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4, kBFloat16Stochastic = 5 };
+enum FormatCode : int64_t {
+  kPart = 0,  // of the format of another role
+  kFloat64 = 1,
+  kFloat32 = 2,
+  kBFloat16 = 3,
+  kFloat16 = 4,
+  kBFloat16Stochastic = 5,
+  kSplit32 = 6,
+  kSplit24 = 7,
+  kSplit24Stochastic = 8,
+  kBFloat16Copy = 9,
+  kFloat16Copy = 10,
+};
 
 // What a launch is given; all of it lies on the device that steps.
 struct Launch {

@@ -1,6 +1,7 @@
 """Storage formats: how one role (parameter, gradient, a state) lies in memory (numerics, section 6).
 
 A role declares its format; a dtype alone does not tell it. Loading widens to the arithmetic type, storing rounds once.
+A format may have a part, which lies at an address of its own: what a 16-bit parameter lacks of its master weight.
 Native code and kernels know a format by its code (csrc/layout.h, triton_kernels.py).
 """
 
@@ -12,6 +13,7 @@ import torch
 
 __all__ = [
     "FORMATS",
+    "MASTER_NAME",
     "Format",
     "Storage",
     "arithmetic_dtype",
@@ -20,6 +22,7 @@ __all__ = [
     "full_state_dtype",
     "gradient_dtypes",
     "is_steppable",
+    "master_dtypes",
     "state_dtypes",
 ]
 
@@ -33,12 +36,14 @@ class Format:
         dtype: of the elements that it stores.
         code: its number in native code.
         stochastic: rounded up or down at random, with a mean that is what was to be stored.
+        part: what lies elsewhere of each element; a format that is only that has the code 0.
     """
 
     name: str
     dtype: torch.dtype
     code: int
     stochastic: bool = False
+    part: Format | None = None
 
 
 FLOAT64 = Format("float64", torch.float64, 1)
@@ -46,12 +51,23 @@ FLOAT32 = Format("float32", torch.float32, 2)
 BFLOAT16 = Format("bfloat16", torch.bfloat16, 3)
 FLOAT16 = Format("float16", torch.float16, 4)
 BFLOAT16_STOCHASTIC = Format("stochastic bfloat16", torch.bfloat16, 5, stochastic=True)
-FORMATS = (FLOAT64, FLOAT32, BFLOAT16, FLOAT16, BFLOAT16_STOCHASTIC)
+MASTER = Format("float32 master", torch.float32, 0)
+REMAINDER16 = Format("16-bit remainder", torch.int16, 0)
+REMAINDER8 = Format("8-bit remainder", torch.int8, 0)
+SPLIT32 = Format("bfloat16 with a 16-bit remainder", torch.bfloat16, 6, part=REMAINDER16)
+SPLIT24 = Format("bfloat16 with an 8-bit remainder", torch.bfloat16, 7, part=REMAINDER8)
+SPLIT24_STOCHASTIC = Format("stochastic bfloat16 with an 8-bit remainder", torch.bfloat16, 8, True, REMAINDER8)
+BFLOAT16_COPY = Format("bfloat16 copy of a master", torch.bfloat16, 9, part=MASTER)
+FLOAT16_COPY = Format("float16 copy of a master", torch.float16, 10, part=MASTER)
+FORMATS = (
+    FLOAT64, FLOAT32, BFLOAT16, FLOAT16, BFLOAT16_STOCHASTIC,
+    SPLIT32, SPLIT24, SPLIT24_STOCHASTIC, BFLOAT16_COPY, FLOAT16_COPY,
+)  # fmt: skip
 
 #: What stores tensors of a dtype to nearest even; a complex tensor is stepped as its real and imaginary parts.
-_NEAREST = {fmt.dtype: fmt for fmt in FORMATS if not fmt.stochastic}
-_NEAREST |= {torch.complex64: FLOAT32, torch.complex128: FLOAT64}
-_STOCHASTIC = {fmt.dtype: fmt for fmt in FORMATS if fmt.stochastic}
+_NEAREST = {(fmt.dtype, fmt.part and fmt.part.dtype): fmt for fmt in FORMATS if not fmt.stochastic}
+_NEAREST |= {(torch.complex64, None): FLOAT32, (torch.complex128, None): FLOAT64}
+_STOCHASTIC = {(fmt.dtype, fmt.part and fmt.part.dtype): fmt for fmt in FORMATS if fmt.stochastic}
 _EXACT_IN = {
     torch.float16: (torch.float16, torch.float32, torch.float64),
     torch.bfloat16: (torch.bfloat16, torch.float32, torch.float64),
@@ -62,14 +78,19 @@ _EXACT_IN = {
 }
 
 
-def format_of(dtype: torch.dtype, stochastic: bool = False) -> Format:
-    """What stores tensors of a dtype; `stochastic` where there is such a format, else to nearest even."""
-    return (_STOCHASTIC.get(dtype) if stochastic else None) or _NEAREST[dtype]
+def format_of(dtype: torch.dtype, stochastic: bool = False, part: torch.dtype | None = None) -> Format:
+    """What stores tensors of a dtype, with a part of another; `stochastic` where there is such a format."""
+    return (_STOCHASTIC.get((dtype, part)) if stochastic else None) or _NEAREST[dtype, part]
 
 
 def is_steppable(dtype: torch.dtype) -> bool:
     """May a parameter have this dtype? Integers, float8 and complex32 may not."""
-    return dtype in _NEAREST
+    return (dtype, None) in _NEAREST
+
+
+def master_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What may lie beside a parameter of `dtype` as its master weight: float32, or the bits that it lacks of one."""
+    return tuple(part for own, part in _NEAREST if own == dtype and part is not None)
 
 
 def gradient_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -99,7 +120,12 @@ def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 
 def exact_in(source: torch.dtype, target: torch.dtype) -> bool:
     """True if every value of `source` is exact in `target`."""
-    return target in _EXACT_IN.get(source, ())
+    return source == target or target in _EXACT_IN.get(source, ())
+
+
+#: The key of a parameter's state that has its master weight, or what the parameter lacks of it.
+MASTER_NAME = "master_param"
+_MASTERS = {"float32": torch.float32, "split32": torch.int16, "split24": torch.int8}
 
 
 # What a group asks for ------------------------------------------------------------------------------------------------
@@ -113,11 +139,14 @@ class Storage:
         states: a word for all states, or (state, word) of some: "float32" (not rounded), "bfloat16", "param" (the dtype
             of the parameter).
         stochastic_params, stochastic_states: are those in bfloat16 rounded stochastically?
+        masters: what 16-bit parameters have as master weights: "none", "float32" (beside them), "split32" or "split24"
+            (a remainder beside bfloat16 ones).
     """
 
     states: str | tuple[tuple[str, str], ...] = "float32"
     stochastic_params: bool = False
     stochastic_states: bool = True
+    masters: str = "none"
 
     def word(self, name: str) -> str:
         """What is asked for one state."""
@@ -125,4 +154,10 @@ class Storage:
 
     def state_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype of a state of a parameter of `dtype`."""
+        if name == MASTER_NAME:
+            return self.master_dtype(dtype) or torch.float32
         return {"bfloat16": torch.bfloat16, "param": dtype}.get(self.word(name)) or full_state_dtype(dtype)
+
+    def master_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        """The dtype of what lies beside a parameter of `dtype` as its master weight; None where it is its own."""
+        return _MASTERS.get(self.masters) if dtype in (torch.bfloat16, torch.float16) else None

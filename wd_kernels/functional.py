@@ -47,6 +47,7 @@ def adamw_(
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
+    master_params: Tensors = (),
     backend: BackendName = "auto",
     stochastic_rounding: StochasticRounding = "states",
     seed: int = 0,
@@ -65,6 +66,10 @@ def adamw_(
         lr, betas, eps, weight_decay, decay, eta, maximize: as for :class:`wd_kernels.AdamW`. Numbers, or CPU tensors of
             one element, which are read as float64: reading a device's would wait for it.
         grad_factor: gradients are multiplied by this first, in float64 with their sign: 1/scale, a clipping factor.
+        master_params: one for each, if any, of its shape and layout, beside 16-bit parameters. A float32 tensor is the
+            master: it is stepped, and the parameter, wherever it lies, is written as its copy, which nothing reads.
+            Beside bfloat16, an int16 or int8 tensor is what the parameter lacks of a float32, or of its upper 24 bits;
+            zeros, where the parameter is all there is.
         backend, stochastic_rounding, seed: as for :class:`wd_kernels.AdamW`. Random bits are those of elements that are
             numbered through the lists, each tensor from a multiple of 32 on.
 
@@ -81,7 +86,7 @@ def adamw_(
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
     """
-    roles = _lists("adamw_", params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    roles = _lists("adamw_", params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, master_params)
     check_chosen(weight_decay, decay, lr, "adamw_")
     numbers = (step, lr, *pair("betas", betas, "adamw_"), eps, weight_decay, eta, grad_factor)
     _run("adamw_", roles, numbers, (decay, maximize, backend, *_rounding(stochastic_rounding, seed)))
@@ -103,6 +108,7 @@ def adamw_flat_(
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
+    master_param: Tensor | None = None,
     backend: BackendName = "auto",
     stochastic_rounding: StochasticRounding = "states",
     seed: int = 0,
@@ -111,7 +117,7 @@ def adamw_flat_(
 
     Arguments and errors as for :func:`adamw_`, with one buffer in place of each list.
     """
-    roles = [[param], [grad], [exp_avg], [exp_avg_sq], [] if max_exp_avg_sq is None else [max_exp_avg_sq]]
+    roles = [[param], [grad], [exp_avg], [exp_avg_sq], _maybe(max_exp_avg_sq), _maybe(master_param)]
     check_chosen(weight_decay, decay, lr, "adamw_flat_")
     numbers = (step, lr, *pair("betas", betas, "adamw_flat_"), eps, weight_decay, eta, grad_factor)
     _run("adamw_flat_", roles, numbers, (decay, maximize, backend, *_rounding(stochastic_rounding, seed)))
@@ -133,6 +139,7 @@ def sgdw_(
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
+    master_params: Tensors = (),
     backend: BackendName = "auto",
     stochastic_rounding: StochasticRounding = "states",
     seed: int = 0,
@@ -146,7 +153,7 @@ def sgdw_(
         step: the number of this step, from 1; or, in a CPU tensor, a number for every parameter. In step 1 the buffer
             takes the gradient undampened, as torch's does.
         lr, momentum, dampening, weight_decay, nesterov, decay, form, eta, maximize: as for :class:`wd_kernels.SGDW`.
-        grad_factor, backend, stochastic_rounding, seed: as for :func:`adamw_`.
+        grad_factor, master_params, backend, stochastic_rounding, seed: as for :func:`adamw_`.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and the index; nothing was written.
@@ -161,7 +168,7 @@ def sgdw_(
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 1.
     """
-    roles = _lists("sgdw_", params, grads, momentum_buffers)
+    roles = _lists("sgdw_", params, grads, momentum_buffers, master_params)
     numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
     _run("sgdw_", roles, numbers, (decay, form, nesterov, maximize, backend, *_rounding(stochastic_rounding, seed)))
 
@@ -182,6 +189,7 @@ def sgdw_flat_(
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
+    master_param: Tensor | None = None,
     backend: BackendName = "auto",
     stochastic_rounding: StochasticRounding = "states",
     seed: int = 0,
@@ -190,7 +198,7 @@ def sgdw_flat_(
 
     Arguments and errors as for :func:`sgdw_`, with one buffer in place of each list.
     """
-    roles = [[param], [grad], [] if momentum_buffer is None else [momentum_buffer]]
+    roles = [[param], [grad], _maybe(momentum_buffer), _maybe(master_param)]
     numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
     _run(
         "sgdw_flat_", roles, numbers, (decay, form, nesterov, maximize, backend, *_rounding(stochastic_rounding, seed))
@@ -211,6 +219,7 @@ def adagradw_(
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
+    master_params: Tensors = (),
     backend: BackendName = "auto",
     stochastic_rounding: StochasticRounding = "states",
     seed: int = 0,
@@ -223,7 +232,7 @@ def adagradw_(
             dtypes as for :func:`adamw_`.
         step: the number of this step, from 1; or, in a CPU tensor, a number for every parameter.
         lr, lr_decay, weight_decay, eps, decay, eta, maximize: as for :class:`wd_kernels.AdagradW`.
-        grad_factor, backend, stochastic_rounding, seed: as for :func:`adamw_`.
+        grad_factor, master_params, backend, stochastic_rounding, seed: as for :func:`adamw_`.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and the index; nothing was written.
@@ -239,7 +248,7 @@ def adagradw_(
     Source: Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", JMLR
     2011, section 1.1.
     """
-    roles = _lists("adagradw_", params, grads, state_sums)
+    roles = _lists("adagradw_", params, grads, state_sums, master_params)
     numbers = (step, lr, lr_decay, eps, weight_decay, eta, grad_factor)
     _run("adagradw_", roles, numbers, (decay, maximize, backend, *_rounding(stochastic_rounding, seed)))
 
@@ -258,6 +267,7 @@ def adagradw_flat_(
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
+    master_param: Tensor | None = None,
     backend: BackendName = "auto",
     stochastic_rounding: StochasticRounding = "states",
     seed: int = 0,
@@ -269,10 +279,14 @@ def adagradw_flat_(
     numbers = (step, lr, lr_decay, eps, weight_decay, eta, grad_factor)
     _run(
         "adagradw_flat_",
-        [[param], [grad], [sum]],
+        [[param], [grad], [sum], _maybe(master_param)],
         numbers,
         (decay, maximize, backend, *_rounding(stochastic_rounding, seed)),
     )
+
+
+def _maybe(t: Tensor | None) -> Role:
+    return [] if t is None else [t]
 
 
 def _rounding(stochastic: Any, seed: int) -> tuple[Any, int]:

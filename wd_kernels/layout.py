@@ -18,9 +18,9 @@ from torch.nn.parameter import is_lazy
 
 from . import native
 from .epilogues import Epilogue
-from .formats import Format, format_of, gradient_dtypes, is_steppable, state_dtypes
+from .formats import Format, format_of, gradient_dtypes, is_steppable, master_dtypes, state_dtypes
 from .reference import BLOCK  # chunks are multiples of it, and begin where their segment's alignment holds
-from .rules import Rule, State, code_of
+from .rules import MASTER, Rule, State, code_of
 
 __all__ = [
     "BLOCK",
@@ -95,7 +95,7 @@ class Segments:
 
     @classmethod
     def empty(cls, n: int, states: int) -> Segments:
-        """Room for `n` segments with so many states."""
+        """Room for `n` segments with so many states and parts."""
         words = Place.ADDRESSES + 1 + states
         moving, places, capacities = (
             torch.zeros(shape, dtype=torch.int64, device=CPU) for shape in ((n, Moving.WORDS), (n, words), (n,))
@@ -137,14 +137,16 @@ class Spec:
 
     Attributes:
         states: by name, in the rule's order.
-        formats: of parameter, gradient, each state, and each output of the epilogue.
+        formats: of parameter, gradient, each state, each output of the epilogue, and each part.
         epilogue: what is run with the rule.
+        parts: by name, what lies elsewhere of the roles before, in their order.
     """
 
     device: torch.device
     states: tuple[str, ...]
     formats: tuple[Format, ...]
     epilogue: Epilogue | None = None
+    parts: tuple[str, ...] = ()
 
 
 def native_kernel(rule: Rule, spec: Spec) -> tuple[int, int, int, list[int]]:
@@ -160,13 +162,19 @@ def spec_of(
     """The bucket of a parameter, a gradient and states of these dtypes; None where there is none.
 
     Args:
+        states: of the rule; then `MASTER`, where there is one.
         stochastic: are parameters, are states rounded stochastically, where their dtype can be?
     """
     param, grad, *own = dtypes
+    master = own.pop() if MASTER in states else None
     if not is_steppable(param) or grad not in gradient_dtypes(param) or any(t not in state_dtypes(param) for t in own):
         return None
-    formats = (format_of(param, stochastic[0]), format_of(grad), *(format_of(t, stochastic[1]) for t in own))
-    return Spec(device, tuple(state.name for state in states), formats)
+    if master is not None and master not in master_dtypes(param):
+        return None
+    formats = [format_of(param, stochastic[0], master), format_of(grad), *(format_of(t, stochastic[1]) for t in own)]
+    names = tuple(state.name for state in states)
+    parts = tuple(fmt.part for fmt in formats if fmt.part is not None)
+    return Spec(device, names[: len(own)], (*formats, *parts), parts=names[len(own) :])
 
 
 @dataclass
@@ -181,7 +189,7 @@ class Bucket:
 
 
 class Tensors(NamedTuple):
-    """What is stepped of one parameter: its roles, its row, what an epilogue writes, and its origin (`Place`)."""
+    """What is stepped of one parameter: its roles, its row, what an epilogue writes, origin (`Place`), and master."""
 
     theta: Tensor
     grad: Tensor
@@ -190,6 +198,7 @@ class Tensors(NamedTuple):
     outputs: Mapping[str, Tensor] = MappingProxyType({})
     sums: Tensor | None = None
     origin: int = 0
+    master: Tensor | None = None
 
 
 class Table(Protocol):

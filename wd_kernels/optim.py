@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from .backends import BackendName
 from .optimizer import DecoupledOptimizer
-from .rules import ADAGRADW, ADAMW, TORCHS_DECAY, DecayMode, Form, StateDtype, StochasticRounding
+from .rules import ADAGRADW, ADAMW, TORCHS_DECAY, DecayMode, Form, MasterWeights, StateDtype, StochasticRounding
 from .rules import SGDW as SGDW_RULE
 from .schedules.stepping import ScheduleLike
 
@@ -72,6 +72,12 @@ class AdamW(DecoupledOptimizer):
         stochastic_rounding: what in bfloat16 is rounded up or down at random, with a mean that is exact: ``"states"``
             (the default: nearest rounding would lose every decay of a second moment), ``"params"``, True (both) or
             False. Nearest rounding of bfloat16 weights loses their decay and small updates.
+        master_weights: what a 16-bit parameter has beside it as its master weight, in ``state[p]["master_param"]``:
+            ``"float32"`` (or True), a master that is stepped, and written into the parameter, rounded, in the same
+            pass; ``"split32"``, the 16 bits that bfloat16 lacks of a float32 (int16): the same master in half the
+            bytes; ``"split24"``, 8 bits (int8), rounded to these, stochastically if parameters are to be; False, none.
+            Decay and small updates are then not lost. A group may have its own. Whoever writes weights by hand calls
+            :meth:`load_master_weights` after it.
         seed: of the random bits, a whole number; they are a function of it, the parameter's step count and the
             element, so that a run repeats to the bit on every backend, resumed, flat, or sharded by the first
             dimension.
@@ -115,6 +121,7 @@ class AdamW(DecoupledOptimizer):
         show_lr: bool = False,
         state_dtype: StateDtype = torch.float32,
         stochastic_rounding: StochasticRounding = "states",
+        master_weights: MasterWeights = False,
         seed: int = 0,
         backend: BackendName = "auto",
         foreach: bool | None = None,
@@ -125,7 +132,7 @@ class AdamW(DecoupledOptimizer):
         super().__init__(
             params, backend, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, show_lr=show_lr,
-            state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, seed=seed, foreach=foreach, fused=fused,
+            state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, master_weights=master_weights, seed=seed, foreach=foreach, fused=fused,
             capturable=capturable, differentiable=differentiable,
         )  # fmt: skip
 
@@ -196,6 +203,7 @@ class SGDW(DecoupledOptimizer):
         show_lr: bool = False,
         state_dtype: StateDtype = torch.float32,
         stochastic_rounding: StochasticRounding = "states",
+        master_weights: MasterWeights = False,
         seed: int = 0,
         backend: BackendName = "auto",
         foreach: bool | None = None,
@@ -205,7 +213,7 @@ class SGDW(DecoupledOptimizer):
         super().__init__(
             params, backend, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, decay=decay, form=form, eta=eta, schedule=schedule, base_lr=base_lr,
-            show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, seed=seed,
+            show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, master_weights=master_weights, seed=seed,
             foreach=foreach, fused=fused, differentiable=differentiable,
         )  # fmt: skip
 
@@ -272,6 +280,7 @@ class AdagradW(DecoupledOptimizer):
         show_lr: bool = False,
         state_dtype: StateDtype = torch.float32,
         stochastic_rounding: StochasticRounding = "states",
+        master_weights: MasterWeights = False,
         seed: int = 0,
         backend: BackendName = "auto",
         fused: bool | None = None,
@@ -281,6 +290,6 @@ class AdagradW(DecoupledOptimizer):
             params, backend, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize, decay=decay, eta=eta,
             schedule=schedule, base_lr=base_lr, show_lr=show_lr, state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding, seed=seed, foreach=foreach, fused=fused,
+            stochastic_rounding=stochastic_rounding, master_weights=master_weights, seed=seed, foreach=foreach, fused=fused,
             differentiable=differentiable,
         )  # fmt: skip

@@ -10,11 +10,12 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import backends, native
+from . import backends, master_weights, native
 from . import state_dict as state_dicts
 from .caller import warn
 from .flat.states import FlatGradients
@@ -204,7 +205,8 @@ class DecoupledOptimizer(Optimizer):
 
         Args:
             convert_states: round states to nearest even that were saved in more bits than the `state_dtype` of this
-                optimizer has; without it that is an error.
+                optimizer has, and store master weights as its `master_weights` says, which writes the parameters too
+                (a saved remainder is one of them as they are now: load the model's first). Without it, both are errors.
 
         A saved `weight_decay` is loaded where it means the same: where decay mode, form and whether it is normalised
         are the live ones, or where it is 0. Else the live decay stays, and a warning says so; momentum buffers of the
@@ -222,13 +224,46 @@ class DecoupledOptimizer(Optimizer):
             changed = pre_hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
-        groups, state, flat = state_dicts.load(
+        groups, state, flat, masters = state_dicts.load(
             self.rule, self.param_groups, state_dict, self.defaults["decay"], convert_states
         )
         self.__setstate__({"state": state, "param_groups": groups})
         self._table.flat_states = flat
+        master_weights.put(self.rule, self.param_groups, self.state, flat, masters)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def get_master_weights(self) -> dict[str | int, Tensor]:
+        """Copies of all weights as they are stepped, by name: in float32, whatever 16-bit parameters have beside them.
+
+        Returns:
+            Of each parameter its master weight, or itself in float32 where it has none (float64 and complex ones in
+            their dtype); by its position among all where the optimizer was given no names. Of a DTensor, a DTensor.
+
+        Example:
+            >>> import torch, wd_kernels
+            >>> w = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+            >>> opt = wd_kernels.SGDW([("w", w)], lr=1e-3, master_weights="split32")
+            >>> w.grad = torch.ones_like(w)
+            >>> opt.step()
+            >>> w.tolist(), [round(x, 4) for x in opt.get_master_weights()["w"].tolist()]
+            ([1.0, 1.0], [0.999, 0.999])
+        """
+        return master_weights.get(self.param_groups, self.state)
+
+    def load_master_weights(self, weights: Mapping[str | int, Tensor] | None = None) -> None:
+        """Writes all weights: master weights, and the parameters as their rounding to nearest even.
+
+        Args:
+            weights: by name, as `get_master_weights` gives them, in what is exact in float32 (float64 for float64
+                parameters). None: the parameters as they are now, which is for who wrote these by hand.
+
+        Raises:
+            KeyError, TypeError, ValueError: naming the parameter; nothing was written.
+        """
+        with self._table.lock:
+            masters = master_weights.chosen(self.param_groups, weights)
+            master_weights.put(self.rule, self.param_groups, self.state, self._table.flat_states, masters)
 
     def __getstate__(self) -> dict[str, Any]:
         packed: dict[str, Any] = super().__getstate__()

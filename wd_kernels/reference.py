@@ -38,20 +38,41 @@ def sqrt(x: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(np.sqrt(x.contiguous().numpy()))).view_as(x)
 
 
-def load(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Widens to the arithmetic type; complex tensors become their real and imaginary parts."""
+def load(x: Tensor, dtype: torch.dtype, part: Tensor | None = None) -> Tensor:
+    """Widens to the arithmetic type; complex tensors become their real and imaginary parts.
+
+    `part` is what lies elsewhere of a 16-bit parameter: its float32 master, or the bits that it lacks.
+    """
     x = x.detach()
+    if part is not None:
+        part = part.detach()
+        if part.dtype == torch.float32:
+            return part
+        shift = 32 - 8 * (x.itemsize + part.itemsize)
+        return ((x.view(torch.int16).int() << 16) + (part.int() << shift)).view(torch.float32)
     if x.is_complex():
         x = torch.view_as_real(x.resolve_conj())
     return x.resolve_neg().to(dtype)
 
 
-def store(memory: Tensor, value: Tensor, draws: Draws | None = None) -> None:
+def store(memory: Tensor, value: Tensor, draws: Draws | None = None, part: Tensor | None = None) -> None:
     """Rounds `value` once into `memory`, in place; a 16-bit NaN is the canonical one.
 
-    To nearest even; with `draws`, a bfloat16 is the one below or above, so that the mean is `value`.
+    To nearest even; with `draws`, to one of the two numbers beside `value`, so that the mean is that. What `part` has
+    of it is written too: all, or what a bfloat16 lacks; that is then the nearest one, the further from 0 of two.
     """
     memory = memory.detach()
+    if part is not None and part.dtype == torch.float32:
+        part.detach().copy_(value)
+    elif part is not None:
+        part, bits = part.detach(), torch.where(value.isnan(), 0x7FC00000, value.view(torch.int32))
+        if part.dtype == torch.int8:
+            up = 0x7F + ((bits >> 8) & 1) if draws is None else draws.bits(elements(memory)).to(torch.int32) >> 8
+            bits = (bits + up) & ~0xFF
+        high = (bits + 0x8000) >> 16
+        memory.view(torch.int16).copy_(high)
+        part.copy_((bits - (high << 16)) >> (8 if part.dtype == torch.int8 else 0))
+        return
     if memory.is_complex():
         memory = torch.view_as_real(memory)
     if memory.dtype == torch.bfloat16:  # on the bits: hardware conversions may flush subnormals
@@ -184,7 +205,7 @@ def subnormals() -> Iterator[None]:
 def step_(
     rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor],
     epilogue: Epilogue | None = None, outputs: Mapping[str, Tensor] = MappingProxyType({}), sums: Tensor | None = None,
-    formats: Sequence[Format] = (), origin: int = 0,
+    formats: Sequence[Format] = (), origin: int = 0, master: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One step of `rule` in place, on tensors as they are stored; a row's `frozen` keeps the bits of theta.
 
@@ -194,22 +215,23 @@ def step_(
         sums: [blocks, len(epilogue.sums)], for the sums of its blocks.
         formats: of theta, g, states and outputs; by default what rounds their dtypes to nearest even.
         origin: the number of theta's first element among all of the optimizer's.
+        master: what lies elsewhere of theta.
     """
     dtype = arithmetic_dtype(theta.dtype)
     own = {name: load(state, dtype) for name, state in states.items()}
-    before = load(theta, dtype).clone()
+    before = load(theta, dtype, master).clone()
     after, g, u, new = new_values(rule, row, grad_factor, before, load(g, dtype), own)
     written = (theta, g, *states.values(), *outputs.values())
     formats = formats or [format_of(t.dtype) for t in written]
     seed, step = (int(row[rule.scalars.index(name)]) for name in ("seed", "t"))
     draws = [Draws(seed, step, origin, role) if fmt.stochastic else None for role, fmt in enumerate(formats)]
     if not float(row[rule.scalars.index("frozen")]):
-        store(theta, after, draws[0])
+        store(theta, after, draws[0], master)
     for role, (name, state) in enumerate(states.items(), 2):
         store(state, new[name], draws[role])
     if epilogue is not None:
         s = _named(epilogue.scalars, row[len(rule.scalars) :], before)
-        element = Element(before, load(theta, dtype), g, u, new)
+        element = Element(before, load(theta, dtype, master), g, u, new)
         loaded = {name: load(output, dtype) for name, output in outputs.items()}
         produced, summands = epilogue.equation(s, element, loaded)
         for role, (name, output) in enumerate(outputs.items(), 2 + len(states)):

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from torch.nn.parameter import is_lazy
 from .caller import warn
 from .flat.buffers import place_of
 from .flat.states import FlatStates
-from .formats import Storage, format_of, is_steppable
+from .formats import MASTER_NAME, Storage, format_of, is_steppable
+from . import reference
 from .rules import FLAG, RULES, STORAGE, Rule
 from .schedules import stepping
 from .schedules.shapes import is_called, named
@@ -38,11 +39,13 @@ from .validation import check_type, conform_state, label, step_count, without_me
 __all__ = ["export", "load", "settle", "with_own_counts"]
 
 HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would step: the live group's stay
-STORED = ("state_dtype", "stochastic_rounding")  # so do these
+STORED = ("state_dtype", "stochastic_rounding", "master_weights")  # so do these
 LIVE = (*HOW, *STORED, "schedule", "show_lr")  # what a loaded group does not replace
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 #: The states of every rule: those of another one are kept in a loaded state, as they should lie.
-STATES = frozenset(state.name for rule in RULES.values() for state in rule.states)
+STATES = frozenset([MASTER_NAME, *(state.name for rule in RULES.values() for state in rule.states)])
+#: (parameter, group, index, its master weight in float32), to be written once all is loaded.
+Masters: TypeAlias = list[tuple[Tensor, int, int, Tensor]]
 
 
 def settle(rule: Rule, group: dict[str, Any], default: str) -> None:
@@ -121,11 +124,15 @@ def _first_states(rule: Rule, p: Tensor, group: Mapping[str, Any], storage: Stor
 
 def load(
     rule: Rule, live: Sequence[dict[str, Any]], state_dict: Mapping[str, Any], default: str, convert: bool = False
-) -> tuple[list[dict[str, Any]], dict[Any, Any], FlatStates]:
-    """(groups, state, the memory of flat states) of an optimizer that has loaded `state_dict`; `live` are its groups.
+) -> tuple[list[dict[str, Any]], dict[Any, Any], FlatStates, Masters]:
+    """What an optimizer has that has loaded `state_dict`; `live` are its groups.
 
     Args:
-        convert: round states that are to be stored in fewer bits than they were saved in.
+        convert: round states that are to be stored in fewer bits than they were saved in, and store master weights
+            otherwise.
+
+    Returns:
+        Groups, state, the memory of flat states, and the master weights that are to be written.
 
     Raises ValueError or TypeError, naming what does not fit; nothing is changed.
     """
@@ -163,17 +170,21 @@ def load(
         factors = [rule.carry(other, own, a) for other, own, a in zip(saved, groups, scaled, strict=True)]
     storages = [rule.storage(group, where.format(i)) for i, group in enumerate(groups)]
     state: defaultdict[Any, Any] = defaultdict(dict)
-    flat = FlatStates()
+    flat, masters = FlatStates(), Masters()
     for key, value in state_dict["state"].items():
         if key in parameter_of:
             g, k, p = parameter_of[key]
-            state[p] = _load_one(value, p, label(groups[g], g, k), flat, factors[g], storages[g], convert)
+            what = label(groups[g], g, k)
+            if convert and isinstance(value, Mapping) and MASTER_NAME in value:
+                value, master = _without_master(value, p, what, storages[g])
+                masters += [] if master is None else [(p, g, k, master)]
+            state[p] = _load_one(value, p, what, flat, factors[g], storages[g], convert)
         else:
             state[key] = value
     for remark, numbers in remarks.items():
         of = f"param group {numbers[0]}" if len(numbers) == 1 else f"param groups {', '.join(numbers)}"
         warn(f"{of} of the saved state: {remark}")
-    return groups, state, flat
+    return groups, state, flat, masters
 
 
 def _load_group(
@@ -406,6 +417,31 @@ def _looks_like(state_dict: Mapping[Any, Any]) -> str:
     return f"{shown}: expected an optimizer's state_dict()"
 
 
+def _without_master(
+    saved: Mapping[str, Any], p: Tensor, what: str, storage: Storage
+) -> tuple[Mapping[str, Any], Tensor | None]:
+    """A saved state without a master weight that is stored otherwise here, and that in float32."""
+    value, theta = saved[MASTER_NAME], local(p).detach()
+    if not isinstance(value, Tensor) or value.dtype == storage.master_dtype(theta.dtype):
+        return saved, None
+    of_state = f"the saved state {MASTER_NAME!r} of {what}"
+    check_type(value, of_state)
+    check_sharding(p, value, of_state)
+    here = local(value).detach().to(theta.device)
+    remainder = here.dtype in (torch.int16, torch.int8)
+    if (
+        here.shape != theta.shape
+        or (remainder and theta.dtype != torch.bfloat16)
+        or not (remainder or here.is_floating_point())
+    ):
+        raise TypeError(
+            f"{of_state} has dtype {value.dtype} and shape {tuple(value.shape)}, the parameter {theta.dtype} and "
+            f"{tuple(theta.shape)}: a remainder is what a bfloat16 parameter of its shape lacks of a float32"
+        )
+    master = reference.load(theta, torch.float32, here) if remainder else here.float()
+    return {name: own for name, own in saved.items() if name != MASTER_NAME}, sharded_like(p, master.clone())
+
+
 def _load_one(
     saved: Mapping[str, Any], p: Tensor, what: str, flat: FlatStates, factors: Mapping[str, float], storage: Storage,
     convert: bool,
@@ -437,6 +473,13 @@ def _load_one(
             theta = local(p).detach()
             detached = local(value).detach()  # a state is a leaf that needs no gradient, whatever was saved
             dtype = storage.state_dtype(name, theta.dtype)
+            if name == MASTER_NAME and storage.master_dtype(theta.dtype) != value.dtype:
+                raise TypeError(
+                    f"{of_state} has dtype {value.dtype}: with master_weights={storage.masters!r}, what is kept beside "
+                    f"a parameter of {theta.dtype} is {storage.master_dtype(theta.dtype) or 'nothing'}. Give the "
+                    "optimizer the master_weights that it was saved with, or have them stored as this one's, "
+                    "load_state_dict(..., convert_states=True)"
+                )
             loaded = conform_state(theta, theta, detached.to(theta.device), dtype, of_state, convert)
             factor = factors.get(name, 1.0)
             if factor != 1.0:

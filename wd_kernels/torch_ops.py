@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import backends, native
 from .layout import CPU, Moving
-from .rules import RULES, STORAGE, Rule, State, scalar
+from .rules import MASTER, RULES, STORAGE, Rule, State, scalar
 from .table.lists import ONE, Lists, examine, step_alike
 
 __all__ = ["OPERATORS", "Operator", "Role", "step"]
@@ -34,6 +34,7 @@ class Operator:
 
     Attributes:
         flat: one flat buffer a role, or a list of tensors.
+        states: of the rule, and master weights.
         roles: parameters, gradients and states.
         numbers: scalars, "step" first; the parts of a hyperparameter are numbers of their own.
         options: names and types of what is neither tensor nor number.
@@ -47,10 +48,14 @@ class Operator:
         return f"{self.rule.name}_flat_" if self.flat else f"{self.rule.name}_"
 
     @cached_property
+    def states(self) -> tuple[State, ...]:
+        return (*self.rule.states, MASTER)
+
+    @cached_property
     def roles(self) -> tuple[str, ...]:
         if self.flat:
-            return ("param", "grad", *(state.name for state in self.rule.states))
-        return ("params", "grads", *(state.plural for state in self.rule.states))
+            return ("param", "grad", *(state.name for state in self.states))
+        return ("params", "grads", *(state.plural for state in self.states))
 
     @cached_property
     def numbers(self) -> tuple[str, ...]:
@@ -77,7 +82,7 @@ class Operator:
 
     def may_lack(self, role: int) -> bool:
         """Is it a state that some groups lack?"""
-        return role >= 2 and self.rule.states[role - 2].asked_by is not None
+        return role >= 2 and (self.states[role - 2] is MASTER or self.states[role - 2].asked_by is not None)
 
     def label(self, role: int, index: int) -> str:
         """How errors call a tensor."""
@@ -176,10 +181,13 @@ def _counts(operator: Operator, value: Any, n: int) -> list[int]:
 
 def _check_lengths(operator: Operator, roles: Sequence[Role], needed: Sequence[State] | None) -> tuple[State, ...]:
     """The states that are there. Raises unless they are those that are needed; None: any that a rule may have."""
-    n, rule = len(roles[0]), operator.rule
+    n = len(roles[0])
     for k, own in enumerate(roles):
-        state = rule.states[k - 2] if k >= 2 else None
-        wanted = state is None or (bool(own) or state.asked_by is None if needed is None else state in needed)
+        state = operator.states[k - 2] if k >= 2 else None
+        if state is MASTER or needed is None:
+            wanted = bool(own) or not operator.may_lack(k)
+        else:
+            wanted = state is None or state in needed
         if len(own) == (n if wanted else 0):
             continue
         name = operator.roles[k]
@@ -192,7 +200,7 @@ def _check_lengths(operator: Operator, roles: Sequence[Role], needed: Sequence[S
                 f"{f'{n} tensors, zeros before the first step' if wanted else allowed}"
             )
         raise ValueError(f"{name} in {operator.name} has {len(own)} tensors: params has {n}, and each needs one")
-    return tuple(state for state, own in zip(rule.states, roles[2:], strict=True) if own)
+    return tuple(state for state, own in zip(operator.states, roles[2:], strict=True) if own)
 
 
 def _present(operator: Operator, roles: Sequence[Role]) -> tuple[list[int], list[Role]]:
@@ -232,14 +240,14 @@ def _fake(operator: Operator, *arguments: Any) -> None:
                 f"{name} in {operator.name} is a tensor of shape {tuple(value.shape)} on {value.device}: allowed are "
                 "CPU tensors of one element"
             )
-    _check_lengths(operator, roles, None)
+    states = _check_lengths(operator, roles, None)
     devices = dict.fromkeys(t.device for t in roles[0])
     if len(devices) > 1 and torch.device("meta") in devices:
         raise ValueError(
             f"{operator.roles[0]} in {operator.name} are on {[*map(str, devices)]}: on meta are all or none"
         )
     kept, roles = _present(operator, roles)
-    examine(lambda role, i: operator.label(kept[role], i), roles, memory=False)
+    examine(lambda role, i: operator.label(kept[role], i), states, roles, memory=False)
 
 
 _library: Any = torch.library.Library(native.NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]

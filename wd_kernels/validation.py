@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .formats import FORMATS, Storage, exact_in, gradient_dtypes, is_steppable, state_dtypes
+from .formats import FORMATS, Storage, exact_in, gradient_dtypes, is_steppable, master_dtypes, state_dtypes
 from .reference import store
 from .rules import State
 from .sharding import local
@@ -44,7 +44,9 @@ Key = TypeVar("Key", bound=Hashable)
 
 #: Of a group that is part of others: the (group, index) of each of its parameters.
 PLACES = "_places"
-_ALLOWED_DTYPES = ", ".join([*(f.name for f in FORMATS if not f.stochastic), "complex64", "complex128"])
+_ALLOWED_DTYPES = ", ".join(
+    [*(f.name for f in FORMATS if not f.stochastic and f.part is None), "complex64", "complex128"]
+)
 
 
 def label(group: Mapping[str, Any], group_index: int, index: int) -> str:
@@ -173,6 +175,12 @@ def check_storage(p: Tensor, storage: Storage, states: Iterable[State], what: st
                 f"state_dtype={storage.word(state.name)!r} for the state {state.name!r} of {what}, which has dtype "
                 f"{p.dtype}: allowed for it are {', '.join(map(str, allowed))}. A group of its own may ask for another"
             )
+    master = storage.master_dtype(p.dtype)
+    if master is not None and master not in master_dtypes(p.dtype):
+        raise TypeError(
+            f"master_weights={storage.masters!r} for {what}, which has dtype {p.dtype}: bfloat16 has the exponent of a "
+            "float32, so that a remainder beside it is one. Give float16 parameters a group with master_weights='float32'"
+        )
     if storage.stochastic_params and p.dtype == torch.float16:
         raise TypeError(
             f"stochastic_rounding for {what}, which has dtype {p.dtype}: bfloat16 is what is rounded so. Give float16 "

@@ -8,8 +8,9 @@ namespace wd {
 struct Kernel {
   const void *rule, *epilogue;  // of the instruction set's own types, as are the formats; no epilogue: null
   const void* formats[kMaxRoles];
-  int64_t sizes[kMaxRoles];  // bytes of an element of each role
-  int roles;
+  int64_t sizes[kMaxRoles];  // bytes of an element of each role, and of each part
+  int part_of[kMaxRoles];    // where among these the part of a role is; of a role without, its own place
+  int roles, parts;
   int width;        // scalars in a row
   bool random;      // some role is rounded by random bits
   void (*fused)();  // the loop of these formats, if they have one of their own
@@ -18,7 +19,7 @@ struct Kernel {
 };
 
 // The kernel for a rule with its states, an epilogue, and the format of every role (parameter, gradient, states,
-// outputs of the epilogue); false where there is none. One for each file of this directory.
+// outputs of the epilogue, then the parts of these); false where there is none. One for each file of this directory.
 namespace baseline {
 bool find(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles, Kernel* found);
 }

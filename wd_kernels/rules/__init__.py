@@ -2,10 +2,10 @@
 
 from .adagradw import ADAGRADW
 from .adamw import ADAMW
-from .rule import FLAG, Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
+from .rule import FLAG, MASTER, Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
 from .scalars import DECAY_MODES, TORCHS_DECAY, DecayMode, at_least_zero, check_chosen, flag, ipow, pair, scalar
 from .sgdw import FORMS, SGDW, Form
-from .storage import STORAGE, StateDtype, StochasticRounding, state_dtype_word
+from .storage import STORAGE, MasterWeights, StateDtype, StochasticRounding, state_dtype_word
 
 __all__ = [
     "ADAGRADW",
@@ -13,6 +13,7 @@ __all__ = [
     "DECAY_MODES",
     "FLAG",
     "FORMS",
+    "MASTER",
     "RULES",
     "SGDW",
     "STORAGE",
@@ -21,6 +22,7 @@ __all__ = [
     "Form",
     "Hyper",
     "Hyperparameter",
+    "MasterWeights",
     "Rule",
     "Settings",
     "State",

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats import Storage
+from ..formats import MASTER_NAME, Storage
 from .scalars import at_least_zero
 from .storage import STORAGE, check_storage
 
-__all__ = ["Hyper", "Hyperparameter", "Part", "Rule", "Settings", "State", "TorchTwin"]
+__all__ = ["MASTER", "Hyper", "Hyperparameter", "Part", "Rule", "Settings", "State", "TorchTwin"]
 
 #: The key of torch's groups that tells AdamW from Adam.
 FLAG = "decoupled_weight_decay"
@@ -68,6 +68,10 @@ class State:
         if self.initial is not None:
             (torch.view_as_real(zeros) if zeros.is_complex() else zeros).fill_(float(group[self.initial]))
         return zeros
+
+
+#: What lies beside a 16-bit parameter that has a master weight: it begins as the parameter, at any step count.
+MASTER = State(MASTER_NAME, "master_params", late=True)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How a group stores its tensors, "state_dtype", "stochastic_rounding" and "seed", checked (numerics, section 6)."""
+"""How a group stores its tensors, checked: "state_dtype", "stochastic_rounding", "master_weights" (numerics, 6)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ import torch
 from ..formats import Storage
 from .scalars import scalar
 
-__all__ = ["STORAGE", "StateDtype", "StochasticRounding", "check_storage", "state_dtype_word"]
+__all__ = ["STORAGE", "MasterWeights", "StateDtype", "StochasticRounding", "check_storage", "state_dtype_word"]
 
 #: One for all states, or by name; "param" is the parameter's own.
 StateDtype: TypeAlias = torch.dtype | str | Mapping[str, torch.dtype | str]
 StochasticRounding: TypeAlias = bool | Literal["none", "params", "states", "both"]
+MasterWeights: TypeAlias = bool | Literal["none", "float32", "split32", "split24"]
 
 #: The keys of a group that say it, and what a group without them means.
-STORAGE: dict[str, Any] = {"state_dtype": "float32", "stochastic_rounding": "states", "seed": 0}
+STORAGE: dict[str, Any] = {
+    "state_dtype": "float32", "stochastic_rounding": "states", "master_weights": "none", "seed": 0,
+}  # fmt: skip
 _WORDS = ("float32", "bfloat16", "param")
 _STOCHASTIC: dict[Any, tuple[bool, bool]] = {
     "none": (False, False), "params": (True, False), "states": (False, True), "both": (True, True),
 }  # fmt: skip
 _STOCHASTIC |= {False: _STOCHASTIC["none"], True: _STOCHASTIC["both"]}
+_MASTERS: dict[Any, str] = {word: word for word in ("none", "float32", "split32", "split24")}
+_MASTERS |= {False: "none", True: "float32"}
 
 
 def state_dtype_word(value: Any, names: Sequence[str], where: str) -> str:
@@ -72,7 +77,13 @@ def check_storage(group: Mapping[str, Any], names: Sequence[str], where: str) ->
             f"stochastic_rounding={stochastic!r} in {where}: allowed are False or 'none', 'params', 'states', True "
             "or 'both': what in bfloat16 is rounded stochastically"
         )
+    masters = group["master_weights"]
+    if not isinstance(masters, (int, str)) or masters not in _MASTERS:
+        raise ValueError(
+            f"master_weights={masters!r} in {where}: allowed are False or 'none', True or 'float32' (a float32 beside "
+            "each 16-bit parameter), 'split32' (16 more bits beside a bfloat16 one: a float32 in all), 'split24' (8 more)"
+        )
     seed = group["seed"]
     if not 0 <= (number := scalar("seed", seed, where)) < 2**53 or not number.is_integer():
         raise ValueError(f"seed={seed!r} in {where}: allowed are whole numbers from 0 on, < 2**53")
-    return Storage(pairs if "=" in word else word, *_STOCHASTIC[stochastic]), int(number)
+    return Storage(pairs if "=" in word else word, *_STOCHASTIC[stochastic], _MASTERS[masters]), int(number)

@@ -41,6 +41,8 @@ _DTYPE_CODES = {
     torch.bfloat16: (4 << 8) | 16,
     torch.complex64: (5 << 8) | 64,
     torch.complex128: (5 << 8) | 128,
+    torch.int16: 16,
+    torch.int8: 8,
 }
 _DEVICE_CODES = {"cpu": 1, "cuda": 10 if torch.version.hip else 2, "xpu": 14}
 
@@ -185,14 +187,15 @@ def expect(
         kind = Kind.SPECIAL
     elif flat_grad and found.grad.data_ptr() == flat_grad and may_be_held:
         kind = Kind.FLAT
-    places = [names.index(name) for name in found.known.spec.states]
+    spec = found.known.spec
+    places = [names.index(name) for name in (*spec.states, *spec.parts)]
     roles = []
     themselves = (p, found.grad_itself, *found.states)
     for role, (name, t, whole) in enumerate(zip([0, 0, *places], found.roles, themselves, strict=True)):
         like = theta if role == GRAD else t  # a gradient that lies otherwise is inspected every step
         address = 0 if role == GRAD else t.data_ptr()
-        layout, spec = (*like.shape, *like.stride()), spec_of(whole)
-        roles.append(ExpectedRole(name, dtype_code(t.dtype), layout, address, spec, t.untyped_storage()._cdata))
+        layout, sharding = (*like.shape, *like.stride()), spec_of(whole)
+        roles.append(ExpectedRole(name, dtype_code(t.dtype), layout, address, sharding, t.untyped_storage()._cdata))
     expected = [
         kind,
         found.known.segment,
@@ -215,7 +218,7 @@ class Watch:
 
     Attributes:
         params, places: the parameters, and (group, index in the group) of each.
-        names: "step", and the names of the rule's states.
+        names: "step", the names of the rule's states, and that of master weights.
         expected, roles: of each parameter.
         views: of each parameter, the view of its step count that the state dictionary has.
         flat: the tensors of parameters that lie in flat buffers: parameter, gradient and states.

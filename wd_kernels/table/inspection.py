@@ -13,7 +13,7 @@ from ..flat.buffers import FlatPlace, place_of
 from ..flat.states import FlatStates
 from ..formats import Storage
 from ..layout import Spec, spec_of
-from ..rules import Rule, State
+from ..rules import MASTER, Rule, State
 from ..sharding import check_sharding, local, sharded_like
 from ..validation import check_roles, check_storage, check_type, conform_state, is_dense, same_layout, step_count
 
@@ -42,7 +42,7 @@ class Finding:
     known: Known
     theta: Tensor
     grad: Tensor
-    memory: tuple[Tensor, ...]  # of the states
+    memory: tuple[Tensor, ...]  # of the states, and of the parameter's master weight
     states: tuple[Tensor, ...]  # themselves
     grad_itself: Tensor
     gapped: Tensor | None  # a parameter with gaps, which `theta` stands in for
@@ -116,6 +116,8 @@ def inspect(
         raise ValueError(f"the state of {what} has no {missing}: give it all of {names}, or none for a new start")
 
     check_storage(theta, storage, states, what)
+    if storage.master_dtype(theta.dtype) is not None:
+        states = (*states, MASTER)
     put: dict[str, Tensor] = {}
     memory, themselves = list[Tensor](), list[Tensor]()
     for state in states:
@@ -161,6 +163,8 @@ def _first(
         made = flat.zeros(place, theta, state.name, dtype)
     else:
         made = torch.zeros_like(theta, dtype=dtype, memory_format=torch.preserve_format)
+    if state is MASTER:  # of a remainder, zeros are the parameter as it is
+        return made.copy_(theta) if dtype.is_floating_point else made
     return state.begin(made, settings)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backends, native
 from ..backends.cpu import CHUNK
-from ..formats import state_dtypes
+from ..formats import MASTER_NAME, master_dtypes, state_dtypes
 from ..layout import (
     CPU,
     GRAD,
@@ -63,7 +63,7 @@ def step_alike(
     """A step of tensors of one kind, on the CPU, in one native call: nothing runs between the check and the launch.
 
     Args:
-        rule, states: what is stepped, and the states that are there.
+        rule, states: what is stepped, and the states that are there; then `MASTER`, if master weights are.
         stochastic: are parameters, are states rounded stochastically, where their dtype can be?
         roles: lists of equal length: parameters, gradients, and each state.
         backend: by name.
@@ -98,7 +98,7 @@ class Lists:
     """The table of one step. It has what a backend reads of a TensorTable (`layout.Table`).
 
     Args:
-        rule, states: what is stepped, and the states that are there.
+        rule, states: what is stepped, and the states that are there; then `MASTER`, if master weights are.
         stochastic: are parameters, are states rounded stochastically, where their dtype can be?
         label: how errors call the i-th tensor of a role.
         roles: lists of equal length: parameters, gradients, and each state.
@@ -124,7 +124,7 @@ class Lists:
             self.buckets.append(Bucket(spec, _resolve(backend, spec), 0, 0, self.order))
         else:
             self.roles = _held(label, roles)
-            examine(label, self.roles)
+            examine(label, states, self.roles)
             self._sort(backend)
 
     def _spec(self, own: Sequence[Tensor]) -> Spec | None:
@@ -170,9 +170,10 @@ class Lists:
     def tensors(self, i: int) -> Tensors:
         theta, grad, *states = (own[i] for own in self.roles)
         own = {state.name: t for state, t in zip(self.states, states, strict=True)}
+        master = own.pop(MASTER_NAME, None)
         segment = self.order.index(i)
         row, origin = self.segments.moving[segment, Moving.ROW], self.segments.places[segment, Place.ORIGIN]
-        return Tensors(theta.detach(), grad, own, int(row), origin=int(origin))
+        return Tensors(theta.detach(), grad, own, int(row), origin=int(origin), master=master)
 
 
 def _held(label: Callable[[int, int], str], roles: Roles) -> list[list[Tensor]]:
@@ -200,11 +201,12 @@ def _resolve(backend: str, spec: Spec) -> backends.Backend:
     return backends.resolve(backend, spec)
 
 
-def examine(label: Callable[[int, int], str], roles: Roles, memory: bool = True) -> None:
+def examine(label: Callable[[int, int], str], states: Sequence[State], roles: Roles, memory: bool = True) -> None:
     """Raises if the tensors of the roles do not belong together.
 
     Args:
         label: how errors call the i-th tensor of a role.
+        states: those that are there.
         roles: lists of equal length: parameters, gradients, and each state.
         memory: look at addresses too, which fake tensors have not.
     """
@@ -225,8 +227,9 @@ def examine(label: Callable[[int, int], str], roles: Roles, memory: bool = True)
             check_roles(p, grad, names[PARAM], names[GRAD])
         else:
             check_gradient(p, grad, names[GRAD])
-        for what, state in zip(names[2:], own[2:], strict=True):
-            _check_state(p, state, what, names[PARAM])
+        for kind, what, state in zip(states, names[2:], own[2:], strict=True):
+            allowed = master_dtypes(p.dtype) if kind.name == MASTER_NAME else state_dtypes(p.dtype)
+            _check_state(p, state, allowed, what, names[PARAM])
             if memory:
                 check_address(state, what)
     if memory:
@@ -237,9 +240,11 @@ def examine(label: Callable[[int, int], str], roles: Roles, memory: bool = True)
         )
 
 
-def _check_state(p: Tensor, state: Tensor, what: str, owner: str) -> None:
+def _check_state(p: Tensor, state: Tensor, allowed: Sequence[torch.dtype], what: str, owner: str) -> None:
     """Raises if `state` cannot be a state of `p`, as it is: a state is written, so no copy will do."""
-    if state.dtype not in (allowed := state_dtypes(p.dtype)):
+    if not allowed:
+        raise TypeError(f"{what} is given for {owner}, which has dtype {p.dtype}: bfloat16 and float16 have masters")
+    if state.dtype not in allowed:
         raise TypeError(f"{what} has dtype {state.dtype}: {owner} needs {' or '.join(map(str, allowed))}")
     for name, a, b in (("shape", tuple(state.shape), tuple(p.shape)), ("device", state.device, p.device)):
         if a != b:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..layout import CPU
-from ..rules import Hyper, Settings
+from ..rules import MASTER, Hyper, Settings
 from ..schedules.stepping import Tick
 from ..sharding import check_sharding, local, sharded_like
 from ..validation import check_gradient, check_parameter, label, without_memory
@@ -66,7 +66,8 @@ def step(groups: Sequence[Mapping[str, Any]], state: Any, hypers: Sequence[Hyper
 def _count(p: Tensor, own: dict[str, Any], settings: Settings) -> None:
     step = own.get("step")
     own["step"] = (torch.zeros((), dtype=torch.float32, device=CPU) if step is None else step) + 1
-    for state in settings.states:
+    masters = [] if settings.storage.master_dtype(p.dtype) is None else [MASTER]
+    for state in (*settings.states, *masters):
         if own.get(state.name) is None:
             dtype = settings.storage.state_dtype(state.name, p.dtype)
             zeros = torch.zeros_like(local(p).detach(), dtype=dtype, memory_format=torch.preserve_format)

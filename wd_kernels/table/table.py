@@ -26,7 +26,7 @@ from ..flat import buffers
 from ..flat.states import FlatStates
 from ..formats import Storage
 from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, origins, padded, write_segment
-from ..rules import Hyper, Rule, State
+from ..rules import MASTER, Hyper, Rule, State
 from ..schedules.stepping import Tick
 from ..sharding import is_sharded, local, shard_offset
 from ..validation import Extent, check_disjoint, label
@@ -65,6 +65,7 @@ class TensorTable:
         resolve: gives the backend for a bucket's Spec, or raises.
 
     Attributes:
+        states: all that a parameter may have beside it.
         counts: `state[p]["step"]` is a view of one of its steps.
         control: float64 [2], the gradient factor and the skip flag that every launch reads.
         buckets: the launches of a step.
@@ -76,6 +77,7 @@ class TensorTable:
 
     def __init__(self, rule: Rule, resolve: Callable[[Spec], Any]) -> None:
         self.rule, self.resolve = rule, resolve
+        self.states = (*rule.states, MASTER)
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.params: list[Tensor] = []
         self.sharded = False
@@ -196,12 +198,14 @@ class TensorTable:
         row = int(self.own_segments.moving[known.segment, Moving.ROW])
         origin = int(self.own_segments.places[known.segment, Place.ORIGIN])
         if found is not None:
-            states = dict(zip(known.spec.states, found.memory, strict=True))
-            return Tensors(found.theta, found.grad, states, row, origin=origin)
+            states = dict(zip((*known.spec.states, *known.spec.parts), found.memory, strict=True))
+            master = states.pop(MASTER.name, None)
+            return Tensors(found.theta, found.grad, states, row, origin=origin, master=master)
         assert p.grad is not None
         own = self.state[p]
         states = {name: local(own[name]) for name in known.spec.states}
-        return Tensors(local(p), local(p.grad), states, row, origin=origin)
+        master = local(own[MASTER.name]) if known.spec.parts else None
+        return Tensors(local(p), local(p.grad), states, row, origin=origin, master=master)
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
         if self.ranges is None:
@@ -219,7 +223,7 @@ class TensorTable:
                 raise TypeError(f"param group {g} is a {type(group).__name__}: expected a dict")
             if not isinstance(group["params"], (list, tuple)):
                 group["params"] = list(group["params"])
-        watch = Watch(self.groups, ("step", *(state.name for state in self.rule.states)))
+        watch = Watch(self.groups, ("step", *(state.name for state in self.states)))
         self.generation = buffers.generation()
         self.params, n = watch.params, len(watch.params)
         self.sharded = any(map(is_sharded, self.params))
@@ -230,7 +234,7 @@ class TensorTable:
         self.memory: list[weakref.ref[Tensor]] = []  # flat, where segments lie: others may lie there once it dies
         steps, active = (torch.zeros(n, dtype=torch.float32, device=CPU) for _ in range(2))
         self.counts = Counts(steps, active, torch.zeros(n, dtype=torch.uint8, device=CPU))
-        self.own_segments = Segments.empty(n, len(self.rule.states))
+        self.own_segments = Segments.empty(n, len(self.states))
         if any(type(t) is not Tensor for t in (self.control, self.own_segments.moving)):
             raise RuntimeError(
                 f"the optimizer's own tensors would be {type(self.own_segments.moving).__name__}s: a step reads memory "
@@ -360,7 +364,7 @@ class TensorTable:
             if f is None:
                 own = self.state.get(p, {})
                 lies = local(p).detach()
-                states = [local(t) for state in self.needs[g][0] if isinstance(t := own.get(state.name), Tensor)]
+                states = [local(t) for state in self.states if isinstance(t := own.get(state.name), Tensor)]
             else:
                 lies, states = f.theta if f.gapped is None else f.gapped, list(f.memory)
             extents.append(Extent(lies, what))
@@ -397,7 +401,7 @@ class TensorTable:
         self.device_copies = {device: own for device, own in self.device_copies.items() if device in devices}
         order += [i for i, known in enumerate(self.known) if known is None]
         first = origins(self.params) if self.origins is None else [self.origins[id(p)] for p in self.params]
-        old, self.own_segments = self.own_segments, Segments.empty(len(order), len(self.rule.states))
+        old, self.own_segments = self.own_segments, Segments.empty(len(order), len(self.states))
         for segment, i in enumerate(order):
             known = self.known[i]
             if known is not None:
