@@ -46,7 +46,7 @@ WD_HOST_DEVICE inline uint32_t draw_of(int role, uint32_t word) { return role % 
 
 // A format without a part.
 struct Whole {
-  static constexpr bool kStochastic = false, kParted = false;
+  static constexpr bool kStochastic = false, kParted = false, kRead = true;
   using Part = char;
 };
 
@@ -132,7 +132,7 @@ struct Float16 : Whole {
 // bfloat16, of two the one further from 0: so a remainder has a sign, and as many bits as it has.
 template <class Remainder, bool stochastic>
 struct Split {
-  static constexpr bool kStochastic = stochastic, kParted = true;
+  static constexpr bool kStochastic = stochastic, kParted = true, kRead = true;
   static constexpr int64_t kCode = sizeof(Remainder) == 2 ? kSplit32 : stochastic ? kSplit24Stochastic : kSplit24;
   static constexpr int kLost = sizeof(Remainder) == 2 ? 0 : 8;  // bits of a float32 that are not stored
   using Arithmetic = float;
@@ -157,7 +157,7 @@ using Split24Stochastic = Split<int8_t, true>;
 // A 16-bit parameter that is written as the copy of its float32 master, and never read.
 template <class Nearest, int64_t code>
 struct Copy {
-  static constexpr bool kStochastic = false, kParted = true;
+  static constexpr bool kStochastic = false, kParted = true, kRead = false;
   static constexpr int64_t kCode = code;
   using Arithmetic = float;
   using Memory = typename Nearest::Memory;

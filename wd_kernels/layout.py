@@ -137,9 +137,9 @@ class Spec:
 
     Attributes:
         states: by name, in the rule's order.
-        formats: of parameter, gradient, each state, each output of the epilogue, and each part.
+        formats: of parameter, gradient, each state, and each output of the epilogue.
         epilogue: what is run with the rule.
-        parts: by name, what lies elsewhere of the roles before, in their order.
+        parts: by name, what lies elsewhere of these roles, in their order.
     """
 
     device: torch.device
@@ -152,7 +152,8 @@ class Spec:
 def native_kernel(rule: Rule, spec: Spec) -> tuple[int, int, int, list[int]]:
     """(rule, variant, epilogue, formats), by which native code finds the kernel of a bucket."""
     epilogue = spec.epilogue.code if spec.epilogue is not None else 0
-    return code_of(rule), rule.variant(spec.states), epilogue, [fmt.code for fmt in spec.formats]
+    formats = [*spec.formats, *(fmt.part for fmt in spec.formats if fmt.part is not None)]
+    return code_of(rule), rule.variant(spec.states), epilogue, [fmt.code for fmt in formats]
 
 
 @lru_cache
@@ -173,8 +174,7 @@ def spec_of(
         return None
     formats = [format_of(param, stochastic[0], master), format_of(grad), *(format_of(t, stochastic[1]) for t in own)]
     names = tuple(state.name for state in states)
-    parts = tuple(fmt.part for fmt in formats if fmt.part is not None)
-    return Spec(device, names[: len(own)], (*formats, *parts), parts=names[len(own) :])
+    return Spec(device, names[: len(own)], tuple(formats), parts=names[len(own) :])
 
 
 @dataclass

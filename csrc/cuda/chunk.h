@@ -49,11 +49,15 @@ struct Lanes {
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// `width` neighbouring elements of a role, read or written at once.
-template <class Format, int width>
-struct alignas(sizeof(typename Format::Memory) * width) Vector {
-  typename Format::Memory element[width];
+// `width` neighbouring elements of a role or of a part, read or written at once.
+template <class Memory, int width>
+struct alignas(sizeof(Memory) * width) Vector {
+  Memory element[width];
 };
+template <class Format, int width>
+using VectorOf = Vector<typename Format::Memory, width>;
+template <class Format, int width>
+using VectorOfPart = Vector<typename Format::Part, width>;
 
 // Accesses of 8 and 16 bytes are spelled out: nvcc does not make vectors of all by itself (for sm_100, of hardly any).
 template <class V>
@@ -98,10 +102,12 @@ struct Roles {
   using O = typename E::Output;
   static constexpr int kWidest = larger(
       larger(Rule::kStates > 0 ? sizeof(typename S::Memory) : 0, E::kOutputs > 0 ? sizeof(typename O::Memory) : 0),
-      larger(sizeof(typename P::Memory), sizeof(typename G::Memory)));
+      larger(P::kParted ? sizeof(typename P::Part) : 0,
+             larger(sizeof(typename P::Memory), sizeof(typename G::Memory))));
   static constexpr int kWidth = 16 / kWidest;  // elements of a vector access: 16 bytes of the widest role
 
   typename P::Memory* theta;
+  typename P::Part* part;  // of the parameter, if it has one
   const typename G::Memory* grad;
   typename S::Memory* state[Rule::kStates + 1];
   typename O::Memory* output[E::kOutputs + 1];
@@ -156,10 +162,11 @@ struct Round {
   static constexpr int kStates = Rule::kStates, kOutputs = E::kOutputs;
   static_assert(kOutputs == 0 || sizeof(typename O::Arithmetic) == sizeof(T), "outputs are rounded once");
 
-  Vector<P, width> p[accesses];
-  Vector<G, width> g[accesses];
-  Vector<S, width> s[accesses][kStates + 1];
-  Vector<O, width> o[accesses][kOutputs + 1];
+  VectorOf<P, width> p[accesses];
+  VectorOfPart<P, width> part[P::kParted ? accesses : 1];
+  VectorOf<G, width> g[accesses];
+  VectorOf<S, width> s[accesses][kStates + 1];
+  VectorOf<O, width> o[accesses][kOutputs + 1];
 
   WD_HOST_DEVICE static int at(int from, int lane, int k) { return from + (k * kThreads + lane) * width; }
 
@@ -168,12 +175,13 @@ struct Round {
     for (int k = 0; k < accesses; ++k) {
       const int i = at(from, lane, k);
       if (masked && i >= end) continue;
-      p[k] = read<Vector<P, width>>(roles.theta + i);
-      g[k] = read<Vector<G, width>>(roles.grad + i);
+      if constexpr (P::kRead) p[k] = read<VectorOf<P, width>>(roles.theta + i);
+      if constexpr (P::kParted) part[k] = read<VectorOfPart<P, width>>(roles.part + i);
+      g[k] = read<VectorOf<G, width>>(roles.grad + i);
       WD_UNROLL
-      for (int n = 0; n < kStates; ++n) s[k][n] = read<Vector<S, width>>(roles.state[n] + i);
+      for (int n = 0; n < kStates; ++n) s[k][n] = read<VectorOf<S, width>>(roles.state[n] + i);
       WD_UNROLL
-      for (int n = 0; n < kOutputs; ++n) o[k][n] = read<Vector<O, width>>(roles.output[n] + i);
+      for (int n = 0; n < kOutputs; ++n) o[k][n] = read<VectorOf<O, width>>(roles.output[n] + i);
     }
   }
 
@@ -188,14 +196,15 @@ struct Round {
       const uint32_t place = Draws::place(first + i);  // neighbours pass no multiple of 2^32
       WD_UNROLL
       for (int e = 0; e < width; ++e) {
-        T x = P::load(p[k].element + e), own[kStates + 1];
+        typename P::Part* const also = part[P::kParted ? k : 0].element + e;
+        T x = P::load(p[k].element + e, also), own[kStates + 1];
         WD_UNROLL
         for (int n = 0; n < kStates; ++n) own[n] = S::load(s[k][n].element + e);
         const T before = x;
         T gradient = G::load(g[k].element + e);
         const T u = step(rule, x, gradient, own);
         const uint32_t here = place + e * Draws::kNext;
-        P::store(p[k].element + e, x, P::kStochastic ? draw_of(kParam, draws[0](here)) : 0);
+        P::store(p[k].element + e, x, P::kStochastic ? draw_of(kParam, draws[0](here)) : 0, also);
         uint32_t word = 0;
         WD_UNROLL
         for (int n = 0; n < kStates; ++n) {
@@ -206,7 +215,7 @@ struct Round {
           T output[kOutputs + 1], summands[E::kSums + 1];
           WD_UNROLL
           for (int n = 0; n < kOutputs; ++n) output[n] = O::load(o[k][n].element + e);
-          const T after = frozen ? before : T(P::load(p[k].element + e));
+          const T after = frozen ? before : T(P::load(p[k].element + e, also));
           epilogue(Element<T>{before, after, gradient, u, own, kStates}, output, summands);
           WD_UNROLL
           for (int n = 0; n < kOutputs; ++n) O::store(o[k][n].element + e, output[n], 0);
@@ -214,6 +223,8 @@ struct Round {
         }
       }
       if (!frozen) write(roles.theta + i, p[k]);
+      if constexpr (P::kParted)
+        if (!frozen) write(roles.part + i, part[k]);
       WD_UNROLL
       for (int n = 0; n < kStates; ++n) write(roles.state[n] + i, s[k][n]);
       WD_UNROLL
@@ -247,6 +258,7 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
   using T = typename Rule::Arithmetic;
   using Own = Roles<Rule, P, G, S, E>;
   Own roles = {memory<typename P::Memory>(place[address_word(kParam)], begin),
+               nullptr,
                memory<typename G::Memory>(moving.grad, begin),
                {},
                {}};
@@ -256,6 +268,8 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
   WD_UNROLL
   for (int n = 0; n < E::kOutputs; ++n)
     roles.output[n] = memory<typename E::Output::Memory>(place[address_word(kState + Rule::kStates + n)], begin);
+  if constexpr (P::kParted)
+    roles.part = memory<typename P::Part>(place[address_word(kState + Rule::kStates + E::kOutputs)], begin);
   Draws draws[(kState + Rule::kStates + 1) / 2] = {};
   if constexpr (P::kStochastic || S::kStochastic) {
     const Draws of_step = draws_of_row<Rule>(row);
@@ -304,7 +318,7 @@ struct WithFormats {
       if constexpr (Rule::kStates == 0 && sizeof(typename S::Memory) != sizeof(typename P::Arithmetic)) {
         return nullptr;  // its rows are those that have no format of states to tell
       } else {
-        static const Kernel kernel = {Of<Rule, P, G, S, E>::entry(), kState + Rule::kStates + E::kOutputs,
+        static const Kernel kernel = {Of<Rule, P, G, S, E>::entry(), kState + Rule::kStates + E::kOutputs + P::kParted,
                                       width_of<Rule>() + width_of<E>()};
         return &kernel;
       }
@@ -316,9 +330,11 @@ struct WithFormats {
 template <template <class, class, class, class, class> class Of, class P, class G, class S>
 const Kernel* find_with(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles) {
   using T = typename P::Arithmetic;
+  const int whole = roles - P::kParted;
 #define WD_ROW(code, ...)                                                                                            \
-  if (epilogue == code && all_are(S::kCode, formats, kState, roles - __VA_ARGS__::kOutputs) &&                       \
-      all_are(__VA_ARGS__::Output::kCode, formats, roles - __VA_ARGS__::kOutputs, roles)) {                          \
+  if (epilogue == code && all_are(S::kCode, formats, kState, whole - __VA_ARGS__::kOutputs) &&                       \
+      all_are(__VA_ARGS__::Output::kCode, formats, whole - __VA_ARGS__::kOutputs, whole) &&                          \
+      all_are(kPart, formats, whole, roles)) {                                                                       \
     const Kernel* const kernel = find_rule<T, WithFormats<Of, P, G, S, __VA_ARGS__>::template Found>(rule, variant); \
     return kernel != nullptr && kernel->roles == roles ? kernel : nullptr;                                           \
   }

@@ -22,6 +22,8 @@ FLOAT32 = tl.constexpr(2)
 BFLOAT16 = tl.constexpr(3)
 FLOAT16 = tl.constexpr(4)
 BFLOAT16_STOCHASTIC = tl.constexpr(5)
+SPLIT24_STOCHASTIC = tl.constexpr(8)
+BFLOAT16_COPY = tl.constexpr(9)
 
 MOVING_WORDS = tl.constexpr(Moving.WORDS)
 ORIGIN = tl.constexpr(Place.ORIGIN)
@@ -48,10 +50,43 @@ def arithmetic(formats):
 
 
 @triton.constexpr_function
-def vector(formats, role):
-    """Bytes of a role in one vector access, where the widest role has 16: more would want another layout."""
-    size = {1: 8, 2: 4, 3: 2, 4: 2, 5: 2}
-    return 16 * size[formats[role]] // max(size[format] for format in formats)
+def is_split(format):
+    """A bfloat16 with a remainder."""
+    return format in (6, 7, 8)
+
+
+@triton.constexpr_function
+def is_copy(format):
+    """Of a float32 master."""
+    return format in (9, 10)
+
+
+@triton.constexpr_function
+def lost(format):
+    """Bits of a float32 that a split format does not store."""
+    return 0 if format == 6 else 8
+
+
+@triton.constexpr_function
+def part_of(formats, role):
+    """Where among the addresses that of a role's part is: they follow those of all roles. Its own, if it has none."""
+    parted = [own for own in range(len(formats)) if formats[own] >= 6]
+    return len(formats) + parted.index(role) if role in parted else role
+
+
+@triton.constexpr_function
+def parts(formats):
+    """How many roles have a part."""
+    return sum(1 for format in formats if format >= 6)
+
+
+@triton.constexpr_function
+def vector(formats, at):
+    """Bytes of a role or a part in one vector access, where the widest has 16: more would want another layout."""
+    size = {1: 8, 2: 4, 3: 2, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2, 9: 2, 10: 2}
+    of_part = {6: 2, 7: 1, 8: 1, 9: 4, 10: 4}
+    sizes = [size[format] for format in formats] + [of_part[format] for format in formats if format in of_part]
+    return 16 * sizes[at] // max(sizes)
 
 
 @triton.constexpr_function
@@ -62,7 +97,7 @@ def is_bfloat16(format):
 @triton.constexpr_function
 def stochastic(formats):
     """Is some role rounded by random bits?"""
-    return 5 in formats
+    return 5 in formats or 8 in formats
 
 
 # Random bits ----------------------------------------------------------------------------------------------------------
@@ -126,6 +161,17 @@ def pointer(address, format: tl.constexpr):
 
 
 @triton.jit
+def part_pointer(address, format: tl.constexpr):
+    """The same of the part of a format: a float32 master, or a remainder."""
+    if is_copy(format):
+        return address.to(tl.pointer_type(tl.float32))
+    elif lost(format) == 8:
+        return address.to(tl.pointer_type(tl.int8))
+    else:
+        return address.to(tl.pointer_type(tl.int16))
+
+
+@triton.jit
 def widen(stored, format: tl.constexpr):
     """What was read, in the arithmetic type: exact."""
     if is_bfloat16(format):  # on the bits: the interpreter's conversions lose subnormals and round wrongly
@@ -152,13 +198,50 @@ def narrow(value, format: tl.constexpr, key=0, places=0, role: tl.constexpr = 0)
 
 
 @triton.jit
-def load(at, lanes, mask, format: tl.constexpr):
-    return widen(tl.load(at + lanes, mask=mask), format)
+def kept(value, format: tl.constexpr, key, places, role: tl.constexpr):
+    """The bits of a float32 that a split format stores of it, in its upper 24 or 32."""
+    bits = tl.where(value != value, 0x7FC00000, value.to(tl.int32, bitcast=True))
+    if format == SPLIT24_STOCHASTIC:
+        bits = (bits + (draw(key, places, role) >> 8)) & -256
+    elif lost(format) == 8:
+        bits = (bits + 0x7F + ((bits >> 8) & 1)) & -256
+    return bits
 
 
 @triton.jit
-def store(at, lanes, value, mask, format: tl.constexpr, key, places, role: tl.constexpr):
-    tl.store(at + lanes, narrow(value, format, key, places, role), mask=mask)
+def as_stored(value, format: tl.constexpr, key, places, role: tl.constexpr):
+    """What the next step loads of it."""
+    if is_split(format):
+        return kept(value, format, key, places, role).to(tl.float32, bitcast=True)
+    elif is_copy(format):
+        return value
+    else:
+        return widen(narrow(value, format, key, places, role), format)
+
+
+@triton.jit
+def load(at, part, lanes, mask, format: tl.constexpr):
+    if is_copy(format):
+        return tl.load(part + lanes, mask=mask)
+    elif is_split(format):
+        high = tl.load(at + lanes, mask=mask).to(tl.int32) << 16
+        return (high + (tl.load(part + lanes, mask=mask).to(tl.int32) << lost(format))).to(tl.float32, bitcast=True)
+    else:
+        return widen(tl.load(at + lanes, mask=mask), format)
+
+
+@triton.jit
+def store(at, part, lanes, value, mask, format: tl.constexpr, key, places, role: tl.constexpr):
+    if is_copy(format):
+        tl.store(part + lanes, value, mask=mask)
+        tl.store(at + lanes, narrow(value, BFLOAT16 if format == BFLOAT16_COPY else FLOAT16), mask=mask)
+    elif is_split(format):
+        bits = kept(value, format, key, places, role)
+        high = (bits + 0x8000) >> 16
+        tl.store(at + lanes, high.to(tl.int16), mask=mask)
+        tl.store(part + lanes, ((bits - (high << 16)) >> lost(format)).to(part.dtype.element_ty), mask=mask)
+    else:
+        tl.store(at + lanes, narrow(value, format, key, places, role), mask=mask)
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -304,20 +387,21 @@ def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constex
         places = numbers.to(tl.uint32) * 0x9E3779B1 + (numbers >> 32).to(tl.uint32) * 0x85EBCA77
     values = ()
     for role in tl.static_range(len(formats)):
-        values += (load(at[role], lanes, mask, formats[role]),)
+        values += (load(at[role], at[part_of(formats, role)], lanes, mask, formats[role]),)
     own = scalars[: len(scalar_names)]
     theta, g, u, new = step(values[0], values[1], values[2:], states, own, scalar_names, rule, root)
     if not frozen:
-        store(at[0], lanes, theta, mask, formats[0], keys[0], places, 0)
+        store(at[0], at[part_of(formats, 0)], lanes, theta, mask, formats[0], keys[0], places, 0)
     for role in tl.static_range(2, 2 + len(states)):
-        store(at[role], lanes, new[role - 2], mask, formats[role], keys[role], places, role)
+        store(at[role], at[role], lanes, new[role - 2], mask, formats[role], keys[role], places, role)
     if epilogue is not None:
-        after = tl.where(frozen, values[0], widen(narrow(theta, formats[0], keys[0], places), formats[0]))
+        after = tl.where(frozen, values[0], as_stored(theta, formats[0], keys[0], places, 0))
         outputs, summands = epilogue(
             values[0], after, g, u, new, states, values[2 + len(states) :], scalars[len(scalar_names) :]
         )
         for role in tl.static_range(2 + len(states), len(formats)):
-            store(at[role], lanes, outputs[role - 2 - len(states)], mask, formats[role], keys[role], places, role)
+            output = outputs[role - 2 - len(states)]
+            store(at[role], at[role], lanes, output, mask, formats[role], keys[role], places, role)
         for n in tl.static_range(n_sums):
             summand = summands[n]
             if not full:
@@ -329,7 +413,7 @@ def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constex
 def ahead(at, offset, formats: tl.constexpr, full: tl.constexpr):
     """Pointers that lie `offset` elements further on; if `full`, they are promised to begin vectors."""
     further = ()
-    for role in tl.static_range(len(formats)):
+    for role in tl.static_range(len(formats) + parts(formats)):
         if full:
             further += (tl.multiple_of(at[role] + offset, vector(formats, role)),)
         else:
@@ -364,6 +448,9 @@ def step_kernel(chunks, places, moving, rows, control, place_words, chunk_size,
     at = (pointer(tl.load(place), formats[0]) + begin, pointer(tl.load(moved), formats[1]) + begin)
     for role in tl.static_range(2, len(formats)):
         at += (pointer(tl.load(place + role - 1), formats[role]) + begin,)
+    for role in tl.static_range(len(formats)):
+        if part_of(formats, role) != role:
+            at += (part_pointer(tl.load(place + part_of(formats, role) - 1), formats[role]) + begin,)
     frozen = tl.load(row + position(scalar_names, "frozen")) != 0
     scalars = ()
     for i in tl.static_range(width):
