@@ -16,9 +16,16 @@ STATES = {kind: len(states) for kind, (_, states) in KINDS.items()}
 BLOCK, SHORTEST = 256, 4096  # elements that share a float32 scale; shorter tensors are not quantised
 
 
-def step_bytes(rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> int:
-    """Bytes per parameter and step, all states being of one dtype."""
-    return 2 * param.itemsize + grad.itemsize + 2 * STATES[rule] * state.itemsize
+def step_bytes(
+    rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype, master: torch.dtype | None = None
+) -> int:
+    """Bytes per parameter and step, all states being of one dtype.
+
+    A float32 master is read in place of the parameter, a remainder beside it; both are written.
+    """
+    read = 0 if master == torch.float32 else param.itemsize
+    parts = 0 if master is None else 2 * master.itemsize
+    return read + param.itemsize + parts + grad.itemsize + 2 * STATES[rule] * state.itemsize
 
 
 def _blocks(plain: int, n: int, numel: int | None, tail: bool) -> float:

@@ -30,14 +30,20 @@ from pathlib import Path
 from typing import Any
 
 import disassembly
+from byte_model import step_bytes
 from internals import KINDS, aligned
 
 from wd_kernels.formats import (
     BFLOAT16,
+    BFLOAT16_COPY,
     BFLOAT16_STOCHASTIC,
     FLOAT16,
+    FLOAT16_COPY,
     FLOAT32,
     FLOAT64,
+    SPLIT24,
+    SPLIT24_STOCHASTIC,
+    SPLIT32,
     Format,
     arithmetic_dtype,
     format_of,
@@ -64,6 +70,15 @@ FORMATS = (
 MORE_FORMATS = (
     (FLOAT32, BFLOAT16, BFLOAT16_STOCHASTIC), (BFLOAT16, BFLOAT16, BFLOAT16), (BFLOAT16, BFLOAT16, BFLOAT16_STOCHASTIC),
     (BFLOAT16_STOCHASTIC, BFLOAT16, FLOAT32),
+    (SPLIT32, BFLOAT16, FLOAT32), (SPLIT24_STOCHASTIC, BFLOAT16, BFLOAT16_STOCHASTIC),
+    (BFLOAT16_COPY, BFLOAT16, FLOAT32), (FLOAT16_COPY, FLOAT16, FLOAT32),
+)  # fmt: skip
+#: The targets of these, and what else the CUDA library has kernels of.
+MORE_TARGETS = ("sm_90", "gfx942")
+LIBRARY_FORMATS = (
+    (SPLIT32, BFLOAT16, BFLOAT16_STOCHASTIC), (SPLIT24, BFLOAT16, FLOAT32), (SPLIT24_STOCHASTIC, BFLOAT16, FLOAT32),
+    (BFLOAT16_COPY, FLOAT32, FLOAT32),
+    (BFLOAT16_COPY, BFLOAT16, BFLOAT16_STOCHASTIC),
 )  # fmt: skip
 
 
@@ -83,18 +98,29 @@ class Kernel:
 
     @property
     def plain(self) -> bool:
-        """Are its states in the arithmetic type, as they are unless another is asked for?"""
-        return self.state.dtype == arithmetic_dtype(self.param.dtype)
+        """Are its states in the arithmetic type, and parameters without a part, as they are by default?"""
+        return self.state.dtype == arithmetic_dtype(self.param.dtype) and self.param.part is None
+
+    @property
+    def common(self) -> bool:
+        """Are its formats those that are compiled for all targets?"""
+        return (self.param, self.grad, self.state) in FORMATS
+
+    @property
+    def model(self) -> int:
+        """Bytes of a step of one element."""
+        part = None if self.param.part is None else self.param.part.dtype
+        return step_bytes(self.rule, self.param.dtype, self.grad.dtype, self.state.dtype, part)
 
     def __str__(self) -> str:
-        names = dict.fromkeys((self.param.name, self.grad.name))
-        return f"{self.rule} ({', '.join(names)}{'' if self.plain else f'; {self.state.name} states'})"
+        names, full = dict.fromkeys((self.param.name, self.grad.name)), arithmetic_dtype(self.param.dtype)
+        return f"{self.rule} ({', '.join(names)}{'' if self.state.dtype == full else f'; {self.state.name} states'})"
 
 
 def kernels(every: bool = False) -> list[Kernel]:
     """The specialisations that are compiled here; `every`: all that the CUDA library has."""
     found: dict[str, Kernel] = {}
-    for rule, formats in product(KINDS, (*FORMATS, *MORE_FORMATS)):
+    for rule, formats in product(KINDS, (*FORMATS, *MORE_FORMATS, *(LIBRARY_FORMATS if every else ()))):
         own = Kernel(rule, *formats)
         if len(own.formats) == 2:  # it has no states
             own = Kernel(rule, *formats[:2], format_of(arithmetic_dtype(own.param.dtype)))
@@ -196,7 +222,7 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
 
 def costs(ptx: Path | None = None) -> list[Cost]:
     """Of every kernel on every target. `ptx`: a folder for their PTX."""
-    pairs = list(product(TARGETS, kernels()))
+    pairs = [(t, k) for t, k in product(TARGETS, kernels()) if t in MORE_TARGETS or k.common]
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(cost, [k for _, k in pairs], [t for t, _ in pairs], [ptx] * len(pairs), chunksize=4))
 

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import disassembly
-from byte_model import step_bytes
 from codegen import Cost, Kernel, kernels, program
 from internals import KINDS
 
-from wd_kernels.formats import BFLOAT16, BFLOAT16_STOCHASTIC, FLOAT16, FLOAT32, FLOAT64
+from wd_kernels import formats
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "wd_kernels" / "_cuda.abi3.so"
 THREADS = 128  # kThreads of csrc/cuda/chunk.h
-_FORMATS = {FLOAT64: "Float64", FLOAT32: "Float32", BFLOAT16: "BFloat16", FLOAT16: "Float16",
-            BFLOAT16_STOCHASTIC: "BFloat16Stochastic"}  # fmt: skip
+_FORMATS = {
+    formats.FLOAT64: "Float64", formats.FLOAT32: "Float32", formats.BFLOAT16: "BFloat16", formats.FLOAT16: "Float16",
+    formats.BFLOAT16_STOCHASTIC: "BFloat16Stochastic", formats.SPLIT32: "Split<short, false>",
+    formats.SPLIT24: "Split<signed char, false>", formats.SPLIT24_STOCHASTIC: "Split<signed char, true>",
+    formats.BFLOAT16_COPY: "Copy<wd::cuda::BFloat16, 9l>", formats.FLOAT16_COPY: "Copy<wd::cuda::Float16, 10l>",
+}  # fmt: skip
 
 
 @cache
@@ -53,10 +56,10 @@ def compiler() -> str:
 def name(kernel: Kernel) -> str:
     """How the C++ compiler calls the kernel's template arguments."""
     rule, states = KINDS[kernel.rule]
-    arithmetic = "double" if kernel.param == FLOAT64 else "float"
+    arithmetic = "double" if kernel.param == formats.FLOAT64 else "float"
     asked = [str(state.name in states).lower() for state in rule.states if state.asked_by]
-    formats = (_FORMATS[own] for own in (kernel.param, kernel.grad, kernel.state))
-    parts = (f"{rule.title}<{', '.join([arithmetic, *asked])}>", *formats, f"NoEpilogue<{arithmetic}>")
+    names = (_FORMATS[own] for own in (kernel.param, kernel.grad, kernel.state))
+    parts = (f"{rule.title}<{', '.join([arithmetic, *asked])}>", *names, f"NoEpilogue<{arithmetic}>")
     return ", ".join(f"wd::cuda::{part}" for part in parts)
 
 
@@ -97,9 +100,8 @@ def costs(library: Path = LIBRARY) -> Iterator[Cost]:
                 if not KINDS[kernel.rule][0].metric:
                     inexact += disassembly.sass_inexact(code)
                 found = disassembly.sass_reading(code, disassembly.usage(usages[key]), inexact, THREADS)
-                model = step_bytes(kernel.rule, kernel.param.dtype, kernel.grad.dtype, kernel.state.dtype)
-                elements = found.moved // model
-                yield Cost(**vars(found), kernel=str(kernel), target=target, elements=elements, model=model)
+                elements = found.moved // kernel.model
+                yield Cost(**vars(found), kernel=str(kernel), target=target, elements=elements, model=kernel.model)
 
 
 if __name__ == "__main__":

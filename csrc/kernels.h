@@ -30,6 +30,7 @@
   ROW(Split32, BFloat16, Float32)                       \
   ROW(Split32, BFloat16, BFloat16Stochastic)            \
   ROW(Split24, BFloat16, Float32)                       \
+  ROW(Split24Stochastic, BFloat16, Float32)             \
   ROW(Split24Stochastic, BFloat16, BFloat16Stochastic)  \
   ROW(BFloat16Copy, BFloat16, Float32)                  \
   ROW(BFloat16Copy, Float32, Float32)                   \

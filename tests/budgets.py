@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codegen
-from byte_model import step_bytes
+import torch
 
 
 def assert_in_budget(kernel: codegen.Kernel, cost: codegen.Cost) -> None:
@@ -13,13 +13,15 @@ def assert_in_budget(kernel: codegen.Kernel, cost: codegen.Cost) -> None:
     assert cost.layouts == 0, f"{cost.kernel}: values change their layout {cost.layouts} times"
     assert cost.inexact == 0, f"{cost.kernel}: {cost.inexact} operations are not rounded on their own"
     # The widest format is moved 16 bytes at a time, and a 2-byte one beside a 4-byte one 8.
-    sizes = [fmt.dtype.itemsize for fmt in kernel.formats]
-    widths = {16 * size // max(sizes) for size in sizes}
+    param, grad, *states = (fmt.dtype.itemsize for fmt in kernel.formats)
+    part = [] if kernel.param.part is None else [kernel.param.part.dtype.itemsize]
+    copied = kernel.param.part is not None and kernel.param.part.dtype == torch.float32
+    widest = max(param, grad, *states, *part)
+    widths = {16 * size // widest for size in (*([] if copied else [param]), grad, *states, *part)}
     assert set(cost.loads) == widths, f"{cost.kernel}: loads of {sorted(set(cost.loads))} bytes"
-    written = {16 * size // max(sizes) for size in (sizes[0], *sizes[2:])}
+    written = {16 * size // widest for size in (param, *states, *part)}
     assert set(cost.stores) == written, f"{cost.kernel}: stores of {sorted(set(cost.stores))} bytes"
-    model = step_bytes(kernel.rule, kernel.param.dtype, kernel.grad.dtype, kernel.state.dtype)
-    assert cost.bytes_per_element == cost.model == model, f"{cost.kernel}: {cost.bytes_per_element} B an element"
+    assert cost.bytes_per_element == cost.model == kernel.model, f"{cost.kernel}: {cost.bytes_per_element} B an element"
     # A budget is half of what could be issued. States in bfloat16 leave too few bytes to move for that, and random bits
     # take instructions and registers: such kernels must stay below what can be issued, with three eighths on their way.
     special = not kernel.plain or any(fmt.stochastic for fmt in kernel.formats)

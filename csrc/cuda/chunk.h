@@ -59,21 +59,28 @@ using VectorOf = Vector<typename Format::Memory, width>;
 template <class Format, int width>
 using VectorOfPart = Vector<typename Format::Part, width>;
 
-// Accesses of 8 and 16 bytes are spelled out: nvcc does not make vectors of all by itself (for sm_100, of hardly any).
+// Accesses of 4, 8 and 16 bytes are spelled out: nvcc does not make vectors of all by itself (for sm_100, of hardly
+// any).
 template <class V>
 WD_HOST_DEVICE inline V read(const void* at) {
 #ifdef __CUDA_ARCH__
   V value;
   uint64_t words[2];
+  [[maybe_unused]] uint32_t word;
   if constexpr (sizeof(V) == 16)
     asm volatile("ld.global.v2.u64 {%0, %1}, [%2];"
                  : "=l"(words[0]), "=l"(words[1])
                  : "l"(__cvta_generic_to_global(at)));
   else if constexpr (sizeof(V) == 8)
     asm volatile("ld.global.u64 %0, [%1];" : "=l"(words[0]) : "l"(__cvta_generic_to_global(at)));
+  else if constexpr (sizeof(V) == 4 && sizeof(value.element[0]) < 4)
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(at)));
   else
     return *static_cast<const V*>(at);
-  __builtin_memcpy(&value, words, sizeof(V));
+  if constexpr (sizeof(V) == 4)
+    __builtin_memcpy(&value, &word, sizeof(V));
+  else
+    __builtin_memcpy(&value, words, sizeof(V));
   return value;
 #else
   return *static_cast<const V*>(at);
@@ -89,7 +96,11 @@ WD_HOST_DEVICE inline void write(void* at, const V& value) {
     asm volatile("st.global.v2.u64 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(at)), "l"(words[0]), "l"(words[1]));
   else if constexpr (sizeof(V) == 8)
     asm volatile("st.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(at)), "l"(words[0]));
-  else
+  else if constexpr (sizeof(V) == 4 && sizeof(value.element[0]) < 4) {
+    uint32_t word;
+    __builtin_memcpy(&word, &value, sizeof(V));
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(at)), "r"(word));
+  } else
     *static_cast<V*>(at) = value;
 #else
   *static_cast<V*>(at) = value;
