@@ -161,7 +161,8 @@ def tool(name: str, *arguments: str, cwd: str | None = None) -> str:
 
 def _sass_width(line: str) -> int:
     found = re.search(r"(?:LDG|STG)\S*?\.(\d+|[US]\d+)\b", line)
-    return {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1, "8": 1}[found[1]] if found else 4
+    sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1, "8": 1}
+    return sizes[found[1]] if found else 4
 
 
 def _sass_load(line: str) -> int:

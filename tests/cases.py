@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import wd_kernels
+from wd_kernels.formats import MASTER_NAME
 from wd_kernels.layout import Moving
 from wd_kernels.rules import DECAY_MODES
 
@@ -46,12 +47,16 @@ DTYPES = (
 #: (parameter, gradient, how they are stored): what is stored otherwise than by default.
 STORED = (
     (f32, f32, "bf16-states"), (f32, bf16, "bf16-states"), (bf16, bf16, "nearest"), (bf16, bf16, "bf16-states"),
-    (bf16, bf16, "random-params"), (bf16, bf16, "random"),
+    (bf16, bf16, "random-params"), (bf16, bf16, "split32"), (bf16, bf16, "copy"), (f16, f16, "copy"),
+    (bf16, bf16, "split24-random"), (bf16, bf16, "random"),
 )  # fmt: skip
 STORAGE: dict[str, dict[str, Any]] = {
     "bf16-states": {"state_dtype": "bfloat16", "seed": 3},
     "nearest": {"state_dtype": "param", "stochastic_rounding": False},
     "random-params": {"stochastic_rounding": True, "seed": 2**53 - 1},
+    "split32": {"master_weights": "split32"},
+    "split24-random": {"master_weights": "split24", "state_dtype": "param", "stochastic_rounding": True, "seed": 8},
+    "copy": {"master_weights": "float32"},
     "random": {"state_dtype": "param", "stochastic_rounding": True, "seed": 2**32 + 5},
 }
 
@@ -308,8 +313,8 @@ STATES = {
     ("adagradw", False): ("sum",),
 }
 GUARD = 24  # elements before and after
-CANARY = {2: 0x5AC3, 4: 0x5AC35AC3, 8: 0x5AC35AC35AC35AC3}
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+CANARY = {1: 0x5A, 2: 0x5AC3, 4: 0x5AC35AC3, 8: 0x5AC35AC35AC35AC3}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def with_dtypes(found: Iterable[Case], dtypes: Iterable[tuple[torch.dtype, torch.dtype]]) -> list[Case]:
@@ -325,6 +330,12 @@ def state_dtype(case: Case) -> torch.dtype:
     if case.options.get("state_dtype") is not None:
         return bf16
     return f64 if case.dtype == f64 else f32
+
+
+def masters_of(case: Case) -> dict[str, torch.dtype]:
+    """What a case has beside its parameters as master weights, by name."""
+    word = case.options.get("master_weights")
+    return {} if word is None else {MASTER_NAME: {"float32": f32, "split32": torch.int16, "split24": torch.int8}[word]}
 
 
 def guarded(values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
@@ -349,14 +360,16 @@ def placed_run(
     """(result, the alignment flags of the segments) of tensors of which none, each role in turn, or all lie `offset`
     elements off a 64-byte boundary. Nothing outside of a tensor is written, nor a gradient, and no tensor is replaced.
     """
-    names = states_of(case)
+    masters = masters_of(case)
+    names = (*states_of(case), *masters)
     roles = ("param", "grad", *names)
     params, placed, unchanged = [], [], []
     for k, (moved, n) in enumerate(itertools.product(("none", *roles, "all"), sizes)):
         generator = torch.Generator().manual_seed(n + 1000 * k)
         values = {
             "param": torch.randn(n, generator=generator).to(case.dtype),
-            **{name: torch.rand(n, generator=generator).to(state_dtype(case)) for name in names},
+            **{name: torch.rand(n, generator=generator).to(state_dtype(case)) for name in states_of(case)},
+            **{name: (torch.randn(n, generator=generator) * 40).to(dtype) for name, dtype in masters.items()},
             "grad": gradient(Piece((n,)), case.grad_dtype, n + k),
         }
         own = {role: guarded(v.to(device), offset if moved in (role, "all") else 0) for role, v in values.items()}

@@ -84,10 +84,11 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
     for i in bucket.members:
         if not table.active[i]:
             continue
-        theta, grad, states, _, outputs, sums, _ = table.tensors(i)
+        theta, grad, states, _, outputs, sums, _, master = table.tensors(i)
         place = place_of(theta) if isinstance(theta, torch.nn.Parameter) else None
         roles = [("parameter", theta, True), ("gradient", grad, False)]
         roles += [(f"state {k}", state, True) for k, state in enumerate(states.values())]
+        roles += [("master", master, True)] * (master is not None)
         roles += [(f"output {k}", output, True) for k, output in enumerate(outputs.values())]
         if sums is not None:
             memory.add("sums", sums.data_ptr(), sums.nbytes, sums.itemsize, writable=True)
@@ -102,7 +103,8 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
         name, size, padded, writable = found[address]
         formats = bucket.spec.formats
         state = formats[2] if name.startswith("state") else formats[-1]
-        part = {"parameter": formats[0], "gradient": formats[1]}.get(name, state).dtype.itemsize
+        own = {"parameter": formats[0], "gradient": formats[1], "master": formats[0].part}.get(name, state)
+        part = own.dtype.itemsize if own is not None else 0
         end = min(address + padded, following) if padded > size else address + size
         memory.add(name, address, end - address, part, writable, noted=True)
 

@@ -38,6 +38,7 @@ from cases import (
     guarded,
     has_gradient,
     make_params,
+    masters_of,
     optimizer,
     peculiar_run,
     placed_run,
@@ -144,7 +145,7 @@ def test_matrix(of: dict[str, Any], engine: Engine, monkeypatch: pytest.MonkeyPa
     if RULES[case.rule].torch.counts_steps:  # else the reload has begun them anew
         assert len(counts) == sum(begun)
         assert len(set(counts)) > 1  # some gradients were missing
-    assert {name.split()[1] for name in found if " " in name} == {"step", *states_of(case)}
+    assert {name.split()[1] for name in found if " " in name} == {"step", *states_of(case), *masters_of(case)}
     for k, p in enumerate(make_params(pieces, case.dtype, case.grad_dtype)):
         assert bool(found[f"{k}"].isfinite().all())
         stepped = p.numel() >= 20 and begun[k]
@@ -281,13 +282,14 @@ def few(**options: Sequence[Any]) -> list[Any]:
     own = {
         "engine": ENGINES,
         "body": tuple(BODIES),
-        "dtypes": (*REAL, STORED[0], STORED[-1]),
+        "dtypes": (*REAL, STORED[0], *STORED[-2:]),
         "decay": DECAY_MODES,
         "variant": range(4),
     }
     found = covering({**own, **options})
     for of in found:
-        of["kernel"] = of.pop("body"), of.pop("dtypes")
+        body, dtypes = of.pop("body"), of.pop("dtypes")
+        of["kernel"] = (body if (body, dtypes) in KERNELS else "adamw"), dtypes
     return params_of(found, options)
 
 
@@ -352,12 +354,14 @@ def test_bytes_are_those_of_the_model(of: dict[str, Any], monkeypatch: pytest.Mo
         opt.step()
     for step, launch in enumerate(backend.launches):
         memory, n = launch.memory, sum(sizes[step:])
-        names = ["parameter", *(f"state {k}" for k in range(len(states_of(case))))]
+        masters = [*masters_of(case).values()]
+        names = ["parameter", *(f"state {k}" for k in range(len(states_of(case)))), *["master"] * len(masters)]
+        copied = masters == [f32]  # a parameter that is written, and not read
         assert memory.moved("gradient") == (n * case.grad_dtype.itemsize, 0)
-        assert memory.moved("parameter") == (n * case.dtype.itemsize,) * 2
+        assert memory.moved("parameter") == ((not copied) * n * case.dtype.itemsize, n * case.dtype.itemsize)
         total = sum(sum(memory.moved(name)) for name in ("gradient", *names))
-        assert total == n * step_bytes(of["kernel"][0], case.dtype, case.grad_dtype, state_dtype(case))
+        assert total == n * step_bytes(of["kernel"][0], case.dtype, case.grad_dtype, state_dtype(case), *masters)
         for name in names:
-            assert memory.touched(name) == (n, n)
+            assert memory.touched(name) == (0 if copied and name == "parameter" else n, n)
         assert memory.touched("gradient") == (n, 0)
     assert len(backend.launches) == 2

@@ -132,7 +132,8 @@ class AdamW(DecoupledOptimizer):
         super().__init__(
             params, backend, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, show_lr=show_lr,
-            state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, master_weights=master_weights, seed=seed, foreach=foreach, fused=fused,
+            state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
+            master_weights=master_weights, seed=seed, foreach=foreach, fused=fused,
             capturable=capturable, differentiable=differentiable,
         )  # fmt: skip
 
@@ -213,7 +214,8 @@ class SGDW(DecoupledOptimizer):
         super().__init__(
             params, backend, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, decay=decay, form=form, eta=eta, schedule=schedule, base_lr=base_lr,
-            show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, master_weights=master_weights, seed=seed,
+            show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
+            master_weights=master_weights, seed=seed,
             foreach=foreach, fused=fused, differentiable=differentiable,
         )  # fmt: skip
 
@@ -290,6 +292,7 @@ class AdagradW(DecoupledOptimizer):
             params, backend, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize, decay=decay, eta=eta,
             schedule=schedule, base_lr=base_lr, show_lr=show_lr, state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding, master_weights=master_weights, seed=seed, foreach=foreach, fused=fused,
+            stochastic_rounding=stochastic_rounding,
+            master_weights=master_weights, seed=seed, foreach=foreach, fused=fused,
             differentiable=differentiable,
         )  # fmt: skip

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from . import reference
 from .caller import warn
 from .flat.buffers import place_of
 from .flat.states import FlatStates
 from .formats import MASTER_NAME, Storage, format_of, is_steppable
-from . import reference
 from .rules import FLAG, RULES, STORAGE, Rule
 from .schedules import stepping
 from .schedules.shapes import is_called, named

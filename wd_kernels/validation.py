@@ -179,7 +179,8 @@ def check_storage(p: Tensor, storage: Storage, states: Iterable[State], what: st
     if master is not None and master not in master_dtypes(p.dtype):
         raise TypeError(
             f"master_weights={storage.masters!r} for {what}, which has dtype {p.dtype}: bfloat16 has the exponent of a "
-            "float32, so that a remainder beside it is one. Give float16 parameters a group with master_weights='float32'"
+            "float32, so that a remainder beside it is one. Give float16 parameters a group with "
+            "master_weights='float32'"
         )
     if storage.stochastic_params and p.dtype == torch.float16:
         raise TypeError(

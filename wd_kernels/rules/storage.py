@@ -80,8 +80,8 @@ def check_storage(group: Mapping[str, Any], names: Sequence[str], where: str) ->
     masters = group["master_weights"]
     if not isinstance(masters, (int, str)) or masters not in _MASTERS:
         raise ValueError(
-            f"master_weights={masters!r} in {where}: allowed are False or 'none', True or 'float32' (a float32 beside "
-            "each 16-bit parameter), 'split32' (16 more bits beside a bfloat16 one: a float32 in all), 'split24' (8 more)"
+            f"master_weights={masters!r} in {where}: allowed are False or 'none', True or 'float32' (one beside "
+            "each 16-bit parameter), 'split32' (16 more bits beside a bfloat16: a float32 in all), 'split24' (8 more)"
         )
     seed = group["seed"]
     if not 0 <= (number := scalar("seed", seed, where)) < 2**53 or not number.is_integer():
