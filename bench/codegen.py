@@ -120,7 +120,9 @@ class Kernel:
 def kernels(every: bool = False) -> list[Kernel]:
     """The specialisations that are compiled here; `every`: all that the CUDA library has."""
     found: dict[str, Kernel] = {}
-    for rule, formats in product(KINDS, (*FORMATS, *MORE_FORMATS, *(LIBRARY_FORMATS if every else ()))):
+    asked: list[tuple[Format, Format, Format]] = [*FORMATS, *MORE_FORMATS]
+    asked += LIBRARY_FORMATS if every else ()
+    for rule, formats in product(KINDS, asked):
         own = Kernel(rule, *formats)
         if len(own.formats) == 2:  # it has no states
             own = Kernel(rule, *formats[:2], format_of(arithmetic_dtype(own.param.dtype)))

@@ -45,6 +45,11 @@ class Format:
     stochastic: bool = False
     part: Format | None = None
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype | None]:
+        """Of itself and of its part."""
+        return self.dtype, None if self.part is None else self.part.dtype
+
 
 FLOAT64 = Format("float64", torch.float64, 1)
 FLOAT32 = Format("float32", torch.float32, 2)
@@ -65,9 +70,9 @@ FORMATS = (
 )  # fmt: skip
 
 #: What stores tensors of a dtype to nearest even; a complex tensor is stepped as its real and imaginary parts.
-_NEAREST = {(fmt.dtype, fmt.part and fmt.part.dtype): fmt for fmt in FORMATS if not fmt.stochastic}
+_NEAREST = {fmt.dtypes: fmt for fmt in FORMATS if not fmt.stochastic}
 _NEAREST |= {(torch.complex64, None): FLOAT32, (torch.complex128, None): FLOAT64}
-_STOCHASTIC = {(fmt.dtype, fmt.part and fmt.part.dtype): fmt for fmt in FORMATS if fmt.stochastic}
+_STOCHASTIC = {fmt.dtypes: fmt for fmt in FORMATS if fmt.stochastic}
 _EXACT_IN = {
     torch.float16: (torch.float16, torch.float32, torch.float64),
     torch.bfloat16: (torch.bfloat16, torch.float32, torch.float64),

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import backends, master_weights, native
+from . import backends, master_weights, memory_report, native
 from . import state_dict as state_dicts
 from .caller import warn
 from .flat.states import FlatGradients
@@ -232,6 +232,27 @@ class DecoupledOptimizer(Optimizer):
         master_weights.put(self.rule, self.param_groups, self.state, flat, masters)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def memory_report(self) -> memory_report.MemoryReport:
+        """The bytes of parameters, gradients, states and masters in this process, beside torch's; `print` it.
+
+        Of all parameters, whether they have been stepped yet or not.
+
+        Example:
+            >>> import torch, wd_kernels
+            >>> w = torch.ones(1000, dtype=torch.bfloat16, requires_grad=True)
+            >>> opt = wd_kernels.AdamW([w], state_dtype="param", master_weights="split24")
+            >>> print(opt.memory_report())
+            role          stored as  bytes  a parameter  torch.optim.AdamW
+            parameters    bfloat16   2,000         2.00               2.00
+            gradients     bfloat16   2,000         2.00               2.00
+            exp_avg       bfloat16   2,000         2.00               2.00
+            exp_avg_sq    bfloat16   2,000         2.00               2.00
+            master_param  int8       1,000         1.00               0.00
+            step counts   float32        4         0.00               0.00
+            total                    9,004         9.00               8.00
+        """
+        return memory_report.report(self.rule, self.param_groups, self.defaults["decay"])
 
     def get_master_weights(self) -> dict[str | int, Tensor]:
         """Copies of all weights as they are stepped, by name: in float32, whatever 16-bit parameters have beside them.
