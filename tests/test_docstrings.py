@@ -18,6 +18,7 @@ OWN = [
     for name in (
         "backends.device_copy", "decay_conversion", "flat.flatten", "functional", "gradient_release", "layout",
         "optim", "optimizer", "param_groups", "rules.scalars", "rules.storage", "sharding",
+        "state_conversion",
     )
 ]  # fmt: skip
 OWN += [

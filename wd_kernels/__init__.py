@@ -16,6 +16,7 @@ from .param_groups import decay_groups
 from .rules import DecayMode, Form
 from .schedules import NormalizedDecay, normalized_weight_decay
 from .sharding import redistribute_gradients
+from .state_conversion import convert_state
 from .version import __version__
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "GradientRelease",
     "NormalizedDecay",
     "__version__",
+    "convert_state",
     "convert_weight_decay",
     "decay_groups",
     "flatten_",
