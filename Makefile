@@ -15,7 +15,7 @@ PARALLEL ?= -n 2 --dist worksteal
 OLDEST_TRITON := triton==3.6.0
 OLDEST        := $(VENV)/triton-oldest
 
-.PHONY: demo test mutants torture bench peers bench-gpu codegen study check lint format dist clean
+.PHONY: demo test mutants torture bench peers bench-gpu codegen convergence study check lint format dist clean
 
 demo: $(NATIVE)
 	$(RUN) bench/demo.py
@@ -26,7 +26,7 @@ TESTS ?= not slow and not gpu
 test: $(NATIVE) $(OLDEST)
 	$(RUN) -m pytest $(PARALLEL) -m "$(TESTS)"
 
-mutants: $(NATIVE) $(OLDEST)  ## plants 361 faults in copies of the product: do the tests that should see each? (some hours)
+mutants: $(NATIVE) $(OLDEST)  ## plants 389 faults in copies of the product: do the tests that should see each? (some hours)
 	$(RUN) tests/mutants/run.py --hints-only $(MUTANTS)
 
 torture: $(NATIVE)  ## what else may run during a step, ours and torch's: exceptions, signals, threads, forks (half an hour)
@@ -46,6 +46,9 @@ codegen: $(NATIVE) $(OLDEST)  ## what the GPU kernels compile to, kept in bench/
 	$(RUN) bench/codegen.py --save
 	PYTHONPATH=$(OLDEST) $(RUN) bench/codegen.py --save
 	$(RUN) bench/codegen_cuda.py --save
+
+convergence: $(NATIVE)  ## every storage format on real training, and pure weight decay (15 minutes)
+	$(RUN) bench/convergence.py $(CONVERGENCE)
 
 study: $(NATIVE)  ## decoupled weight decay, seen: trains grids of networks (10 minutes), goes on where it was interrupted
 	$(RUN) bench/study

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from wd_kernels import functional, reference
 from wd_kernels.formats import MASTER_NAME
 from wd_kernels.reference import Draws
 
+ROOT = Path(__file__).parent.parent
 PARTS = {"float32": f32, "split32": torch.int16, "split24": torch.int8}
 MORE: dict[str, dict[str, Any]] = {"adamw": {"amsgrad": True}, "sgdw": {"momentum": 0.9}, "adagradw": {}}
 
@@ -455,3 +457,28 @@ def test_on_meta() -> None:
     p.grad = torch.empty_like(p)
     opt.step()
     assert opt.state[p][MASTER_NAME].dtype == torch.int8
+
+
+#: (parameter, gradient, state, master) of the rows of README's table of storage formats.
+ROWS: dict[str, tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]] = {
+    "| float32 | float32 |": (f32, f32, f32, None),
+    "| float32 | bfloat16 |": (f32, f32, bf16, None),
+    "| bfloat16 | float32 |": (bf16, bf16, f32, None),
+    "| bfloat16 | bfloat16 |": (bf16, bf16, bf16, None),
+    "| bfloat16, 16 bits more | float32 |": (bf16, bf16, f32, torch.int16),
+    "| bfloat16, 16 bits more | bfloat16 |": (bf16, bf16, bf16, torch.int16),
+    "| bfloat16, 8 bits more | float32 |": (bf16, bf16, f32, torch.int8),
+    "| bfloat16, 8 bits more | bfloat16 |": (bf16, bf16, bf16, torch.int8),
+    "| bfloat16 or float16, copied from a float32 master | float32 |": (f16, f16, f32, f32),
+    "| bfloat16 or float16, copied from a float32 master | bfloat16 |": (bf16, bf16, bf16, f32),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_bytes_of_the_readme(row: str) -> None:
+    """By the model, which test_kernels.py holds against what compiled kernels load and store."""
+    from byte_model import step_bytes
+
+    (line,) = [own for own in (ROOT / "README.md").read_text().splitlines() if own.startswith(row)]
+    expected = [step_bytes(rule, *ROWS[row]) for rule in ("adamw", "sgdw")]
+    assert line.split("|")[3].strip() == ", ".join(map(str, expected))
