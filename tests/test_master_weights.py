@@ -238,7 +238,8 @@ def test_groups_of_their_own_and_parameters_that_need_none() -> None:
         opt.step()
     kept = [opt.state[p].get(MASTER_NAME) for p in params]
     assert [None if t is None else t.dtype for t in kept] == [f32, None, f32, None, f32, torch.int8]
-    assert [group["master_weights"] for group in opt.param_groups] == [True, "split24"]
+    assert [group["master_weights"] for group in opt.param_groups] == ["float32", "split24"]
+    assert "master_weights" not in wd_kernels.AdamW(params).param_groups[0]
 
 
 # Saved and loaded -----------------------------------------------------------------------------------------------------

@@ -27,10 +27,11 @@ SAMPLES = 8
 
 
 def built(released: bool) -> tuple[Any, AdamW]:
-    model = make()
+    model = make(dtype=torch.bfloat16)
     shard(model, "fsdp")
-    options = {"state_dtype": torch.bfloat16, "seed": 11}  # states are rounded by random bits, of each element
-    opt = AdamW(model.named_parameters(), lr=0.01, weight_decay=0.1, schedule=Cosine(9), **options)
+    # Weights, with remainders, and states are rounded by random bits, of each element.
+    options: dict[str, Any] = {"state_dtype": torch.bfloat16, "master_weights": "split24", "stochastic_rounding": True}
+    opt = AdamW(model.named_parameters(), lr=0.01, weight_decay=0.1, schedule=Cosine(9), seed=11, **options)
     if released:
         release_gradients(model, opt)
     return model, opt
@@ -42,7 +43,7 @@ def states(model: Any, opt: AdamW) -> list[Tensor]:
 
 def whole_run(released: bool) -> list[Tensor]:
     model, opt = built(released)
-    train(model, opt, range(STEPS))
+    train(model, opt, range(STEPS), dtype=torch.bfloat16)
     return states(model, opt)
 
 
@@ -81,7 +82,7 @@ def split_samples() -> list[Tensor]:
             total += gradient
         pieces = total.split([p.numel() for p in twin.parameters()])
         for q, piece in zip(model.parameters(), pieces, strict=True):
-            whole = DTensor.from_local(piece.view(q.shape), q.device_mesh, [torch.distributed.tensor.Replicate()])
+            whole = DTensor.from_local(piece.view(q.shape).to(q.dtype), q.device_mesh, [torch.distributed.tensor.Replicate()])
             q.grad = whole.redistribute(placements=q.placements)
         opt.step()
     return states(model, opt)
@@ -108,7 +109,7 @@ def dies(folder: Path) -> None:
     for t in range(STEPS):
         if t == DIES and dist.get_rank() == dist.get_world_size() - 1:
             opt._table._work = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        train(model, opt, range(t, t + 1))
+        train(model, opt, range(t, t + 1), dtype=torch.bfloat16)
         if (t + 1) % EVERY == 0:
             save(model, opt, folder / str(t + 1))
 
@@ -121,7 +122,7 @@ def resumes(folder: Path) -> list[Tensor]:
     state = {"model": of_model, "optimizer": of_opt}
     dcp.load(state, checkpoint_id=folder / str(done))
     set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    train(model, opt, range(done, STEPS))
+    train(model, opt, range(done, STEPS), dtype=torch.bfloat16)
     return states(model, opt)
 
 

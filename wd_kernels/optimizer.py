@@ -151,6 +151,8 @@ class DecoupledOptimizer(Optimizer):
         if "state_dtype" in settings:
             names = [state.name for state in self.rule.states]
             settings["state_dtype"] = state_dtype_word(settings["state_dtype"], names, where)
+        if isinstance(word := settings.get("master_weights"), bool):
+            settings["master_weights"] = "float32" if word else "none"
         for own in self.rule.hyperparameters:
             if own.parts and own.name in settings:
                 settings[own.name] = pair(own.name, settings[own.name], where)
