@@ -352,6 +352,116 @@ def test_written_by_name(word: str, flat: bool) -> None:
     assert_same(snapshot(params, opt), before)
 
 
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize(("rule", "more"), [("sgdw", {}), ("sgdw", MORE["sgdw"]), ("adagradw", {}), ("adamw", {})])
+def test_a_master_alone_is_a_state(rule: str, more: dict[str, Any], stepped: bool) -> None:
+    """Of SGDW without momentum, or before the first step."""
+    p = nn.Parameter(torch.linspace(-1, 1, 40).to(bf16))
+    opt = CLASSES[rule]([p], lr=0.1, master_weights="split32", **more)
+    opt.load_master_weights({0: torch.linspace(-1, 1, 40)})
+    if stepped:
+        p.grad = torch.ones_like(p)
+        opt.step()
+    q = nn.Parameter(p.detach().clone())
+    again = CLASSES[rule]([q], lr=0.1, master_weights="split32", **more)
+    again.load_state_dict(opt.state_dict())
+    assert_same_bits(again.get_master_weights()[0], opt.get_master_weights()[0])
+    for own in (p, q):
+        own.grad = torch.ones_like(own)
+    opt.step()
+    again.step()
+    assert_same(snapshot([q], again), snapshot([p], opt))
+    if rule == "adagradw":  # torch's steps no parameter without
+        assert set(opt.state_dict()["state"][0]) == {"step", "sum", MASTER_NAME}
+
+
+def test_a_remainder_travels_in_the_parameters_dtype() -> None:
+    """No process group sends int16, and torch's classes cast what they load: they leave the bits of a bfloat16."""
+    p, opt = begun("split32")
+    saved = opt.state_dict()["state"][0][MASTER_NAME]
+    assert saved.dtype == bf16
+    assert_same_bits(saved.view(torch.int16), opt.state[p][MASTER_NAME])
+    theirs = torch.optim.AdamW([("w", p)])
+    theirs.load_state_dict(opt.state_dict())
+    q = nn.Parameter(p.detach().clone())
+    again = wd_kernels.AdamW([("w", q)], master_weights="split32")
+    again.load_state_dict(theirs.state_dict())
+    assert_same_bits(again.get_master_weights()["w"], opt.get_master_weights()["w"])
+    assert again.state[q][MASTER_NAME].dtype == torch.int16
+
+
+@pytest.mark.parametrize(("word", "cast"), [("float32", bf16), ("split24", bf16), ("split32", f32), ("split24", f32)])
+def test_a_master_that_was_cast_is_lost(word: str, cast: torch.dtype) -> None:
+    """By torch's class, or by a distributed checkpoint that is loaded into another kind."""
+    p, opt = begun(word)
+    saved = opt.state_dict()
+    saved["state"][0][MASTER_NAME] = opt.state[p][MASTER_NAME].to(cast)
+    before = p.detach().clone()
+    for live in PARTS:
+        ours = wd_kernels.AdamW([("w", p)], master_weights=live)
+        for convert in (False, True):
+            words = rf"'w' .*has dtype {cast}, and its group says .*'{word}': it has been cast"
+            with pytest.raises(TypeError, match=words):
+                ours.load_state_dict(saved, convert_states=convert)
+        assert not ours.state
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("word", PARTS)
+def test_another_kind_in_the_midst_of_a_run(word: str) -> None:
+    p, opt = begun("split32")
+    group = opt.param_groups[0]
+    for other in (word, "none", word, "split32"):
+        weights = opt.get_master_weights()
+        had, group["master_weights"] = group.get("master_weights", "none"), other
+        p.grad = torch.ones_like(p)
+        if had not in (other, "none"):
+            before = snapshot([p], opt)
+            with pytest.raises(TypeError, match=r"'master_param' of parameter 'w'.* To change it, take weights = "):
+                opt.step()
+            assert_same(snapshot([p], opt), before)
+        opt.load_master_weights(weights)
+        assert (MASTER_NAME in opt.state[p]) == (other != "none")
+        found = opt.get_master_weights()["w"]
+        least = {"none": 2**-8, "split24": 2**-16}.get(other, 0.0)
+        assert bool(((found - weights["w"]).abs() <= least * weights["w"].abs()).all())
+        opt.step()
+
+
+def test_frozen_parameters_have_none() -> None:
+    made = (torch.ones(100, dtype=dtype) for dtype in (bf16, f16))
+    params = [nn.Parameter(t, requires_grad=grad) for t, grad in zip(made, (True, False), strict=True)]
+    opt = wd_kernels.AdamW(params, master_weights="split32")
+    opt.load_master_weights({0: torch.full((100,), 1.001), 1: torch.full((100,), 3.0)})
+    assert [MASTER_NAME in opt.state[p] for p in params if p in opt.state] == [True]
+    assert torch.equal(params[1], torch.full((100,), 3.0, dtype=f16))
+    rows = {row.role: row.bytes for row in opt.memory_report().rows}
+    assert (rows["parameters"], rows["gradients"], rows["exp_avg"], rows["master_param"]) == (400, 200, 400, 200)
+
+
+def test_weights_that_are_each_others() -> None:
+    a, b = (nn.Parameter(torch.full((40,), value, dtype=bf16)) for value in (1.0, 2.0))
+    opt = wd_kernels.AdamW([a, b], master_weights=True)
+    with pytest.raises(ValueError, match="master weight of parameter 1 of group 0 has no memory"):
+        opt.load_master_weights({0: torch.zeros(40), 1: torch.zeros(40, device="meta")})
+    assert not opt.state
+    assert bool((a == 1).all())
+    opt.load_master_weights({0: b.detach(), 1: a.detach()})
+    assert bool((a == 2).all())
+    assert bool((b == 1).all())
+    assert bool((opt.get_master_weights()[1] == 1).all())
+
+
+def test_what_cannot_be_stored_is_said_before_anything_is_loaded() -> None:
+    p, theirs = begun("float32", f16)
+    ours = wd_kernels.AdamW([("w", p)], master_weights="split32")
+    before = p.detach().clone()
+    with pytest.raises(TypeError, match="master_weights='split32' for parameter 'w' "):
+        ours.load_state_dict(theirs.state_dict(), convert_states=True)
+    assert not ours.state
+    assert torch.equal(p, before)
+
+
 # What is wrong is said ------------------------------------------------------------------------------------------------
 
 
@@ -371,7 +481,7 @@ def test_words() -> None:
 @pytest.mark.parametrize(
     ("value", "kind", "message"),
     [
-        (torch.zeros(1000), TypeError, "has dtype torch.float32, which does not fit the torch.int16"),
+        (torch.zeros(1000), TypeError, "has dtype torch.float32: with master_weights='split32', .* is torch.int16"),
         (torch.zeros(999, dtype=torch.int16), ValueError, r"has shape \(999,\)"),
         ([1], TypeError, "is a list"),
     ],

@@ -82,7 +82,8 @@ def split_samples() -> list[Tensor]:
             total += gradient
         pieces = total.split([p.numel() for p in twin.parameters()])
         for q, piece in zip(model.parameters(), pieces, strict=True):
-            whole = DTensor.from_local(piece.view(q.shape).to(q.dtype), q.device_mesh, [torch.distributed.tensor.Replicate()])
+            own = piece.view(q.shape).to(q.dtype)
+            whole = DTensor.from_local(own, q.device_mesh, [torch.distributed.tensor.Replicate()])
             q.grad = whole.redistribute(placements=q.placements)
         opt.step()
     return states(model, opt)

@@ -211,7 +211,7 @@ def test_what_is_wrong_is_said(options: dict[str, Any], kind: type[Exception], m
 def test_states_that_are_none() -> None:
     with pytest.raises(TypeError, match="state_dict is a list: expected one of an optimizer"):
         convert_state([], source="torch")  # type: ignore[arg-type]
-    groups = [{"params": [0], "betas": (0.9, 0.999)}]
+    groups = [{"params": [0], "betas": (0.9, 0.0)}]
     with pytest.raises(TypeError, match="the state of parameter 0 is a list: expected a dict"):
         convert_state({"state": {0: [1]}, "param_groups": groups}, source="torch")
     own = {"step": 1, "state1": torch.zeros(300, dtype=torch.uint8), "absmax1": torch.ones(3), "qmap1": torch.ones(256)}
@@ -221,6 +221,21 @@ def test_states_that_are_none() -> None:
         convert_state({"state": {0: own}, "param_groups": groups}, source="bitsandbytes")
     with pytest.raises(ValueError, match="the group of the state of parameter 0 has no 'step'"):
         convert_state({"state": {0: {"exp_avg": 1}}, "param_groups": groups}, source="transformer_engine")
+    lion = [{"params": [0], "betas": (0.9, 0.99)}]
+    with pytest.raises(ValueError, match=r"has one moment and betas=\(0.9, 0.99\): it is of none of AdamW, SGD"):
+        convert_state({"state": {0: {"step": 1, "state1": torch.ones(3)}}, "param_groups": lion}, source="bitsandbytes")
+    with pytest.raises(TypeError, match="param group 0 of state_dict is no dict with 'params'"):
+        convert_state({"state": {}, "param_groups": [{"lr": 1}]}, source="torch")
+    with pytest.raises(ValueError, match=r"a group has no betas.*groups=its.param_groups"):
+        convert_state({"state": {0: {"step": 1, "sum": torch.ones(3)}}, "param_groups": [{"params": [0]}]},
+                      target="bitsandbytes")  # fmt: skip
+    turned = {"step": 1, "exp_avg_sq": torch.full((3,), 2.0), "exp_avg": torch.ones(3)}
+    made = convert_state({"state": {0: turned}, "param_groups": groups}, target="bitsandbytes")["state"][0]
+    assert torch.equal(made["__bnb_optimizer_quant_state__"]["state1"], torch.ones(3))
+    bits = {"error_bits": torch.zeros(4, dtype=bf16)}
+    with pytest.raises(ValueError, match=r"the error bits of .*shape \(4,\), its parameter \(3,\)"):
+        convert_state({"state": {0: bits}, "param_groups": [{"params": [0], "master_bytewidth": 3}]},
+                      source="flashoptim", params=(p for p in [torch.ones(3, dtype=bf16)]))  # fmt: skip
     amsgrad = {name: torch.ones(3) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
     with pytest.raises(ValueError, match="parameter 0 has 3 states: theirs has two at most"):
         convert_state({"state": {0: amsgrad}, "param_groups": groups}, target="bitsandbytes")

@@ -35,7 +35,9 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """The bytes that an optimizer and its parameters take once each parameter has been stepped; `str` is a table.
+    """The bytes that an optimizer and its parameters take once each has been stepped; `str` is a table.
+
+    Frozen parameters have no gradients, states and masters.
 
     Attributes:
         rows: by role, in order.
@@ -90,6 +92,8 @@ def report(rule: Rule, groups: Sequence[Mapping[str, Any]], default: str) -> Mem
             n, own = here.numel(), here.numel() * here.itemsize
             elements += n
             add("parameters", here.dtype, own, own)
+            if not p.requires_grad:
+                continue
             grad = here.dtype if p.grad is None else local(p.grad).dtype
             add("gradients", grad, n * grad.itemsize, n * grad.itemsize)
             for state in settings.states:

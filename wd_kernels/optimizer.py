@@ -231,7 +231,7 @@ class DecoupledOptimizer(Optimizer):
         )
         self.__setstate__({"state": state, "param_groups": groups})
         self._table.flat_states = flat
-        master_weights.put(self.rule, self.param_groups, self.state, flat, masters)
+        master_weights.put(self.state, flat, masters)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -277,6 +277,9 @@ class DecoupledOptimizer(Optimizer):
     def load_master_weights(self, weights: Mapping[str | int, Tensor] | None = None) -> None:
         """Writes all weights: master weights, and the parameters as their rounding to nearest even.
 
+        Frozen parameters are written too, and given no master. To change a group's `master_weights` in the midst of a
+        run: `weights = opt.get_master_weights()`, change it, `opt.load_master_weights(weights)`.
+
         Args:
             weights: by name, as `get_master_weights` gives them, in what is exact in float32 (float64 for float64
                 parameters). None: the parameters as they are now, which is for who wrote these by hand.
@@ -286,7 +289,8 @@ class DecoupledOptimizer(Optimizer):
         """
         with self._table.lock:
             masters = master_weights.chosen(self.param_groups, weights)
-            master_weights.put(self.rule, self.param_groups, self.state, self._table.flat_states, masters)
+            planned = master_weights.planned(self.rule, self.param_groups, masters)
+            master_weights.put(self.state, self._table.flat_states, planned)
 
     def __getstate__(self) -> dict[str, Any]:
         packed: dict[str, Any] = super().__getstate__()

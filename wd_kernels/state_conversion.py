@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .formats import MASTER_NAME
+from .master_weights import imported
 from .reference import load
 from .rules import RULES
-from .sharding import local
+from .sharding import local, sharded_like
 
 __all__ = ["Library", "convert_state"]
 
@@ -25,7 +26,7 @@ BITSANDBYTES, FLASHOPTIM = 256, 32
 #: Where bitsandbytes hides from FSDP what is not of a parameter's shape.
 WRAPPED = "__bnb_optimizer_quant_state__"
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "lr_decay", "amsgrad")
-NAMES = frozenset(state.name for rule in RULES.values() for state in rule.states)
+NAMES = tuple(state.name for rule in RULES.values() for state in rule.states)
 
 
 def convert_state(
@@ -44,9 +45,9 @@ def convert_state(
     "torch"                as it is                                    master weights left out
     "transformer_engine"   counts of groups; masters, float32 or a     the same: exact
                            remainder (int16): exact
-    "bitsandbytes"         32 and 8 bits, :math:`q(c)\cdot s`,         in float32: exact; theirs goes on with it
-                           exact in float32 but for a rounding
-    "torchao"              8 bits, as theirs dequantises them          in float32: exact; theirs goes on with it
+    "bitsandbytes"         32 and 8 bits, :math:`q(c)\cdot s`,         in float32: exact; theirs goes on with it;
+                           exact in float32 but for a rounding         master weights left out
+    "torchao"              8 bits, as theirs dequantises them          the same
     "flashoptim"           companded, :math:`s\cdot y/(2-|y|)` and     moments in float32: exact, theirs quantises
                            :math:`(s\cdot y)^2`, to a few ulp; error   them; of a master, error bits: to 1/254 of a
                            bits as a float32 master                    last place of the parameter (8), or less
@@ -86,6 +87,10 @@ def convert_state(
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise TypeError(f"state_dict is a {type(state_dict).__name__}: expected one of an optimizer, with param_groups")
     saved = state_dict["param_groups"]
+    for i, group in enumerate(saved):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(f"param group {i} of state_dict is no dict with 'params'")
+    params = None if params is None else list(params)
     keys = list(chain.from_iterable(group["params"] for group in saved))
     if params is not None and len(params) != len(keys):
         raise ValueError(f"{len(params)} params are given, and the state is one of {len(keys)}: one for each is needed")
@@ -98,6 +103,8 @@ def convert_state(
             what = f"the state of parameter {key!r}"
             if not isinstance(own, Mapping):
                 raise TypeError(f"{what} is a {type(own).__name__}: expected a dict")
+            if target is not None:
+                own = imported(own, group, what)
             found[key] = (library.read if source is not None else library.write)(own, group, p, what)
     made = [dict(group) for group in saved]
     if source is not None:
@@ -179,7 +186,10 @@ def _write_engine_group(group: dict[str, Any], states: Sequence[State]) -> None:
 
 def _read_bitsandbytes(own: Mapping[str, Any], group: Mapping[str, Any], p: Tensor | None, what: str) -> State:
     own = {**own, **own.get(WRAPPED, {})}
-    names = ("exp_avg", "exp_avg_sq") if "state2" in own else ("momentum_buffer" if group["betas"][0] else "sum",)
+    beta1, beta2 = group.get("betas", (0, 0))[:2]
+    if "state2" not in own and beta2:
+        raise ValueError(f"{what} has one moment and betas={group['betas']}: it is of none of AdamW, SGD and Adagrad")
+    names = ("exp_avg", "exp_avg_sq") if "state2" in own else ("momentum_buffer" if beta1 else "sum",)
     found: State = {"step": _count(own["step"])}
     for k, name in enumerate(names, 1):
         codes = own[f"state{k}"]
@@ -193,15 +203,27 @@ def _read_bitsandbytes(own: Mapping[str, Any], group: Mapping[str, Any], p: Tens
 
 
 def _read_bitsandbytes_group(group: dict[str, Any]) -> None:
-    if "momentum" not in group and group["betas"][0] and not group["betas"][1]:
-        group["momentum"] = group["betas"][0]  # its SGD has it there
+    betas = group.get("betas", (0, 0))
+    if "momentum" not in group and betas[0] and not betas[1]:
+        group["momentum"] = betas[0]  # its SGD has it there
+    if not betas[1]:
+        group.pop("betas", None)
 
 
 def _write_bitsandbytes(own: Mapping[str, Any], group: Mapping[str, Any], p: Tensor | None, what: str) -> State:
-    states = [own[name].float() for name in own if name in NAMES and isinstance(own[name], Tensor)]
+    states = [own[name].float() for name in NAMES if isinstance(own.get(name), Tensor)]
     if len(states) > 2:
         raise ValueError(f"{what} has {len(states)} states: theirs has two at most, and no amsgrad")
     return {"step": int(own.get("step", 1)), WRAPPED: {f"state{k}": t for k, t in enumerate(states, 1)}}
+
+
+def _write_bitsandbytes_group(group: dict[str, Any], states: Sequence[State]) -> None:
+    if "betas" not in group:
+        raise ValueError(
+            "a group has no betas, which bitsandbytes' have: give the optimizer's, groups=its.param_groups"
+        )
+    if group.get("momentum"):
+        group["betas"] = (group["momentum"], group["betas"][1])
 
 
 def _check_scales(codes: Tensor, scales: Tensor, block: int, what: str) -> None:
@@ -265,10 +287,13 @@ def _read_flashoptim(own: Mapping[str, Any], group: Mapping[str, Any], p: Tensor
     if errors is not None:
         if p is None:
             raise ValueError(f"{what} has error bits: give the parameters that lack them, params=[...]")
-        theta = local(p).detach()
+        theta, errors = local(p).detach(), local(errors)
+        if errors.shape != theta.shape:
+            shapes = f"{tuple(errors.shape)}, its parameter {tuple(theta.shape)}"
+            raise ValueError(f"the error bits of {what} have shape {shapes}: params are in order of the groups")
         wide = errors.dtype == torch.int16 or (errors.is_floating_point() and int(group["master_bytewidth"]) == 4)
         bits = errors.view(torch.int16).float() if wide else errors.float()
-        found[MASTER_NAME] = theta.float() + bits / (32767 if wide else 127) * _half_ulp(theta)
+        found[MASTER_NAME] = sharded_like(p, theta.float() + bits / (32767 if wide else 127) * _half_ulp(theta))
     return found
 
 
@@ -288,9 +313,10 @@ def _write_flashoptim(own: Mapping[str, Any], group: Mapping[str, Any], p: Tenso
         part = local(own[MASTER_NAME]).to(theta.device)
         share = ((load(theta, torch.float32, part) - theta.float()) / _half_ulp(theta)).clamp(-1, 1)
         if part.dtype == torch.int8:
-            found["error_bits"] = (share * 127).round().to(theta.dtype)
+            errors = (share * 127).round().to(theta.dtype)
         else:
-            found["error_bits"] = (share * 32767).round().to(torch.int16).view(theta.dtype)
+            errors = (share * 32767).round().to(torch.int16).view(theta.dtype)
+        found["error_bits"] = sharded_like(p, errors)
         found["master_bytewidth"] = 3 if part.dtype == torch.int8 else 4
     return found
 
@@ -305,7 +331,9 @@ LIBRARIES: dict[str, _Layout] = {
     "transformer_engine": _Layout(
         _read_engine, _write_engine, lambda group: group.pop("step", None), _write_engine_group
     ),
-    "bitsandbytes": _Layout(_read_bitsandbytes, _write_bitsandbytes, _read_bitsandbytes_group),
+    "bitsandbytes": _Layout(
+        _read_bitsandbytes, _write_bitsandbytes, _read_bitsandbytes_group, _write_bitsandbytes_group
+    ),
     "torchao": _Layout(_read_torchao, _write_torchao, _read_torchao_group, _write_torchao_group),
     "flashoptim": _Layout(_read_flashoptim, _write_flashoptim, write_group=_write_flashoptim_group),
 }

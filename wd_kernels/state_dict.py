@@ -18,13 +18,13 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import reference
+from . import master_weights, reference
 from .caller import warn
 from .flat.buffers import place_of
 from .flat.states import FlatStates
@@ -44,8 +44,6 @@ LIVE = (*HOW, *STORED, "schedule", "show_lr")  # what a loaded group does not re
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 #: The states of every rule: those of another one are kept in a loaded state, as they should lie.
 STATES = frozenset([MASTER_NAME, *(state.name for rule in RULES.values() for state in rule.states)])
-#: (parameter, group, index, its master weight in float32), to be written once all is loaded.
-Masters: TypeAlias = list[tuple[Tensor, int, int, Tensor]]
 
 
 def settle(rule: Rule, group: dict[str, Any], default: str) -> None:
@@ -96,14 +94,17 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
         storage = rule.storage(own, "a param group")
         for key, p in zip(group["params"], own["params"], strict=True):
             found = state.get(key)
+            if found is not None:
+                state[key] = found = master_weights.exported(found, p)
             counts = rule.torch.counts_steps or _counts_for_rounding(storage, p, found)
             if not counts and isinstance(found, dict) and "step" in found:
                 state[key] = {name: value for name, value in found.items() if name != "step"}
                 if not state[key]:
                     del state[key]
             known = not is_lazy(p) and is_steppable(p.dtype)
-            if rule.torch.all_states and not found and known:
-                state[key] = {"step": torch.tensor(0.0, device="cpu"), **_first_states(rule, p, own, storage)}
+            if rule.torch.all_states and known and not {*(found or ())} - {MASTER_NAME}:
+                begun = {"step": torch.tensor(0.0, device="cpu"), **_first_states(rule, p, own, storage)}
+                state[key] = {**begun, **(found or {})}
     return {**packed, "state": dict(state), "param_groups": groups}
 
 
@@ -124,7 +125,7 @@ def _first_states(rule: Rule, p: Tensor, group: Mapping[str, Any], storage: Stor
 
 def load(
     rule: Rule, live: Sequence[dict[str, Any]], state_dict: Mapping[str, Any], default: str, convert: bool = False
-) -> tuple[list[dict[str, Any]], dict[Any, Any], FlatStates, Masters]:
+) -> tuple[list[dict[str, Any]], dict[Any, Any], FlatStates, list[Any]]:
     """What an optimizer has that has loaded `state_dict`; `live` are its groups.
 
     Args:
@@ -132,7 +133,7 @@ def load(
             otherwise.
 
     Returns:
-        Groups, state, the memory of flat states, and the master weights that are to be written.
+        Groups, state, the memory of flat states, and the master weights that are to be written (`master_weights.put`).
 
     Raises ValueError or TypeError, naming what does not fit; nothing is changed.
     """
@@ -170,21 +171,22 @@ def load(
         factors = [rule.carry(other, own, a) for other, own, a in zip(saved, groups, scaled, strict=True)]
     storages = [rule.storage(group, where.format(i)) for i, group in enumerate(groups)]
     state: defaultdict[Any, Any] = defaultdict(dict)
-    flat, masters = FlatStates(), Masters()
+    flat, masters = FlatStates(), list[master_weights.Written]()
     for key, value in state_dict["state"].items():
         if key in parameter_of:
             g, k, p = parameter_of[key]
             what = label(groups[g], g, k)
+            value = master_weights.imported(value, saved[g], what)
             if convert and isinstance(value, Mapping) and MASTER_NAME in value:
                 value, master = _without_master(value, p, what, storages[g])
-                masters += [] if master is None else [(p, g, k, master)]
+                masters += [] if master is None else [master_weights.Written(p, g, k, master)]
             state[p] = _load_one(value, p, what, flat, factors[g], storages[g], convert)
         else:
             state[key] = value
     for remark, numbers in remarks.items():
         of = f"param group {numbers[0]}" if len(numbers) == 1 else f"param groups {', '.join(numbers)}"
         warn(f"{of} of the saved state: {remark}")
-    return groups, state, flat, masters
+    return groups, state, flat, master_weights.planned(rule, groups, masters)
 
 
 def _load_group(
@@ -354,7 +356,7 @@ def _check_keys(keys: Sequence[Any], states: Mapping[Any, Any]) -> None:
 def _check_rule(rule: Rule, groups: Sequence[Mapping[str, Any]], states: Sequence[Any]) -> None:
     """Raises ValueError where states are those of another rule; where there are none yet, the hyperparameters."""
     own = {state.name for state in rule.states}
-    found = {name for value in states if isinstance(value, Mapping) for name in value} & STATES
+    found = {name for value in states if isinstance(value, Mapping) for name in value} & STATES - {MASTER_NAME}
     given = set[str]().union(*groups) - {"lr"}
     alone = set(rule.keys).difference(*(other.keys for other in RULES.values() if other is not rule))
     if found & own or (not found and given & alone):

@@ -116,7 +116,14 @@ def inspect(
         raise ValueError(f"the state of {what} has no {missing}: give it all of {names}, or none for a new start")
 
     check_storage(theta, storage, states, what)
-    if storage.master_dtype(theta.dtype) is not None:
+    master, kept = storage.master_dtype(theta.dtype), own.get(MASTER.name)
+    if isinstance(kept, Tensor) and kept.dtype != master:
+        raise TypeError(
+            f"the state {MASTER.name!r} of {what} has dtype {kept.dtype}: with master_weights={storage.masters!r}, "
+            f"what is kept beside a parameter of {theta.dtype} is {master or 'nothing'}. To change it, take weights = "
+            "optimizer.get_master_weights() before, and optimizer.load_master_weights(weights) after it"
+        )
+    if master is not None:
         states = (*states, MASTER)
     put: dict[str, Tensor] = {}
     memory, themselves = list[Tensor](), list[Tensor]()
