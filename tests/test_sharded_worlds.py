@@ -16,7 +16,13 @@ import torch.distributed.checkpoint as dcp
 from bits import assert_same_bits
 from sharded import WIDTH, full, make, shard, train
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
 from wd_kernels import AdamW, release_gradients
@@ -93,6 +99,39 @@ def test_data_of_each_rank() -> None:
     first, *others = (ranks.run(world, split_samples)[0] for world in (1, 2, 4))
     for found in others:
         for a, b in zip(found, first, strict=True):
+            assert_same_bits(a, b)
+
+
+def gathered() -> list[Tensor]:
+    """The whole optimizer state, on the first rank: remainders of 16 bits too."""
+    model = make(dtype=torch.bfloat16)
+    shard(model, "fsdp")
+    opt = AdamW(model.named_parameters(), lr=0.01, master_weights="split32")
+    train(model, opt, range(3), dtype=torch.bfloat16)
+    found = get_optimizer_state_dict(model, opt, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = [full(t) for t in opt.get_master_weights().values()]
+    if dist.get_rank() != 0:
+        return weights
+    again = make(dtype=torch.bfloat16)
+    for p, q in zip(again.parameters(), weights, strict=True):
+        p.data.copy_(q)
+    alone = AdamW(again.named_parameters(), lr=0.01, master_weights="split32")
+    set_optimizer_state_dict(again, alone, found)
+    return (
+        [t for p in again.parameters() for t in (alone.state[p]["exp_avg"],)]
+        + weights
+        + [p.detach() for p in alone.get_master_weights().values()]
+    )
+
+
+def test_a_whole_state_has_remainders() -> None:
+    (alone,) = ranks.run(1, gathered)
+    n = len(alone) // 3
+    for a, b in zip(alone[n : 2 * n], alone[2 * n :], strict=True):
+        assert_same_bits(a, b)
+    first, second = ranks.run(2, gathered)
+    for found, exact in ((first, alone), (second, alone[n : 2 * n])):
+        for a, b in zip(found, exact, strict=True):
             assert_same_bits(a, b)
 
 

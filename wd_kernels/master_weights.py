@@ -28,11 +28,11 @@ Name = str | int
 
 
 class Written(NamedTuple):
-    """A parameter, its group and index in that, and the weight that is to be written; None: itself."""
+    """A parameter, its group and place in that, and the weight that is to be written; None: itself."""
 
     p: Tensor
     group: int
-    index: int
+    place: int
     value: Tensor | None
 
 
