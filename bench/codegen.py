@@ -131,6 +131,11 @@ def kernels(every: bool = False) -> list[Kernel]:
     return list(found.values())
 
 
+def kernels_of(target: str) -> list[Kernel]:
+    """Those of them that are compiled for a target."""
+    return [own for own in kernels() if own.common or target in MORE_TARGETS]
+
+
 @dataclass(frozen=True)
 class Cost(disassembly.Reading):
     """What a kernel costs on a target."""
@@ -224,7 +229,7 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
 
 def costs(ptx: Path | None = None) -> list[Cost]:
     """Of every kernel on every target. `ptx`: a folder for their PTX."""
-    pairs = [(t, k) for t, k in product(TARGETS, kernels()) if t in MORE_TARGETS or k.common]
+    pairs = [(target, own) for target in TARGETS for own in kernels_of(target)]
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(cost, [k for _, k in pairs], [t for t, _ in pairs], [ptx] * len(pairs), chunksize=4))
 

@@ -14,7 +14,7 @@ from flat_pairs import ALIKE, SHAPES, Pair, assert_runs, attached, fill, swap_st
 from semantics import STATES, build, checked_step, parameters, plain, set_gradients
 from torch import Tensor, nn
 
-from wd_kernels import flatten_, unflatten_
+from wd_kernels import flatten_, native, unflatten_
 from wd_kernels.flat import buffers as flat
 from wd_kernels.flat import place_of
 from wd_kernels.layout import padded
@@ -262,3 +262,24 @@ def test_many_steps_keep_nothing(walk: str) -> None:
     assert len(set(counts[1:])) == 1
     assert len({place_of(p) for p in pair.params}) == 5
     assert len([place for place in flat.places.values() if place.memory is place_of(pair.params[0]).memory]) == 5
+
+
+@both
+def test_a_step_without_gradients_where_all_are_inspected(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are taken away whose memory somebody still holds: nothing is stepped, and the step ends."""
+    monkeypatch.setattr(native, "CHECKS", False)
+    params = parameters(SHAPES)
+    opt = build(rule, params)
+    flatten_(params)
+    fill(params, 0)
+    checked_step(opt)
+    held = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    before = [p.detach().clone() for p in params]
+    opt.step()
+    for p, own in zip(params, before, strict=True):
+        assert_untouched(p, own)
+    for p, grad in zip(params, held, strict=True):
+        p.grad = grad
+    checked_step(opt)

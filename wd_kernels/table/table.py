@@ -126,8 +126,9 @@ class TensorTable:
             if watch is None or needs != self.needs or self._moved_in_memory():
                 watch = self._start(needs)
             for tried in range(TRIES):
-                if self.special:
-                    self._inspect(watch, [i for i in self.special if i not in self.inspected])
+                special = [i for i in self.special if i not in self.inspected]
+                if special:
+                    self._inspect(watch, special)
                 found = watch.step(groups, state, self._work(hypers, ticks, tried))
                 if found is None:
                     watch = self._start(needs)
