@@ -343,7 +343,7 @@ def test_steps_equal_the_reference_whatever_happens_between(rule: str, data: st.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["adamw", "sgdw"])
-@examples(1500)
+@examples(1000)
 @given(data=st.data())
 def test_long_lives(rule: str, data: st.DataObject) -> None:
     live(rule, data, MUTATIONS)
