@@ -1025,7 +1025,7 @@ CHECKPOINT = _of(
     ("checkpoint: the eta of a schedule stays where there is none", 'loaded.pop("eta", None)', "pass"),
     (
         "checkpoint: torch's Adagrad gets the states of those alone that were stepped",
-        "if rule.torch.all_states and not found and known:",
+        "if rule.torch.all_states and known and not {*(found or ())} - {MASTER_NAME}:",
         "if rule.torch.all_states and found is None and not known:",
     ),
     (
@@ -1550,6 +1550,7 @@ MASTERS = [
     *_of(
         "wd_kernels/table/inspection.py",
         "master_weights",
+        ("inspection: a master of another kind is stepped", "kept.dtype != master:", "False:"),
         (
             "inspection: a float32 master begins as zeros",
             "return made.copy_(theta) if dtype.is_floating_point else made",
@@ -1578,8 +1579,24 @@ MASTERS = [
     *_of(
         "wd_kernels/master_weights.py",
         "master_weights",
-        ("masters: what lies beside a parameter is not written", "here.float(), None, part)", "here.float())"),
+        (
+            "masters: what lies beside a parameter is not written",
+            "is None else value, None, part)",
+            "is None else value)",
+        ),
+        ("masters: what was cast is taken", "or known not in (None, master.dtype):", "or False:"),
+        ("masters: remainders leave as int16", "or master.dtype != torch.int16:", "or True:"),
+        ("masters: frozen parameters are given some", "        if p.requires_grad:\n", "        if True:\n"),
         ("masters: names that are missing are passed over", "[n for n in own if n not in weights]", "[]"),
+    ),
+    *_of(
+        "wd_kernels/table/table.py",
+        "flat_tensors",
+        (
+            "table: where nothing is left to inspect, all is published anew",
+            "                if special:\n",
+            "                if True:\n",
+        ),
     ),
     *_of(
         "wd_kernels/memory_report.py",
