@@ -95,12 +95,6 @@ def case_of(of: Mapping[str, Any]) -> Case:
     return Case(rule, f"{name}-{of['decay']}{stored}", options, *pair[:2])
 
 
-def spared(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the rarer formats where an engine executes code for sm_80 or sm_100: that for sm_90 has them all."""
-    rare = STORED[1:-1]
-    return [of for of in found if of["kernel"][1] not in rare or not str(of["engine"]).endswith(("sm_80", "sm_100"))]
-
-
 def params_of(found: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> list[Any]:
     """The rows of a covering array as parameters of a test, in the order of engines; those of a GPU are marked."""
     params = []
@@ -113,7 +107,7 @@ def params_of(found: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> li
 def rows(**options: Sequence[Any]) -> list[Any]:
     """A covering array over all engines, kernels, decay modes, variants and `options`, as parameters of a test."""
     own = {"engine": ENGINES, "kernel": KERNELS, "decay": DECAY_MODES, "variant": range(4)}
-    return params_of(spared(covering({**own, **options})), options)
+    return params_of(covering({**own, **options}), options)
 
 
 @pytest.fixture
@@ -296,7 +290,7 @@ def few(**options: Sequence[Any]) -> list[Any]:
     for of in found:
         body, dtypes = of.pop("body"), of.pop("dtypes")
         of["kernel"] = (body if (body, dtypes) in KERNELS else "adamw"), dtypes
-    return params_of(spared(found), options)
+    return params_of(found, options)
 
 
 @pytest.mark.parametrize("of", few())

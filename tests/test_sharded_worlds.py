@@ -88,8 +88,8 @@ def split_samples() -> list[Tensor]:
             total += gradient
         pieces = total.split([p.numel() for p in twin.parameters()])
         for q, piece in zip(model.parameters(), pieces, strict=True):
-            own = piece.view(q.shape).to(q.dtype)
-            whole = DTensor.from_local(own, q.device_mesh, [torch.distributed.tensor.Replicate()])
+            part = piece.view(q.shape).to(q.dtype)
+            whole = DTensor.from_local(part, q.device_mesh, [torch.distributed.tensor.Replicate()])
             q.grad = whole.redistribute(placements=q.placements)
         opt.step()
     return states(model, opt)
