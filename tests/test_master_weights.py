@@ -102,10 +102,13 @@ def test_split24_is_rounded_without_bias() -> None:
 @pytest.mark.parametrize("word", PARTS)
 @pytest.mark.parametrize("dtype", [bf16, f16])
 @pytest.mark.parametrize("rule", CLASSES)
-def test_peculiar_numbers(rule: str, dtype: torch.dtype, word: str) -> None:
+@pytest.mark.parametrize("states", ["float32", "bfloat16"])
+def test_peculiar_numbers(states: str, rule: str, dtype: torch.dtype, word: str) -> None:
+    """In all of the CPU's loops: those of two elements in a word, where all roles have 16 bits, too."""
     if dtype == f16 and word != "float32":
         return
-    case = Case(rule, word, {**MORE[rule], "master_weights": word}, dtype, dtype)
+    options = {**MORE[rule], "master_weights": word, "stochastic_rounding": dtype == bf16}
+    case = Case(rule, word, options | ({"state_dtype": bf16} if states == "bfloat16" else {}), dtype, dtype)
     found = peculiar_run(case, "cpu")
     assert_same(found, peculiar_run(case, "reference"))
     assert found[f"0 {MASTER_NAME}"].dtype == masters_of(case)[MASTER_NAME]
