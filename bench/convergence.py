@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import internals
 import torch
@@ -64,7 +64,7 @@ FORMATS: dict[str, Format] = {
 # Tasks ----------------------------------------------------------------------------------------------------------------
 
 
-class Task:
+class Task(Protocol):
     """What is trained. `loss(batch)` of a model; `score` of what it has not seen."""
 
     name: str
@@ -72,17 +72,13 @@ class Task:
     lr: float
     weight_decay: float
 
-    def model(self) -> nn.Module:
-        raise NotImplementedError
+    def model(self) -> nn.Module: ...
 
-    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        raise NotImplementedError
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
-    def held_out(self) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    def held_out(self) -> tuple[Tensor, Tensor]: ...
 
-    def score(self, logits: Tensor, target: Tensor) -> float:
-        raise NotImplementedError
+    def score(self, logits: Tensor, target: Tensor) -> float: ...
 
 
 class Digits(Task):

@@ -73,12 +73,18 @@ def milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+def begin(description: str) -> int:
+    """Prints what is measured on; returns how many rounds are asked for."""
+    parser = argparse.ArgumentParser(description=description.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    rounds: int = parser.parse_args().rounds
     versions = ", ".join(f"{key} {value}" for key, value in internals.versions_here().items())
     print(f"{date.today()}; {versions}; {torch.get_num_threads()} threads\n")
+    return rounds
+
+
+def main() -> None:
+    rounds = begin(str(__doc__))
     print("AdamW, gradients kept and of the parameter's dtype; ms of step(), median (quartiles) of", rounds, "rounds\n")
     for name, shapes in SHAPES.items():
         rows: list[tuple[object, ...]] = [(name, "B", "ms", "quartiles", "torch / ours")]

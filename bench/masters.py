@@ -5,18 +5,16 @@ python bench/masters.py [--rounds N] [> bench/results/masters.txt]
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import statistics
 from collections.abc import Callable
-from datetime import date
 from typing import Any
 
 import internals
 import torch
 from byte_model import step_bytes
-from formats import BF16, F32, SHAPES, milliseconds, parameters
+from formats import BF16, F32, SHAPES, begin, milliseconds, parameters
 from rich.progress import track
 
 import wd_kernels
@@ -106,11 +104,7 @@ def bytes_of(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    versions = ", ".join(f"{key} {value}" for key, value in internals.versions_here().items())
-    print(f"{date.today()}; {versions}; {torch.get_num_threads()} threads\n")
+    rounds = begin(str(__doc__))
     print(
         "AdamW, bfloat16 parameters and gradients; ms, median (quartiles) of", rounds, "rounds in turn with a float32"
     )

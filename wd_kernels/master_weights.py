@@ -116,9 +116,7 @@ def planned(
 
 
 @torch.no_grad()
-def put(
-    state: Any, flat: FlatStates, masters: Sequence[tuple[Tensor, Tensor | None, torch.dtype | None]]
-) -> None:  # fmt: skip
+def put(state: Any, flat: FlatStates, masters: Sequence[tuple[Tensor, Tensor | None, torch.dtype | None]]) -> None:
     """Writes what is planned: the parameter, to nearest even, and what lies beside it."""
     for p, value, dtype in masters:
         theta, part = local(p).detach(), None

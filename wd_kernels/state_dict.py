@@ -110,7 +110,8 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
 
 def _counts_for_rounding(storage: Storage, p: Tensor, found: Any) -> bool:
     """Are a parameter or its states rounded by their step count?"""
-    states = [t.dtype for t in found.values() if isinstance(t, Tensor)] if isinstance(found, dict) else []
+    kept = found.items() if isinstance(found, dict) else ()
+    states = [t.dtype for name, t in kept if isinstance(t, Tensor) and name != MASTER_NAME]
     roles = [(p.dtype, storage.stochastic_params), *((dtype, storage.stochastic_states) for dtype in states)]
     return any(is_steppable(dtype) and format_of(dtype, stochastic).stochastic for dtype, stochastic in roles)
 
@@ -431,16 +432,12 @@ def _without_master(
     check_sharding(p, value, of_state)
     here = local(value).detach().to(theta.device)
     remainder = here.dtype in (torch.int16, torch.int8)
-    if (
-        here.shape != theta.shape
-        or (remainder and theta.dtype != torch.bfloat16)
-        or not (remainder or here.is_floating_point())
-    ):
+    if here.shape != theta.shape or (remainder and theta.dtype != torch.bfloat16):
         raise TypeError(
             f"{of_state} has dtype {value.dtype} and shape {tuple(value.shape)}, the parameter {theta.dtype} and "
             f"{tuple(theta.shape)}: a remainder is what a bfloat16 parameter of its shape lacks of a float32"
         )
-    master = reference.load(theta, torch.float32, here) if remainder else here.float()
+    master = reference.load(theta, torch.float32, here) if remainder else here
     return {name: own for name, own in saved.items() if name != MASTER_NAME}, sharded_like(p, master.clone())
 
 
