@@ -2,6 +2,7 @@
 // once, to nearest even or stochastically, and writes every NaN as the canonical one. Conversions are integer and
 // float32 operations on bits, so that every compiler can vectorise them and every machine gives the same result. A
 // format may have a part (`Part`), which lies at an address of its own; of one that has none the address is not read.
+// The part of a tiled format is a scale for every kScaled neighbours, which is known before one of them is stored.
 //
 // Include inside the namespace of one instruction set (see cpu/mover.inc); it needs layout.h.
 
@@ -46,7 +47,7 @@ WD_HOST_DEVICE inline uint32_t draw_of(int role, uint32_t word) { return role % 
 
 // A format without a part.
 struct Whole {
-  static constexpr bool kStochastic = false, kParted = false, kRead = true;
+  static constexpr bool kStochastic = false, kParted = false, kRead = true, kTiled = false;
   using Part = char;
 };
 
@@ -132,7 +133,7 @@ struct Float16 : Whole {
 // bfloat16, of two the one further from 0: so a remainder has a sign, and as many bits as it has.
 template <class Remainder, bool stochastic>
 struct Split {
-  static constexpr bool kStochastic = stochastic, kParted = true, kRead = true;
+  static constexpr bool kStochastic = stochastic, kParted = true, kRead = true, kTiled = false;
   static constexpr int64_t kCode = sizeof(Remainder) == 2 ? kSplit32 : stochastic ? kSplit24Stochastic : kSplit24;
   static constexpr int kLost = sizeof(Remainder) == 2 ? 0 : 8;  // bits of a float32 that are not stored
   using Arithmetic = float;
@@ -157,7 +158,7 @@ using Split24Stochastic = Split<int8_t, true>;
 // A 16-bit parameter that is written as the copy of its float32 master, and never read.
 template <class Nearest, int64_t code>
 struct Copy {
-  static constexpr bool kStochastic = false, kParted = true, kRead = false;
+  static constexpr bool kStochastic = false, kParted = true, kRead = false, kTiled = false;
   static constexpr int64_t kCode = code;
   using Arithmetic = float;
   using Memory = typename Nearest::Memory;
@@ -171,3 +172,44 @@ struct Copy {
 
 using BFloat16Copy = Copy<BFloat16, kBFloat16Copy>;
 using Float16Copy = Copy<Float16, kFloat16Copy>;
+
+// A state in 8 bits. c, a power of 2, lies so far below the largest of a tile as there are binades, and y is |x| + c:
+// below c the bits of y are linear in x, above they are logarithmic. A code is the bits of y above those of c, but for
+// the last kLost; with the sign of x, or, where none is negative, so that what is not 0 never becomes 0.
+template <class Code, bool stochastic>
+struct Scaled {
+  static constexpr bool kSigned = Code(-1) < Code(0);
+  static constexpr bool kStochastic = stochastic, kParted = true, kRead = true, kTiled = true;
+  static constexpr int64_t kCode =
+      kSigned ? (stochastic ? kInt8Stochastic : kInt8) : (stochastic ? kUint8Stochastic : kUint8);
+  static constexpr int kBinades = kSigned ? 14 : 30, kLost = 20;
+  using Arithmetic = float;
+  using Memory = Code;
+  using Part = uint8_t;
+
+  // The bits of |x|, the largest of which a tile's scale is made from: it is the exponent of c.
+  WD_HOST_DEVICE static int32_t size(float x) { return int32_t(bits_to<uint32_t>(x) & 0x7fffffffu); }
+  WD_HOST_DEVICE static int32_t scale(int32_t largest) {
+    const int32_t below = (largest >> 23) - kBinades;
+    return below < 1 ? 1 : below;
+  }
+  WD_HOST_DEVICE static float load(Code code, int32_t scale) {
+    const int32_t c = scale << 23, magnitude = code < 0 ? -int32_t(code) : int32_t(code);
+    const float x = bits_to<float>((magnitude << kLost) + c) - bits_to<float>(c);
+    return code < 0 ? -x : x;
+  }
+  WD_HOST_DEVICE static Code store(float x, uint32_t draw, int32_t scale) {
+    const int32_t c = scale << 23, a = size(x);
+    const float y = bits_to<float>(a) + bits_to<float>(c);
+    const int32_t bits = (y != y ? 0x7fc00000 : bits_to<int32_t>(y)) - c;
+    const int32_t up = stochastic ? int32_t(draw) << (kLost - 16) : (1 << (kLost - 1)) - 1 + (bits >> kLost & 1);
+    const int32_t code = (bits + up) >> kLost;
+    if (kSigned) return Code(x < 0 ? -code : code);
+    return Code(a != 0 && code == 0 ? 1 : code);
+  }
+};
+
+using Int8 = Scaled<int8_t, false>;
+using Int8Stochastic = Scaled<int8_t, true>;
+using Uint8 = Scaled<uint8_t, false>;
+using Uint8Stochastic = Scaled<uint8_t, true>;

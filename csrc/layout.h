@@ -29,6 +29,7 @@ namespace wd {
 enum Role : int { kParam = 0, kGrad = 1, kState = 2 };
 constexpr int kMaxRoles = 16;
 constexpr int kPadding = 32;  // origins are multiples of it
+constexpr int kScaled = 32;   // neighbours that share a scale, where states are in 8 bits
 constexpr int kBlock = 1024;  // elements that a sum adds up in the arithmetic type; chunks are multiples of it
 
 // What a step may change of a segment.
@@ -68,6 +69,10 @@ enum FormatCode : int64_t {
   kSplit24Stochastic = 8,
   kBFloat16Copy = 9,
   kFloat16Copy = 10,
+  kInt8 = 11,
+  kInt8Stochastic = 12,
+  kUint8 = 13,
+  kUint8Stochastic = 14,
 };
 
 // What a launch is given; all of it lies on the device that steps.

@@ -1,19 +1,24 @@
 """Storage formats: how one role (parameter, gradient, a state) lies in memory (numerics, section 6).
 
 A role declares its format; a dtype alone does not tell it. Loading widens to the arithmetic type, storing rounds once.
-A format may have a part, which lies at an address of its own: what a 16-bit parameter lacks of its master weight.
+A format may have a part, which lies at an address of its own: what a 16-bit parameter lacks of its master weight, or
+the scales of 8-bit states, one for every 32 elements.
 Native code and kernels know a format by its code (csrc/layout.h, triton_kernels.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 __all__ = [
     "FORMATS",
     "MASTER_NAME",
+    "SCALE",
+    "TILE",
     "Format",
     "Storage",
     "arithmetic_dtype",
@@ -21,10 +26,16 @@ __all__ = [
     "format_of",
     "full_state_dtype",
     "gradient_dtypes",
+    "has_scales",
     "is_steppable",
     "master_dtypes",
+    "scale_name",
     "state_dtypes",
+    "tiles",
 ]
+
+#: Neighbours in storage order that share a scale.
+TILE = 32
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,7 @@ class Format:
         code: its number in native code.
         stochastic: rounded up or down at random, with a mean that is what was to be stored.
         part: what lies elsewhere of each element; a format that is only that has the code 0.
+        binades: of 8-bit states, how far below the largest of a tile steps begin to be equal.
     """
 
     name: str
@@ -44,6 +56,7 @@ class Format:
     code: int
     stochastic: bool = False
     part: Format | None = None
+    binades: int = 0
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype | None]:
@@ -64,9 +77,15 @@ SPLIT24 = Format("bfloat16 with an 8-bit remainder", torch.bfloat16, 7, part=REM
 SPLIT24_STOCHASTIC = Format("stochastic bfloat16 with an 8-bit remainder", torch.bfloat16, 8, True, REMAINDER8)
 BFLOAT16_COPY = Format("bfloat16 copy of a master", torch.bfloat16, 9, part=MASTER)
 FLOAT16_COPY = Format("float16 copy of a master", torch.float16, 10, part=MASTER)
+SCALE = Format("scale of 32 elements", torch.uint8, 0)
+INT8 = Format("int8", torch.int8, 11, False, SCALE, 14)
+INT8_STOCHASTIC = Format("stochastic int8", torch.int8, 12, True, SCALE, 14)
+UINT8 = Format("uint8", torch.uint8, 13, False, SCALE, 30)
+UINT8_STOCHASTIC = Format("stochastic uint8", torch.uint8, 14, True, SCALE, 30)
 FORMATS = (
     FLOAT64, FLOAT32, BFLOAT16, FLOAT16, BFLOAT16_STOCHASTIC,
     SPLIT32, SPLIT24, SPLIT24_STOCHASTIC, BFLOAT16_COPY, FLOAT16_COPY,
+    INT8, INT8_STOCHASTIC, UINT8, UINT8_STOCHASTIC,
 )  # fmt: skip
 
 #: What stores tensors of a dtype to nearest even; a complex tensor is stepped as its real and imaginary parts.
@@ -115,12 +134,28 @@ def full_state_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.is_complex else arithmetic_dtype(dtype)
 
 
-def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """What the states of a parameter of `dtype` may be."""
+def state_dtypes(dtype: torch.dtype, signed: bool) -> tuple[torch.dtype, ...]:
+    """What a state of a parameter of `dtype` may be; `signed`: it may be negative."""
     full = full_state_dtype(dtype)
     if full != torch.float32:
         return (full,)
-    return (full, torch.bfloat16, torch.float16) if dtype == torch.float16 else (full, torch.bfloat16)
+    small = (torch.bfloat16, torch.int8 if signed else torch.uint8)
+    return (full, *small, torch.float16) if dtype == torch.float16 else (full, *small)
+
+
+def has_scales(dtype: torch.dtype) -> bool:
+    """Is a state of this dtype in 8 bits, with a scale for every `TILE` elements?"""
+    return dtype in (torch.int8, torch.uint8)
+
+
+def scale_name(name: str) -> str:
+    """The key of the scales of a state."""
+    return f"{name}_scale"
+
+
+def tiles(numel: int) -> int:
+    """How many scales so many elements have."""
+    return -(-numel // TILE)
 
 
 def exact_in(source: torch.dtype, target: torch.dtype) -> bool:
@@ -136,14 +171,23 @@ _MASTERS = {"float32": torch.float32, "split32": torch.int16, "split24": torch.i
 # What a group asks for ------------------------------------------------------------------------------------------------
 
 
+class _State(Protocol):
+    """What is needed of a state (`wd_kernels.rules.State`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def signed(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Storage:
     """How a group has its parameters and states stored, from its "state_dtype" and "stochastic_rounding".
 
     Attributes:
-        states: a word for all states, or (state, word) of some: "float32" (not rounded), "bfloat16", "param" (the dtype
-            of the parameter).
-        stochastic_params, stochastic_states: are those in bfloat16 rounded stochastically?
+        states: a word for all states, or (state, word) of some: "float32" (not rounded), "bfloat16", "int8" (or uint8,
+            of what is never negative), "param" (the dtype of the parameter).
+        stochastic_params, stochastic_states: are those in bfloat16 and in 8 bits rounded stochastically?
         masters: what 16-bit parameters have as master weights: "none", "float32" (beside them), "split32" or "split24"
             (a remainder beside bfloat16 ones).
     """
@@ -157,11 +201,17 @@ class Storage:
         """What is asked for one state."""
         return self.states if isinstance(self.states, str) else dict(self.states).get(name, "float32")
 
-    def state_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+    def state_dtype(self, state: _State, dtype: torch.dtype) -> torch.dtype:
         """The dtype of a state of a parameter of `dtype`."""
-        if name == MASTER_NAME:
+        if state.name == MASTER_NAME:
             return self.master_dtype(dtype) or torch.float32
-        return {"bfloat16": torch.bfloat16, "param": dtype}.get(self.word(name)) or full_state_dtype(dtype)
+        eight = torch.int8 if state.signed else torch.uint8
+        words = {"bfloat16": torch.bfloat16, "int8": eight, "param": dtype}
+        return words.get(self.word(state.name)) or full_state_dtype(dtype)
+
+    def parts(self, states: Sequence[_State]) -> int:
+        """How many tensors a parameter with these states may have beside them."""
+        return (self.masters != "none") + sum(self.word(state.name) == "int8" for state in states)
 
     def master_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         """The dtype of what lies beside a parameter of `dtype` as its master weight; None where it is its own."""

@@ -48,6 +48,9 @@ def adamw_(
     maximize: bool = False,
     grad_factor: Number = 1.0,
     master_params: Tensors = (),
+    exp_avg_scales: Tensors = (),
+    exp_avg_sq_scales: Tensors = (),
+    max_exp_avg_sq_scales: Tensors = (),
     backend: BackendName = "auto",
     stochastic_rounding: StochasticRounding = "states",
     seed: int = 0,
@@ -60,7 +63,8 @@ def adamw_(
         grads: one for each, of its shape; its dtype, or float32 beside 16-bit parameters, or 16-bit beside float32.
             They are read. One that lies otherwise than its parameter is copied.
         exp_avgs, exp_avg_sqs: the moments, zeros before the first step: of the parameter's shape and layout, float32
-            or bfloat16 for float32 and 16-bit parameters (float16 for float16 ones too), else of its dtype.
+            or bfloat16 for float32 and 16-bit parameters (float16 for float16 ones too), or in 8 bits, exp_avgs int8
+            and the others uint8; else of its dtype.
         max_exp_avg_sqs: the largest second moments, likewise, for AMSGrad; none for AdamW without it.
         step: the number of this step, from 1; or, in a CPU tensor, a number for every parameter.
         lr, betas, eps, weight_decay, decay, eta, maximize: as for :class:`wd_kernels.AdamW`. Numbers, or CPU tensors of
@@ -70,6 +74,8 @@ def adamw_(
             master: it is stepped, and the parameter, wherever it lies, is written as its copy, which nothing reads.
             Beside bfloat16, an int16 or int8 tensor is what the parameter lacks of a float32, or of its upper 24 bits;
             zeros, where the parameter is all there is.
+        exp_avg_scales, exp_avg_sq_scales, max_exp_avg_sq_scales: one for each of the states that are in 8 bits, uint8,
+            contiguous, with an element for every 32 of its state (rounded up), zeros before the first step.
         backend, stochastic_rounding, seed: as for :class:`wd_kernels.AdamW`. Random bits are those of elements that are
             numbered through the lists, each tensor from a multiple of 32 on.
 
@@ -86,7 +92,18 @@ def adamw_(
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
     """
-    roles = _lists("adamw_", params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, master_params)
+    roles = _lists(
+        "adamw_",
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        master_params,
+        exp_avg_scales,
+        exp_avg_sq_scales,
+        max_exp_avg_sq_scales,
+    )
     check_chosen(weight_decay, decay, lr, "adamw_")
     numbers = (step, lr, *pair("betas", betas, "adamw_"), eps, weight_decay, eta, grad_factor)
     _run("adamw_", roles, numbers, (decay, maximize, backend, *_rounding(stochastic_rounding, seed)))
@@ -109,6 +126,9 @@ def adamw_flat_(
     maximize: bool = False,
     grad_factor: Number = 1.0,
     master_param: Tensor | None = None,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
+    max_exp_avg_sq_scale: Tensor | None = None,
     backend: BackendName = "auto",
     stochastic_rounding: StochasticRounding = "states",
     seed: int = 0,
@@ -117,7 +137,17 @@ def adamw_flat_(
 
     Arguments and errors as for :func:`adamw_`, with one buffer in place of each list.
     """
-    roles = [[param], [grad], [exp_avg], [exp_avg_sq], _maybe(max_exp_avg_sq), _maybe(master_param)]
+    roles = [
+        [param],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        _maybe(max_exp_avg_sq),
+        _maybe(master_param),
+        _maybe(exp_avg_scale),
+        _maybe(exp_avg_sq_scale),
+        _maybe(max_exp_avg_sq_scale),
+    ]
     check_chosen(weight_decay, decay, lr, "adamw_flat_")
     numbers = (step, lr, *pair("betas", betas, "adamw_flat_"), eps, weight_decay, eta, grad_factor)
     _run("adamw_flat_", roles, numbers, (decay, maximize, backend, *_rounding(stochastic_rounding, seed)))
@@ -140,6 +170,7 @@ def sgdw_(
     maximize: bool = False,
     grad_factor: Number = 1.0,
     master_params: Tensors = (),
+    momentum_buffer_scales: Tensors = (),
     backend: BackendName = "auto",
     stochastic_rounding: StochasticRounding = "states",
     seed: int = 0,
@@ -154,6 +185,7 @@ def sgdw_(
             takes the gradient undampened, as torch's does.
         lr, momentum, dampening, weight_decay, nesterov, decay, form, eta, maximize: as for :class:`wd_kernels.SGDW`.
         grad_factor, master_params, backend, stochastic_rounding, seed: as for :func:`adamw_`.
+        momentum_buffer_scales: of buffers in int8, as exp_avg_scales there.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and the index; nothing was written.
@@ -168,7 +200,7 @@ def sgdw_(
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 1.
     """
-    roles = _lists("sgdw_", params, grads, momentum_buffers, master_params)
+    roles = _lists("sgdw_", params, grads, momentum_buffers, master_params, momentum_buffer_scales)
     numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
     _run("sgdw_", roles, numbers, (decay, form, nesterov, maximize, backend, *_rounding(stochastic_rounding, seed)))
 
@@ -190,6 +222,7 @@ def sgdw_flat_(
     maximize: bool = False,
     grad_factor: Number = 1.0,
     master_param: Tensor | None = None,
+    momentum_buffer_scale: Tensor | None = None,
     backend: BackendName = "auto",
     stochastic_rounding: StochasticRounding = "states",
     seed: int = 0,
@@ -198,7 +231,7 @@ def sgdw_flat_(
 
     Arguments and errors as for :func:`sgdw_`, with one buffer in place of each list.
     """
-    roles = [[param], [grad], _maybe(momentum_buffer), _maybe(master_param)]
+    roles = [[param], [grad], _maybe(momentum_buffer), _maybe(master_param), _maybe(momentum_buffer_scale)]
     numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
     _run(
         "sgdw_flat_", roles, numbers, (decay, form, nesterov, maximize, backend, *_rounding(stochastic_rounding, seed))
@@ -220,6 +253,7 @@ def adagradw_(
     maximize: bool = False,
     grad_factor: Number = 1.0,
     master_params: Tensors = (),
+    state_sum_scales: Tensors = (),
     backend: BackendName = "auto",
     stochastic_rounding: StochasticRounding = "states",
     seed: int = 0,
@@ -233,6 +267,7 @@ def adagradw_(
         step: the number of this step, from 1; or, in a CPU tensor, a number for every parameter.
         lr, lr_decay, weight_decay, eps, decay, eta, maximize: as for :class:`wd_kernels.AdagradW`.
         grad_factor, master_params, backend, stochastic_rounding, seed: as for :func:`adamw_`.
+        state_sum_scales: of sums in uint8, as exp_avg_scales there.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and the index; nothing was written.
@@ -248,7 +283,7 @@ def adagradw_(
     Source: Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", JMLR
     2011, section 1.1.
     """
-    roles = _lists("adagradw_", params, grads, state_sums, master_params)
+    roles = _lists("adagradw_", params, grads, state_sums, master_params, state_sum_scales)
     numbers = (step, lr, lr_decay, eps, weight_decay, eta, grad_factor)
     _run("adagradw_", roles, numbers, (decay, maximize, backend, *_rounding(stochastic_rounding, seed)))
 
@@ -268,6 +303,7 @@ def adagradw_flat_(
     maximize: bool = False,
     grad_factor: Number = 1.0,
     master_param: Tensor | None = None,
+    sum_scale: Tensor | None = None,
     backend: BackendName = "auto",
     stochastic_rounding: StochasticRounding = "states",
     seed: int = 0,
@@ -279,7 +315,7 @@ def adagradw_flat_(
     numbers = (step, lr, lr_decay, eps, weight_decay, eta, grad_factor)
     _run(
         "adagradw_flat_",
-        [[param], [grad], [sum], _maybe(master_param)],
+        [[param], [grad], [sum], _maybe(master_param), _maybe(sum_scale)],
         numbers,
         (decay, maximize, backend, *_rounding(stochastic_rounding, seed)),
     )

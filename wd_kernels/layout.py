@@ -18,7 +18,17 @@ from torch.nn.parameter import is_lazy
 
 from . import native
 from .epilogues import Epilogue
-from .formats import Format, format_of, gradient_dtypes, is_steppable, master_dtypes, state_dtypes
+from .formats import (
+    SCALE,
+    Format,
+    format_of,
+    gradient_dtypes,
+    has_scales,
+    is_steppable,
+    master_dtypes,
+    scale_name,
+    state_dtypes,
+)
 from .reference import BLOCK  # chunks are multiples of it, and begin where their segment's alignment holds
 from .rules import MASTER, Rule, State, code_of
 
@@ -119,10 +129,13 @@ def origins(params: Sequence[Tensor]) -> list[int]:
     return [0, *accumulate(sizes)][:-1]
 
 
-def write_segment(segments: Segments, k: int, roles: Sequence[Tensor]) -> None:
-    """Writes segment `k`: the addresses of parameter, gradient and states, how many elements, and their alignment."""
+def write_segment(segments: Segments, k: int, roles: Sequence[Tensor], scales: int = 0) -> None:
+    """Writes segment `k`: the addresses of parameter, gradient and states, how many elements, and their alignment.
+
+    The last `scales` of the roles are that: they are read one by one, wherever they lie.
+    """
     addresses = [t.data_ptr() for t in roles]
-    aligned = int(all(address % 16 == 0 for address in addresses))
+    aligned = int(all(address % 16 == 0 for address in addresses[: len(addresses) - scales]))
     segments.moving[k] = torch.tensor([addresses[GRAD], numel_of(roles[PARAM]), 0, aligned], device=CPU)
     del addresses[GRAD]
     segments.places[k, Place.ADDRESSES : Place.ADDRESSES + len(addresses)] = torch.tensor(addresses, device=CPU)
@@ -148,6 +161,11 @@ class Spec:
     epilogue: Epilogue | None = None
     parts: tuple[str, ...] = ()
 
+    @property
+    def scales(self) -> int:
+        """How many of the parts are scales: the last ones."""
+        return sum(fmt.part is SCALE for fmt in self.formats)
+
 
 def native_kernel(rule: Rule, spec: Spec) -> tuple[int, int, int, list[int]]:
     """(rule, variant, epilogue, formats), by which native code finds the kernel of a bucket."""
@@ -163,16 +181,23 @@ def spec_of(
     """The bucket of a parameter, a gradient and states of these dtypes; None where there is none.
 
     Args:
-        states: of the rule; then `MASTER`, where there is one.
+        states: of the rule; then `MASTER`, where there is one, and the scales of states in 8 bits.
         stochastic: are parameters, are states rounded stochastically, where their dtype can be?
     """
-    param, grad, *own = dtypes
-    master = own.pop() if MASTER in states else None
-    if not is_steppable(param) or grad not in gradient_dtypes(param) or any(t not in state_dtypes(param) for t in own):
+    param, grad = dtypes[:2]
+    kinds = dict(zip(states, dtypes[2:], strict=True))
+    own = {state: dtype for state, dtype in kinds.items() if state is not MASTER and state.of is None}
+    master, scales = kinds.get(MASTER), {state.of: dtype for state, dtype in kinds.items() if state.of is not None}
+    if not is_steppable(param) or grad not in gradient_dtypes(param):
+        return None
+    if any(dtype not in state_dtypes(param, state.signed) for state, dtype in own.items()):
         return None
     if master is not None and master not in master_dtypes(param):
         return None
-    formats = [format_of(param, stochastic[0], master), format_of(grad), *(format_of(t, stochastic[1]) for t in own)]
+    if scales != {state.name: SCALE.dtype for state, dtype in own.items() if has_scales(dtype)}:
+        return None
+    formats = [format_of(param, stochastic[0], master), format_of(grad)]
+    formats += [format_of(dtype, stochastic[1], scales.get(state.name)) for state, dtype in own.items()]
     names = tuple(state.name for state in states)
     return Spec(device, names[: len(own)], tuple(formats), parts=names[len(own) :])
 
@@ -189,7 +214,7 @@ class Bucket:
 
 
 class Tensors(NamedTuple):
-    """What is stepped of one parameter: its roles, its row, what an epilogue writes, origin (`Place`), and master."""
+    """What is stepped of one parameter: its roles, its row, what an epilogue writes, origin (`Place`), and parts."""
 
     theta: Tensor
     grad: Tensor
@@ -199,6 +224,15 @@ class Tensors(NamedTuple):
     sums: Tensor | None = None
     origin: int = 0
     master: Tensor | None = None
+    scales: Mapping[str, Tensor] = MappingProxyType({})  # by the names of states
+
+    @classmethod
+    def of(cls, theta: Tensor, grad: Tensor, beside: Mapping[str, Tensor], row: int, origin: int) -> Tensors:
+        """Of a parameter with all that lies beside it, by name."""
+        scales = {name: beside[scale_name(name)] for name in beside if scale_name(name) in beside}
+        parts = {MASTER.name, *map(scale_name, scales)}
+        states = {name: t for name, t in beside.items() if name not in parts}
+        return cls(theta, grad, states, row, origin=origin, master=beside.get(MASTER.name), scales=scales)
 
 
 class Table(Protocol):

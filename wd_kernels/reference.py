@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .epilogues import Element, Epilogue
-from .formats import Format, arithmetic_dtype, format_of
+from .formats import TILE, Format, arithmetic_dtype, format_of, has_scales
 
 __all__ = ["BLOCK", "Draws", "Equation", "block_sums", "lerp", "load", "new_values", "sqrt", "step_", "store"]
 
@@ -41,11 +41,14 @@ def sqrt(x: Tensor) -> Tensor:
 def load(x: Tensor, dtype: torch.dtype, part: Tensor | None = None) -> Tensor:
     """Widens to the arithmetic type; complex tensors become their real and imaginary parts.
 
-    `part` is what lies elsewhere of a 16-bit parameter: its float32 master, or the bits that it lacks.
+    `part` is what lies elsewhere: of a 16-bit parameter its float32 master, or the bits that it lacks; of an 8-bit
+    state the scales of its tiles.
     """
     x = x.detach()
     if part is not None:
         part = part.detach()
+        if has_scales(x.dtype):
+            return _load_tiles(x, part)
         if part.dtype == torch.float32:
             return part
         shift = 32 - 8 * (x.itemsize + part.itemsize)
@@ -59,9 +62,13 @@ def store(memory: Tensor, value: Tensor, draws: Draws | None = None, part: Tenso
     """Rounds `value` once into `memory`, in place; a 16-bit NaN is the canonical one.
 
     To nearest even; with `draws`, to one of the two numbers beside `value`, so that the mean is that. What `part` has
-    of it is written too: all, or what a bfloat16 lacks; that is then the nearest one, the further from 0 of two.
+    of it is written too: all, or what a bfloat16 lacks; that is then the nearest one, the further from 0 of two. Of an
+    8-bit state it is the scales.
     """
     memory = memory.detach()
+    if part is not None and has_scales(memory.dtype):
+        _store_tiles(memory, value, draws, part.detach())
+        return
     if part is not None and part.dtype == torch.float32:
         part.detach().copy_(value)
     elif part is not None:
@@ -84,6 +91,52 @@ def store(memory: Tensor, value: Tensor, draws: Draws | None = None, part: Tenso
         memory.view(torch.int16).masked_fill_(value.isnan(), 0x7E00)
     else:
         memory.copy_(value)
+
+
+#: Bits of a float32 that an 8-bit state does not have: 3 are left of its fraction.
+LOST = 20
+
+
+def _in_order(dense: Tensor) -> Tensor:
+    """The elements as they lie: [n]."""
+    return dense.as_strided((dense.numel(),), (1,))
+
+
+def _load_tiles(codes: Tensor, scale: Tensor) -> Tensor:
+    """What an 8-bit state stands for, float32: |code| is the upper bits of y, and the number y - c."""
+    code = _in_order(codes).int()
+    c = scale.flatten().int().repeat_interleave(TILE)[: code.numel()] << 23
+    magnitude = ((code.abs() << LOST) + c).view(torch.float32) - c.view(torch.float32)
+    found = torch.empty_like(codes, dtype=torch.float32)
+    _in_order(found).copy_(torch.where(code < 0, -magnitude, magnitude))
+    return found
+
+
+def _store_tiles(memory: Tensor, value: Tensor, draws: Draws | None, scale: Tensor) -> None:
+    """Codes and scales of `value`, tile by tile (numerics, section 6).
+
+    c is a power of 2 so far below the largest of a tile as the format has binades, and y = |x| + c: below c its bits
+    are linear in x, above they are logarithmic. The code is the bits of y above those of c, but for the last 20.
+    """
+    fmt, n = format_of(memory.dtype, part=scale.dtype), memory.numel()
+    x = torch.zeros(len(scale.flatten()) * TILE, dtype=torch.float32, device=memory.device)
+    x[:n] = _in_order(torch.empty_like(memory, dtype=torch.float32).copy_(value))
+    a = x.abs()
+    exponent = (a.view(torch.int32) >> 23).view(-1, TILE).amax(1, keepdim=True)
+    own = (exponent - fmt.binades).clamp(min=1)
+    c = (own << 23).expand(-1, TILE).reshape(-1)
+    y = a + c.view(torch.float32)
+    bits = torch.where(y.isnan(), 0x7FC00000, y.view(torch.int32)) - c
+    up = (1 << LOST - 1) - 1 + ((bits >> LOST) & 1)
+    if draws is not None:
+        up = draws.bits(torch.arange(len(x), device=x.device)).to(torch.int32) << LOST - 16
+    code = (bits + up) >> LOST
+    if memory.dtype == torch.int8:
+        code = torch.where(x < 0, -code, code)
+    else:  # what is not 0 never becomes 0
+        code = torch.where((a > 0) & (code == 0), 1, code)
+    _in_order(memory).copy_(code[:n])
+    scale.copy_(own.view(scale.shape))
 
 
 def elements(memory: Tensor) -> Tensor:
@@ -206,6 +259,7 @@ def step_(
     rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor],
     epilogue: Epilogue | None = None, outputs: Mapping[str, Tensor] = MappingProxyType({}), sums: Tensor | None = None,
     formats: Sequence[Format] = (), origin: int = 0, master: Tensor | None = None,
+    scales: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:  # fmt: skip
     """One step of `rule` in place, on tensors as they are stored; a row's `frozen` keeps the bits of theta.
 
@@ -216,19 +270,20 @@ def step_(
         formats: of theta, g, states and outputs; by default what rounds their dtypes to nearest even.
         origin: the number of theta's first element among all of the optimizer's.
         master: what lies elsewhere of theta.
+        scales: of the states that are in 8 bits, by their names.
     """
     dtype = arithmetic_dtype(theta.dtype)
-    own = {name: load(state, dtype) for name, state in states.items()}
+    own = {name: load(state, dtype, scales.get(name)) for name, state in states.items()}
     before = load(theta, dtype, master).clone()
     after, g, u, new = new_values(rule, row, grad_factor, before, load(g, dtype), own)
     written = (theta, g, *states.values(), *outputs.values())
-    formats = formats or [format_of(t.dtype) for t in written]
+    formats = formats or [format_of(t.dtype, part=torch.uint8 if has_scales(t.dtype) else None) for t in written]
     seed, step = (int(row[rule.scalars.index(name)]) for name in ("seed", "t"))
     draws = [Draws(seed, step, origin, role) if fmt.stochastic else None for role, fmt in enumerate(formats)]
     if not float(row[rule.scalars.index("frozen")]):
         store(theta, after, draws[0], master)
     for role, (name, state) in enumerate(states.items(), 2):
-        store(state, new[name], draws[role])
+        store(state, new[name], draws[role], scales.get(name))
     if epilogue is not None:
         s = _named(epilogue.scalars, row[len(rule.scalars) :], before)
         element = Element(before, load(theta, dtype, master), g, u, new)

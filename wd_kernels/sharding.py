@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -87,19 +87,27 @@ def shard_offset(p: Tensor) -> int:
     return offset * (2 if p.is_complex() else 1)
 
 
-def sharded_like(p: Tensor, t: Tensor) -> Tensor:
-    """`t`, which belongs to `local(p)`, as what belongs to `p`: of its mesh and placements, with the memory of `t`."""
+def sharded_like(p: Tensor, t: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """`t`, which belongs to `local(p)`, as what belongs to `p`: of its mesh and placements, with the memory of `t`.
+
+    Args:
+        shape: of the whole, where it is not that of `p`; then it is contiguous.
+    """
     if not is_sharded(p):
         return t
     dtensor, like = loaded("torch.distributed.tensor", "DTensor"), spec_of(p)
-    spec = type(like)(like.mesh, like.placements, tensor_meta=like.tensor_meta._replace(dtype=t.dtype), **_order(like))
+    meta = like.tensor_meta._replace(dtype=t.dtype)
+    if shape is not None:
+        meta = meta._replace(shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride())
+    spec = type(like)(like.mesh, like.placements, tensor_meta=meta, **_order(like))
     made: Tensor = dtensor(t, spec, requires_grad=False)
     return made
 
 
-def check_sharding(p: Tensor, t: Tensor, what: str, gradient: bool = False) -> None:
+def check_sharding(p: Tensor, t: Tensor, what: str, gradient: bool = False, shape: Sequence[int] | None = None) -> None:
     """Raises unless `t`, a gradient or a state, is sharded as its parameter `p`, or both are ordinary tensors.
 
+    `shape`: of the whole of `t`, where it is not that of `p`.
     What differs does so in every process, so all of them raise.
     """
     if _sharding(p) != _sharding(t):
@@ -107,8 +115,9 @@ def check_sharding(p: Tensor, t: Tensor, what: str, gradient: bool = False) -> N
             f"{what} is {_described(t)}; allowed is what its parameter is, {_described(p)}: "
             f"{OF_GRADIENTS if gradient else OF_STATES}"
         )
-    if is_sharded(p) and p.shape != t.shape:
-        raise ValueError(f"{what} has shape {tuple(t.shape)}; allowed is that of the parameter, {tuple(p.shape)}")
+    if is_sharded(p) and t.shape != (p.shape if shape is None else torch.Size(shape)):
+        allowed = f"that of the parameter, {tuple(p.shape)}" if shape is None else str(tuple(shape))
+        raise ValueError(f"{what} has shape {tuple(t.shape)}; allowed is {allowed}")
 
 
 def redistribute_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -34,7 +34,7 @@ class Operator:
 
     Attributes:
         flat: one flat buffer a role, or a list of tensors.
-        states: of the rule, and master weights.
+        states: of the rule, master weights, and the scales of states in 8 bits.
         roles: parameters, gradients and states.
         numbers: scalars, "step" first; the parts of a hyperparameter are numbers of their own.
         options: names and types of what is neither tensor nor number.
@@ -49,7 +49,7 @@ class Operator:
 
     @cached_property
     def states(self) -> tuple[State, ...]:
-        return (*self.rule.states, MASTER)
+        return (*self.rule.states, MASTER, *(state.scale for state in self.rule.states))
 
     @cached_property
     def roles(self) -> tuple[str, ...]:
@@ -81,8 +81,11 @@ class Operator:
         return f"{name}({', '.join(arguments)}) -> ()"
 
     def may_lack(self, role: int) -> bool:
-        """Is it a state that some groups lack?"""
-        return role >= 2 and (self.states[role - 2] is MASTER or self.states[role - 2].asked_by is not None)
+        """Is it something that some groups lack?"""
+        return role >= 2 and (self._is_part(role) or self.states[role - 2].asked_by is not None)
+
+    def _is_part(self, role: int) -> bool:
+        return self.states[role - 2] is MASTER or self.states[role - 2].of is not None
 
     def label(self, role: int, index: int) -> str:
         """How errors call a tensor."""
@@ -184,7 +187,7 @@ def _check_lengths(operator: Operator, roles: Sequence[Role], needed: Sequence[S
     n = len(roles[0])
     for k, own in enumerate(roles):
         state = operator.states[k - 2] if k >= 2 else None
-        if state is MASTER or needed is None:
+        if state is MASTER or needed is None or (state is not None and state.of is not None):
             wanted = bool(own) or not operator.may_lack(k)
         else:
             wanted = state is None or state in needed

@@ -169,7 +169,7 @@ def check_roles(p: Tensor, grad: Tensor | None, what: str, of_grad: str) -> None
 def check_storage(p: Tensor, storage: Storage, states: Iterable[State], what: str) -> None:
     """Raises TypeError if a parameter, or a state of it, cannot be stored as its group asks."""
     for state in states:
-        dtype, allowed = storage.state_dtype(state.name, p.dtype), state_dtypes(p.dtype)
+        dtype, allowed = storage.state_dtype(state, p.dtype), state_dtypes(p.dtype, state.signed)
         if dtype not in allowed:
             raise TypeError(
                 f"state_dtype={storage.word(state.name)!r} for the state {state.name!r} of {what}, which has dtype "

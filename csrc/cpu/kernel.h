@@ -8,7 +8,7 @@ namespace wd {
 struct Kernel {
   const void *rule, *epilogue;  // of the instruction set's own types, as are the formats; no epilogue: null
   const void* formats[kMaxRoles];
-  int64_t sizes[kMaxRoles];  // bytes of an element of each role, and of each part
+  int64_t sizes[kMaxRoles];  // bytes of kScaled elements of each role, and of each part
   int part_of[kMaxRoles];    // where among these the part of a role is; of a role without, its own place
   int roles, parts;
   int width;        // scalars in a row

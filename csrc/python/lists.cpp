@@ -58,8 +58,16 @@ bool overlap(const std::vector<Span>& spans) {
   return false;
 }
 
-// The i-th tensor of every role, into its segment; false if they are not as expected.
-bool gather_one(PyObject* const* roles, int n_roles, Py_ssize_t i, const int64_t* dtypes, int64_t device,
+// Are they one for every tile of so many elements, in order?
+bool are_scales(const DLTensor& t, int64_t elements) {
+  int64_t expected = 1;
+  for (int32_t d = t.ndim; d-- > 0; expected *= t.shape[d])
+    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+  return expected == (elements + kPadding - 1) / kPadding;
+}
+
+// The i-th tensor of every role, into its segment; false if they are not as expected. Those from `scales` on are that.
+bool gather_one(PyObject* const* roles, int n_roles, int scales, Py_ssize_t i, const int64_t* dtypes, int64_t device,
                 Moving& moving, int64_t* place, std::vector<Span>* spans) {
   static thread_local std::vector<int64_t> shape, strides;
   moving = {nullptr, 0, moving.row, 1};
@@ -74,7 +82,7 @@ bool gather_one(PyObject* const* roles, int n_roles, Py_ssize_t i, const int64_t
       for (const int64_t size : shape) numel *= size;
       moving.numel = numel * (t.code == kComplexCode ? 2 : 1);
       if (numel > 0 && !dense(t)) return false;
-    } else if (!same_layout(t, shape, strides)) {
+    } else if (role < scales ? !same_layout(t, shape, strides) : !are_scales(t, moving.numel)) {
       return false;
     }
     if (lazy(t)) return false;
@@ -85,8 +93,9 @@ bool gather_one(PyObject* const* roles, int n_roles, Py_ssize_t i, const int64_t
       place[address_word(role)] = int64_t(begin);
     if (moving.numel == 0) continue;
     if (t.data == nullptr) return false;
-    moving.aligned &= begin % 16 == 0;
-    const int64_t size = t.bits / 8 * moving.numel / (t.code == kComplexCode ? 2 : 1);
+    moving.aligned &= role >= scales || begin % 16 == 0;
+    const int64_t elements = role < scales ? moving.numel : (moving.numel + kPadding - 1) / kPadding;
+    const int64_t size = t.bits / 8 * elements / (t.code == kComplexCode ? 2 : 1);
     spans[role].push_back({begin, begin + uintptr_t(size), role != kGrad});
   }
   return true;
@@ -96,17 +105,20 @@ bool gather_one(PyObject* const* roles, int n_roles, Py_ssize_t i, const int64_t
 struct Lists {
   PyObject* roles[kMaxRoles] = {};
   int64_t dtypes[kMaxRoles] = {};
-  int n_roles = 0;
+  int n_roles = 0, scales = 0;  // the first of the roles that are scales
   int64_t device = 0;
   Py_ssize_t length = 0;
   Moving* moving = nullptr;
   int64_t *places = nullptr, *capacities = nullptr, place_words = 0;
 
-  // roles: a tuple of lists of equal length; codes: a tuple of a dtype for each. Throws. `use` or `make_segments` next.
-  Lists(PyObject* tuple, PyObject* codes, int64_t on_device) : device(on_device) {
+  // roles: a tuple of lists of equal length; codes: a tuple of a dtype for each; the last `n_scales` are scales of
+  // tiles. Throws. `use` or `make_segments` next.
+  Lists(PyObject* tuple, PyObject* codes, int64_t on_device, long long n_scales) : device(on_device) {
     if (PyTuple_Size(tuple) > kMaxRoles || PyTuple_Size(tuple) < kState || PyTuple_Size(codes) != PyTuple_Size(tuple))
       throw std::runtime_error("lists must be of 2 to 16 roles, each with a dtype");
     n_roles = int(PyTuple_Size(tuple));
+    if (n_scales < 0 || n_scales > n_roles - kState) throw std::runtime_error("states have scales");
+    scales = n_roles - int(n_scales);
     for (int role = 0; role < n_roles; ++role) {
       roles[role] = PyTuple_GetItem(tuple, role);
       dtypes[role] = number_of(PyTuple_GetItem(codes, role));
@@ -153,7 +165,7 @@ struct Lists {
       if (PyList_Size(roles[role]) != length) return 0;
     for (Py_ssize_t i = 0; i < length; ++i) {
       int64_t* const place = places + i * place_words;
-      if (!gather_one(roles, n_roles, i, dtypes, device, moving[i], place, spans)) return i;
+      if (!gather_one(roles, n_roles, scales, i, dtypes, device, moving[i], place, spans)) return i;
       place[kOrigin] = origin;
       place[kOutput] = 0;
       capacities[i] = moving[i].numel;
@@ -174,16 +186,16 @@ struct Lists {
 
 }  // namespace
 
-// gather(roles, dtypes, device, moving, places, capacities) -> int: writes the segments of tensors that all have these
+// gather(roles, dtypes, device, moving, places, capacities, scales) -> int: writes the segments of tensors that all have these
 // dtypes and that device, and says what `Lists::gather` does.
 PyObject* gather(PyObject*, PyObject* args) {
   PyObject *tuple, *codes, *moving, *places, *capacities;
-  long long device;
-  if (!PyArg_ParseTuple(args, "O!O!LOOO", &PyTuple_Type, &tuple, &PyTuple_Type, &codes, &device, &moving, &places,
-                        &capacities))
+  long long device, scales;
+  if (!PyArg_ParseTuple(args, "O!O!LOOOL", &PyTuple_Type, &tuple, &PyTuple_Type, &codes, &device, &moving, &places,
+                        &capacities, &scales))
     return nullptr;
   return guarded([&] {
-    Lists lists(tuple, codes, device);
+    Lists lists(tuple, codes, device, scales);
     lists.use(moving, places, capacities);
     return PyLong_FromSsize_t(lists.gather());
   });
@@ -216,22 +228,22 @@ bool hold_memory(PyObject* hold, const Lists& lists, std::vector<Tensor>* views)
 }  // namespace
 
 // step_lists(roles, kind, rows_of, control, rows, increment, written, hold, others) -> int
-// A step of tensors that all are of one kind, (dtypes, device, chunk_size, rule, variant, epilogue, formats), and lie
-// on the CPU; `rows_of`: a list of the row of each, or None: the first. The result is -1 when it is taken, else nothing
+// A step of tensors that all are of one kind, (dtypes, device, chunk_size, rule, variant, epilogue, formats, scales),
+// and lie on the CPU; `rows_of`: a list of the row of each, or None: the first. The result is -1 when it is taken, else nothing
 // was done, and it says what `Lists::gather` does.
 PyObject* step_lists(PyObject*, PyObject* args) {
   PyObject *tuple, *kind, *codes, *rows_of, *control, *formats, *rows, *increment, *written, *hold;
-  long long device, chunk_size, rule, variant, epilogue;
+  long long device, chunk_size, rule, variant, epilogue, scales;
   int others;
   if (!PyArg_ParseTuple(args, "O!O!OOOOOOp", &PyTuple_Type, &tuple, &PyTuple_Type, &kind, &rows_of, &control, &rows,
                         &increment, &written, &hold, &others) ||
-      !PyArg_ParseTuple(kind, "O!LLLLLO!", &PyTuple_Type, &codes, &device, &chunk_size, &rule, &variant, &epilogue,
-                        &PyList_Type, &formats))
+      !PyArg_ParseTuple(kind, "O!LLLLLO!L", &PyTuple_Type, &codes, &device, &chunk_size, &rule, &variant, &epilogue,
+                        &PyList_Type, &formats, &scales))
     return nullptr;
   return guarded([&]() -> PyObject* {
     std::vector<int64_t> known;
     for (Py_ssize_t i = 0; i < PyList_Size(formats); ++i) known.push_back(number_of(PyList_GetItem(formats, i)));
-    Lists lists(tuple, codes, device);
+    Lists lists(tuple, codes, device, scales);
     lists.make_segments(rows_of);
     const Memory pair = memory_of(control, "control", "float64", 0);
     if (int(known.size()) != lists.n_roles || pair.rows != 2 || chunk_size <= 0 || chunk_size % kBlock != 0)

@@ -36,15 +36,16 @@ class Reference:
                 continue
             own = table.tensors(i)
             before = [own.theta, *own.states.values(), *own.outputs.values()]
-            before += [] if own.master is None else [own.master]
+            before += [*own.scales.values(), *([] if own.master is None else [own.master])]
             after = [torch.empty_like(t).copy_(t) for t in before]
             theta, rest = after[0], iter(after[1:])
-            states, outputs = ({name: next(rest) for name in names} for names in (own.states, own.outputs))
+            roles = (own.states, own.outputs, own.scales)
+            states, outputs, scales = ({name: next(rest) for name in names} for names in roles)
             master = None if own.master is None else next(rest)
             sums = None if own.sums is None else own.sums.clone()
             reference.step_(
                 table.rule, rows[own.row], grad_factor, theta, own.grad, states, bucket.spec.epilogue, outputs, sums,
-                bucket.spec.formats, own.origin, master,
+                bucket.spec.formats, own.origin, master, scales,
             )  # fmt: skip
             writes += zip(before, after, strict=True)
             if sums is not None and own.sums is not None:

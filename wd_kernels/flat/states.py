@@ -76,22 +76,25 @@ class FlatStates:
     def __init__(self) -> None:
         self._bases: dict[tuple[int, str, torch.dtype], _Base] = {}
 
-    def zeros(self, place: FlatPlace, like: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        """A new state of zeros for the parameter `like`, which lies at `place`."""
+    def zeros(self, place: FlatPlace, like: Tensor, name: str, dtype: torch.dtype, per: int = 1) -> Tensor:
+        """A new state of zeros for the parameter that lies at `place`, of the shape and strides of `like`.
+
+        It has an element for every `per` of the parameter's.
+        """
         key = (place.memory.number, name, dtype)
         base = self._bases.get(key)
         tensor = None if base is None else base.tensor()
         if base is None or tensor is None or place.offset in base.given:
-            tensor = torch.zeros(place.memory.numel, dtype=dtype, device=like.device)
+            tensor = torch.zeros(place.memory.numel // per, dtype=dtype, device=place.memory.device)
             base = self._bases[key] = _Base(weakref.ref(tensor), set())
         base.given.add(place.offset)
-        return stretch(tensor, place.offset, like)
+        return stretch(tensor, place.offset // per, like)
 
-    def base(self, place: FlatPlace, state: Tensor, name: str) -> Tensor | None:
+    def base(self, place: FlatPlace, state: Tensor, name: str, per: int = 1) -> Tensor | None:
         """The buffer in which `state` lies as its parameter does; None if it lies elsewhere."""
         base = self._bases.get((place.memory.number, name, state.dtype))
         tensor = None if base is None else base.tensor()
-        if tensor is None or state.data_ptr() != tensor.data_ptr() + place.offset * state.itemsize:
+        if tensor is None or state.data_ptr() != tensor.data_ptr() + place.offset // per * state.itemsize:
             return None
         return tensor
 

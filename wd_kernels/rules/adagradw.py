@@ -62,7 +62,7 @@ ADAGRADW = Rule(
         Hyperparameter("maximize", "bool"),
         Hyperparameter("initial_accumulator_value", of_states=True),
     ),
-    states=(State("sum", "state_sums", initial="initial_accumulator_value"),),
+    states=(State("sum", "state_sums", initial="initial_accumulator_value", signed=False),),
     group_scalars=(
         "frozen", "grad_scale", "l2", "eps", "lr_decay", "scaled_lr", "fixed_decay", "scaled_decay", "scaled_metric",
     ),

@@ -86,8 +86,8 @@ ADAMW = Rule(
     ),
     states=(
         State("exp_avg", "exp_avgs"),
-        State("exp_avg_sq", "exp_avg_sqs"),
-        State("max_exp_avg_sq", "max_exp_avg_sqs", asked_by="amsgrad", late=True),
+        State("exp_avg_sq", "exp_avg_sqs", signed=False),
+        State("max_exp_avg_sq", "max_exp_avg_sqs", asked_by="amsgrad", late=True, signed=False),
     ),
     group_scalars=(
         "frozen", "grad_scale", "l2", "decay", "metric", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps",

@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats import MASTER_NAME, Storage
+from ..formats import MASTER_NAME, Storage, scale_name
+from ..reference import store
 from .scalars import at_least_zero
 from .storage import STORAGE, check_storage
 
@@ -54,6 +56,8 @@ class State:
         initial: the hyperparameter that is its first value; None: 0.
         late: it may begin at any step count, as what is asked for later does.
         fresh: the count part of the step that makes it is told so.
+        signed: it may be negative.
+        of: the state that it has the scales of, where that is in 8 bits; None: it is one itself.
     """
 
     name: str
@@ -62,11 +66,22 @@ class State:
     initial: str | None = None
     late: bool = False
     fresh: bool = False
+    signed: bool = True
+    of: str | None = None
 
-    def begin(self, zeros: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """`zeros`, as the state begins in a group; of a complex one both parts do."""
+    @cached_property
+    def scale(self) -> State:
+        """What lies beside it where it is stored in 8 bits."""
+        return State(scale_name(self.name), f"{self.plural.removesuffix('s')}_scales", late=True, of=self.name)
+
+    def begin(self, zeros: Tensor, group: Mapping[str, Any], scale: Tensor | None = None) -> Tensor:
+        """`zeros`, as the state begins in a group; of a complex one both parts do. `scale`: its scales, zeros too."""
         if self.initial is not None:
-            (torch.view_as_real(zeros) if zeros.is_complex() else zeros).fill_(float(group[self.initial]))
+            first = float(group[self.initial])
+            if scale is not None:
+                store(zeros, torch.full_like(zeros, first, dtype=torch.float32), None, scale)
+            else:
+                (torch.view_as_real(zeros) if zeros.is_complex() else zeros).fill_(first)
         return zeros
 
 

@@ -21,7 +21,7 @@ MasterWeights: TypeAlias = bool | Literal["none", "float32", "split32", "split24
 STORAGE: dict[str, Any] = {
     "state_dtype": "float32", "stochastic_rounding": "states", "master_weights": "none", "seed": 0,
 }  # fmt: skip
-_WORDS = ("float32", "bfloat16", "param")
+_WORDS = {word: word for word in ("float32", "bfloat16", "int8", "param")} | {"uint8": "int8"}
 _STOCHASTIC: dict[Any, tuple[bool, bool]] = {
     "none": (False, False), "params": (True, False), "states": (False, True), "both": (True, True),
 }  # fmt: skip
@@ -61,10 +61,10 @@ def state_dtype_word(value: Any, names: Sequence[str], where: str) -> str:
 def _word(value: Any, name: str, where: str) -> str:
     word = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else None
     if word not in _WORDS:
-        allowed = "torch.float32, torch.bfloat16, 'param' (the parameter's own dtype)"
+        allowed = "torch.float32, torch.bfloat16, torch.int8, 'param' (the parameter's own dtype)"
         kind = ValueError if isinstance(value, (str, torch.dtype)) else TypeError
         raise kind(f"{name}={value!r} in {where}: allowed are {allowed}, or a dict of these by the states' names")
-    return word
+    return _WORDS[word]
 
 
 def check_storage(group: Mapping[str, Any], names: Sequence[str], where: str) -> tuple[Storage, int]:
@@ -75,7 +75,7 @@ def check_storage(group: Mapping[str, Any], names: Sequence[str], where: str) ->
     if not isinstance(stochastic, (int, str)) or stochastic not in _STOCHASTIC:
         raise ValueError(
             f"stochastic_rounding={stochastic!r} in {where}: allowed are False or 'none', 'params', 'states', True "
-            "or 'both': what in bfloat16 is rounded stochastically"
+            "or 'both': what in bfloat16 or 8 bits is rounded stochastically"
         )
     masters = group["master_weights"]
     if not isinstance(masters, (int, str)) or masters not in _MASTERS:

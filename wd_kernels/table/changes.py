@@ -43,6 +43,7 @@ _DTYPE_CODES = {
     torch.complex128: (5 << 8) | 128,
     torch.int16: 16,
     torch.int8: 8,
+    torch.uint8: (1 << 8) | 8,
 }
 _DEVICE_CODES = {"cpu": 1, "cuda": 10 if torch.version.hip else 2, "xpu": 14}
 
@@ -201,7 +202,7 @@ def expect(
         found.known.segment,
         numel_of(theta),
         device_code(theta.device),
-        int(all(t.data_ptr() % 16 == 0 for t in (theta, *found.memory))),
+        int(all(t.data_ptr() % 16 == 0 for t in (theta, *found.memory[: len(found.memory) - spec.scales]))),
         group,
         0,
         len(roles),
@@ -218,7 +219,7 @@ class Watch:
 
     Attributes:
         params, places: the parameters, and (group, index in the group) of each.
-        names: "step", the names of the rule's states, and that of master weights.
+        names: "step", and those of all that a parameter may have beside it.
         expected, roles: of each parameter.
         views: of each parameter, the view of its step count that the state dictionary has.
         flat: the tensors of parameters that lie in flat buffers: parameter, gradient and states.

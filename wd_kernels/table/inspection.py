@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..flat.buffers import FlatPlace, place_of
 from ..flat.states import FlatStates
-from ..formats import Storage
+from ..formats import SCALE, TILE, Storage, has_scales
 from ..layout import Spec, spec_of
 from ..rules import MASTER, Rule, State
+from ..scales import check_tiles, conform_scale, like_scale, scale_of
 from ..sharding import check_sharding, local, sharded_like
 from ..validation import check_roles, check_storage, check_type, conform_state, is_dense, same_layout, step_count
 
@@ -42,7 +43,7 @@ class Finding:
     known: Known
     theta: Tensor
     grad: Tensor
-    memory: tuple[Tensor, ...]  # of the states, and of the parameter's master weight
+    memory: tuple[Tensor, ...]  # of the states, of the parameter's master weight, and of the states' scales
     states: tuple[Tensor, ...]  # themselves
     grad_itself: Tensor
     gapped: Tensor | None  # a parameter with gaps, which `theta` stands in for
@@ -123,15 +124,33 @@ def inspect(
             f"what is kept beside a parameter of {theta.dtype} is {master or 'nothing'}. To change it, take weights = "
             "optimizer.get_master_weights() before, and optimizer.load_master_weights(weights) after it"
         )
-    if master is not None:
-        states = (*states, MASTER)
+    dtypes = {state: storage.state_dtype(state, theta.dtype) for state in states}
+    scales = [state.scale for state, dtype in dtypes.items() if has_scales(dtype)]
+    if scales:
+        check_tiles(p, what)
+    states = (*states, *([] if master is None else [MASTER]), *scales)
+    like = like_scale(p, theta)
     put: dict[str, Tensor] = {}
     memory, themselves = list[Tensor](), list[Tensor]()
+    begun: dict[str, Tensor] = {}  # the scales of new states
     for state in states:
-        value, name = own.get(state.name), f"the state {state.name!r} of {what}"
-        dtype = storage.state_dtype(state.name, theta.dtype)
-        if value is None:
-            now = _first(state, theta, dtype, settings, place, flat)
+        value, name = begun.get(state.name, own.get(state.name)), f"the state {state.name!r} of {what}"
+        dtype = SCALE.dtype if state.of is not None else storage.state_dtype(state, theta.dtype)
+        if state.of is not None and value is None:
+            raise ValueError(f"the state of {what} has {state.of!r} in 8 bits, but no {state.name!r}: give it both")
+        if state.of is not None:
+            now = value if state.name in begun else conform_scale(p, like, value, name)
+            if state.name in begun or now.shape != local(value).shape or now.data_ptr() != local(value).data_ptr():
+                put[state.name] = value = scale_of(p, now)
+        elif value is None:
+            now, scale = _zeros(theta, theta.device, state.name, dtype, place, flat), None
+            if has_scales(dtype):
+                scale = _zeros(like, theta.device, state.scale.name, SCALE.dtype, place, flat, TILE)
+                begun[state.scale.name] = scale
+            if state is not MASTER:
+                now = state.begin(now, settings, scale)
+            elif dtype.is_floating_point:  # of a remainder, zeros are the parameter as it is
+                now.copy_(theta)
             put[state.name] = value = sharded_like(p, now)
         else:
             if isinstance(value, Tensor):
@@ -143,16 +162,18 @@ def inspect(
                 put[state.name] = value = sharded_like(p, now)
         memory.append(now.data)
         themselves.append(value)
-    dtypes = (theta.dtype, grad.dtype, *(t.dtype for t in memory))
-    spec = spec_of(theta.device, dtypes, tuple(states), (storage.stochastic_params, storage.stochastic_states))
+    kinds = (theta.dtype, grad.dtype, *(t.dtype for t in memory))
+    spec = spec_of(theta.device, kinds, tuple(states), (storage.stochastic_params, storage.stochastic_states))
     assert spec is not None
     known = Known(spec, (lies.data_ptr(), lies.shape, lies.stride()), param_copy, grad_copy)
     fresh = any(state.fresh and state.name not in present for state in states)
     bases: tuple[Tensor, ...] = ()
     if place is not None:
-        in_bases = (flat.base(place, t, state.name) for state, t in zip(states, memory, strict=True))
+        each = list(zip(states, memory, strict=True))
+        in_bases = (flat.base(place, t, state.name, 1 if state.of is None else TILE) for state, t in each)
         bases = tuple(base for base in in_bases if base is not None)
-        if len(bases) < len(memory) or not all(same_layout(t, theta) for t in memory) or grad.dtype != theta.dtype:
+        alike = all(same_layout(t, theta) for state, t in each if state.of is None)
+        if len(bases) < len(memory) or not alike or grad.dtype != theta.dtype:
             place = None
     return Finding(
         known=known, theta=theta, grad=grad, memory=tuple(memory), states=tuple(themselves), grad_itself=grad_itself,
@@ -161,18 +182,14 @@ def inspect(
     )  # fmt: skip
 
 
-def _first(
-    state: State, theta: Tensor, dtype: torch.dtype, settings: Mapping[str, Any], place: FlatPlace | None,
-    flat: FlatStates,
+def _zeros(
+    like: Tensor, device: torch.device, name: str, dtype: torch.dtype, place: FlatPlace | None, flat: FlatStates,
+    per: int = 1,
 ) -> Tensor:  # fmt: skip
-    """A state as it begins: beside its parameter in a flat buffer, where that is flat."""
+    """A new state that lies as `like`: beside its parameter in a flat buffer, where that is flat."""
     if place is not None:
-        made = flat.zeros(place, theta, state.name, dtype)
-    else:
-        made = torch.zeros_like(theta, dtype=dtype, memory_format=torch.preserve_format)
-    if state is MASTER:  # of a remainder, zeros are the parameter as it is
-        return made.copy_(theta) if dtype.is_floating_point else made
-    return state.begin(made, settings)
+        return flat.zeros(place, like, name, dtype, per)
+    return torch.zeros_like(like, dtype=dtype, device=device, memory_format=torch.preserve_format)
 
 
 def _stand_in(like: Tensor, dtype: torch.dtype, old: Tensor | None) -> Tensor:

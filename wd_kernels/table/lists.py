@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backends, native
 from ..backends.cpu import CHUNK
-from ..formats import MASTER_NAME, master_dtypes, state_dtypes
+from ..formats import MASTER_NAME, SCALE, TILE, has_scales, master_dtypes, state_dtypes, tiles
 from ..layout import (
     CPU,
     GRAD,
@@ -63,7 +63,7 @@ def step_alike(
     """A step of tensors of one kind, on the CPU, in one native call: nothing runs between the check and the launch.
 
     Args:
-        rule, states: what is stepped, and the states that are there; then `MASTER`, if master weights are.
+        rule, states: what is stepped, and what lies beside a parameter: its states, `MASTER`, scales.
         stochastic: are parameters, are states rounded stochastically, where their dtype can be?
         roles: lists of equal length: parameters, gradients, and each state.
         backend: by name.
@@ -91,14 +91,14 @@ def step_alike(
 @lru_cache
 def _kind(rule: Rule, spec: Spec, dtypes: tuple[torch.dtype, ...]) -> tuple[Any, ...]:
     """What native code steps together; `dtypes` of every role."""
-    return tuple(map(dtype_code, dtypes)), device_code(spec.device), CHUNK, *native_kernel(rule, spec)
+    return tuple(map(dtype_code, dtypes)), device_code(spec.device), CHUNK, *native_kernel(rule, spec), spec.scales
 
 
 class Lists:
     """The table of one step. It has what a backend reads of a TensorTable (`layout.Table`).
 
     Args:
-        rule, states: what is stepped, and the states that are there; then `MASTER`, if master weights are.
+        rule, states: what is stepped, and what lies beside a parameter: its states, `MASTER`, scales.
         stochastic: are parameters, are states rounded stochastically, where their dtype can be?
         label: how errors call the i-th tensor of a role.
         roles: lists of equal length: parameters, gradients, and each state.
@@ -138,7 +138,8 @@ class Lists:
             return False
         dtypes = tuple([dtype_code(role[0].dtype) for role in self.roles])
         own = self.segments
-        return bool(native.C.gather(tuple(self.roles), dtypes, device, own.moving, own.places, own.capacities) == -1)
+        arrays = (own.moving, own.places, own.capacities)
+        return bool(native.C.gather(tuple(self.roles), dtypes, device, *arrays, spec.scales) == -1)
 
     def _sort(self, backend: str) -> None:
         """Fills the segments of tensors of several kinds, which have been examined."""
@@ -154,7 +155,8 @@ class Lists:
         self.order = list(chain(*by_spec.values()))
         begins = origins(self.roles[PARAM])
         for segment, i in enumerate(self.order):
-            write_segment(self.segments, segment, [own[i] for own in self.roles])
+            scales = sum(state.of is not None for state in self.states)
+            write_segment(self.segments, segment, [own[i] for own in self.roles], scales)
             self.segments.places[segment, Place.ORIGIN] = begins[i]
         self.segments.capacities.copy_(self.segments.moving[:, Moving.NUMEL])
 
@@ -169,11 +171,10 @@ class Lists:
 
     def tensors(self, i: int) -> Tensors:
         theta, grad, *states = (own[i] for own in self.roles)
-        own = {state.name: t for state, t in zip(self.states, states, strict=True)}
-        master = own.pop(MASTER_NAME, None)
+        beside = {state.name: t for state, t in zip(self.states, states, strict=True)}
         segment = self.order.index(i)
         row, origin = self.segments.moving[segment, Moving.ROW], self.segments.places[segment, Place.ORIGIN]
-        return Tensors(theta.detach(), grad, own, int(row), origin=int(origin), master=master)
+        return Tensors.of(theta.detach(), grad, beside, int(row), int(origin))
 
 
 def _held(label: Callable[[int, int], str], roles: Roles) -> list[list[Tensor]]:
@@ -228,8 +229,16 @@ def examine(label: Callable[[int, int], str], states: Sequence[State], roles: Ro
         else:
             check_gradient(p, grad, names[GRAD])
         for kind, what, state in zip(states, names[2:], own[2:], strict=True):
-            allowed = master_dtypes(p.dtype) if kind.name == MASTER_NAME else state_dtypes(p.dtype)
-            _check_state(p, state, allowed, what, names[PARAM])
+            if kind.of is not None:
+                of = [other.name for other in states].index(kind.of)
+                _check_scale(p, state, what, names[PARAM], own[2 + of].dtype, names[2 + of])
+            else:
+                _check_state(p, state, _allowed(p, kind), what, names[PARAM])
+            if has_scales(state.dtype) and kind.of is None and kind.scale not in states and kind.name != MASTER_NAME:
+                raise ValueError(
+                    f"{what} has dtype {state.dtype}, and no {kind.scale.plural} are given: it needs one for every "
+                    f"{TILE} elements, {SCALE.dtype}, zeros before the first step"
+                )
             if memory:
                 check_address(state, what)
     if memory:
@@ -237,6 +246,23 @@ def examine(label: Callable[[int, int], str], states: Sequence[State], roles: Ro
             Extent(t.detach(), label(role, i), written=role != GRAD)
             for role, tensors in enumerate(roles)
             for i, t in enumerate(tensors)
+        )
+
+
+def _allowed(p: Tensor, kind: State) -> tuple[torch.dtype, ...]:
+    return master_dtypes(p.dtype) if kind.name == MASTER_NAME else state_dtypes(p.dtype, kind.signed)
+
+
+def _check_scale(p: Tensor, scale: Tensor, what: str, owner: str, dtype: torch.dtype, state: str) -> None:
+    """Raises if `scale` cannot be the scales of a state of `p`, which has `dtype`."""
+    if not has_scales(dtype):
+        raise TypeError(f"{what} is given, and {state} has dtype {dtype}: states in 8 bits have scales")
+    n = tiles(p.numel())
+    if scale.dtype != SCALE.dtype or scale.numel() != n or scale.device != p.device or not scale.is_contiguous():
+        raise ValueError(
+            f"{what} has dtype {scale.dtype}, shape {tuple(scale.shape)} and strides {scale.stride()} on "
+            f"{scale.device}: {owner} needs {n} of {SCALE.dtype} on {p.device}, contiguous, one for every {TILE} "
+            "elements"
         )
 
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..formats import has_scales
 from ..layout import CPU
 from ..rules import MASTER, Hyper, Settings
+from ..scales import check_tiles, like_scale, scale_of
 from ..schedules.stepping import Tick
 from ..sharding import check_sharding, local, sharded_like
 from ..validation import check_gradient, check_parameter, label, without_memory
@@ -69,6 +71,8 @@ def _count(p: Tensor, own: dict[str, Any], settings: Settings) -> None:
     masters = [] if settings.storage.master_dtype(p.dtype) is None else [MASTER]
     for state in (*settings.states, *masters):
         if own.get(state.name) is None:
-            dtype = settings.storage.state_dtype(state.name, p.dtype)
-            zeros = torch.zeros_like(local(p).detach(), dtype=dtype, memory_format=torch.preserve_format)
-            own[state.name] = sharded_like(p, zeros)
+            here, dtype = local(p).detach(), settings.storage.state_dtype(state, p.dtype)
+            own[state.name] = sharded_like(p, torch.zeros_like(here, dtype=dtype, memory_format=torch.preserve_format))
+            if has_scales(dtype):
+                check_tiles(p, "a parameter")
+                own[state.scale.name] = scale_of(p, torch.zeros_like(like_scale(p, here), device=here.device))

@@ -66,6 +66,7 @@ class TensorTable:
 
     Attributes:
         states: all that a parameter may have beside it.
+        beside: how many of them one has at most.
         counts: `state[p]["step"]` is a view of one of its steps.
         control: float64 [2], the gradient factor and the skip flag that every launch reads.
         buckets: the launches of a step.
@@ -77,7 +78,7 @@ class TensorTable:
 
     def __init__(self, rule: Rule, resolve: Callable[[Spec], Any]) -> None:
         self.rule, self.resolve = rule, resolve
-        self.states = (*rule.states, MASTER)
+        self.states = (*rule.states, MASTER, *(state.scale for state in rule.states))
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.params: list[Tensor] = []
         self.sharded = False
@@ -199,14 +200,11 @@ class TensorTable:
         row = int(self.own_segments.moving[known.segment, Moving.ROW])
         origin = int(self.own_segments.places[known.segment, Place.ORIGIN])
         if found is not None:
-            states = dict(zip((*known.spec.states, *known.spec.parts), found.memory, strict=True))
-            master = states.pop(MASTER.name, None)
-            return Tensors(found.theta, found.grad, states, row, origin=origin, master=master)
+            beside = dict(zip((*known.spec.states, *known.spec.parts), found.memory, strict=True))
+            return Tensors.of(found.theta, found.grad, beside, row, origin)
         assert p.grad is not None
-        own = self.state[p]
-        states = {name: local(own[name]) for name in known.spec.states}
-        master = local(own[MASTER.name]) if known.spec.parts else None
-        return Tensors(local(p), local(p.grad), states, row, origin=origin, master=master)
+        beside = {name: local(self.state[p][name]) for name in (*known.spec.states, *known.spec.parts)}
+        return Tensors.of(local(p), local(p.grad), beside, row, origin)
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
         if self.ranges is None:
@@ -235,7 +233,8 @@ class TensorTable:
         self.memory: list[weakref.ref[Tensor]] = []  # flat, where segments lie: others may lie there once it dies
         steps, active = (torch.zeros(n, dtype=torch.float32, device=CPU) for _ in range(2))
         self.counts = Counts(steps, active, torch.zeros(n, dtype=torch.uint8, device=CPU))
-        self.own_segments = Segments.empty(n, len(self.states))
+        self.beside = max((len(states) + storage.parts(states) for states, storage in needs), default=0)
+        self.own_segments = Segments.empty(n, self.beside)
         if any(type(t) is not Tensor for t in (self.control, self.own_segments.moving)):
             raise RuntimeError(
                 f"the optimizer's own tensors would be {type(self.own_segments.moving).__name__}s: a step reads memory "
@@ -307,7 +306,7 @@ class TensorTable:
             watch.flat.pop(i, None)
             if watch.expected[i][Expected.KIND] == Kind.FLAT:
                 watch.flat[i] = (p, f.grad_itself, *f.states)
-            write_segment(self.own_segments, f.known.segment, f.roles)
+            write_segment(self.own_segments, f.known.segment, f.roles, f.known.spec.scales)
         changed = any(_differs(before[i], watch, i) for i in found)
         if relayout or changed or self.launches is None:
             self._drop_missing_gradients(watch)
@@ -402,7 +401,7 @@ class TensorTable:
         self.device_copies = {device: own for device, own in self.device_copies.items() if device in devices}
         order += [i for i, known in enumerate(self.known) if known is None]
         first = origins(self.params) if self.origins is None else [self.origins[id(p)] for p in self.params]
-        old, self.own_segments = self.own_segments, Segments.empty(len(order), len(self.states))
+        old, self.own_segments = self.own_segments, Segments.empty(len(order), self.beside)
         for segment, i in enumerate(order):
             known = self.known[i]
             if known is not None:
