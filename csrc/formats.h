@@ -173,43 +173,50 @@ struct Copy {
 using BFloat16Copy = Copy<BFloat16, kBFloat16Copy>;
 using Float16Copy = Copy<Float16, kFloat16Copy>;
 
-// A state in 8 bits. c, a power of 2, lies so far below the largest of a tile as there are binades, and y is |x| + c:
+// States in 8 bits. c, a power of 2, lies so far below the largest of a tile as there are binades, and y is |x| + c:
 // below c the bits of y are linear in x, above they are logarithmic. A code is the bits of y above those of c, but for
-// the last kLost; with the sign of x, or, where none is negative, so that what is not 0 never becomes 0.
-template <class Code, bool stochastic>
-struct Scaled {
-  static constexpr bool kSigned = Code(-1) < Code(0);
+// the last kLost: with the sign of x, or, of what is never negative, so that what is not 0 never becomes 0.
+template <bool stochastic>
+struct Eight {
   static constexpr bool kStochastic = stochastic, kParted = true, kRead = true, kTiled = true;
-  static constexpr int64_t kCode =
-      kSigned ? (stochastic ? kInt8Stochastic : kInt8) : (stochastic ? kUint8Stochastic : kUint8);
-  static constexpr int kBinades = kSigned ? 14 : 30, kLost = 20;
+  static constexpr int kLost = 20;
   using Arithmetic = float;
-  using Memory = Code;
+  using Memory = uint8_t;
   using Part = uint8_t;
 
-  // The bits of |x|, the largest of which a tile's scale is made from: it is the exponent of c.
+  static constexpr int64_t code(bool is_signed) {
+    return is_signed ? (stochastic ? kInt8Stochastic : kInt8) : (stochastic ? kUint8Stochastic : kUint8);
+  }
+  // The bits of |x|; a tile's scale, the exponent of c, is made of the largest.
   WD_HOST_DEVICE static int32_t size(float x) { return int32_t(bits_to<uint32_t>(x) & 0x7fffffffu); }
-  WD_HOST_DEVICE static int32_t scale(int32_t largest) {
-    const int32_t below = (largest >> 23) - kBinades;
+  WD_HOST_DEVICE static int32_t scale(int32_t largest, bool is_signed) {
+    const int32_t below = (largest >> 23) - (is_signed ? 14 : 30);
     return below < 1 ? 1 : below;
   }
-  WD_HOST_DEVICE static float load(Code code, int32_t scale) {
-    const int32_t c = scale << 23, magnitude = code < 0 ? -int32_t(code) : int32_t(code);
-    const float x = bits_to<float>((magnitude << kLost) + c) - bits_to<float>(c);
-    return code < 0 ? -x : x;
+  WD_HOST_DEVICE static float load(int32_t code, int32_t scale, bool is_signed) {
+    const int32_t c = scale << 23, own = is_signed ? int32_t(int8_t(code)) : code;
+    const float x = bits_to<float>(((own < 0 ? -own : own) << kLost) + c) - bits_to<float>(c);
+    return bits_to<float>(bits_to<int32_t>(x) | (own & INT32_MIN));
   }
-  WD_HOST_DEVICE static Code store(float x, uint32_t draw, int32_t scale) {
+  WD_HOST_DEVICE static int32_t store(float x, uint32_t draw, int32_t scale, bool is_signed) {
     const int32_t c = scale << 23, a = size(x);
     const float y = bits_to<float>(a) + bits_to<float>(c);
     const int32_t bits = (y != y ? 0x7fc00000 : bits_to<int32_t>(y)) - c;
     const int32_t up = stochastic ? int32_t(draw) << (kLost - 16) : (1 << (kLost - 1)) - 1 + (bits >> kLost & 1);
     const int32_t code = (bits + up) >> kLost;
-    if (kSigned) return Code(x < 0 ? -code : code);
-    return Code(a != 0 && code == 0 ? 1 : code);
+    if (is_signed) return x < 0 ? -code : code;
+    return a != 0 && code == 0 ? 1 : code;
   }
 };
 
-using Int8 = Scaled<int8_t, false>;
-using Int8Stochastic = Scaled<int8_t, true>;
-using Uint8 = Scaled<uint8_t, false>;
-using Uint8Stochastic = Scaled<uint8_t, true>;
+using EightBits = Eight<false>;
+using EightBitsStochastic = Eight<true>;
+
+// The code of the format of a state: of 8 bits there are two.
+template <class Format>
+constexpr int64_t code_of(bool is_signed) {
+  if constexpr (Format::kTiled)
+    return Format::code(is_signed);
+  else
+    return Format::kCode;
+}

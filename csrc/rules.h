@@ -1,6 +1,7 @@
 // The update rules on one element: docs/numerics.md, sections 3, 3a and 4, line for line. A rule maps (theta, g,
 // states) to (update, states) in registers and knows nothing of memory, learning rates or decay modes: those are
-// scalars of its row. T is the arithmetic type. Compile without contraction (-ffp-contract=off, -fmad=false).
+// scalars of its row; `is_signed` says which states may be negative. T is the arithmetic type. Compile without
+// contraction (-ffp-contract=off, -fmad=false).
 //
 // Include inside the namespace of one instruction set (see cpu/mover.inc), after formats.h; it needs layout.h.
 
@@ -24,6 +25,7 @@ template <class T, bool amsgrad>
 struct AdamW {
   using Arithmetic = T;
   static constexpr int kStates = amsgrad ? 3 : 2;
+  WD_HOST_DEVICE static constexpr bool is_signed(int state) { return state == 0; }
   WD_SCALARS(frozen, grad_scale, l2, decay, metric, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, scaled_lr, t,
              step_size, inv_sqrt_bias2, seed)
 
@@ -46,6 +48,7 @@ template <class T, bool momentum_buffer>
 struct SGDW {
   using Arithmetic = T;
   static constexpr int kStates = momentum_buffer ? 1 : 0;
+  WD_HOST_DEVICE static constexpr bool is_signed(int) { return true; }
   WD_SCALARS(frozen, grad_scale, l2, decay, momentum, update_grad, update_buf, step_size, first_grad_coef,
              later_grad_coef, t, grad_coef, seed)
 
@@ -64,6 +67,7 @@ template <class T>
 struct AdagradW {
   using Arithmetic = T;
   static constexpr int kStates = 1;
+  WD_HOST_DEVICE static constexpr bool is_signed(int) { return false; }
   WD_SCALARS(frozen, grad_scale, l2, eps, lr_decay, scaled_lr, fixed_decay, scaled_decay, scaled_metric, t, step_size,
              decay, metric, seed)
 
