@@ -22,6 +22,7 @@ __all__ = [
     "Format",
     "Storage",
     "arithmetic_dtype",
+    "code_name",
     "exact_in",
     "format_of",
     "full_state_dtype",
@@ -151,6 +152,11 @@ def has_scales(dtype: torch.dtype) -> bool:
 def scale_name(name: str) -> str:
     """The key of the scales of a state."""
     return f"{name}_scale"
+
+
+def code_name(name: str) -> str:
+    """The key of a state in 8 bits in a checkpoint: what casts it to floats, as torch's classes do, finds no state."""
+    return f"{name}_code"
 
 
 def tiles(numel: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from .formats import MASTER_NAME, is_steppable
+from .formats import MASTER_NAME, SCALE, has_scales, is_steppable, tiles
 from .rules import Rule
 from .sharding import local
 
@@ -97,8 +97,10 @@ def report(rule: Rule, groups: Sequence[Mapping[str, Any]], default: str) -> Mem
             grad = here.dtype if p.grad is None else local(p.grad).dtype
             add("gradients", grad, n * grad.itemsize, n * grad.itemsize)
             for state in settings.states:
-                dtype = settings.storage.state_dtype(state.name, here.dtype)
+                dtype = settings.storage.state_dtype(state, here.dtype)
                 add(state.name, dtype, n * dtype.itemsize, own)
+                if has_scales(dtype):
+                    add(state.scale.name, SCALE.dtype, tiles(n), 0)
             master = settings.storage.master_dtype(here.dtype)
             if master is not None:
                 add(MASTER_NAME, master, n * master.itemsize, 0)

@@ -1,4 +1,4 @@
-"""The scales of 8-bit states: their shape, and where tiles end beside flat and sharded parameters.
+"""States in 8 bits and their scales: shapes, where tiles end beside sharded parameters, and checkpoints.
 
 Tiles are cut in storage order. Where the last dimensions of a contiguous tensor are whole tiles, scales keep the
 dimensions before them, so that they are sharded along any of those as the state itself is.
@@ -7,17 +7,35 @@ dimensions before them, so that they are sharded along any of those as the state
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .formats import SCALE, TILE, tiles
+from .formats import SCALE, TILE, Storage, code_name, has_scales, scale_name, tiles
+from .reference import load, store
+from .rules import RULES, State
 from .sharding import check_sharding, is_sharded, local, sharded_like, spec_of
-from .validation import check_address, check_type
+from .validation import check_address, check_type, conform_state, same_layout, without_memory
 
-__all__ = ["check_tiles", "conform_scale", "like_scale", "scale_of"]
+__all__ = [
+    "SCALES",
+    "STATES",
+    "carried",
+    "check_tiles",
+    "conform_scale",
+    "exported",
+    "imported",
+    "like_scale",
+    "restored",
+    "scale_of",
+    "widened",
+]
+
+#: The states of every rule, and their scales, by name.
+STATES: dict[str, State] = {state.name: state for rule in RULES.values() for state in rule.states}
+SCALES: dict[str, State] = {state.scale.name: state.scale for state in STATES.values()}
 
 
 def _first_cut(shape: Sequence[int]) -> int:
@@ -70,16 +88,17 @@ def check_tiles(p: Tensor, what: str) -> None:
         raise ValueError(f"{what} is sharded and not contiguous: states in 8 bits want contiguous shards")
 
 
-def conform_scale(p: Tensor, like: Tensor, value: Any, what: str) -> Tensor:
+def conform_scale(p: Tensor, like: Tensor, value: Any, what: str, move: bool = False) -> Tensor:
     """`value`, the scales of a state of `p`, as what lies in this process of them, of the shape of `like`.
 
-    Raises TypeError or ValueError, naming what was found and what is allowed.
+    `move`: to the device of `p`; else they must be there. Raises TypeError or ValueError, naming what was found.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} is a {type(value).__name__}: expected a tensor")
     check_type(value, what)
     check_sharding(p, value, what, shape=_shape(p.shape, _first_cut(p.shape)))
-    here, device = local(value).detach(), local(p).device
+    device = local(p).device
+    here = local(value).detach().to(device) if move else local(value).detach()
     if here.dtype != SCALE.dtype:
         raise TypeError(f"{what} has dtype {here.dtype}: scales are {SCALE.dtype}")
     if here.numel() != like.numel():
@@ -90,3 +109,106 @@ def conform_scale(p: Tensor, like: Tensor, value: Any, what: str) -> Tensor:
         raise ValueError(f"{what} is on {here.device}; allowed is the parameter's device, {device}")
     check_address(here, what)
     return here.contiguous().view(like.shape)
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def _in_8_bits(own: Mapping[str, Any]) -> list[str]:
+    """Which states of a parameter are: of its state in an optimizer."""
+    named = [name for name in STATES if isinstance(own.get(name), Tensor)]
+    return [name for name in named if has_scales(own[name].dtype) and isinstance(own.get(scale_name(name)), Tensor)]
+
+
+def exported(own: Any) -> Any:
+    """A state as it leaves an optimizer: what is in 8 bits under another name."""
+    names = {name: code_name(name) for name in _in_8_bits(own)} if isinstance(own, Mapping) else {}
+    return {names.get(name, name): value for name, value in own.items()} if names else own
+
+
+def imported(own: Any, what: str) -> Any:
+    """A saved state with what is in 8 bits under its name.
+
+    Raises TypeError where it has been cast, or is not whole: the numbers are lost.
+    """
+    names = {code_name(name): name for name in STATES if code_name(name) in own} if isinstance(own, Mapping) else {}
+    for key, name in names.items():
+        for part, dtype in ((key, torch.int8 if STATES[name].signed else torch.uint8), (scale_name(name), SCALE.dtype)):
+            value = own.get(part)
+            if isinstance(value, Tensor) and value.dtype != dtype:
+                raise TypeError(
+                    f"the saved state {part!r} of {what} has dtype {value.dtype}, which was {dtype}: it has been cast, "
+                    "or loaded into an optimizer of another kind, and is lost"
+                )
+    return {names.get(key, key): value for key, value in own.items()} if names else own
+
+
+def widened(own: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A saved state with what is in 8 bits as the float32 numbers that it stands for."""
+    own = imported(own, what)
+    names = _in_8_bits(own)
+    found = {key: value for key, value in own.items() if key not in map(scale_name, names)}
+    for name in names:
+        codes = local(own[name]).detach()
+        found[name] = sharded_like(own[name], load(codes, torch.float32, local(own[scale_name(name)]).to(codes.device)))
+    return found
+
+
+def carried(value: Tensor, factor: float, what: str) -> Tensor:
+    """A state of another form of its rule, as this one has it: `factor` times."""
+    if factor == 1.0:
+        return value
+    if not math.isfinite(factor):
+        raise ValueError(
+            f"{what} cannot be carried over: the lr of the next step is 0, by which it would be divided. Give the "
+            "optimizer the form that it was saved with"
+        )
+    return value * factor
+
+
+def restored(
+    saved: Mapping[str, Any], p: Tensor, what: str, storage: Storage, factors: Mapping[str, float], convert: bool
+) -> dict[str, Any]:
+    """A saved state of `p`, with states in 8 bits where `storage` has them so, and in float32 where it has not.
+
+    Args:
+        storage: of the optimizer that loads it.
+        factors: what a state is multiplied by, by its name: done here of those that are in 8 bits then.
+        convert: round what is saved in more bits to nearest; else it is left as it is.
+
+    Raises TypeError or ValueError, naming the state.
+    """
+    theta, found = local(p).detach(), dict(saved)
+    for name in [name for name in STATES if isinstance(found.get(name), Tensor)]:
+        value, key, of_state = found[name], scale_name(name), f"the saved state {name!r} of {what}"
+        live, factor = storage.state_dtype(STATES[name], theta.dtype), factors.get(name, 1.0)
+        saved_so = has_scales(value.dtype)
+        if without_memory(value) or without_memory(p) or not (saved_so or has_scales(live)):
+            continue
+        check_type(value, of_state)
+        check_sharding(p, value, of_state)
+        here = local(value).detach()
+        if saved_so:
+            scale = found.get(key)
+            scale = conform_scale(
+                value, like_scale(value, here), scale, f"the saved state {key!r} of {what}", move=True
+            )
+            alike = value.dtype == live and same_layout(here, theta)
+            if alike and factor == 1.0:
+                continue
+            if value.dtype == live and not alike and not convert:
+                raise ValueError(
+                    f"{of_state} has strides {here.stride()}, the parameter {theta.stride()}: tiles are cut as they "
+                    "lie in memory. Have it rounded again, load_state_dict(..., convert_states=True)"
+                )
+            here = load(here, torch.float32, scale)
+            found[name] = sharded_like(p, here)
+            del found[key]
+        if has_scales(live) and (saved_so or convert):
+            check_tiles(p, what)
+            here = conform_state(theta, theta, here.to(theta.device), torch.float32, of_state, convert)
+            codes = torch.empty_like(theta, dtype=live)
+            scale = torch.empty_like(like_scale(p, theta), device=theta.device)
+            store(codes, carried(here, factor, of_state), None, scale)
+            found[name], found[key] = sharded_like(p, codes), scale_of(p, scale)
+    return found

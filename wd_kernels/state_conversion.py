@@ -14,6 +14,7 @@ from .formats import MASTER_NAME
 from .master_weights import imported
 from .reference import load
 from .rules import RULES
+from .scales import widened
 from .sharding import local, sharded_like
 
 __all__ = ["Library", "convert_state"]
@@ -104,7 +105,7 @@ def convert_state(
             if not isinstance(own, Mapping):
                 raise TypeError(f"{what} is a {type(own).__name__}: expected a dict")
             if target is not None:
-                own = imported(own, group, what)
+                own = widened(imported(own, group, what), what)
             found[key] = (library.read if source is not None else library.write)(own, group, p, what)
     made = [dict(group) for group in saved]
     if source is not None:

@@ -11,12 +11,10 @@ ever.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -24,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import master_weights, reference
+from . import master_weights, reference, scales
 from .caller import warn
 from .flat.buffers import place_of
 from .flat.states import FlatStates
-from .formats import MASTER_NAME, Storage, format_of, is_steppable
-from .rules import FLAG, RULES, STORAGE, Rule
+from .formats import MASTER_NAME, TILE, Storage, format_of, has_scales, is_steppable
+from .rules import FLAG, MASTER, RULES, STORAGE, Rule
 from .schedules import stepping
 from .schedules.shapes import is_called, named
 from .schedules.stepping import follows_lr
@@ -42,8 +40,8 @@ HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would st
 STORED = ("state_dtype", "stochastic_rounding", "master_weights")  # so do these
 LIVE = (*HOW, *STORED, "schedule", "show_lr")  # what a loaded group does not replace
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-#: The states of every rule: those of another one are kept in a loaded state, as they should lie.
-STATES = frozenset([MASTER_NAME, *(state.name for rule in RULES.values() for state in rule.states)])
+#: What lies beside parameters, of every rule: that of another one is kept in a loaded state, as it should lie.
+STATES = frozenset([MASTER_NAME, *scales.STATES, *scales.SCALES])
 
 
 def settle(rule: Rule, group: dict[str, Any], default: str) -> None:
@@ -105,6 +103,8 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
             if rule.torch.all_states and known and not {*(found or ())} - {MASTER_NAME}:
                 begun = {"step": torch.tensor(0.0, device="cpu"), **_first_states(rule, p, own, storage)}
                 state[key] = {**begun, **(found or {})}
+            if key in state:
+                state[key] = scales.exported(state[key])
     return {**packed, "state": dict(state), "param_groups": groups}
 
 
@@ -113,15 +113,21 @@ def _counts_for_rounding(storage: Storage, p: Tensor, found: Any) -> bool:
     kept = found.items() if isinstance(found, dict) else ()
     states = [t.dtype for name, t in kept if isinstance(t, Tensor) and name != MASTER_NAME]
     roles = [(p.dtype, storage.stochastic_params), *((dtype, storage.stochastic_states) for dtype in states)]
-    return any(is_steppable(dtype) and format_of(dtype, stochastic).stochastic for dtype, stochastic in roles)
+    in_8_bits = storage.stochastic_states and any(map(has_scales, states))
+    return in_8_bits or any(
+        is_steppable(dtype) and format_of(dtype, stochastic).stochastic for dtype, stochastic in roles
+    )
 
 
 def _first_states(rule: Rule, p: Tensor, group: Mapping[str, Any], storage: Storage) -> dict[str, Tensor]:
-    zeros = partial(torch.zeros_like, local(p).detach())
-    return {
-        state.name: sharded_like(p, state.begin(zeros(dtype=storage.state_dtype(state.name, p.dtype)), group))
-        for state in rule.states
-    }
+    theta, found = local(p).detach(), dict[str, Tensor]()
+    for state in rule.states:
+        dtype, scale = storage.state_dtype(state, p.dtype), None
+        if has_scales(dtype):
+            scale = torch.zeros_like(scales.like_scale(p, theta), device=theta.device)
+            found[state.scale.name] = scales.scale_of(p, scale)
+        found[state.name] = sharded_like(p, state.begin(torch.zeros_like(theta, dtype=dtype), group, scale))
+    return found
 
 
 def load(
@@ -148,6 +154,8 @@ def load(
                 f"{len(own['params'])}"
             )
     keys = list(chain.from_iterable(g["params"] for g in saved))
+    states = {key: scales.imported(own, f"parameter {key!r}") for key, own in state_dict["state"].items()}
+    state_dict = {**state_dict, "state": states}
     _check_keys(keys, state_dict["state"])
     _check_rule(rule, saved, [state_dict["state"].get(key) for key in keys])
 
@@ -357,7 +365,7 @@ def _check_keys(keys: Sequence[Any], states: Mapping[Any, Any]) -> None:
 def _check_rule(rule: Rule, groups: Sequence[Mapping[str, Any]], states: Sequence[Any]) -> None:
     """Raises ValueError where states are those of another rule; where there are none yet, the hyperparameters."""
     own = {state.name for state in rule.states}
-    found = {name for value in states if isinstance(value, Mapping) for name in value} & STATES - {MASTER_NAME}
+    found = {name for value in states if isinstance(value, Mapping) for name in value} & set(scales.STATES)
     given = set[str]().union(*groups) - {"lr"}
     alone = set(rule.keys).difference(*(other.keys for other in RULES.values() if other is not rule))
     if found & own or (not found and given & alone):
@@ -456,6 +464,7 @@ def _load_one(
     if not isinstance(saved, Mapping):
         raise TypeError(f"the saved state of {what} is a {type(saved).__name__}: expected a dict")
     own: dict[str, Any] = {}
+    saved = scales.restored(saved, p, what, storage, factors, convert)
     for name, value in saved.items():
         if (name == "step" or name in STATES) and isinstance(value, Mapping) and not value:
             continue  # torch's distributed checkpoints make it of what they have not found
@@ -465,13 +474,20 @@ def _load_one(
             own[name] = torch.tensor(
                 step_count(value, f"the saved step count of {what}"), dtype=torch.float32, device="cpu"
             )
+        elif name in scales.SCALES and isinstance(value, Tensor):
+            like = scales.like_scale(p, local(p).detach())
+            scale = scales.conform_scale(p, like, value, f"the saved state {name!r} of {what}", move=True)
+            if place is not None:
+                own[name] = flat.zeros(place, like, name, scale.dtype, TILE).copy_(scale)
+            else:
+                own[name] = scales.scale_of(p, scale.clone())
         elif name in STATES and isinstance(value, Tensor):
             of_state = f"the saved state {name!r} of {what}"
             check_type(value, of_state)
             check_sharding(p, value, of_state)
             theta = local(p).detach()
             detached = local(value).detach()  # a state is a leaf that needs no gradient, whatever was saved
-            dtype = storage.state_dtype(name, theta.dtype)
+            dtype = storage.state_dtype(MASTER if name == MASTER_NAME else scales.STATES[name], theta.dtype)
             if name == MASTER_NAME and storage.master_dtype(theta.dtype) != value.dtype:
                 raise TypeError(
                     f"{of_state} has dtype {value.dtype}: with master_weights={storage.masters!r}, what is kept beside "
@@ -480,14 +496,8 @@ def _load_one(
                     "load_state_dict(..., convert_states=True)"
                 )
             loaded = conform_state(theta, theta, detached.to(theta.device), dtype, of_state, convert)
-            factor = factors.get(name, 1.0)
-            if factor != 1.0:
-                if not math.isfinite(factor):
-                    raise ValueError(
-                        f"{of_state} cannot be carried over: the lr of the next step is 0, by which it would be "
-                        "divided. Give the optimizer the form that it was saved with"
-                    )
-                loaded = loaded * factor
+            if not has_scales(dtype) or name == MASTER_NAME:
+                loaded = scales.carried(loaded, factors.get(name, 1.0), of_state)
             if place is not None:
                 own[name] = flat.zeros(place, theta, name, loaded.dtype).copy_(loaded)
             else:

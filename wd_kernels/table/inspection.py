@@ -144,7 +144,7 @@ def inspect(
                 put[state.name] = value = scale_of(p, now)
         elif value is None:
             now, scale = _zeros(theta, theta.device, state.name, dtype, place, flat), None
-            if has_scales(dtype):
+            if state in dtypes and has_scales(dtype):
                 scale = _zeros(like, theta.device, state.scale.name, SCALE.dtype, place, flat, TILE)
                 begun[state.scale.name] = scale
             if state is not MASTER:

@@ -73,6 +73,6 @@ def _count(p: Tensor, own: dict[str, Any], settings: Settings) -> None:
         if own.get(state.name) is None:
             here, dtype = local(p).detach(), settings.storage.state_dtype(state, p.dtype)
             own[state.name] = sharded_like(p, torch.zeros_like(here, dtype=dtype, memory_format=torch.preserve_format))
-            if has_scales(dtype):
+            if state is not MASTER and has_scales(dtype):
                 check_tiles(p, "a parameter")
                 own[state.scale.name] = scale_of(p, torch.zeros_like(like_scale(p, here), device=here.device))
