@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from internals import KINDS
+from internals import KINDS, has_scales
 
 #: How many states each rule has.
 STATES = {kind: len(states) for kind, (_, states) in KINDS.items()}
@@ -18,14 +18,16 @@ BLOCK, SHORTEST = 256, 4096  # elements that share a float32 scale; shorter tens
 
 def step_bytes(
     rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype, master: torch.dtype | None = None
-) -> int:
+) -> float:
     """Bytes per parameter and step, all states being of one dtype.
 
-    A float32 master is read in place of the parameter, a remainder beside it; both are written.
+    A float32 master is read in place of the parameter, a remainder beside it; both are written. States in 8 bits have a
+    scale of a byte for every 32.
     """
     read = 0 if master == torch.float32 else param.itemsize
     parts = 0 if master is None else 2 * master.itemsize
-    return read + param.itemsize + parts + grad.itemsize + 2 * STATES[rule] * state.itemsize
+    each = state.itemsize + (1 / 32 if has_scales(state) else 0)
+    return read + param.itemsize + parts + grad.itemsize + 2 * STATES[rule] * each
 
 
 def _blocks(plain: int, n: int, numel: int | None, tail: bool) -> float:

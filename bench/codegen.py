@@ -10,7 +10,7 @@ interpreting, so this is a process of its own.
 
 In the table: `regs` are registers of a thread (VGPRs on AMD); `stack` bytes of a thread; `access` the widths in bytes
 of the loads of parameter, gradient and states in the loop over full blocks; `B/el` the bytes that this loop moves per
-element; `instr/el` its instructions per element (NVIDIA: on the longest way that calls nothing, as root and division do
+element (a scale counts for every thread that reads it); `instr/el` its instructions per element (NVIDIA: on the longest way that calls nothing, as root and division do
 for rare numbers; AMD: all, but the scalar unit's); `of` the budget, half of what an H200 could issue while its memory
 moves those bytes; `KiB` the bytes of loads that one processor has on their way when every resident program is at the
 first instruction that waits for one (AMD: has issued all of a round).
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import math
 import multiprocessing
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -41,9 +42,13 @@ from wd_kernels.formats import (
     FLOAT16_COPY,
     FLOAT32,
     FLOAT64,
+    INT8,
+    INT8_STOCHASTIC,
     SPLIT24,
     SPLIT24_STOCHASTIC,
     SPLIT32,
+    UINT8,
+    UINT8_STOCHASTIC,
     Format,
     arithmetic_dtype,
     format_of,
@@ -72,6 +77,8 @@ MORE_FORMATS = (
     (BFLOAT16_STOCHASTIC, BFLOAT16, FLOAT32),
     (SPLIT32, BFLOAT16, FLOAT32), (SPLIT24_STOCHASTIC, BFLOAT16, BFLOAT16_STOCHASTIC),
     (BFLOAT16_COPY, BFLOAT16, FLOAT32), (FLOAT16_COPY, FLOAT16, FLOAT32),
+    (FLOAT32, FLOAT32, INT8_STOCHASTIC), (BFLOAT16_STOCHASTIC, BFLOAT16, INT8_STOCHASTIC),
+    (SPLIT24, BFLOAT16, INT8_STOCHASTIC),
 )  # fmt: skip
 #: The targets of these, and what else the CUDA library has kernels of.
 MORE_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -79,12 +86,16 @@ LIBRARY_FORMATS = (
     (SPLIT32, BFLOAT16, BFLOAT16_STOCHASTIC), (SPLIT24, BFLOAT16, FLOAT32), (SPLIT24_STOCHASTIC, BFLOAT16, FLOAT32),
     (BFLOAT16_COPY, FLOAT32, FLOAT32),
     (BFLOAT16_COPY, BFLOAT16, BFLOAT16_STOCHASTIC),
+    (BFLOAT16, BFLOAT16, INT8_STOCHASTIC), (BFLOAT16_COPY, BFLOAT16, INT8_STOCHASTIC),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One specialisation: a key of internals.KINDS, and the formats of parameter, gradient and states."""
+    """One specialisation: a key of internals.KINDS, and the formats of parameter, gradient and states.
+
+    States in 8 bits are uint8 where they are never negative, and called int8 all the same.
+    """
 
     rule: str
     param: Format
@@ -94,12 +105,19 @@ class Kernel:
     @property
     def formats(self) -> tuple[Format, ...]:
         """Of every role."""
-        return self.param, self.grad, *(self.state for _ in KINDS[self.rule][1])
+        rule, names = KINDS[self.rule]
+        signed = {state.name: state.signed for state in rule.states}
+        return self.param, self.grad, *(self.state if signed[name] else unsigned(self.state) for name in names)
 
     @property
     def plain(self) -> bool:
         """Are its states in the arithmetic type, and parameters without a part, as they are by default?"""
         return self.state.dtype == arithmetic_dtype(self.param.dtype) and self.param.part is None
+
+    @property
+    def scaled(self) -> bool:
+        """Are its states in 8 bits?"""
+        return self.state.binades > 0 and len(self.formats) > 2
 
     @property
     def common(self) -> bool:
@@ -108,13 +126,18 @@ class Kernel:
 
     @property
     def model(self) -> int:
-        """Bytes of a step of one element."""
+        """Bytes of a step of one element, but for scales."""
         part = None if self.param.part is None else self.param.part.dtype
-        return step_bytes(self.rule, self.param.dtype, self.grad.dtype, self.state.dtype, part)
+        return int(step_bytes(self.rule, self.param.dtype, self.grad.dtype, self.state.dtype, part))
 
     def __str__(self) -> str:
         names, full = dict.fromkeys((self.param.name, self.grad.name)), arithmetic_dtype(self.param.dtype)
         return f"{self.rule} ({', '.join(names)}{'' if self.state.dtype == full else f'; {self.state.name} states'})"
+
+
+def unsigned(fmt: Format) -> Format:
+    """What a state has that is never negative, where others have `fmt`."""
+    return {INT8: UINT8, INT8_STOCHASTIC: UINT8_STOCHASTIC}.get(fmt, fmt)
 
 
 def kernels(every: bool = False) -> list[Kernel]:
@@ -215,9 +238,10 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
         (ptx / target / f"{kernel}.ptx").write_text(asm["ptx"])
     # The bytes of an element by the types of the tensors that Triton's IR moves in full blocks, which are the largest;
     # the compiler may have unrolled their loop.
-    moves = re.findall(r"tt\.(?:load|store) .*?tensor<(\d+)x!tt\.ptr<\w*?(\d+)>", asm["ttir"])
-    block = max(int(n) for n, _ in moves)
-    model = sum(int(bits) // 8 for n, bits in moves if int(n) == block)
+    moves = re.findall(r"tt\.(?:load|store) .*?tensor<([\dx]+)x!tt\.ptr<\w*?(\d+)>", asm["ttir"])
+    sizes = [(math.prod(map(int, shape.split("x"))), int(bits) // 8) for shape, bits in moves]
+    block = max(n for n, _ in sizes)
+    model = sum(size for n, size in sizes if n == block)
     moved = block // threads * model
     if backend == "cuda":
         found = disassembly.nvidia(asm, threads)

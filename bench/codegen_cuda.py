@@ -28,6 +28,7 @@ _FORMATS = {
     formats.FLOAT64: "Float64", formats.FLOAT32: "Float32", formats.BFLOAT16: "BFloat16", formats.FLOAT16: "Float16",
     formats.BFLOAT16_STOCHASTIC: "BFloat16Stochastic", formats.SPLIT32: "Split<short, false>",
     formats.SPLIT24: "Split<signed char, false>", formats.SPLIT24_STOCHASTIC: "Split<signed char, true>",
+    formats.INT8_STOCHASTIC: "Eight<true>",
     formats.BFLOAT16_COPY: "Copy<wd::cuda::BFloat16, 9l>", formats.FLOAT16_COPY: "Copy<wd::cuda::Float16, 10l>",
 }  # fmt: skip
 

@@ -18,10 +18,10 @@ from wd_kernels.__main__ import aligned, choices, versions
 from wd_kernels.backends import Prepared, device_copy
 from wd_kernels.backends import launch as launch_all
 from wd_kernels.backends import triton as backend
-from wd_kernels.formats import format_of
+from wd_kernels.formats import format_of, has_scales
 from wd_kernels.rules import RULES, Rule
 
-__all__ = ["KINDS", "aligned", "bare_launch", "format_of", "launch_parameters", "time_launches", "versions_here"]
+__all__ = ["KINDS", "aligned", "bare_launch", "format_of", "has_scales", "launch_parameters", "time_launches", "versions_here"]
 
 
 #: What is measured and compiled, as tables call it: a rule with its states.

@@ -173,6 +173,9 @@ struct Copy {
 using BFloat16Copy = Copy<BFloat16, kBFloat16Copy>;
 using Float16Copy = Copy<Float16, kFloat16Copy>;
 
+WD_HOST_DEVICE constexpr int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+WD_HOST_DEVICE constexpr int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+
 // States in 8 bits. c, a power of 2, lies so far below the largest of a tile as there are binades, and y is |x| + c:
 // below c the bits of y are linear in x, above they are logarithmic. A code is the bits of y above those of c, but for
 // the last kLost: with the sign of x, or, of what is never negative, so that what is not 0 never becomes 0.
@@ -191,7 +194,7 @@ struct Eight {
   WD_HOST_DEVICE static int32_t size(float x) { return int32_t(bits_to<uint32_t>(x) & 0x7fffffffu); }
   WD_HOST_DEVICE static int32_t scale(int32_t largest, bool is_signed) {
     const int32_t below = (largest >> 23) - (is_signed ? 14 : 30);
-    return below < 1 ? 1 : below;
+    return larger(below, 1);
   }
   WD_HOST_DEVICE static float load(int32_t code, int32_t scale, bool is_signed) {
     const int32_t c = scale << 23, own = is_signed ? int32_t(int8_t(code)) : code;
@@ -201,11 +204,11 @@ struct Eight {
   WD_HOST_DEVICE static int32_t store(float x, uint32_t draw, int32_t scale, bool is_signed) {
     const int32_t c = scale << 23, a = size(x);
     const float y = bits_to<float>(a) + bits_to<float>(c);
-    const int32_t bits = (y != y ? 0x7fc00000 : bits_to<int32_t>(y)) - c;
+    const int32_t bits = smaller(bits_to<int32_t>(y), 0x7fc00000) - c;  // a NaN is the canonical one
     const int32_t up = stochastic ? int32_t(draw) << (kLost - 16) : (1 << (kLost - 1)) - 1 + (bits >> kLost & 1);
     const int32_t code = (bits + up) >> kLost;
     if (is_signed) return x < 0 ? -code : code;
-    return a != 0 && code == 0 ? 1 : code;
+    return larger(code, smaller(a, 1));
   }
 };
 

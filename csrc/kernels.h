@@ -12,30 +12,35 @@
   ROW(2, 0, AdagradW<T>)
 
 // The formats (parameter, gradient, states) that CUDA C++ has kernels for. The CPU takes any, tile by tile.
-#define WD_EACH_FORMATS(ROW)                            \
-  ROW(Float64, Float64, Float64)                        \
-  ROW(Float32, Float32, Float32)                        \
-  ROW(Float32, BFloat16, Float32)                       \
-  ROW(Float32, Float16, Float32)                        \
-  ROW(BFloat16, BFloat16, Float32)                      \
-  ROW(BFloat16, Float32, Float32)                       \
-  ROW(Float16, Float16, Float32)                        \
-  ROW(Float16, Float32, Float32)                        \
-  ROW(Float32, Float32, BFloat16Stochastic)             \
-  ROW(Float32, BFloat16, BFloat16Stochastic)            \
-  ROW(BFloat16, BFloat16, BFloat16)                     \
-  ROW(BFloat16, BFloat16, BFloat16Stochastic)           \
-  ROW(BFloat16Stochastic, BFloat16, Float32)            \
-  ROW(BFloat16Stochastic, BFloat16, BFloat16Stochastic) \
-  ROW(Split32, BFloat16, Float32)                       \
-  ROW(Split32, BFloat16, BFloat16Stochastic)            \
-  ROW(Split24, BFloat16, Float32)                       \
-  ROW(Split24Stochastic, BFloat16, Float32)             \
-  ROW(Split24Stochastic, BFloat16, BFloat16Stochastic)  \
-  ROW(BFloat16Copy, BFloat16, Float32)                  \
-  ROW(BFloat16Copy, Float32, Float32)                   \
-  ROW(BFloat16Copy, BFloat16, BFloat16Stochastic)       \
-  ROW(Float16Copy, Float16, Float32)
+#define WD_EACH_FORMATS(ROW)                             \
+  ROW(Float64, Float64, Float64)                         \
+  ROW(Float32, Float32, Float32)                         \
+  ROW(Float32, BFloat16, Float32)                        \
+  ROW(Float32, Float16, Float32)                         \
+  ROW(BFloat16, BFloat16, Float32)                       \
+  ROW(BFloat16, Float32, Float32)                        \
+  ROW(Float16, Float16, Float32)                         \
+  ROW(Float16, Float32, Float32)                         \
+  ROW(Float32, Float32, BFloat16Stochastic)              \
+  ROW(Float32, BFloat16, BFloat16Stochastic)             \
+  ROW(BFloat16, BFloat16, BFloat16)                      \
+  ROW(BFloat16, BFloat16, BFloat16Stochastic)            \
+  ROW(BFloat16Stochastic, BFloat16, Float32)             \
+  ROW(BFloat16Stochastic, BFloat16, BFloat16Stochastic)  \
+  ROW(Split32, BFloat16, Float32)                        \
+  ROW(Split32, BFloat16, BFloat16Stochastic)             \
+  ROW(Split24, BFloat16, Float32)                        \
+  ROW(Split24Stochastic, BFloat16, Float32)              \
+  ROW(Split24Stochastic, BFloat16, BFloat16Stochastic)   \
+  ROW(BFloat16Copy, BFloat16, Float32)                   \
+  ROW(BFloat16Copy, Float32, Float32)                    \
+  ROW(BFloat16Copy, BFloat16, BFloat16Stochastic)        \
+  ROW(Float16Copy, Float16, Float32)                     \
+  ROW(Float32, Float32, EightBitsStochastic)             \
+  ROW(BFloat16, BFloat16, EightBitsStochastic)           \
+  ROW(BFloat16Stochastic, BFloat16, EightBitsStochastic) \
+  ROW(Split24, BFloat16, EightBitsStochastic)            \
+  ROW(BFloat16Copy, BFloat16, EightBitsStochastic)
 
 // The formats that have a loop of their own on the CPU, in float32 arithmetic: the common ones that are converted.
 #define WD_EACH_FUSED(ROW)                              \

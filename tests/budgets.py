@@ -18,10 +18,14 @@ def assert_in_budget(kernel: codegen.Kernel, cost: codegen.Cost) -> None:
     copied = kernel.param.part is not None and kernel.param.part.dtype == torch.float32
     widest = max(param, grad, *states, *part)
     widths = {16 * size // widest for size in (*([] if copied else [param]), grad, *states, *part)}
+    scales = {1} if kernel.scaled else set()  # read and written one by one
+    widths |= scales
     assert set(cost.loads) == widths, f"{cost.kernel}: loads of {sorted(set(cost.loads))} bytes"
-    written = {16 * size // widest for size in (param, *states, *part)}
+    written = {16 * size // widest for size in (param, *states, *part)} | scales
     assert set(cost.stores) == written, f"{cost.kernel}: stores of {sorted(set(cost.stores))} bytes"
-    assert cost.bytes_per_element == cost.model == kernel.model, f"{cost.kernel}: {cost.bytes_per_element} B an element"
+    more = 2 * len(states) / 4 if kernel.scaled else 0  # each thread reads the scale of its 4 or 8 neighbours
+    assert cost.model == kernel.model
+    assert 0 <= cost.bytes_per_element - cost.model <= more, f"{cost.kernel}: {cost.bytes_per_element} B an element"
     # A budget is half of what could be issued. States in bfloat16 leave too few bytes to move for that, and random bits
     # take instructions and registers: such kernels must stay below what can be issued, with three eighths on their way.
     special = not kernel.plain or any(fmt.stochastic for fmt in kernel.formats)

@@ -47,8 +47,6 @@ struct Lanes {
 };
 #endif
 
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-
 // `width` neighbouring elements of a role or of a part, read or written at once.
 template <class Memory, int width>
 struct alignas(sizeof(Memory) * width) Vector {
@@ -121,6 +119,7 @@ struct Roles {
   typename P::Part* part;  // of the parameter, if it has one
   const typename G::Memory* grad;
   typename S::Memory* state[Rule::kStates + 1];
+  typename S::Part* scale[Rule::kStates + 1];  // of the states, if they have them
   typename O::Memory* output[E::kOutputs + 1];
 };
 
@@ -178,6 +177,10 @@ struct Round {
   VectorOf<G, width> g[accesses];
   VectorOf<S, width> s[accesses][kStates + 1];
   VectorOf<O, width> o[accesses][kOutputs + 1];
+  // Of states that have scales: these, the states until the largest of a tile is known, and the largest of them.
+  static constexpr int kScales = S::kTiled ? kStates : 0, kTileLanes = kScaled / width;
+  int32_t scale[accesses][kScales + 1], largest[accesses][kScales + 1];
+  T fresh[accesses][kScales + 1][width];
 
   WD_HOST_DEVICE static int at(int from, int lane, int k) { return from + (k * kThreads + lane) * width; }
 
@@ -192,6 +195,8 @@ struct Round {
       WD_UNROLL
       for (int n = 0; n < kStates; ++n) s[k][n] = read<VectorOf<S, width>>(roles.state[n] + i);
       WD_UNROLL
+      for (int n = 0; n < kScales; ++n) scale[k][n] = roles.scale[n][i / kScaled];
+      WD_UNROLL
       for (int n = 0; n < kOutputs; ++n) o[k][n] = read<VectorOf<O, width>>(roles.output[n] + i);
     }
   }
@@ -203,6 +208,8 @@ struct Round {
     WD_UNROLL
     for (int k = 0; k < accesses; ++k) {
       const int i = at(from, lane, k);
+      WD_UNROLL
+      for (int n = 0; n < kScales; ++n) largest[k][n] = 0;
       if (masked && i >= end) continue;
       const uint32_t place = Draws::place(first + i);  // neighbours pass no multiple of 2^32
       WD_UNROLL
@@ -210,7 +217,12 @@ struct Round {
         typename P::Part* const also = part[P::kParted ? k : 0].element + e;
         T x = P::load(p[k].element + e, also), own[kStates + 1];
         WD_UNROLL
-        for (int n = 0; n < kStates; ++n) own[n] = S::load(s[k][n].element + e);
+        for (int n = 0; n < kStates; ++n) {
+          if constexpr (S::kTiled)
+            own[n] = S::load(s[k][n].element[e], scale[k][n], Rule::is_signed(n));
+          else
+            own[n] = S::load(s[k][n].element + e);
+        }
         const T before = x;
         T gradient = G::load(g[k].element + e);
         const T u = step(rule, x, gradient, own);
@@ -219,8 +231,13 @@ struct Round {
         uint32_t word = 0;
         WD_UNROLL
         for (int n = 0; n < kStates; ++n) {
-          if (S::kStochastic && n % 2 == 0) word = draws[word_of(kState + n)](here);
-          S::store(s[k][n].element + e, own[n], S::kStochastic ? draw_of(kState + n, word) : 0);
+          if constexpr (S::kTiled) {
+            fresh[k][n][e] = own[n];
+            largest[k][n] = larger(largest[k][n], S::size(own[n]));
+          } else {
+            if (S::kStochastic && n % 2 == 0) word = draws[word_of(kState + n)](here);
+            S::store(s[k][n].element + e, own[n], S::kStochastic ? draw_of(kState + n, word) : 0);
+          }
         }
         if constexpr (kOutputs + E::kSums > 0) {
           T output[kOutputs + 1], summands[E::kSums + 1];
@@ -237,9 +254,53 @@ struct Round {
       if constexpr (P::kParted)
         if (!frozen) write(roles.part + i, part[k]);
       WD_UNROLL
-      for (int n = 0; n < kStates; ++n) write(roles.state[n] + i, s[k][n]);
+      for (int n = kScales; n < kStates; ++n) write(roles.state[n] + i, s[k][n]);
       WD_UNROLL
       for (int n = 0; n < kOutputs; ++n) write(roles.output[n] + i, o[k][n]);
+    }
+  }
+
+  // The scales of the tiles that a lane has part in, which so many neighbouring lanes share; all of them come here.
+  WD_HOST_DEVICE static void find_scales(Lanes<Round>& lanes, int lane) {
+    WD_UNROLL
+    for (int k = 0; k < accesses; ++k) {
+      WD_UNROLL
+      for (int n = 0; n < kScales; ++n) {
+        int32_t found = lanes[lane].largest[k][n];
+#ifdef __CUDA_ARCH__
+        WD_UNROLL
+        for (int other = 1; other < kTileLanes; other *= 2)
+          found = larger(found, __shfl_xor_sync(0xffffffffu, found, other));
+#else
+        const int begin = lane / kTileLanes * kTileLanes;
+        for (int other = begin; other < begin + kTileLanes; ++other) found = larger(found, lanes[other].largest[k][n]);
+#endif
+        lanes[lane].scale[k][n] = S::scale(found, Rule::is_signed(n));
+      }
+    }
+  }
+
+  WD_HOST_DEVICE void store_scaled(const Own& roles, const Draws* draws, int64_t first, int from, int end, int lane) {
+    WD_UNROLL
+    for (int k = 0; k < accesses; ++k) {
+      const int i = at(from, lane, k);
+      if (masked && i >= end) continue;
+      const uint32_t place = Draws::place(first + i);
+      WD_UNROLL
+      for (int e = 0; e < width; ++e) {
+        uint32_t word = 0;
+        WD_UNROLL
+        for (int n = 0; n < kScales; ++n) {
+          if (S::kStochastic && n % 2 == 0) word = draws[word_of(kState + n)](place + e * Draws::kNext);
+          const uint32_t draw = S::kStochastic ? draw_of(kState + n, word) : 0;
+          s[k][n].element[e] = uint8_t(S::store(fresh[k][n][e], draw, scale[k][n], Rule::is_signed(n)));
+        }
+      }
+      WD_UNROLL
+      for (int n = 0; n < kScales; ++n) {
+        write(roles.state[n] + i, s[k][n]);
+        if (lane % kTileLanes == 0) roles.scale[n][i / kScaled] = uint8_t(scale[k][n]);
+      }
     }
   }
 };
@@ -272,6 +333,7 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
                nullptr,
                memory<typename G::Memory>(moving.grad, begin),
                {},
+               {},
                {}};
   WD_UNROLL
   for (int n = 0; n < Rule::kStates; ++n)
@@ -281,6 +343,12 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
     roles.output[n] = memory<typename E::Output::Memory>(place[address_word(kState + Rule::kStates + n)], begin);
   if constexpr (P::kParted)
     roles.part = memory<typename P::Part>(place[address_word(kState + Rule::kStates + E::kOutputs)], begin);
+  if constexpr (S::kTiled) {
+    constexpr int scales = kState + Rule::kStates + E::kOutputs + P::kParted;
+    WD_UNROLL
+    for (int n = 0; n < Rule::kStates; ++n)
+      roles.scale[n] = memory<typename S::Part>(place[address_word(scales + n)], begin / kScaled);
+  }
   Draws draws[(kState + Rule::kStates + 1) / 2] = {};
   if constexpr (P::kStochastic || S::kStochastic) {
     const Draws of_step = draws_of_row<Rule>(row);
@@ -300,15 +368,25 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
   constexpr int of_round = kThreads * vectors * Own::kWidth;
   const int done = moving.aligned ? count - count % of_round : 0;
   for (int from = 0; from < done; from += of_round) {
-    Lanes<Round<Rule, P, G, S, E, Own::kWidth, vectors, false>> lanes;
+    using Whole = Round<Rule, P, G, S, E, Own::kWidth, vectors, false>;
+    Lanes<Whole> lanes;
     WD_EACH_LANE(lane) lanes[lane].load(roles, from, done, lane);
     WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, draws, first, sums, from, done, lane);
+    if constexpr (S::kTiled) {
+      WD_EACH_LANE(lane) Whole::find_scales(lanes, lane);
+      WD_EACH_LANE(lane) lanes[lane].store_scaled(roles, draws, first, from, done, lane);
+    }
     end_block(from, from + of_round);
   }
   for (int from = done; from < count; from += kThreads * kSingles) {
-    Lanes<Round<Rule, P, G, S, E, 1, kSingles, true>> lanes;
+    using Part = Round<Rule, P, G, S, E, 1, kSingles, true>;
+    Lanes<Part> lanes;
     WD_EACH_LANE(lane) lanes[lane].load(roles, from, count, lane);
     WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, draws, first, sums, from, count, lane);
+    if constexpr (S::kTiled) {
+      WD_EACH_LANE(lane) Part::find_scales(lanes, lane);
+      WD_EACH_LANE(lane) lanes[lane].store_scaled(roles, draws, first, from, count, lane);
+    }
     end_block(from, from + kThreads * kSingles);
   }
 }
@@ -329,8 +407,13 @@ struct WithFormats {
       if constexpr (Rule::kStates == 0 && sizeof(typename S::Memory) != sizeof(typename P::Arithmetic)) {
         return nullptr;  // its rows are those that have no format of states to tell
       } else {
-        static const Kernel kernel = {Of<Rule, P, G, S, E>::entry(), kState + Rule::kStates + E::kOutputs + P::kParted,
-                                      width_of<Rule>() + width_of<E>()};
+        constexpr int n = Rule::kStates, scales = S::kTiled ? n : 0;
+        static const Kernel kernel = {
+            Of<Rule, P, G, S, E>::entry(),
+            kState + n + E::kOutputs + P::kParted + scales,
+            width_of<Rule>() + width_of<E>(),
+            n,
+            {code_of<S>(Rule::is_signed(0)), code_of<S>(Rule::is_signed(1)), code_of<S>(Rule::is_signed(2))}};
         return &kernel;
       }
     }
@@ -341,13 +424,16 @@ struct WithFormats {
 template <template <class, class, class, class, class> class Of, class P, class G, class S>
 const Kernel* find_with(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles) {
   using T = typename P::Arithmetic;
-  const int whole = roles - P::kParted;
 #define WD_ROW(code, ...)                                                                                            \
-  if (epilogue == code && all_are(S::kCode, formats, kState, whole - __VA_ARGS__::kOutputs) &&                       \
-      all_are(__VA_ARGS__::Output::kCode, formats, whole - __VA_ARGS__::kOutputs, whole) &&                          \
-      all_are(kPart, formats, whole, roles)) {                                                                       \
+  if (epilogue == code) {                                                                                            \
     const Kernel* const kernel = find_rule<T, WithFormats<Of, P, G, S, __VA_ARGS__>::template Found>(rule, variant); \
-    return kernel != nullptr && kernel->roles == roles ? kernel : nullptr;                                           \
+    if (kernel == nullptr || kernel->roles != roles) return nullptr;                                                 \
+    const int outputs = kState + kernel->states, parts = outputs + __VA_ARGS__::kOutputs;                            \
+    for (int n = 0; n < kernel->states; ++n)                                                                         \
+      if (formats[kState + n] != kernel->formats[n]) return nullptr;                                                 \
+    return all_are(__VA_ARGS__::Output::kCode, formats, outputs, parts) && all_are(kPart, formats, parts, roles)     \
+               ? kernel                                                                                              \
+               : nullptr;                                                                                            \
   }
   WD_EACH_EPILOGUE(WD_ROW)
 #undef WD_ROW

@@ -9,10 +9,12 @@ namespace cuda {
 struct Kernel {
   const void* entry;
   int roles, width;  // scalars in a row
+  int states;
+  int64_t formats[3];  // of the states
 };
 
 // The kernel for a rule with its states, an epilogue, and the formats of its roles (parameter, gradient, states,
-// outputs of the epilogue), or null where there is none.
+// outputs of the epilogue, then the parts of these), or null where there is none.
 const Kernel* find(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles);
 
 // Both act on the current device and say what went wrong, null if nothing did. `load` brings a kernel there; `launch`

@@ -186,8 +186,8 @@ struct Lists {
 
 }  // namespace
 
-// gather(roles, dtypes, device, moving, places, capacities, scales) -> int: writes the segments of tensors that all have these
-// dtypes and that device, and says what `Lists::gather` does.
+// gather(roles, dtypes, device, moving, places, capacities, scales) -> int: writes the segments of tensors that all
+// have these dtypes and that device, and says what `Lists::gather` does.
 PyObject* gather(PyObject*, PyObject* args) {
   PyObject *tuple, *codes, *moving, *places, *capacities;
   long long device, scales;
@@ -229,8 +229,8 @@ bool hold_memory(PyObject* hold, const Lists& lists, std::vector<Tensor>* views)
 
 // step_lists(roles, kind, rows_of, control, rows, increment, written, hold, others) -> int
 // A step of tensors that all are of one kind, (dtypes, device, chunk_size, rule, variant, epilogue, formats, scales),
-// and lie on the CPU; `rows_of`: a list of the row of each, or None: the first. The result is -1 when it is taken, else nothing
-// was done, and it says what `Lists::gather` does.
+// and lie on the CPU; `rows_of`: a list of the row of each, or None: the first. The result is -1 when it is taken, else
+// nothing was done, and it says what `Lists::gather` does.
 PyObject* step_lists(PyObject*, PyObject* args) {
   PyObject *tuple, *kind, *codes, *rows_of, *control, *formats, *rows, *increment, *written, *hold;
   long long device, chunk_size, rule, variant, epilogue, scales;

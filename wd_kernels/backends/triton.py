@@ -70,6 +70,7 @@ def options(formats: tuple[Any, ...], warp: int, capability: int | None) -> dict
         if any(fmt.stochastic for fmt in formats):
             full = param == state == 2 and capability >= (90 if states == 2 else 100)
             programs -= 3 if full and formats[0].part is not None and capability >= 100 else 2 if full else 1
+            programs -= 1 if any(fmt.binades for fmt in formats) else 0
         elif states == 2 and grad < param and capability < 90:
             programs -= 1
         how["maxnreg"] = REGISTERS // (programs * THREADS) // 16 * 16

@@ -24,6 +24,11 @@ FLOAT16 = tl.constexpr(4)
 BFLOAT16_STOCHASTIC = tl.constexpr(5)
 SPLIT24_STOCHASTIC = tl.constexpr(8)
 BFLOAT16_COPY = tl.constexpr(9)
+INT8_STOCHASTIC = tl.constexpr(12)
+UINT8_STOCHASTIC = tl.constexpr(14)
+
+TILE = tl.constexpr(32)  # neighbours that share a scale, where states are in 8 bits
+LOST = tl.constexpr(20)  # bits of a float32 that these do not have
 
 MOVING_WORDS = tl.constexpr(Moving.WORDS)
 ORIGIN = tl.constexpr(Place.ORIGIN)
@@ -62,6 +67,30 @@ def is_copy(format):
 
 
 @triton.constexpr_function
+def is_tiled(format):
+    """In 8 bits, with a scale for 32 elements."""
+    return format in (11, 12, 13, 14)
+
+
+@triton.constexpr_function
+def is_signed(format):
+    """Of these: may an element be negative?"""
+    return format in (11, 12)
+
+
+@triton.constexpr_function
+def per_element(format):
+    """How many elements have one of a format's part."""
+    return 32 if format in (11, 12, 13, 14) else 1
+
+
+@triton.constexpr_function
+def tiled(formats):
+    """Has some role scales?"""
+    return any(format in (11, 12, 13, 14) for format in formats)
+
+
+@triton.constexpr_function
 def lost(format):
     """Bits of a float32 that a split format does not store."""
     return 0 if format == 6 else 8
@@ -81,12 +110,18 @@ def parts(formats):
 
 
 @triton.constexpr_function
+def is_scale(formats, at):
+    """Is what lies there the scales of a role?"""
+    return at >= len(formats) and [own for own in formats if own >= 6][at - len(formats)] in (11, 12, 13, 14)
+
+
+@triton.constexpr_function
 def vector(formats, at):
     """Bytes of a role or a part in one vector access, where the widest has 16: more would want another layout."""
-    size = {1: 8, 2: 4, 3: 2, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2, 9: 2, 10: 2}
-    of_part = {6: 2, 7: 1, 8: 1, 9: 4, 10: 4}
+    size = {1: 8, 2: 4, 3: 2, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2, 9: 2, 10: 2, 11: 1, 12: 1, 13: 1, 14: 1}
+    of_part = {6: 2, 7: 1, 8: 1, 9: 4, 10: 4, 11: 0, 12: 0, 13: 0, 14: 0}  # scales are read one by one
     sizes = [size[format] for format in formats] + [of_part[format] for format in formats if format in of_part]
-    return 16 * sizes[at] // max(sizes)
+    return max(16 * sizes[at] // max(sizes), 1)
 
 
 @triton.constexpr_function
@@ -97,7 +132,7 @@ def is_bfloat16(format):
 @triton.constexpr_function
 def stochastic(formats):
     """Is some role rounded by random bits?"""
-    return 5 in formats or 8 in formats
+    return any(format in (5, 8, 12, 14) for format in formats)
 
 
 # Random bits ----------------------------------------------------------------------------------------------------------
@@ -156,15 +191,19 @@ def pointer(address, format: tl.constexpr):
         return address.to(tl.pointer_type(tl.float64))
     elif format == FLOAT32:
         return address.to(tl.pointer_type(tl.float32))
+    elif is_tiled(format):
+        return address.to(tl.pointer_type(tl.int8 if is_signed(format) else tl.uint8))
     else:
         return address.to(tl.pointer_type(tl.int16))
 
 
 @triton.jit
 def part_pointer(address, format: tl.constexpr):
-    """The same of the part of a format: a float32 master, or a remainder."""
+    """The same of the part of a format: a float32 master, a remainder, or scales."""
     if is_copy(format):
         return address.to(tl.pointer_type(tl.float32))
+    elif is_tiled(format):
+        return address.to(tl.pointer_type(tl.uint8))
     elif lost(format) == 8:
         return address.to(tl.pointer_type(tl.int8))
     else:
@@ -220,8 +259,46 @@ def as_stored(value, format: tl.constexpr, key, places, role: tl.constexpr):
 
 
 @triton.jit
-def load(at, part, lanes, mask, format: tl.constexpr):
-    if is_copy(format):
+def bits_of(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def decode(code, scale, format: tl.constexpr):
+    """What a code of 8 bits stands for, with the scale of its tile."""
+    own, c = code.to(tl.int32), scale.to(tl.int32) << 23
+    x = ((tl.abs(own) << LOST) + c).to(tl.float32, bitcast=True) - c.to(tl.float32, bitcast=True)
+    if is_signed(format):
+        x = (bits_of(x) | (own & -2147483648)).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def encode(x, mask, format: tl.constexpr, key, places, role: tl.constexpr):
+    """(codes, scales) of tiles in rows."""
+    a = bits_of(x) & 0x7FFFFFFF
+    within = a if mask is None else tl.where(mask, a, 0)
+    scale = tl.maximum((tl.max(within, 1, keep_dims=True) >> 23) - (14 if is_signed(format) else 30), 1)
+    c = scale << 23
+    y = a.to(tl.float32, bitcast=True) + c.to(tl.float32, bitcast=True)
+    bits = tl.minimum(bits_of(y), 0x7FC00000) - c  # a NaN is the canonical one
+    if format == INT8_STOCHASTIC or format == UINT8_STOCHASTIC:
+        bits += draw(key, places, role) << (LOST - 16)
+    else:
+        bits += ((1 << (LOST - 1)) - 1) + ((bits >> LOST) & 1)
+    code = bits >> LOST
+    if is_signed(format):
+        code = tl.where(x < 0, -code, code)
+    else:  # what is not 0 never becomes 0
+        code = tl.maximum(code, tl.minimum(a, 1))
+    return code, scale
+
+
+@triton.jit
+def load(at, part, lanes, mask, tiles, tile_mask, format: tl.constexpr):
+    if is_tiled(format):
+        return decode(tl.load(at + lanes, mask=mask), tl.load(part + tiles, mask=tile_mask), format)
+    elif is_copy(format):
         return tl.load(part + lanes, mask=mask)
     elif is_split(format):
         high = tl.load(at + lanes, mask=mask).to(tl.int32) << 16
@@ -231,8 +308,12 @@ def load(at, part, lanes, mask, format: tl.constexpr):
 
 
 @triton.jit
-def store(at, part, lanes, value, mask, format: tl.constexpr, key, places, role: tl.constexpr):
-    if is_copy(format):
+def store(at, part, lanes, value, mask, tiles, tile_mask, format: tl.constexpr, key, places, role: tl.constexpr):
+    if is_tiled(format):
+        code, scale = encode(value, mask, format, key, places, role)
+        tl.store(at + lanes, code.to(at.dtype.element_ty), mask=mask)
+        tl.store(part + tiles, scale.to(tl.uint8), mask=tile_mask)
+    elif is_copy(format):
         tl.store(part + lanes, value, mask=mask)
         tl.store(at + lanes, narrow(value, BFLOAT16 if format == BFLOAT16_COPY else FLOAT16), mask=mask)
     elif is_split(format):
@@ -375,9 +456,14 @@ def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constex
     `keys` are those of the roles' random bits, `number` is that of the first element; `sums` is where the sums of the
     segment's blocks go, `first` the place of the first element in it.
     """
-    if full:
+    tiles, mask, tile_mask = 0, None, None
+    if tiled(formats):  # in rows
+        tiles = tl.arange(0, block // TILE)[:, None]
+        lanes = tiles * TILE + tl.arange(0, TILE)[None, :]
+        if not full:
+            mask, tile_mask = lanes < count, tiles * TILE < count
+    elif full:
         lanes = tl.arange(0, block)
-        mask = None
     else:  # two-dimensional, so that its layout (neighbours in neighbouring threads) stays apart from the vectors'
         lanes = tl.arange(0, block // 128)[:, None] * 128 + tl.arange(0, 128)[None, :]
         mask = lanes < count
@@ -387,13 +473,14 @@ def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constex
         places = numbers.to(tl.uint32) * 0x9E3779B1 + (numbers >> 32).to(tl.uint32) * 0x85EBCA77
     values = ()
     for role in tl.static_range(len(formats)):
-        values += (load(at[role], at[part_of(formats, role)], lanes, mask, formats[role]),)
+        values += (load(at[role], at[part_of(formats, role)], lanes, mask, tiles, tile_mask, formats[role]),)
     own = scalars[: len(scalar_names)]
     theta, g, u, new = step(values[0], values[1], values[2:], states, own, scalar_names, rule, root)
     if not frozen:
-        store(at[0], at[part_of(formats, 0)], lanes, theta, mask, formats[0], keys[0], places, 0)
+        store(at[0], at[part_of(formats, 0)], lanes, theta, mask, tiles, tile_mask, formats[0], keys[0], places, 0)
     for role in tl.static_range(2, 2 + len(states)):
-        store(at[role], at[role], lanes, new[role - 2], mask, formats[role], keys[role], places, role)
+        part = at[part_of(formats, role)]
+        store(at[role], part, lanes, new[role - 2], mask, tiles, tile_mask, formats[role], keys[role], places, role)
     if epilogue is not None:
         after = tl.where(frozen, values[0], as_stored(theta, formats[0], keys[0], places, 0))
         outputs, summands = epilogue(
@@ -401,11 +488,13 @@ def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constex
         )
         for role in tl.static_range(2 + len(states), len(formats)):
             output = outputs[role - 2 - len(states)]
-            store(at[role], at[role], lanes, output, mask, formats[role], keys[role], places, role)
+            store(at[role], at[role], lanes, output, mask, tiles, tile_mask, formats[role], keys[role], places, role)
         for n in tl.static_range(n_sums):
             summand = summands[n]
             if not full:
                 summand = tl.where(mask, summand, 0.0)
+            if tiled(formats):
+                summand = tl.reshape(summand, (block,))
             tl.store(pointer(sums, arithmetic(formats)) + (first // block * n_sums + n), block_sum(summand, block))
 
 
@@ -414,7 +503,9 @@ def ahead(at, offset, formats: tl.constexpr, full: tl.constexpr):
     """Pointers that lie `offset` elements further on; if `full`, they are promised to begin vectors."""
     further = ()
     for role in tl.static_range(len(formats) + parts(formats)):
-        if full:
+        if is_scale(formats, role):
+            further += (at[role] + offset // TILE,)
+        elif full:
             further += (tl.multiple_of(at[role] + offset, vector(formats, role)),)
         else:
             further += (at[role] + offset,)
@@ -450,7 +541,8 @@ def step_kernel(chunks, places, moving, rows, control, place_words, chunk_size,
         at += (pointer(tl.load(place + role - 1), formats[role]) + begin,)
     for role in tl.static_range(len(formats)):
         if part_of(formats, role) != role:
-            at += (part_pointer(tl.load(place + part_of(formats, role) - 1), formats[role]) + begin,)
+            further = begin // per_element(formats[role])
+            at += (part_pointer(tl.load(place + part_of(formats, role) - 1), formats[role]) + further,)
     frozen = tl.load(row + position(scalar_names, "frozen")) != 0
     scalars = ()
     for i in tl.static_range(width):
