@@ -10,10 +10,10 @@ interpreting, so this is a process of its own.
 
 In the table: `regs` are registers of a thread (VGPRs on AMD); `stack` bytes of a thread; `access` the widths in bytes
 of the loads of parameter, gradient and states in the loop over full blocks; `B/el` the bytes that this loop moves per
-element (a scale counts for every thread that reads it); `instr/el` its instructions per element (NVIDIA: on the longest way that calls nothing, as root and division do
-for rare numbers; AMD: all, but the scalar unit's); `of` the budget, half of what an H200 could issue while its memory
-moves those bytes; `KiB` the bytes of loads that one processor has on their way when every resident program is at the
-first instruction that waits for one (AMD: has issued all of a round).
+element (a scale counts for every thread that reads it); `instr/el` its instructions per element (NVIDIA: on the longest
+way that calls nothing, as root and division do for rare numbers; AMD: all, but the scalar unit's); `of` is half
+of what an H200 could issue while its memory moves those bytes; `KiB` the bytes of loads that one processor has on their
+way when every resident program is at the first instruction that waits for one (AMD: has issued all of a round).
 """
 
 from __future__ import annotations
@@ -135,9 +135,17 @@ class Kernel:
         return f"{self.rule} ({', '.join(names)}{'' if self.state.dtype == full else f'; {self.state.name} states'})"
 
 
+_UNSIGNED = {INT8: UINT8, INT8_STOCHASTIC: UINT8_STOCHASTIC}
+
+
 def unsigned(fmt: Format) -> Format:
     """What a state has that is never negative, where others have `fmt`."""
-    return {INT8: UINT8, INT8_STOCHASTIC: UINT8_STOCHASTIC}.get(fmt, fmt)
+    return _UNSIGNED.get(fmt, fmt)
+
+
+def signed(fmt: Format) -> Format:
+    """The other way."""
+    return next((own for own, other in _UNSIGNED.items() if other == fmt), fmt)
 
 
 def kernels(every: bool = False) -> list[Kernel]:
@@ -228,7 +236,8 @@ def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] | None = 
 def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -> Cost:
     """What a kernel costs on a target; `changes` are other options of the compiler than the backend's.
 
-    `ptx` is a folder for what an NVIDIA target's kernel was translated to: FOLDER/TARGET/KERNEL.ptx.
+    `ptx` is a folder for what an NVIDIA target's kernel was translated to, FOLDER/TARGET/KERNEL.ptx, and the bytes of
+    shared memory that a launch asks for, KERNEL.shared.
     """
     backend, _, warp = TARGETS[target]
     made = compiled(kernel, target, **changes)
@@ -236,6 +245,7 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
     if ptx is not None and "ptx" in asm:
         (ptx / target).mkdir(parents=True, exist_ok=True)
         (ptx / target / f"{kernel}.ptx").write_text(asm["ptx"])
+        (ptx / target / f"{kernel}.shared").write_text(str(made.metadata.shared))
     # The bytes of an element by the types of the tensors that Triton's IR moves in full blocks, which are the largest;
     # the compiler may have unrolled their loop.
     moves = re.findall(r"tt\.(?:load|store) .*?tensor<([\dx]+)x!tt\.ptr<\w*?(\d+)>", asm["ttir"])

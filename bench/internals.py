@@ -21,7 +21,9 @@ from wd_kernels.backends import triton as backend
 from wd_kernels.formats import format_of, has_scales
 from wd_kernels.rules import RULES, Rule
 
-__all__ = ["KINDS", "aligned", "bare_launch", "format_of", "has_scales", "launch_parameters", "time_launches", "versions_here"]
+__all__ = [
+    "KINDS", "aligned", "bare_launch", "format_of", "has_scales", "launch_parameters", "time_launches", "versions_here",
+]  # fmt: skip
 
 
 #: What is measured and compiled, as tables call it: a rule with its states.

@@ -198,7 +198,8 @@ struct Eight {
   }
   WD_HOST_DEVICE static float load(int32_t code, int32_t scale, bool is_signed) {
     const int32_t c = scale << 23, own = is_signed ? int32_t(int8_t(code)) : code;
-    const float x = bits_to<float>(((own < 0 ? -own : own) << kLost) + c) - bits_to<float>(c);
+    const uint32_t magnitude = uint32_t(own < 0 ? -own : own) << kLost;
+    const float x = bits_to<float>(magnitude + uint32_t(c)) - bits_to<float>(c);
     return bits_to<float>(bits_to<int32_t>(x) | (own & INT32_MIN));
   }
   WD_HOST_DEVICE static int32_t store(float x, uint32_t draw, int32_t scale, bool is_signed) {

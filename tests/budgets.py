@@ -9,8 +9,11 @@ import torch
 def assert_in_budget(kernel: codegen.Kernel, cost: codegen.Cost) -> None:
     """Nothing on the stack, nothing inexact, the widest accesses, no byte too many, and time to spare."""
     assert cost.stack == 0, f"{cost.kernel}: {cost.stack} bytes of stack"
-    assert cost.shared == 0, f"{cost.kernel}: {cost.shared} bytes of shared memory"
-    assert cost.layouts == 0, f"{cost.kernel}: values change their layout {cost.layouts} times"
+    # Triton stores what a row of a block has through shared memory: the scales of states in 8 bits.
+    shared = 1024 if kernel.scaled else 0
+    assert cost.shared <= shared, f"{cost.kernel}: {cost.shared} bytes of shared memory"
+    layouts = 2 * (len(kernel.formats) - 2) if kernel.scaled else 0
+    assert cost.layouts <= layouts, f"{cost.kernel}: values change their layout {cost.layouts} times"
     assert cost.inexact == 0, f"{cost.kernel}: {cost.inexact} operations are not rounded on their own"
     # The widest format is moved 16 bytes at a time, and a 2-byte one beside a 4-byte one 8.
     param, grad, *states = (fmt.dtype.itemsize for fmt in kernel.formats)
@@ -29,7 +32,8 @@ def assert_in_budget(kernel: codegen.Kernel, cost: codegen.Cost) -> None:
     # A budget is half of what could be issued. States in bfloat16 leave too few bytes to move for that, and random bits
     # take instructions and registers: such kernels must stay below what can be issued, with three eighths on their way.
     special = not kernel.plain or any(fmt.stochastic for fmt in kernel.formats)
-    allowed = 1.9 * cost.budget if special else cost.budget
+    # States in 8 bits take a hundred for few bytes.
+    allowed = cost.budget * (2.9 if kernel.scaled else 1.9 if special else 1)
     assert cost.instructions <= allowed, f"{cost.kernel}: {cost.instructions} instructions an element"
     least = codegen.IN_FLIGHT.get(cost.target, 0) * (0.375 if special else 1.0)
     assert cost.in_flight >= least, f"{cost.kernel}: {cost.in_flight} KiB in flight"

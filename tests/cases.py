@@ -25,9 +25,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import wd_kernels
+from wd_kernels import reference
 from wd_kernels.formats import MASTER_NAME
 from wd_kernels.layout import Moving
 from wd_kernels.rules import DECAY_MODES
+from wd_kernels.scales import STATES as STATE_OF
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 c64, c128 = torch.complex64, torch.complex128
@@ -46,7 +48,8 @@ DTYPES = (
 
 #: (parameter, gradient, how they are stored): what is stored otherwise than by default.
 STORED = (
-    (f32, f32, "bf16-states"), (f32, bf16, "bf16-states"), (bf16, bf16, "nearest"), (bf16, bf16, "bf16-states"),
+    (f32, f32, "bf16-states"), (f32, f32, "int8"), (bf16, bf16, "split24-int8"), (f32, bf16, "bf16-states"),
+    (bf16, bf16, "nearest"), (bf16, bf16, "bf16-states"),
     (bf16, bf16, "random-params"), (bf16, bf16, "split32"), (bf16, bf16, "copy"), (f16, f16, "copy"),
     (bf16, bf16, "split24-random"), (bf16, bf16, "random"),
 )  # fmt: skip
@@ -57,6 +60,8 @@ STORAGE: dict[str, dict[str, Any]] = {
     "split32": {"master_weights": "split32"},
     "split24-random": {"master_weights": "split24", "state_dtype": "param", "stochastic_rounding": True, "seed": 8},
     "copy": {"master_weights": "float32"},
+    "int8": {"state_dtype": "int8", "seed": 5},
+    "split24-int8": {"master_weights": "split24", "state_dtype": "int8", "seed": 2**40},
     "random": {"state_dtype": "param", "stochastic_rounding": True, "seed": 2**32 + 5},
 }
 
@@ -326,10 +331,33 @@ def states_of(case: Case) -> tuple[str, ...]:
 
 
 def state_dtype(case: Case) -> torch.dtype:
-    """What a case has its states in."""
-    if case.options.get("state_dtype") is not None:
-        return bf16
+    """What a case has its states in; those in 8 bits that are never negative are uint8."""
+    word = case.options.get("state_dtype")
+    if word is not None:
+        return torch.int8 if word == "int8" else bf16
     return f64 if case.dtype == f64 else f32
+
+
+def scales_of(case: Case) -> dict[str, str]:
+    """The scales of a case's states in 8 bits, by their names: the names of the states."""
+    return {f"{name}_scale": name for name in states_of(case)} if state_dtype(case) == torch.int8 else {}
+
+
+def stored_states(case: Case, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """States of a case and their scales, from what they are to be."""
+    dtype, found = state_dtype(case), dict[str, Tensor]()
+    for name, value in values.items():
+        if dtype == torch.int8:
+            own = torch.int8 if STATE_OF[name].signed else torch.uint8
+            found[name], found[f"{name}_scale"] = torch.empty(value.shape, dtype=own), empty_scale(value)
+            reference.store(found[name], value.to(f32), None, found[f"{name}_scale"])
+        else:
+            found[name] = value.to(dtype)
+    return found
+
+
+def empty_scale(value: Tensor) -> Tensor:
+    return torch.empty(-(-value.numel() // 32), dtype=torch.uint8)
 
 
 def masters_of(case: Case) -> dict[str, torch.dtype]:
@@ -361,14 +389,14 @@ def placed_run(
     elements off a 64-byte boundary. Nothing outside of a tensor is written, nor a gradient, and no tensor is replaced.
     """
     masters = masters_of(case)
-    names = (*states_of(case), *masters)
+    names = (*states_of(case), *masters, *scales_of(case))
     roles = ("param", "grad", *names)
     params, placed, unchanged = [], [], []
     for k, (moved, n) in enumerate(itertools.product(("none", *roles, "all"), sizes)):
         generator = torch.Generator().manual_seed(n + 1000 * k)
         values = {
             "param": torch.randn(n, generator=generator).to(case.dtype),
-            **{name: torch.rand(n, generator=generator).to(state_dtype(case)) for name in states_of(case)},
+            **stored_states(case, {name: torch.rand(n, generator=generator) for name in states_of(case)}),
             **{name: (torch.randn(n, generator=generator) * 40).to(dtype) for name, dtype in masters.items()},
             "grad": gradient(Piece((n,)), case.grad_dtype, n + k),
         }
@@ -418,10 +446,11 @@ def peculiar_run(case: Case, backend: str, flush: bool = False, device: Device =
     opt = optimizer(case, [p], backend, weight_decay=0.3, lr=0.5)
     states = {}
     for k, name in enumerate(states_of(case)):
-        drawn = peculiar(state_dtype(case)).repeat(n)[k : n * (k + 3) : k + 3]
-        states[name] = (drawn if name in ("exp_avg", "momentum_buffer") else drawn.abs()).clone().to(device)
+        drawn = peculiar(f32 if scales_of(case) else state_dtype(case)).repeat(n)[k : n * (k + 3) : k + 3]
+        states[name] = (drawn if STATE_OF[name].signed else drawn.abs()).clone()
         assert states[name].numel() == n
-    opt.state[p] = {"step": torch.tensor(1.0), **states}
+    stored = {name: value.to(device) for name, value in stored_states(case, states).items()}
+    opt.state[p] = {"step": torch.tensor(1.0), **stored}
     grads = [grad, (grad / 2).roll(5)]
     torch.set_flush_denormal(flush)
     for step in range(3):

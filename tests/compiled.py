@@ -77,7 +77,9 @@ def triton_ptx(version: str, target: str, kernel: codegen.Kernel) -> str:
 @cache
 def triton_kernel(version: str, target: str, kernel: codegen.Kernel) -> ptx.Kernel:
     """The same, to be executed."""
-    return ptx.parse(triton_ptx(version, target, kernel))
+    found = ptx.parse(triton_ptx(version, target, kernel))
+    found.shared_size += int((_triton(version) / target / f"{kernel}.shared").read_text())
+    return found
 
 
 PROBE = """

@@ -24,7 +24,7 @@ from wd_kernels.backends.cuda import CUDA
 from wd_kernels.backends.device_copy import DeviceCopy
 from wd_kernels.backends.triton import THREADS, Triton
 from wd_kernels.flat.buffers import attached, place_of
-from wd_kernels.formats import arithmetic_dtype, format_of
+from wd_kernels.formats import SCALE, arithmetic_dtype, format_of
 from wd_kernels.layout import PADDING, Bucket, Spec, Table, native_kernel
 from wd_kernels.rules import RULES, Rule
 
@@ -42,7 +42,7 @@ _KIND_OF = {(rule.name, states): kind for kind, (rule, states) in KINDS.items()}
 
 def kernel_of(rule: Rule, spec: Spec) -> codegen.Kernel:
     """Which of the compiled kernels steps a bucket."""
-    (param, grad), states = spec.formats[:2], spec.formats[2 : 2 + len(spec.states)]
+    (param, grad), states = spec.formats[:2], [codegen.signed(fmt) for fmt in spec.formats[2 : 2 + len(spec.states)]]
     assert len(set(states)) <= 1, f"no kernel is compiled of the formats {[fmt.name for fmt in states]}"
     state = states[0] if states else format_of(arithmetic_dtype(param.dtype))
     return codegen.Kernel(_KIND_OF[rule.name, spec.states], param, grad, state)
@@ -54,8 +54,10 @@ class Launch:
     Tests change what is here to plant a fault.
     """
 
-    def __init__(self, kernel: ptx.Kernel, table: Table, bucket: Bucket, tables: list[Tensor]) -> None:
-        self.kernel, self.table, self.bucket = kernel, table, bucket
+    def __init__(
+        self, kernel: ptx.Kernel, table: Table, bucket: Bucket, tables: list[Tensor], together: int = THREADS
+    ) -> None:
+        self.kernel, self.table, self.bucket, self.together = kernel, table, bucket, together
         self.blocks = tables[0].numel()
         self.arguments: Callable[[list[Tensor]], list[Any]] = lambda tables: []
         self.report: ptx.Report | None = None
@@ -65,7 +67,7 @@ class Launch:
         """Chunks, places, moving, rows, control: what describes the launch, as the kernel is given it."""
         self.tables = tables
         self.memory = ptx.Memory()
-        _allow(self.memory, self.table, self.bucket)
+        _allow(self.memory, self.table, self.bucket, self.together)
         for name, tensor in zip(("chunks", "places", "moving", "rows", "control"), tables, strict=True):
             self.memory.add(name, tensor.data_ptr(), tensor.nbytes, 8)
 
@@ -75,27 +77,29 @@ class Launch:
         self.report = ptx.launch(self.kernel, self.blocks, arguments, self.memory, threads=THREADS, unwritten=reduces)
 
 
-def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
+def _allow(memory: ptx.Memory, table: Table, bucket: Bucket, together: int) -> None:
     """What the tensors of a bucket are: parameters and states may be written, gradients are only read.
 
-    The padding between neighbours in a flat buffer may be touched too: they are stepped as one.
+    A scale is read by the threads of its tile, of so many neighbours, and one writes what they found. The padding between neighbours in a flat buffer may be touched too: they are stepped as one.
     """
     found: dict[int, tuple[str, int, int, bool]] = {}  # by address: name, bytes, bytes with padding, writable
     for i in bucket.members:
         if not table.active[i]:
             continue
-        theta, grad, states, _, outputs, sums, _, master = table.tensors(i)
+        theta, grad, states, _, outputs, sums, _, master, scales = table.tensors(i)
         place = place_of(theta) if isinstance(theta, torch.nn.Parameter) else None
         roles = [("parameter", theta, True), ("gradient", grad, False)]
         roles += [(f"state {k}", state, True) for k, state in enumerate(states.values())]
         roles += [("master", master, True)] * (master is not None)
         roles += [(f"output {k}", output, True) for k, output in enumerate(outputs.values())]
+        roles += [(f"scale {k}", scale, True) for k, scale in enumerate(scales.values())]
         if sums is not None:
             memory.add("sums", sums.data_ptr(), sums.nbytes, sums.itemsize, writable=True)
         for name, tensor, writable in roles:
             size = padded = tensor.numel() * tensor.element_size()
             if place is not None and (name != "gradient" or attached(theta)):
                 padded = -(-tensor.numel() // PADDING) * PADDING * tensor.element_size()
+                padded = size if name.startswith("scale") else padded
             if size:
                 found[tensor.data_ptr()] = (name, size, padded, writable)
     ends = sorted(found)
@@ -103,10 +107,12 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket) -> None:
         name, size, padded, writable = found[address]
         formats = bucket.spec.formats
         state = formats[2] if name.startswith("state") else formats[-1]
-        own = {"parameter": formats[0], "gradient": formats[1], "master": formats[0].part}.get(name, state)
+        kind = "scale" if name.startswith("scale") else name
+        known = {"parameter": formats[0], "gradient": formats[1], "master": formats[0].part, "scale": SCALE}
+        own = known.get(kind, state)
         part = own.dtype.itemsize if own is not None else 0
         end = min(address + padded, following) if padded > size else address + size
-        memory.add(name, address, end - address, part, writable, noted=True)
+        memory.add(name, address, end - address, part, writable, noted=True, together=together if kind == "scale" else 1)
 
 
 class OnPTX:
@@ -231,7 +237,7 @@ class CUDAOnPTX(OnPTX, CUDA):
             token, chunks, places, moving, control, size, *which, rows = given
             assert token == self.token
             assert tuple(which) == native_kernel(table.rule, bucket.spec)
-            launch = Launch(kernel, table, bucket, [chunks, places, moving, rows, control])
+            launch = Launch(kernel, table, bucket, [chunks, places, moving, rows, control], together=32)
             sizes = places.shape[1], rows.shape[1], size
             # The struct Launch of csrc/layout.h, by value.
             self.step(launch, lambda tables: [struct.pack("<5Qiii4x", *(t.data_ptr() for t in tables), *sizes)])

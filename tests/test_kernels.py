@@ -44,6 +44,7 @@ from cases import (
     placed_run,
     rounding_run,
     run,
+    scales_of,
     snapshot,
     state_dtype,
     states_of,
@@ -78,6 +79,7 @@ KERNELS = [(body, dtypes) for body in BODIES for dtypes in REAL]
 #: And those of other formats: all of the two rules that are used most, and what is new in the others.
 KERNELS += [(body, stored) for body in ("adamw", "sgdw") for stored in STORED]
 KERNELS += [("adamw amsgrad", STORED[-1]), ("sgdw without momentum", STORED[-1]), ("adagradw", STORED[0])]
+INT8 = STORED[1]
 COMPLEX = {(f32, f32): (c64, c64), (f64, f64): (c128, c128)}
 
 PIECES = {"small": SMALL, "layouts": LAYOUTS, "edges": EDGES}
@@ -145,7 +147,9 @@ def test_matrix(of: dict[str, Any], engine: Engine, monkeypatch: pytest.MonkeyPa
     if RULES[case.rule].torch.counts_steps:  # else the reload has begun them anew
         assert len(counts) == sum(begun)
         assert len(set(counts)) > 1  # some gradients were missing
-    assert {name.split()[1] for name in found if " " in name} == {"step", *states_of(case), *masters_of(case)}
+    assert {name.split()[1] for name in found if " " in name} == {
+        "step", *states_of(case), *masters_of(case), *scales_of(case),
+    }  # fmt: skip
     for k, p in enumerate(make_params(pieces, case.dtype, case.grad_dtype)):
         assert bool(found[f"{k}"].isfinite().all())
         stepped = p.numel() >= 20 and begun[k]
@@ -193,7 +197,7 @@ def test_unaligned_roles_and_canaries(of: dict[str, Any], engine: Engine) -> Non
 
 
 FAR = covering({
-    "engine": ENGINES[len(CPU) : -2], "body": tuple(BODIES), "dtypes": [(f32, f32), (bf16, f32), (f64, f64)],
+    "engine": ENGINES[len(CPU) : -2], "body": tuple(BODIES), "dtypes": [(f32, f32), (bf16, f32), (f64, f64), INT8],
     "begin": [2**31 - 1024, 2**31, 2**32 - 1024, 2**32, 2**33 + 1024, 2**40],
 })  # fmt: skip
 
@@ -201,7 +205,8 @@ FAR = covering({
 @pytest.mark.parametrize("of", FAR, ids=lambda of: "-".join(map(str, of.values())))
 def test_offsets_beyond_32_bits(of: dict[str, Any], engine: Engine, far: Callable[[Any, int], None]) -> None:
     """The same elements as the end of a tensor that began `begin` elements before: as in a tensor of that size."""
-    case = case_of({"kernel": (of["body"], of["dtypes"]), "variant": 0, "decay": "independent"})
+    body = of["body"] if (of["body"], of["dtypes"]) in KERNELS else "adamw"
+    case = case_of({"kernel": (body, of["dtypes"]), "variant": 0, "decay": "independent"})
     results = []
     for which in (engine.backend, "reference"):
         generator = torch.Generator().manual_seed(5)
@@ -242,6 +247,9 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, int], None]:
         places, moving = self.there["places"].clone(), self.there["moving"].clone()
         for word, width in enumerate((widths[0], *widths[2:]), Place.ADDRESSES):
             places[:, word] -= begin * width
+        for word in range(bucket.spec.scales):
+            places[:, Place.ADDRESSES + len(widths) - 1 + word] -= begin // 32
+        places[:, Place.ORIGIN] -= begin  # so that random bits stay
         moving[:, Moving.GRAD] -= begin * widths[1]
         moving[:, Moving.NUMEL] += begin * (moving[:, Moving.NUMEL] > 0)
         self.there["places"], self.there["moving"] = places, moving
@@ -282,7 +290,7 @@ def few(**options: Sequence[Any]) -> list[Any]:
     own = {
         "engine": ENGINES,
         "body": tuple(BODIES),
-        "dtypes": (*REAL, STORED[0], *STORED[-2:]),
+        "dtypes": (*REAL, STORED[0], INT8, *STORED[-2:]),
         "decay": DECAY_MODES,
         "variant": range(4),
     }
@@ -360,7 +368,11 @@ def test_bytes_are_those_of_the_model(of: dict[str, Any], monkeypatch: pytest.Mo
         assert memory.moved("gradient") == (n * case.grad_dtype.itemsize, 0)
         assert memory.moved("parameter") == ((not copied) * n * case.dtype.itemsize, n * case.dtype.itemsize)
         total = sum(sum(memory.moved(name)) for name in ("gradient", *names))
-        assert total == n * step_bytes(of["kernel"][0], case.dtype, case.grad_dtype, state_dtype(case), *masters)
+        model = step_bytes(of["kernel"][0], case.dtype, case.grad_dtype, state_dtype(case), *masters)
+        assert total == n * int(model)  # but for scales, which several threads read
+        tiles = sum(-(-size // 32) for size in sizes[step:])
+        for k in range(len(scales_of(case))):
+            assert memory.touched(f"scale {k}") == (tiles, tiles)
         for name in names:
             assert memory.touched(name) == (0 if copied and name == "parameter" else n, n)
         assert memory.touched("gradient") == (n, 0)

@@ -91,7 +91,7 @@ def check_tiles(p: Tensor, what: str) -> None:
 def conform_scale(p: Tensor, like: Tensor, value: Any, what: str, move: bool = False) -> Tensor:
     """`value`, the scales of a state of `p`, as what lies in this process of them, of the shape of `like`.
 
-    `move`: to the device of `p`; else they must be there. Raises TypeError or ValueError, naming what was found.
+    `move`: to the device of `p`, of a saved one; else it must be there, in any shape. Raises TypeError or ValueError, naming what was found.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} is a {type(value).__name__}: expected a tensor")
@@ -101,7 +101,7 @@ def conform_scale(p: Tensor, like: Tensor, value: Any, what: str, move: bool = F
     here = local(value).detach().to(device) if move else local(value).detach()
     if here.dtype != SCALE.dtype:
         raise TypeError(f"{what} has dtype {here.dtype}: scales are {SCALE.dtype}")
-    if here.numel() != like.numel():
+    if here.numel() != like.numel() or (move and here.shape != like.shape):
         raise ValueError(
             f"{what} has shape {tuple(here.shape)}; allowed is {tuple(like.shape)}, one for every {TILE} elements"
         )
@@ -179,6 +179,7 @@ def restored(
     Raises TypeError or ValueError, naming the state.
     """
     theta, found = local(p).detach(), dict(saved)
+    dense = torch.empty_like(theta, device="meta")  # of a parameter with gaps, states lie without
     for name in [name for name in STATES if isinstance(found.get(name), Tensor)]:
         value, key, of_state = found[name], scale_name(name), f"the saved state {name!r} of {what}"
         live, factor = storage.state_dtype(STATES[name], theta.dtype), factors.get(name, 1.0)
@@ -193,13 +194,13 @@ def restored(
             scale = conform_scale(
                 value, like_scale(value, here), scale, f"the saved state {key!r} of {what}", move=True
             )
-            alike = value.dtype == live and same_layout(here, theta)
+            alike = value.dtype == live and same_layout(here, dense)
             if alike and factor == 1.0:
                 continue
             if value.dtype == live and not alike and not convert:
                 raise ValueError(
-                    f"{of_state} has strides {here.stride()}, the parameter {theta.stride()}: tiles are cut as they "
-                    "lie in memory. Have it rounded again, load_state_dict(..., convert_states=True)"
+                    f"{of_state} has strides {here.stride()}, the parameter's are {dense.stride()}: tiles are cut as "
+                    "they lie in memory. Have it rounded again, load_state_dict(..., convert_states=True)"
                 )
             here = load(here, torch.float32, scale)
             found[name] = sharded_like(p, here)
@@ -208,7 +209,7 @@ def restored(
             check_tiles(p, what)
             here = conform_state(theta, theta, here.to(theta.device), torch.float32, of_state, convert)
             codes = torch.empty_like(theta, dtype=live)
-            scale = torch.empty_like(like_scale(p, theta), device=theta.device)
+            scale = torch.empty_like(like_scale(p, dense), device=theta.device)
             store(codes, carried(here, factor, of_state), None, scale)
             found[name], found[key] = sharded_like(p, codes), scale_of(p, scale)
     return found

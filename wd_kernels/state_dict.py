@@ -475,7 +475,7 @@ def _load_one(
                 step_count(value, f"the saved step count of {what}"), dtype=torch.float32, device="cpu"
             )
         elif name in scales.SCALES and isinstance(value, Tensor):
-            like = scales.like_scale(p, local(p).detach())
+            like = scales.like_scale(p, torch.empty_like(local(p).detach(), device="meta"))
             scale = scales.conform_scale(p, like, value, f"the saved state {name!r} of {what}", move=True)
             if place is not None:
                 own[name] = flat.zeros(place, like, name, scale.dtype, TILE).copy_(scale)

@@ -66,6 +66,7 @@ class Buffer:
     itemsize: int
     writable: bool
     noted: bool  # are reads noted though nothing can be written?
+    together: int  # neighbouring threads that are one, where it is about races
     shift: int
 
 
@@ -77,9 +78,12 @@ class Memory:
         self._sealed = False
 
     def add(
-        self, name: str, address: int, nbytes: int, itemsize: int = 1, writable: bool = False, noted: bool = False
-    ) -> None:
+        self, name: str, address: int, nbytes: int, itemsize: int = 1, writable: bool = False, noted: bool = False,
+        together: int = 1,
+    ) -> None:  # fmt: skip
         """Lets a launch read `nbytes` from `address` on, and write them if `writable`; `noted`: for `touched`, too.
+
+        So many neighbouring threads, `together`, may read it, and one of them write, after an exchange of theirs.
 
         Raises:
             ValueError: the memory is part of another buffer, or is no memory.
@@ -91,7 +95,7 @@ class Memory:
         if itemsize not in (1, 2, 4, 8):
             raise ValueError(f"itemsize={itemsize} of {name}: allowed are 1, 2, 4, 8")
         shift = itemsize.bit_length() - 1
-        self.buffers.append(Buffer(name, address, address + nbytes, itemsize, writable, noted, shift))
+        self.buffers.append(Buffer(name, address, address + nbytes, itemsize, writable, noted, together, shift))
         self._sealed = False
 
     def seal(self) -> None:
@@ -104,6 +108,7 @@ class Memory:
         self._ends = np.array([b.end for b in self.buffers], dtype=np.uint64)
         self._writable = np.array([b.writable for b in self.buffers], dtype=bool)
         self._noted = np.array([b.writable or b.noted for b in self.buffers], dtype=bool)
+        self._together = np.array([b.together for b in self.buffers], dtype=np.int32)
         self._shifts = np.array([b.shift for b in self.buffers], dtype=np.uint64)
         granules = [(b.end - b.begin + b.itemsize - 1) >> b.shift for b in self.buffers]
         self._bases = np.concatenate([[0], np.cumsum(granules)]).astype(np.uint64)
@@ -183,7 +188,7 @@ class Memory:
             kk, aa, tt = (k, address, threads) if whole else (k[of], address[of], threads[of])
             first = (self._bases[kk] + ((aa - self._begins[kk]) >> shift)).astype(np.int64)
             for i in range(max(width >> int(shift), 1)):
-                bad = note(first + i, tt)
+                bad = note(first + i, tt // self._together[kk])
                 if bool(bad.any()):
                     name = self.buffers[int(kk[bad][0])].name
                     raise PtxError(

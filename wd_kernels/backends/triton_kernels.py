@@ -24,8 +24,6 @@ FLOAT16 = tl.constexpr(4)
 BFLOAT16_STOCHASTIC = tl.constexpr(5)
 SPLIT24_STOCHASTIC = tl.constexpr(8)
 BFLOAT16_COPY = tl.constexpr(9)
-INT8_STOCHASTIC = tl.constexpr(12)
-UINT8_STOCHASTIC = tl.constexpr(14)
 
 TILE = tl.constexpr(32)  # neighbours that share a scale, where states are in 8 bits
 LOST = tl.constexpr(20)  # bits of a float32 that these do not have
@@ -133,6 +131,11 @@ def is_bfloat16(format):
 def stochastic(formats):
     """Is some role rounded by random bits?"""
     return any(format in (5, 8, 12, 14) for format in formats)
+
+
+@triton.constexpr_function
+def is_stochastic(format):
+    return format in (5, 8, 12, 14)
 
 
 # Random bits ----------------------------------------------------------------------------------------------------------
@@ -282,16 +285,15 @@ def encode(x, mask, format: tl.constexpr, key, places, role: tl.constexpr):
     c = scale << 23
     y = a.to(tl.float32, bitcast=True) + c.to(tl.float32, bitcast=True)
     bits = tl.minimum(bits_of(y), 0x7FC00000) - c  # a NaN is the canonical one
-    if format == INT8_STOCHASTIC or format == UINT8_STOCHASTIC:
+    if is_stochastic(format):
         bits += draw(key, places, role) << (LOST - 16)
     else:
         bits += ((1 << (LOST - 1)) - 1) + ((bits >> LOST) & 1)
     code = bits >> LOST
     if is_signed(format):
-        code = tl.where(x < 0, -code, code)
+        return tl.where(x < 0, -code, code), scale
     else:  # what is not 0 never becomes 0
-        code = tl.maximum(code, tl.minimum(a, 1))
-    return code, scale
+        return tl.maximum(code, tl.minimum(a, 1)), scale
 
 
 @triton.jit
