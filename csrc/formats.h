@@ -196,11 +196,12 @@ struct Eight {
     const int32_t below = (largest >> 23) - (is_signed ? 14 : 30);
     return larger(below, 1);
   }
+  WD_HOST_DEVICE static int32_t widened(Memory code, bool is_signed) { return is_signed ? int8_t(code) : code; }
   WD_HOST_DEVICE static float load(int32_t code, int32_t scale, bool is_signed) {
-    const int32_t c = scale << 23, own = is_signed ? int32_t(int8_t(code)) : code;
-    const uint32_t magnitude = uint32_t(own < 0 ? -own : own) << kLost;
+    const int32_t c = scale << 23;
+    const uint32_t magnitude = uint32_t(is_signed && code < 0 ? -code : code) << kLost;
     const float x = bits_to<float>(magnitude + uint32_t(c)) - bits_to<float>(c);
-    return bits_to<float>(bits_to<int32_t>(x) | (own & INT32_MIN));
+    return is_signed ? bits_to<float>(bits_to<int32_t>(x) | (code & INT32_MIN)) : x;
   }
   WD_HOST_DEVICE static int32_t store(float x, uint32_t draw, int32_t scale, bool is_signed) {
     const int32_t c = scale << 23, a = size(x);

@@ -53,7 +53,10 @@
   ROW(Float32, BFloat16, Float32)                       \
   ROW(Split32, BFloat16, Float32)                       \
   ROW(Split32, BFloat16, BFloat16Stochastic)            \
-  ROW(BFloat16Copy, BFloat16, Float32)
+  ROW(BFloat16Copy, BFloat16, Float32)                  \
+  ROW(Float32, Float32, EightBitsStochastic)            \
+  ROW(Split24, BFloat16, EightBitsStochastic)           \
+  ROW(BFloat16Stochastic, BFloat16, EightBitsStochastic)
 
 // Every epilogue: its code (wd_kernels/epilogues.py), its type. A build for tests has theirs alone.
 #ifdef WD_TEST_EPILOGUE

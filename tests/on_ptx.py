@@ -112,7 +112,9 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket, together: int) -> N
         own = known.get(kind, state)
         part = own.dtype.itemsize if own is not None else 0
         end = min(address + padded, following) if padded > size else address + size
-        memory.add(name, address, end - address, part, writable, noted=True, together=together if kind == "scale" else 1)
+        memory.add(
+            name, address, end - address, part, writable, noted=True, together=together if kind == "scale" else 1
+        )
 
 
 class OnPTX:

@@ -338,7 +338,9 @@ def test_a_buffer_of_another_form() -> None:
                                                                      "weight_decay": 0.1}]})  # fmt: skip
     own, q = opt.state[p], other.param_groups[0]["params"][0]
     carried = back(other.state[q]["momentum_buffer"], other.state[q]["momentum_buffer_scale"])
-    assert torch.allclose(carried, 0.1 * back(own["momentum_buffer"], own["momentum_buffer_scale"]), rtol=0.14, atol=1e-5)
+    assert torch.allclose(
+        carried, 0.1 * back(own["momentum_buffer"], own["momentum_buffer_scale"]), rtol=0.14, atol=1e-5
+    )
 
 
 def test_torchs_class_does_not_take_codes_for_numbers() -> None:
@@ -513,8 +515,18 @@ def test_states_that_are_not_whole() -> None:
     start = p.detach().clone()
     for name, value, kind, said in (
         ("exp_avg_scale", None, ValueError, "has 'exp_avg' in 8 bits, but no 'exp_avg_scale': give it both"),
-        ("exp_avg_scale", torch.ones(2), TypeError, "'exp_avg_scale' of parameter 0 of group 0 has dtype torch.float32"),
-        ("exp_avg_scale", torch.ones(3, dtype=u8), ValueError, r"has shape \(3,\); allowed is \(2,\), one for every 32"),
+        (
+            "exp_avg_scale",
+            torch.ones(2),
+            TypeError,
+            "'exp_avg_scale' of parameter 0 of group 0 has dtype torch.float32",
+        ),
+        (
+            "exp_avg_scale",
+            torch.ones(3, dtype=u8),
+            ValueError,
+            r"has shape \(3,\); allowed is \(2,\), one for every 32",
+        ),
         ("exp_avg_sq_scale", 3, TypeError, "is a int: expected a tensor"),
         ("exp_avg", torch.ones(40), TypeError, "has dtype torch.float32, which does not fit the torch.int8"),
         ("exp_avg_sq", torch.ones(40, dtype=i8), TypeError, "dtype torch.int8, which does not fit the torch.uint8"),

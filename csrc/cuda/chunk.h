@@ -219,7 +219,7 @@ struct Round {
         WD_UNROLL
         for (int n = 0; n < kStates; ++n) {
           if constexpr (S::kTiled)
-            own[n] = S::load(s[k][n].element[e], scale[k][n], Rule::is_signed(n));
+            own[n] = S::load(S::widened(s[k][n].element[e], Rule::is_signed(n)), scale[k][n], Rule::is_signed(n));
           else
             own[n] = S::load(s[k][n].element + e);
         }

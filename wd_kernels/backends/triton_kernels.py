@@ -262,6 +262,11 @@ def as_stored(value, format: tl.constexpr, key, places, role: tl.constexpr):
 
 
 @triton.jit
+def larger(x, y):
+    return tl.maximum(x, y)
+
+
+@triton.jit
 def bits_of(x):
     return x.to(tl.int32, bitcast=True)
 
@@ -281,7 +286,7 @@ def encode(x, mask, format: tl.constexpr, key, places, role: tl.constexpr):
     """(codes, scales) of tiles in rows."""
     a = bits_of(x) & 0x7FFFFFFF
     within = a if mask is None else tl.where(mask, a, 0)
-    scale = tl.maximum((tl.max(within, 1, keep_dims=True) >> 23) - (14 if is_signed(format) else 30), 1)
+    scale = tl.maximum((tl.reduce(within, 1, larger, keep_dims=True) >> 23) - (14 if is_signed(format) else 30), 1)
     c = scale << 23
     y = a.to(tl.float32, bitcast=True) + c.to(tl.float32, bitcast=True)
     bits = tl.minimum(bits_of(y), 0x7FC00000) - c  # a NaN is the canonical one
