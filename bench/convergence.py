@@ -52,9 +52,15 @@ FORMATS: dict[str, Format] = {
     "split32": Format(BF16, {"master_weights": "split32"}),
     "split32; bfloat16 states": Format(BF16, {"master_weights": "split32", "state_dtype": BF16}),
     "split24": Format(BF16, {"master_weights": "split24"}),
+    "float32; 8-bit states": Format(F32, {"state_dtype": torch.int8}),
     "split24; bfloat16 states": Format(BF16, {"master_weights": "split24", "state_dtype": BF16}),
+    "split24; 8-bit states": Format(BF16, {"master_weights": "split24", "state_dtype": torch.int8}),
     "bfloat16 stochastic; float32 states": Format(BF16, {"stochastic_rounding": True}),
     "bfloat16 stochastic; bfloat16 states": Format(BF16, {"stochastic_rounding": True, "state_dtype": "param"}),
+    "bfloat16 stochastic; 8-bit states": Format(BF16, {"stochastic_rounding": True, "state_dtype": torch.int8}),
+    "split24; 8-bit states, nearest": Format(
+        BF16, {"master_weights": "split24", "state_dtype": torch.int8, "stochastic_rounding": False}
+    ),
     "bfloat16 nearest; float32 states": Format(BF16, {"stochastic_rounding": "states"}),
     "bfloat16 nearest, all": Format(BF16, {"stochastic_rounding": False, "state_dtype": "param"}),
     "torch.optim.AdamW, bfloat16": Format(BF16, torchs=True),

@@ -36,7 +36,7 @@ class Row:
     make: Callable[[list[Any]], Any]
 
     @property
-    def bytes(self) -> int:
+    def bytes(self) -> float:
         """A parameter and step, the gradient being of the parameter's dtype."""
         return step_bytes("adamw", self.param, self.param, self.state)
 
@@ -56,6 +56,8 @@ ROWS = (
     ours("bfloat16 stochastic, float32 states", BF16, F32, stochastic_rounding=True),
     ours("bfloat16 all, nearest", BF16, BF16, **NEAREST), ours("bfloat16 all, states stochastic", BF16, BF16),
     ours("bfloat16 all, stochastic", BF16, BF16, stochastic_rounding=True),
+    ours("float32, 8-bit states", F32, torch.int8), ours("bfloat16, 8-bit states", BF16, torch.int8),
+    ours("bfloat16 stochastic, 8-bit states", BF16, torch.int8, stochastic_rounding=True),
 )  # fmt: skip
 
 
@@ -99,7 +101,7 @@ def main() -> None:
             theirs, mine = times
             low, middle, high = statistics.quantiles(mine, n=4)
             ratio = statistics.median(a / b for a, b in zip(theirs, mine, strict=True))
-            rows.append((row.name, row.bytes, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{ratio:.2f}"))
+            rows.append((row.name, f"{row.bytes:g}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{ratio:.2f}"))
         print(internals.aligned(rows, indent=""), end="\n\n", flush=True)
 
 

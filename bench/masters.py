@@ -26,6 +26,7 @@ OURS: dict[str, dict[str, Any]] = {
     "split24, stochastic": {"master_weights": "split24", "stochastic_rounding": True},
     "split32, bfloat16 states": {"master_weights": "split32", "state_dtype": BF16},
     "split24, bfloat16 states": {"master_weights": "split24", "state_dtype": BF16},
+    "split24, 8-bit states": {"master_weights": "split24", "state_dtype": torch.int8},
 }
 MASTERS = {"float32": F32, "split32": torch.int16, "split24": torch.int8}
 
@@ -100,7 +101,7 @@ def bytes_of(name: str) -> str:
     own = OURS.get(name.removeprefix("ours: "))
     if own is None:
         return {"ours: float32 parameters, no copies": "28", "ours: float32, then a copy": "32"}.get(name, "40")
-    return str(step_bytes("adamw", BF16, BF16, own.get("state_dtype", F32), MASTERS[own["master_weights"]]))
+    return f"{step_bytes('adamw', BF16, BF16, own.get('state_dtype', F32), MASTERS[own['master_weights']]):g}"
 
 
 def main() -> None:

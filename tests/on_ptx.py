@@ -80,7 +80,8 @@ class Launch:
 def _allow(memory: ptx.Memory, table: Table, bucket: Bucket, together: int) -> None:
     """What the tensors of a bucket are: parameters and states may be written, gradients are only read.
 
-    A scale is read by the threads of its tile, of so many neighbours, and one writes what they found. The padding between neighbours in a flat buffer may be touched too: they are stepped as one.
+    A scale is read by the threads of its tile, of so many neighbours, and one writes what they found. The padding
+    between neighbours in a flat buffer may be touched too: they are stepped as one.
     """
     found: dict[int, tuple[str, int, int, bool]] = {}  # by address: name, bytes, bytes with padding, writable
     for i in bucket.members:

@@ -73,7 +73,7 @@ def test_a_tile_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", [i8, u8])
 def test_how_far_they_are_off(dtype: torch.dtype) -> None:
-    """To nearest: a sixteenth of |x| + c; at random: an eighth. What is not 0 stays so where it must, signs do always."""
+    """To nearest: a sixteenth of |x| + c; at random: an eighth. Signs stay, and so does what may not become 0."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2**16, generator=generator) * torch.randn(2**16, generator=generator).mul(6).exp()
     values[::37] = 0
@@ -321,7 +321,7 @@ def test_other_formats(rule: str) -> None:
             exact = back(opt.state[p][name], opt.state[p][scale_name(name)])
             assert torch.allclose(found, exact, rtol=0.14, atol=0)  # a power of 2 may have become the largest
     half = CLASSES[rule](params_of(), lr=0.01, state_dtype=bf16, **MORE[rule])
-    with pytest.raises(TypeError, match="which does not fit the torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"which does not fit the torch\.bfloat16"):
         half.load_state_dict(saved)
     half.load_state_dict(saved, convert_states=True)
     take(half, half.param_groups[0]["params"], range(3, 4))
@@ -492,7 +492,7 @@ def test_columns_of_whole_tiles() -> None:
 
 
 @pytest.mark.parametrize(("options", "dtype", "said"), [
-    ({"state_dtype": "int8"}, f64, r"state_dtype='int8' for the state 'exp_avg' of parameter 0 .* torch.float64: allowed"),
+    ({"state_dtype": "int8"}, f64, r"='int8' for the state 'exp_avg' of parameter 0 .* torch.float64: allowed for it"),
     ({"state_dtype": "int8"}, torch.complex64, r"dtype torch.complex64: allowed for it are torch.complex64"),
 ])  # fmt: skip
 def test_what_has_no_8_bits(options: dict[str, Any], dtype: torch.dtype, said: str) -> None:

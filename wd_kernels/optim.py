@@ -67,9 +67,10 @@ class AdamW(DecoupledOptimizer):
             :math:`\alpha` is ``group["base_lr"]``.
         state_dtype: what states are stored in: ``torch.float32`` (float64 of float64 parameters; the default, since
             bfloat16 moments cost accuracy, and inheriting them from bfloat16 weights has cost people their runs),
-            ``torch.bfloat16``, ``"param"`` (the parameter's dtype, torch's layout), or a dict of these by the states'
-            names. A group may have its own. Arithmetic is float32 all the same.
-        stochastic_rounding: what in bfloat16 is rounded up or down at random, with a mean that is exact: ``"states"``
+            ``torch.bfloat16``, ``torch.int8`` (8 bits, and a scale for every 32 elements; uint8 where a state is never
+            negative), ``"param"`` (the parameter's dtype, torch's layout), or a dict of these by the states' names. A
+            group may have its own. Arithmetic is float32 all the same.
+        stochastic_rounding: what in bfloat16 or 8 bits is rounded at random, with a mean that is exact: ``"states"``
             (the default: nearest rounding would lose every decay of a second moment), ``"params"``, True (both) or
             False. Nearest rounding of bfloat16 weights loses their decay and small updates.
         master_weights: what a 16-bit parameter has beside it as its master weight, in ``state[p]["master_param"]``:

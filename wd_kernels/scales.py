@@ -91,7 +91,8 @@ def check_tiles(p: Tensor, what: str) -> None:
 def conform_scale(p: Tensor, like: Tensor, value: Any, what: str, move: bool = False) -> Tensor:
     """`value`, the scales of a state of `p`, as what lies in this process of them, of the shape of `like`.
 
-    `move`: to the device of `p`, of a saved one; else it must be there, in any shape. Raises TypeError or ValueError, naming what was found.
+    `move`: to the device of `p`, of a saved one; else it must be there, in any shape. Raises TypeError or ValueError,
+    naming what was found.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} is a {type(value).__name__}: expected a tensor")
