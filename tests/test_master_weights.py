@@ -581,12 +581,15 @@ def test_on_meta() -> None:
 ROWS: dict[str, tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]] = {
     "| float32 | float32 |": (f32, f32, f32, None),
     "| float32 | bfloat16 |": (f32, f32, bf16, None),
+    "| float32 | 8 bits |": (f32, f32, torch.int8, None),
     "| bfloat16 | float32 |": (bf16, bf16, f32, None),
     "| bfloat16 | bfloat16 |": (bf16, bf16, bf16, None),
+    "| bfloat16 | 8 bits |": (bf16, bf16, torch.int8, None),
     "| bfloat16, 16 bits more | float32 |": (bf16, bf16, f32, torch.int16),
     "| bfloat16, 16 bits more | bfloat16 |": (bf16, bf16, bf16, torch.int16),
     "| bfloat16, 8 bits more | float32 |": (bf16, bf16, f32, torch.int8),
     "| bfloat16, 8 bits more | bfloat16 |": (bf16, bf16, bf16, torch.int8),
+    "| bfloat16, 8 bits more | 8 bits |": (bf16, bf16, torch.int8, torch.int8),
     "| bfloat16 or float16, copied from a float32 master | float32 |": (f16, f16, f32, f32),
     "| bfloat16 or float16, copied from a float32 master | bfloat16 |": (bf16, bf16, bf16, f32),
 }

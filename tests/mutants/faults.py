@@ -476,8 +476,8 @@ GATHER = _of(
     ("lists: a lazy bit is not seen", "    if (lazy(t)) return false;\n", ""),
     (
         "lists: alignment is that of the last role",
-        "moving.aligned &= begin % 16 == 0;",
-        "moving.aligned = begin % 16 == 0;",
+        "moving.aligned &= role >= scales || begin % 16 == 0;",
+        "moving.aligned = role >= scales || begin % 16 == 0;",
     ),
     ("lists: parameters with gaps are stepped as dense", "if (numel > 0 && !dense(t)) return false;", ""),
     (
@@ -486,6 +486,128 @@ GATHER = _of(
         "moving.numel = numel;",
     ),
 )
+
+EIGHT_BITS = [
+    *_of(
+        "csrc/formats.h",
+        "kernels",
+        ("c++: a sum of squares may become 0", "return larger(code, smaller(a, 1));", "return code;"),
+        ("c++: 8 bits are rounded up half-way", "(1 << (kLost - 1)) - 1 + (bits >> kLost & 1)", "1 << (kLost - 1)"),
+        (
+            "c++: a NaN in 8 bits is an infinity",
+            "smaller(bits_to<int32_t>(y), 0x7fc00000)",
+            "smaller(bits_to<int32_t>(y), 0x7f800000)",
+        ),
+        ("c++: a scale of 0", "return larger(below, 1);", "return larger(below, 0);"),
+        ("c++: negative numbers in 8 bits are decoded as positive", "| (code & INT32_MIN)) : x", ") : x"),
+        ("c++: squares have the range of their roots", "(is_signed ? 14 : 30)", "14"),
+    ),
+    *_of(
+        "csrc/cpu/mover.inc",
+        "kernels int8",
+        (
+            "cpu: a tile's scale is that of the last one",
+            "scales[first / kScaled] = uint8_t(scale);",
+            "scales[0] = uint8_t(scale);",
+        ),
+        (
+            "cpu: the last, short tile is not stored",
+            "if (done < count) encode(done, int(count - done));",
+            "",
+        ),
+        (
+            "cpu: in its own loop the last, short tile is not stepped",
+            "if (begin < size) step_one(begin, int(size - begin));",
+            "",
+        ),
+        (
+            "cpu: every 256 elements begin the scales anew",
+            "reinterpret_cast<uint8_t*>(memory[scales + k]) + first / kScaled",
+            "reinterpret_cast<uint8_t*>(memory[scales + k])",
+        ),
+    ),
+    *_of(
+        "csrc/cuda/chunk.h",
+        "kernels",
+        ("cuda: a tile has the scale of its first lane", "other < kTileLanes; other *= 2", "other < 1; other *= 2"),
+        (
+            "cuda: on the masked path a scale is that of a tile ago",
+            "scale[k][n] = roles.scale[n][i / kScaled];",
+            "scale[k][n] = roles.scale[n][i / kScaled / (masked ? 2 : 1)];",
+        ),
+    ),
+    *_of(
+        "wd_kernels/backends/triton_kernels.py",
+        "kernels",
+        (
+            "triton: a sum of squares may become 0",
+            "return tl.maximum(code, tl.minimum(a, 1)), scale",
+            "return code, scale",
+        ),
+        (
+            "triton: what is beyond a tensor counts in its last tile",
+            "within = a if mask is None else tl.where(mask, a, 0)",
+            "within = a",
+        ),
+        (
+            "triton: scales lie as far on as elements",
+            "further += (at[role] + offset // TILE,)",
+            "further += (at[role] + offset,)",
+        ),
+    ),
+    *_of(
+        "wd_kernels/reference.py",
+        "int8",
+        (
+            "reference: a sum of squares may become 0",
+            "code = torch.where((a > 0) & (code == 0), 1, code)",
+            "code = code + 0",
+        ),
+        ("reference: 8 bits are drawn from too few bits", "<< LOST - 16", "<< LOST - 17"),
+        (
+            "reference: a tile of 64 elements",
+            ".view(-1, TILE).amax(1, keepdim=True)",
+            ".view(-1, TILE).amax(1, keepdim=True).cummax(0)[0]",
+        ),
+    ),
+    *_of(
+        "wd_kernels/scales.py",
+        "int8",
+        ("scales: shards end within a tile", "fits = chunk % TILE == 0 and", "fits = True or"),
+        ("scales: codes leave as moments", "names = {name: code_name(name) for name in _in_8_bits(own)}", "names = {}"),
+        ("scales: what was cast is taken", "isinstance(value, Tensor) and value.dtype != dtype:", "False:"),
+        (
+            "scales: tiles that lie otherwise are taken",
+            "if value.dtype == live and not alike and not convert:",
+            "if False:",
+        ),
+        (
+            "scales: a buffer of another form is not carried",
+            "store(codes, carried(here, factor, of_state), None, scale)",
+            "store(codes, here, None, scale)",
+        ),
+        ("scales: rounded unasked", "if has_scales(live) and (saved_so or convert):", "if has_scales(live):"),
+    ),
+    *_of(
+        "wd_kernels/table/inspection.py",
+        "int8",
+        (
+            "inspection: a state in 8 bits without scales begins anew",
+            "if state.of is not None and value is None:",
+            "if False:",
+        ),
+        (
+            "inspection: the first value of a state in 8 bits is 0",
+            "now = state.begin(now, settings, scale)",
+            "now = state.begin(now, settings, scale) if scale is None else now",
+        ),
+    ),
+    *_of(
+        "csrc/python/lists.cpp",
+        "int8",
+        ("lists: too few scales are taken", "return expected == (elements + kPadding - 1) / kPadding;", "return true;"),
+    ),
+]
 
 REFERENCE = _of(
     "wd_kernels/reference.py",
@@ -573,7 +695,11 @@ TRITON_KERNELS = _of(
         "begin = (chunk >> 32) * chunk_size",
         "begin = (chunk >> 32).to(tl.int32) * chunk_size",
     ),
-    ("triton: the last block writes one element too many", "mask = lanes < count", "mask = lanes <= count"),
+    (
+        "triton: the last block writes one element too many",
+        "        mask = lanes < count",
+        "        mask = lanes <= count",
+    ),
     ("triton: alignment is not asked for", "aligned = tl.load(moved + 3) != 0", "aligned = tl.load(moved + 3) >= 0"),
     ("triton: skip is ignored", "ended = skip | (begin >= numel)", "ended = begin >= numel"),
     ("triton: frozen weights move", '(scalar_names, "frozen")) != 0', '(scalar_names, "frozen")) < 0'),
@@ -860,8 +986,8 @@ LAYOUT = _of(
     "table functional movers kernels",
     (
         "layout: one aligned role makes all aligned",
-        "int(all(address % 16 == 0 for address in addresses))",
-        "int(any(address % 16 == 0 for address in addresses))",
+        "int(all(address % 16 == 0 for address",
+        "int(any(address % 16 == 0 for address",
     ),
 )
 
@@ -872,7 +998,7 @@ CHANGES = _of(
     ("changes: the states' addresses are not compared", "address = 0 if role == GRAD", "address = 0 if role >= GRAD"),
     (
         "changes: the parameter's alignment is that of all",
-        "for t in (theta, *found.memory)",
+        "for t in (theta, *found.memory[: len(found.memory) - spec.scales])",
         "for t in (theta,)",
     ),
     (
@@ -969,8 +1095,8 @@ CHECKPOINT = _of(
     ),
     (
         "checkpoint: buffers are not carried between forms",
-        "            if factor != 1.0:",
-        "            if factor == 0.0:",
+        "loaded = scales.carried(loaded, factors.get(name, 1.0), of_state)",
+        "pass",
     ),
     ("checkpoint: an absent eta keeps the live one", 'loaded.setdefault("eta", 1.0)', "pass"),
     ("checkpoint: a count of nothing replaces the live one", 'loaded.pop("schedule_step", None)', "pass"),
@@ -1018,8 +1144,8 @@ CHECKPOINT = _of(
     ),
     (
         "checkpoint: loaded states of flat parameters lie anywhere",
-        "            if place is not None:\n                own[name]",
-        "            if place is not None and not p.numel():\n                own[name]",
+        "            if place is not None:\n                own[name] = flat.zeros(place, theta",
+        "            if place is not None and not p.numel():\n                own[name] = flat.zeros(place, theta",
     ),
     ("checkpoint: l2 is not told to torch", 'group[FLAG] = mode != "l2"', 'group[FLAG] = mode != ""'),
     ("checkpoint: the eta of a schedule stays where there is none", 'loaded.pop("eta", None)', "pass"),
@@ -1030,8 +1156,8 @@ CHECKPOINT = _of(
     ),
     (
         "checkpoint: exported states of what was not stepped are zeros",
-        "state.begin(zeros(dtype=storage.state_dtype(state.name, p.dtype)), group)",
-        "zeros()",
+        "state.begin(torch.zeros_like(theta, dtype=dtype), group, scale)",
+        "torch.zeros_like(theta, dtype=dtype)",
     ),
 )
 
@@ -1553,8 +1679,8 @@ MASTERS = [
         ("inspection: a master of another kind is stepped", "kept.dtype != master:", "False:"),
         (
             "inspection: a float32 master begins as zeros",
-            "return made.copy_(theta) if dtype.is_floating_point else made",
-            "return made",
+            "now.copy_(theta)",
+            "now.copy_(now)",
         ),
     ),
     *_of(
@@ -1625,6 +1751,7 @@ MASTERS = [
 FAULTS: tuple[Fault, ...] = (
     *RULES,
     *MASTERS,
+    *EIGHT_BITS,
     *REFERENCE,
     *REFERENCE_EPILOGUES,
     *SCHEDULES,
