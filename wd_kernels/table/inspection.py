@@ -129,7 +129,7 @@ def inspect(
     if scales:
         check_tiles(p, what)
     states = (*states, *([] if master is None else [MASTER]), *scales)
-    like = like_scale(p, theta)
+    like = like_scale(p, theta) if scales else theta
     put: dict[str, Tensor] = {}
     memory, themselves = list[Tensor](), list[Tensor]()
     begun: dict[str, Tensor] = {}  # the scales of new states
