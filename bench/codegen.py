@@ -249,9 +249,9 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
     # The bytes of an element by the types of the tensors that Triton's IR moves in full blocks, which are the largest;
     # the compiler may have unrolled their loop.
     moves = re.findall(r"tt\.(?:load|store) .*?tensor<([\dx]+)x!tt\.ptr<\w*?(\d+)>", asm["ttir"])
-    sizes = [(math.prod(map(int, shape.split("x"))), int(bits) // 8) for shape, bits in moves]
-    block = max(n for n, _ in sizes)
-    model = sum(size for n, size in sizes if n == block)
+    sizes = {shape: math.prod(map(int, shape.split("x"))) for shape, _ in moves}
+    full = max(sizes, key=lambda shape: sizes[shape])  # the first of them: the masked path comes later
+    block, model = sizes[full], sum(int(bits) // 8 for shape, bits in moves if shape == full)
     moved = block // threads * model
     if backend == "cuda":
         found = disassembly.nvidia(asm, threads)
