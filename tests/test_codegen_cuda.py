@@ -141,4 +141,4 @@ def test_the_library_needs_no_torch_with_cuda_to_link_and_no_cuda_runtime_beside
 
 def test_sizes() -> None:
     """A wheel, in which it lies compressed, is below 5 MiB (test_dist.py)."""
-    assert codegen_cuda.LIBRARY.stat().st_size < 9 * 2**20
+    assert codegen_cuda.LIBRARY.stat().st_size < 11 * 2**20

@@ -17,7 +17,7 @@ OWN = [
     f"wd_kernels.{name}"
     for name in (
         "backends.device_copy", "decay_conversion", "flat.flatten", "functional", "gradient_release", "layout",
-        "optim", "optimizer", "param_groups", "rules.scalars", "rules.storage", "sharding",
+        "optim", "optimizer", "param_groups", "rules.scalars", "rules.storage", "scales", "sharding",
         "state_conversion",
     )
 ]  # fmt: skip
