@@ -3,8 +3,8 @@
 python bench/companding.py [> bench/results/companding.txt]
 
 Beside a training in float32 (the tasks of bench/convergence.py) one of the two moments goes on from what was stored of
-it in every step, by the same gradients. What comes out is the error of the update m / (sqrt(v) + eps), root mean square, in
-units of that of the update, and the share of updates of more than 1e-3 that are more than half off.
+it in every step, by the same gradients. What comes out is the error of the update m / (sqrt(v) + eps), root mean
+square, in units of that of the update, and the share of updates of more than 1e-3 that are more than half off.
 """
 
 from __future__ import annotations
