@@ -27,6 +27,7 @@ __all__ = [
     "conform_scale",
     "exported",
     "imported",
+    "lies_otherwise",
     "like_scale",
     "restored",
     "scale_of",
@@ -155,6 +156,15 @@ def widened(own: Mapping[str, Any], what: str) -> dict[str, Any]:
     return found
 
 
+def lies_otherwise(what: str, codes: Tensor, like: Tensor) -> ValueError:
+    """The error where a state in 8 bits lies otherwise than its parameter does by now."""
+    return ValueError(
+        f"{what} has strides {codes.stride()}, the parameter's are {like.stride()}: tiles are cut as they lie in "
+        "memory. Have it rounded again: load_state_dict(state, convert_states=True), where state is a saved one, or "
+        "optimizer.state_dict()"
+    )
+
+
 def carried(value: Tensor, factor: float, what: str) -> Tensor:
     """A state of another form of its rule, as this one has it: `factor` times."""
     if factor == 1.0:
@@ -199,16 +209,15 @@ def restored(
             if alike and factor == 1.0:
                 continue
             if value.dtype == live and not alike and not convert:
-                raise ValueError(
-                    f"{of_state} has strides {here.stride()}, the parameter's are {dense.stride()}: tiles are cut as "
-                    "they lie in memory. Have it rounded again, load_state_dict(..., convert_states=True)"
-                )
+                raise lies_otherwise(of_state, here, dense)
             here = load(here, torch.float32, scale)
             found[name] = sharded_like(p, here)
             del found[key]
         if has_scales(live) and (saved_so or convert):
             check_tiles(p, what)
             here = conform_state(theta, theta, here.to(theta.device), torch.float32, of_state, convert)
+            if not STATES[name].signed and bool((here < 0).any()):
+                raise ValueError(f"{of_state} has negative numbers: it is stored in {live}, as it never has any")
             codes = torch.empty_like(theta, dtype=live)
             scale = torch.empty_like(like_scale(p, dense), device=theta.device)
             store(codes, carried(here, factor, of_state), None, scale)

@@ -124,7 +124,8 @@ def _first_states(rule: Rule, p: Tensor, group: Mapping[str, Any], storage: Stor
     for state in rule.states:
         dtype, scale = storage.state_dtype(state, p.dtype), None
         if has_scales(dtype):
-            scale = torch.zeros_like(scales.like_scale(p, theta), device=theta.device)
+            like = scales.like_scale(p, torch.empty_like(theta, device="meta"))
+            scale = torch.zeros_like(like, device=theta.device)
             found[state.scale.name] = scales.scale_of(p, scale)
         found[state.name] = sharded_like(p, state.begin(torch.zeros_like(theta, dtype=dtype), group, scale))
     return found

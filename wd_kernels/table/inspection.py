@@ -14,7 +14,7 @@ from ..flat.states import FlatStates
 from ..formats import SCALE, TILE, Storage, has_scales
 from ..layout import Spec, spec_of
 from ..rules import MASTER, Rule, State
-from ..scales import check_tiles, conform_scale, like_scale, scale_of
+from ..scales import check_tiles, conform_scale, lies_otherwise, like_scale, scale_of
 from ..sharding import check_sharding, local, sharded_like
 from ..validation import check_roles, check_storage, check_type, conform_state, is_dense, same_layout, step_count
 
@@ -158,6 +158,8 @@ def inspect(
                 check_sharding(p, value, name)
             seen = local(value).data if isinstance(value, Tensor) else value
             now = conform_state(theta, theta, seen, dtype, name)
+            if now is not seen and state in dtypes and has_scales(dtype):
+                raise lies_otherwise(name, seen, theta)
             if now is not seen:
                 put[state.name] = value = sharded_like(p, now)
         memory.append(now.data)

@@ -380,7 +380,8 @@ class TensorTable:
         key = (memory, memory.grad_address, *(base.data_ptr() for base in f.bases))
         number = self.numbers.setdefault(key, len(self.numbers) + 1)
         self.memory_of[number] = [weakref.ref(base) for base in bases]
-        end = offset + padded(f.place.numel)
+        # What padding becomes is nobody's, but it would count in the last tile of a state in 8 bits: no run goes over it.
+        end = offset + (f.place.numel if f.known.spec.scales else padded(f.place.numel))
         scale = 2 if f.theta.is_complex() else 1
         grad = memory.grad_address and memory.grad_address + offset * f.theta.itemsize
         return number, scale * offset, scale * end, grad
