@@ -380,7 +380,7 @@ class TensorTable:
         key = (memory, memory.grad_address, *(base.data_ptr() for base in f.bases))
         number = self.numbers.setdefault(key, len(self.numbers) + 1)
         self.memory_of[number] = [weakref.ref(base) for base in bases]
-        # What padding becomes is nobody's, but it would count in the last tile of a state in 8 bits: no run goes over it.
+        # Padding is nobody's, but it would count in the last tile of a state in 8 bits: no run goes over it there.
         end = offset + (f.place.numel if f.known.spec.scales else padded(f.place.numel))
         scale = 2 if f.theta.is_complex() else 1
         grad = memory.grad_address and memory.grad_address + offset * f.theta.itemsize
