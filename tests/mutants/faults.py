@@ -971,8 +971,13 @@ TABLE = _of(
     ),
     (
         "table: flat parameters end before their padding",
-        "end = offset + padded(f.place.numel)",
-        "end = offset + f.place.numel",
+        "f.place.numel if f.known.spec.scales else padded(f.place.numel)",
+        "f.place.numel",
+    ),
+    (
+        "table: runs of states in 8 bits go over padding",
+        "f.place.numel if f.known.spec.scales else",
+        "f.place.numel if False else",
     ),
     (
         "table: a new state is noted and not put into the optimizer",

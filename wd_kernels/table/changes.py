@@ -161,7 +161,7 @@ class ExpectedRole(NamedTuple):
 
 
 class FlatRange:
-    """Where a segment lies in flat buffers: which (0: in none), its elements with padding (`TensorTable._range`), gradient."""
+    """Where a segment lies in flat buffers: which (0: none), elements with padding (`TensorTable._range`), gradient."""
 
     BUFFER, OFFSET, END, GRAD, NUMEL = 0, 1, 2, 3, 4
     NOWHERE = (0, 0, 0, 0)
