@@ -47,7 +47,7 @@ codegen: $(NATIVE) $(OLDEST)  ## what the GPU kernels compile to, kept in bench/
 	PYTHONPATH=$(OLDEST) $(RUN) bench/codegen.py --save
 	$(RUN) bench/codegen_cuda.py --save
 
-convergence: $(NATIVE)  ## every storage format on real training, and pure weight decay (20 minutes)
+convergence: $(NATIVE)  ## every storage format on real training, and pure weight decay (half an hour)
 	$(RUN) bench/convergence.py $(CONVERGENCE)
 
 study: $(NATIVE)  ## decoupled weight decay, seen: trains grids of networks (10 minutes), goes on where it was interrupted

@@ -193,7 +193,7 @@ def test_it_follows_a_float32_run() -> None:
         generator = torch.Generator().manual_seed(3)
         goal = torch.randn(4096, generator=generator)
         p = nn.Parameter(torch.zeros(4096))
-        opt = wd_kernels.AdamW([p], lr=0.03, weight_decay=0.0, betas=(0.9, 0.99), state_dtype=states)
+        opt = wd_kernels.AdamW([p], lr=0.03, weight_decay=0.02, betas=(0.9, 0.99), state_dtype=states)
         for step in range(300):
             opt.param_groups[0]["lr"] = 0.03 * (1 - step / 300)
             p.grad = p.detach() - goal + 0.1 * torch.randn(4096, generator=generator)
@@ -527,8 +527,8 @@ def in_columns() -> list[Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 64))
     parallelize_module(model, mesh, {"0": ColwiseParallel()})
-    opt = wd_kernels.SGDW(model.parameters(), lr=0.1, momentum=0.9, state_dtype="int8")
-    for _ in range(2):
+    opt = wd_kernels.SGDW(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, state_dtype="int8")
+    for _ in range(3):
         for p in model.parameters():
             p.grad = p.detach().clone()
         opt.step()

@@ -24,6 +24,9 @@ FLOAT16 = tl.constexpr(4)
 BFLOAT16_STOCHASTIC = tl.constexpr(5)
 SPLIT24_STOCHASTIC = tl.constexpr(8)
 BFLOAT16_COPY = tl.constexpr(9)
+# For functions of the compiler alone: those in 8 bits, those that are rounded by random bits.
+EIGHT_BITS = (11, 12, 13, 14)
+STOCHASTIC = (5, 8, 12, 14)
 
 TILE = tl.constexpr(32)  # neighbours that share a scale, where states are in 8 bits
 LOST = tl.constexpr(20)  # bits of a float32 that these do not have
@@ -67,7 +70,7 @@ def is_copy(format):
 @triton.constexpr_function
 def is_tiled(format):
     """In 8 bits, with a scale for 32 elements."""
-    return format in (11, 12, 13, 14)
+    return format in EIGHT_BITS
 
 
 @triton.constexpr_function
@@ -79,13 +82,13 @@ def is_signed(format):
 @triton.constexpr_function
 def per_element(format):
     """How many elements have one of a format's part."""
-    return 32 if format in (11, 12, 13, 14) else 1
+    return 32 if format in EIGHT_BITS else 1
 
 
 @triton.constexpr_function
 def tiled(formats):
     """Has some role scales?"""
-    return any(format in (11, 12, 13, 14) for format in formats)
+    return any(format in EIGHT_BITS for format in formats)
 
 
 @triton.constexpr_function
@@ -110,7 +113,7 @@ def parts(formats):
 @triton.constexpr_function
 def is_scale(formats, at):
     """Is what lies there the scales of a role?"""
-    return at >= len(formats) and [own for own in formats if own >= 6][at - len(formats)] in (11, 12, 13, 14)
+    return at >= len(formats) and [own for own in formats if own >= 6][at - len(formats)] in EIGHT_BITS
 
 
 @triton.constexpr_function
@@ -130,12 +133,12 @@ def is_bfloat16(format):
 @triton.constexpr_function
 def stochastic(formats):
     """Is some role rounded by random bits?"""
-    return any(format in (5, 8, 12, 14) for format in formats)
+    return any(format in STOCHASTIC for format in formats)
 
 
 @triton.constexpr_function
 def is_stochastic(format):
-    return format in (5, 8, 12, 14)
+    return format in STOCHASTIC
 
 
 # Random bits ----------------------------------------------------------------------------------------------------------
