@@ -21,7 +21,7 @@ from . import backends
 from .caller import warn
 from .flat import place_of
 from .layout import origins
-from .optimizer import DecoupledOptimizer, plain_tensors
+from .optimizer import RELEASED, DecoupledOptimizer, plain_tensors
 from .rules import Hyper
 from .schedules import stepping
 from .sharding import is_sharded, loaded, redistribute, redistribute_gradients
@@ -102,6 +102,11 @@ def release_gradients(
     for name, value in (("clip_value", clip_value), ("clip_block_norm", clip_block_norm)):
         if value is not None and not (isinstance(value, (int, float)) and value > 0):
             raise ValueError(f"{name}={value!r}: allowed are numbers > 0, or None")
+    groups = optimizer.param_groups
+    own = next((g for g, group in enumerate(groups) if group.get("max_grad_norm") is not None), None)
+    if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite or own is not None:
+        what = "of the optimizer" if own is None else f"in param group {own}"
+        raise ValueError(f"max_grad_norm or skip_nonfinite {what} with gradient release: {RELEASED}")
     if optimizer.release is not None:
         raise RuntimeError("gradients of this optimizer are released already: remove() that release first")
     return GradientRelease(model, optimizer, blocks, clip_value, clip_block_norm)
@@ -264,6 +269,9 @@ class GradientRelease:
                     "released: remove() the release and make another"
                 )
             hypers = opt.rule.hypers(opt.param_groups, default=opt.defaults["decay"])
+            limited = next((g for g, (own, *_) in enumerate(hypers) if own.max_grad_norm is not None), None)
+            if limited is not None:
+                raise RuntimeError(f"max_grad_norm in param group {limited}: {RELEASED}")
             self._hypers, self._ticks = stepping.follow(opt.param_groups, hypers)
         return self._hypers
 

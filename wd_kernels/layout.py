@@ -260,6 +260,9 @@ class Table(Protocol):
     def tensors(self, i: int) -> Tensors:
         """Those of parameter `i`, for a backend that works on tensors."""
 
+    def sum_of(self, i: int) -> Tensor:
+        """What the squares of its gradient are added to: int64 [sums.WORDS]."""
+
 
 # Chunks ---------------------------------------------------------------------------------------------------------------
 

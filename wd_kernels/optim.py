@@ -82,9 +82,17 @@ class AdamW(DecoupledOptimizer):
         seed: of the random bits, a whole number; they are a function of it, the parameter's step count and the
             element, so that a run repeats to the bit on every backend, resumed, flat, or sharded by the first
             dimension.
+        max_grad_norm: scales the gradients down, within the step, where the norm of all of them is larger: by
+            max_grad_norm / (norm + 1e-6), as ``clip_grad_norm_`` does, but gradients are read and not rewritten, and
+            the norm has the same bits on every backend, with any number of threads or processes. ``math.inf`` only
+            measures it: :attr:`grad_norm`. A group may have its own, and is then clipped by its own norm alone.
+        skip_nonfinite: a step whose gradients have an infinity or a NaN leaves parameters, states, step counts and
+            schedules as they are: :attr:`skipped`.
         backend: "auto", "cpu", "triton", "cuda" or "reference"; all give the same bits. One that is not there is an
             error.
-        foreach, fused: tolerated, and kept in the groups, for torch's callers: there is one implementation.
+        foreach, fused: tolerated, and kept in the groups, for torch's callers: there is one implementation. With
+            ``fused=True``, `max_grad_norm` or `skip_nonfinite`, torch.amp.GradScaler leaves unscaling and skipping to
+            the step, as with torch's fused classes.
         capturable, differentiable: must be False.
 
     Raises:
@@ -124,6 +132,8 @@ class AdamW(DecoupledOptimizer):
         stochastic_rounding: StochasticRounding = "states",
         master_weights: MasterWeights = False,
         seed: int = 0,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -131,7 +141,7 @@ class AdamW(DecoupledOptimizer):
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
+            params, backend, max_grad_norm, skip_nonfinite, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, show_lr=show_lr,
             state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
             master_weights=master_weights, seed=seed, foreach=foreach, fused=fused,
@@ -166,8 +176,8 @@ class SGDW(DecoupledOptimizer):
         maximize: ascend.
         decay: the form of weight decay; "metric_proximal" is "proximal" with :math:`\eta\alpha\lambda`.
         form: "torch" or "paper".
-        eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed, backend, foreach, fused,
-        differentiable: as in :class:`AdamW`.
+        eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
+        max_grad_norm, skip_nonfinite, backend, foreach, fused, differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -207,13 +217,15 @@ class SGDW(DecoupledOptimizer):
         stochastic_rounding: StochasticRounding = "states",
         master_weights: MasterWeights = False,
         seed: int = 0,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            params, backend, max_grad_norm, skip_nonfinite, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, decay=decay, form=form, eta=eta, schedule=schedule, base_lr=base_lr,
             show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
             master_weights=master_weights, seed=seed,
@@ -244,8 +256,8 @@ class AdagradW(DecoupledOptimizer):
         eps: :math:`\epsilon \ge 0`.
         maximize: ascend.
         decay: the form of weight decay.
-        eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed, backend, foreach, fused,
-        differentiable: as in :class:`AdamW`.
+        eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
+        max_grad_norm, skip_nonfinite, backend, foreach, fused, differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -285,12 +297,14 @@ class AdagradW(DecoupledOptimizer):
         stochastic_rounding: StochasticRounding = "states",
         master_weights: MasterWeights = False,
         seed: int = 0,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         backend: BackendName = "auto",
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
+            params, backend, max_grad_norm, skip_nonfinite, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize, decay=decay, eta=eta,
             schedule=schedule, base_lr=base_lr, show_lr=show_lr, state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,

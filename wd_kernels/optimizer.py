@@ -18,6 +18,7 @@ from torch.optim.optimizer import ParamsT
 from . import backends, master_weights, memory_report, native
 from . import state_dict as state_dicts
 from .caller import warn
+from .clipping import Clipping, Limits
 from .flat.states import FlatGradients
 from .rules import FLAG, Rule, check_chosen, pair, state_dtype_word
 from .schedules import stepping
@@ -33,6 +34,13 @@ __all__ = ["DecoupledOptimizer", "plain_tensors"]
 OTHERS = ("no_weight_decay", "scheduler", "base_lrs", "initial_lrs")
 
 
+#: Why something cannot be asked for while gradients are released.
+RELEASED = (
+    "gradients are released, so that the first parameters are stepped, and their gradients gone, before the last gradient "
+    "is there. release_gradients(clip_value=, clip_block_norm=) limits the gradients of each block"
+)
+
+
 class DecoupledOptimizer(Optimizer):
     """A torch.optim.Optimizer that steps all its parameters through one table."""
 
@@ -40,7 +48,9 @@ class DecoupledOptimizer(Optimizer):
     _warned_of_scheduler = False
     release: Any = None  # a GradientRelease, while there is one
 
-    def __init__(self, params: ParamsT, backend: str, **defaults: Any) -> None:
+    def __init__(
+        self, params: ParamsT, backend: str, max_grad_norm: float | None, skip_nonfinite: bool, **defaults: Any
+    ) -> None:
         defaults = {**stepping.DEFAULTS, **defaults}
         _refuse_flags(defaults, "")
         backends.check(backend)
@@ -50,6 +60,8 @@ class DecoupledOptimizer(Optimizer):
         stepping.check(defaults, "the arguments")
         if defaults["schedule"] is not None and defaults["eta"] != 1:
             raise ValueError(f"eta={defaults['eta']!r} with a schedule, which sets it: allowed is one of them")
+        self._clipping = Clipping()
+        self._clipping.set(max_grad_norm, skip_nonfinite, "the arguments")
         super().__init__(params, defaults)
         self._check_overlaps(0)
         self._new_table()
@@ -58,6 +70,7 @@ class DecoupledOptimizer(Optimizer):
         # No reference to this optimizer: what is dropped is freed at once, not when the garbage collector comes.
         self._table = TensorTable(self.rule, cache(partial(backends.resolve, self.backend)))
         self._flat_gradients = FlatGradients()
+        self._clipping.last = None
 
     # One native call already, nothing to trace; spelled as torch.optim does, since torch.compiler.disable would import
     # dynamo with this package.
@@ -83,14 +96,81 @@ class DecoupledOptimizer(Optimizer):
                 "garbage collector or a schedule: it cannot be taken there"
             )
         if self.release is not None:
+            if self.__dict__.get("grad_scale") is not None or self.__dict__.get("found_inf") is not None:
+                raise RuntimeError(f"grad_scale and found_inf, of a GradScaler: {RELEASED}")
             ticks = self.release.finish()
         else:
             with table.lock, plain_tensors(table.sharded):
-                hypers, ticks = stepping.follow(groups, self.rule.hypers(groups, default=self.defaults["decay"]))
-                table.step(groups, self.state, hypers, ticks)
+                hypers = self.rule.hypers(groups, default=self.defaults["decay"])
+                limits = self._limits(hypers)
+                hypers, ticks = stepping.follow(groups, hypers)
+                table.step(groups, self.state, hypers, ticks, limits)
+                self._clipping.last = limits
         if ticks and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
         return loss
+
+    def _limits(self, hypers: Sequence[Hyper]) -> Limits | None:
+        """What this step makes of the norm of the gradients, and of what torch.amp.GradScaler has left here."""
+        given = self.__dict__
+        own = [settings.max_grad_norm for settings, *_ in hypers]
+        return self._clipping.of_step(own, given.get("grad_scale"), given.get("found_inf"))
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Does torch.amp.GradScaler leave scale and infinities to `step()`? As torch's classes where they are fused.
+
+        Where nobody has asked for it, the scaler unscales by itself, and so do those who clip by themselves (Lightning
+        refuses to clip for an optimizer that says True).
+        """
+        return bool(self.defaults.get("fused")) or self._clipping.asked
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The largest norm of all gradients together; None: they are not clipped. It may be set between steps."""
+        return self._clipping.max_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._set_limits(value, self.skip_nonfinite)
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Is a step skipped whose gradients have an infinity or a NaN? It may be set between steps."""
+        return self._clipping.skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, value: bool) -> None:
+        self._set_limits(self.max_grad_norm, value)
+
+    def _set_limits(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
+        asked = Clipping()
+        asked.set(max_grad_norm, skip_nonfinite, "the optimizer")
+        if asked.asked and self.release is not None:
+            raise RuntimeError(f"max_grad_norm={max_grad_norm!r}, skip_nonfinite={skip_nonfinite!r}: {RELEASED}")
+        self._clipping.max_norm, self._clipping.skip_nonfinite = asked.max_norm, asked.skip_nonfinite
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients of the last step, unscaled and not clipped: float64 []; None: it was not asked for.
+
+        A copy, which later steps do not change.
+        """
+        last = self._clipping.last
+        return last.found[0].clone() if last is not None and last.measures else None
+
+    @property
+    def group_grad_norms(self) -> Tensor | None:
+        """The same of the gradients of every group: float64 [groups]."""
+        last = self._clipping.last
+        if last is None or not last.measures:
+            return None
+        return self._table.norms_of_groups() / last.scale
+
+    @property
+    def skipped(self) -> Tensor:
+        """Was the last step skipped? bool []; a copy."""
+        return self._clipping.skipped()
 
     def _warn_of_scheduler(self, groups: list[dict[str, Any]]) -> None:
         index = stepping.moved_beside(groups)
@@ -298,11 +378,14 @@ class DecoupledOptimizer(Optimizer):
         # multiprocessing hands these to the process that it starts, which is after this has returned.
         self._handed_over = [own["step"] for own in packed["state"].values() if isinstance(own, dict) and "step" in own]
         packed["backend"] = self.backend
+        packed["clipping"] = {"max_norm": self.max_grad_norm, "skip_nonfinite": self.skip_nonfinite}
         return packed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("backend", "auto")
+        clipping = self.__dict__.pop("clipping", {})
+        self.__dict__.setdefault("_clipping", Clipping(**clipping))
         self.defaults = {**stepping.DEFAULTS, **self.defaults}
         self.defaults.pop("schedule_step", None)  # version 0.1 had it there
         for group in self.param_groups:

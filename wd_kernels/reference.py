@@ -200,6 +200,13 @@ def block_sums(x: Tensor) -> Tensor:
     return padded[:, 0]
 
 
+def squares(grad: Tensor, param: torch.dtype) -> list[float]:
+    """The sums of the squares of a gradient, of every block; `param`: the dtype of its parameter."""
+    g = load(grad, arithmetic_dtype(param))
+    with subnormals():
+        return block_sums(g * g).tolist()
+
+
 class Equation(Protocol):
     """What is needed of a rule (`wd_kernels.rules.Rule`)."""
 

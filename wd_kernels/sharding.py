@@ -87,6 +87,24 @@ def shard_offset(p: Tensor) -> int:
     return offset * (2 if p.is_complex() else 1)
 
 
+def sharded_over(p: Tensor) -> tuple[Any, ...]:
+    """The process groups that have a shard each of a tensor, one for every dimension of its mesh that shards it."""
+    if not is_sharded(p):
+        return ()
+    spec = spec_of(p)
+    dims = [dim for dim, own in enumerate(spec.placements) if not own.is_replicate() and spec.mesh.size(dim) > 1]
+    return tuple(spec.mesh.get_group(dim) for dim in dims)
+
+
+def sum_over(group: Any, rows: Tensor, which: Tensor) -> None:
+    """Adds up some of the rows of an integer tensor over a process group, in place. All of its processes call it."""
+    own = rows[which].contiguous()
+    on = torch.device("cpu") if torch.distributed.get_backend(group) != "nccl" else torch.device("cuda")
+    there = own.to(on)
+    torch.distributed.all_reduce(there, group=group)
+    rows[which] = there.to(rows.device)
+
+
 def sharded_like(p: Tensor, t: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     """`t`, which belongs to `local(p)`, as what belongs to `p`: of its mesh and placements, with the memory of `t`.
 

@@ -38,7 +38,7 @@ __all__ = ["export", "load", "settle", "with_own_counts"]
 
 HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would step: the live group's stay
 STORED = ("state_dtype", "stochastic_rounding", "master_weights")  # so do these
-LIVE = (*HOW, *STORED, "schedule", "show_lr")  # what a loaded group does not replace
+LIVE = (*HOW, *STORED, "schedule", "show_lr", "max_grad_norm")  # what a loaded group does not replace
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 #: What lies beside parameters, of every rule: that of another one is kept in a loaded state, as it should lie.
 STATES = frozenset([MASTER_NAME, *scales.STATES, *scales.SCALES])

@@ -16,6 +16,8 @@ struct Kernel {
   void (*fused)();  // the loop of these formats, if they have one of their own
   // Steps the chunks [first, last) of a launch.
   void (*step_chunks)(const Kernel& kernel, const Launch& launch, int64_t first, int64_t last);
+  // Adds the squares of their gradients to the exact sums at their places' kOutput.
+  void (*sum_squares)(const Kernel& kernel, const Launch& launch, int64_t first, int64_t last);
 };
 
 // The kernel for a rule with its states, an epilogue, and the format of every role (parameter, gradient, states,

@@ -95,15 +95,16 @@ int64_t count_elements(const Plan& plan, int64_t rows) {
   return elements;
 }
 
-void run(const Plan& plan, const double* rows, int64_t elements) {
-  Launch launch = plan.launch;
-  launch.rows = rows;
+namespace {
+
+using Chunks = void (*)(const Kernel& kernel, const Launch& launch, int64_t first, int64_t last);
+
+void on_threads(Chunks work, const Plan& plan, const Launch& launch, int64_t elements) {
   const Kernel& kernel = plan.kernel;
   const int64_t chunks = plan.chunks;
-  if (launch.control->skip != 0 || elements == 0) return;
   const int64_t threads = serial || elements < kSerialBelow ? 1 : int64_t(torch::stable::get_num_threads());
   if (threads == 1) {
-    kernel.step_chunks(kernel, launch, 0, chunks);
+    work(kernel, launch, 0, chunks);
     return;
   }
   // Whichever thread is free takes of the chunks that are left, many at first, then fewer: one that other processes
@@ -114,10 +115,33 @@ void run(const Plan& plan, const double* rows, int64_t elements) {
     for (int64_t first = next.load(); first < chunks;) {
       const int64_t last = std::min(chunks, first + std::max(fewest, (chunks - first) / (2 * threads)));
       if (!next.compare_exchange_weak(first, last)) continue;
-      kernel.step_chunks(kernel, launch, first, last);
+      work(kernel, launch, first, last);
       first = next.load();
     }
   });
+}
+
+}  // namespace
+
+void run(const Plan& plan, const double* rows, int64_t elements) {
+  Launch launch = plan.launch;
+  launch.rows = rows;
+  if (launch.control->skip == 0 && elements != 0) on_threads(plan.kernel.step_chunks, plan, launch, elements);
+}
+
+void check_sums(const Plan& plan, const int64_t* sums, int64_t rows) {
+  const Launch& launch = plan.launch;
+  for (int64_t i = 0; i < plan.chunks; ++i) {
+    const int64_t segment = launch.chunks[i] & 0xffffffff;
+    const int64_t offset = launch.places[segment * launch.place_words + kOutput] - reinterpret_cast<int64_t>(sums);
+    constexpr int64_t row = kSumWords * int64_t(sizeof(int64_t));
+    STD_TORCH_CHECK(offset >= 0 && offset % row == 0 && offset / row < rows, "segment ", segment,
+                    " names no sum of its squares");
+  }
+}
+
+void sum_squares(const Plan& plan, int64_t elements) {
+  if (elements != 0) on_threads(plan.kernel.sum_squares, plan, plan.launch, elements);
 }
 
 void be_serial() { serial = true; }

@@ -313,7 +313,7 @@ PyObject* view(PyObject*, PyObject* args) {
     v.firsts = firsts.as<const int64_t>();
     v.moving = moving.as<Moving>();
     v.places = places.as<const int64_t>();
-    v.control = control.as<const Control>();
+    v.control = control.as<Control>();
     v.ranges = nullptr;
     if (flat) {
       const Memory ranges = next("ranges", "int64", kFlatRangeWords), moving = next("runs", "int64", kMovingWords),

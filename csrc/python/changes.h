@@ -84,7 +84,7 @@ struct View {
   const FlatRange* ranges;  // null: no segment lies in a flat buffer, and the segments are what launches step; else
   Moving* run_moving;       // these are
   int64_t *run_places, *run_capacities, *run_firsts;
-  const Control* control;
+  Control* control;
 
   std::vector<PyObject*> params;  // borrowed from Python's list: the collector must see who holds them
   std::vector<int64_t> order;     // which parameter each entry of the state belongs to, -1: to none

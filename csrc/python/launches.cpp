@@ -122,6 +122,14 @@ Launches::Launches(PyObject* launches, PyObject* rows) : launches_(launches) {
   }
 }
 
+void Launches::check_sums(const int64_t* sums, int64_t rows) const {
+  for (const Counted& own : plans_) cpu::check_sums(*own.plan, sums, rows);
+}
+
+void Launches::sum_squares() const {
+  for (const Counted& own : plans_) cpu::sum_squares(*own.plan, own.elements);
+}
+
 void Launches::run_plans() const {
   for (const Counted& own : plans_) cpu::run(*own.plan, rows_, own.elements);
 }

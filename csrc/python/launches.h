@@ -53,6 +53,12 @@ class Launches {
   // Elements that plans step.
   int64_t elements() const { return elements_; }
 
+  // Throws unless what plans add squares to are so many exact sums.
+  void check_sums(const int64_t* sums, int64_t rows) const;
+
+  // Adds the squares of all gradients to them. Needs no lock of the interpreter's, and does not fail.
+  void sum_squares() const;
+
   // Runs the plans. Needs no lock of the interpreter's, and does not fail.
   void run_plans() const;
 

@@ -1,6 +1,7 @@
 // The step: one call that checks, launches and counts. No Python code runs between the check and the end of the
 // launches of plans, and what was begun is finished: an exception of a signal's handler comes before all, or after.
 #include "changes.h"
+#include "clipping.h"
 #include "launches.h"
 #include "memory.h"
 #include "uninterrupted.h"
@@ -22,10 +23,11 @@ struct Work {
   PyObject* puts;    // a list of (position, parameter, its state or None, its state to be, what is new of it)
   PyObject* ticks;   // a list of (dict, key, value): what a finished step writes
   int others;        // are there other threads of Python?
+  PyObject* clipping;  // None, or what is asked of the norm of the gradients
 
   explicit Work(PyObject* tuple) {
-    if (!PyArg_ParseTuple(tuple, "OO!O!OOO!O!O!p", &increment, &PyList_Type, &written, &PyList_Type, &launches, &ready,
-                          &rows, &PyList_Type, &copies, &PyList_Type, &puts, &PyList_Type, &ticks, &others))
+    if (!PyArg_ParseTuple(tuple, "OO!O!OOO!O!O!pO", &increment, &PyList_Type, &written, &PyList_Type, &launches, &ready,
+                          &rows, &PyList_Type, &copies, &PyList_Type, &puts, &PyList_Type, &ticks, &others, &clipping))
       throw std::runtime_error("a Python error is set");
   }
 };
@@ -137,13 +139,13 @@ enum class Outcome { done, moved, failed };
 
 // `failed`: an error is set, and nothing was stepped, or what insisting could not finish. `moved`: nothing was done,
 // and somebody has changed the tensors since they were checked.
-Outcome launch_all(View& view, PyObject* groups, PyObject* state, const Work& work, PyObject* keep,
-                   NoCollection& meanwhile, Insist& insist) {
+Outcome launch_all(View& view, PyObject* groups, PyObject* state, const Work& work, const Clipping& clipping,
+                   PyObject* keep, NoCollection& meanwhile, Insist& insist) {
   const Launches plans(work.launches, work.rows);
   const bool calls = work.ready != Py_None, begun = plans.elements() > 0;
   const bool unlocked = work.others != 0 && plans.elements() >= kLong;
   HeldMemory memory;
-  if (unlocked || (calls && begun)) {
+  if (unlocked || clipping.calls() || (calls && begun)) {
     memory.take(view, keep);
     Changes again;
     if (!check(view, groups, state, nullptr, &again)) return Outcome::failed;
@@ -151,9 +153,13 @@ Outcome launch_all(View& view, PyObject* groups, PyObject* state, const Work& wo
         !memory.is_there())
       return Outcome::moved;
   }
+  if (clipping.calls()) meanwhile.end();  // Python code runs from here on
+  if (!clipping.measure(plans, unlocked)) return Outcome::failed;
+  if (clipping.asked()) clipping.decide(work.rows);
+  if (work.rows == Py_None || (clipping.asked() && view.control->skip != 0)) return Outcome::done;
   const Reference counted(PyObject_CallFunctionObjArgs(work.increment, work.written, nullptr));
   if (counted.get() == nullptr) return Outcome::failed;
-  if (calls) meanwhile.end();  // Python code runs from here on
+  if (calls) meanwhile.end();
   const Reference more(calls ? PyObject_CallFunctionObjArgs(work.ready, work.rows, nullptr) : PyList_New(0));
   if (more.get() == nullptr) return Outcome::failed;
   const Launches others(more.get(), work.rows);
@@ -166,7 +172,7 @@ Outcome launch_all(View& view, PyObject* groups, PyObject* state, const Work& wo
 
 PyObject* checked_step(View& view, PyObject* groups, PyObject* state, PyObject* tuple) {
   const Work work(tuple);
-  const Reference keep(work.ready != Py_None || work.others != 0 ? PyList_New(0) : nullptr);
+  const Reference keep(work.ready != Py_None || work.clipping != Py_None || work.others != 0 ? PyList_New(0) : nullptr);
   if (PyErr_Occurred()) return nullptr;
   NoCollection meanwhile;
   Changes found;
@@ -178,8 +184,9 @@ PyObject* checked_step(View& view, PyObject* groups, PyObject* state, PyObject* 
     return answer(found, false, runs, list_of_keys(view));
 
   Insist insist;
-  if (some) {
-    const Outcome outcome = launch_all(view, groups, state, work, keep.get(), meanwhile, insist);
+  const Clipping clipping(work.clipping, view);
+  if (some || clipping.asked()) {
+    const Outcome outcome = launch_all(view, groups, state, work, clipping, keep.get(), meanwhile, insist);
     if (outcome == Outcome::failed) return nullptr;
     if (outcome == Outcome::moved) return answer(Changes{}, false, false, list_of_keys(view));
   }

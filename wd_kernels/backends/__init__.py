@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Literal, Protocol, TypeAlias, get_args
+
+from torch import Tensor
 
 from ..layout import Bucket, Spec, Table
 from . import cpu, cuda, reference, triton
@@ -110,6 +113,19 @@ def prepare(table: Table) -> Prepared:
     ]
     plans = [plan for own in of_backend for plan in own.plans]
     others = [own.ready for own in of_backend if own.ready is not None]
-    if len(others) <= 1:
-        return Prepared(plans, others[0] if others else None)
-    return Prepared(plans, lambda table, rows: [launch for ready in others for launch in ready(table, rows)])
+    measures = [own.measure for own in of_backend if own.measure is not None]
+    return Prepared(plans, _ready(others), _measure(measures))
+
+
+def _ready(each: list[Callable[[Table, Tensor], list[Launch]]]) -> Callable[[Table, Tensor], list[Launch]] | None:
+    if len(each) <= 1:
+        return each[0] if each else None
+    return lambda table, rows: [launch for ready in each for launch in ready(table, rows)]
+
+
+def _measure(each: list[Callable[[Table], None]]) -> Callable[[Table], None] | None:
+    def all_of_them(table: Table) -> None:
+        for measure in each:
+            measure(table)
+
+    return all_of_them if each else None

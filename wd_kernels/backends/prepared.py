@@ -24,10 +24,12 @@ class Prepared(NamedTuple):
         ready: called with the table and the rows (float64 [r, scalars]; segments name theirs) it does all that
             allocates or may fail, and returns the other launches; None: there are none. It holds no table, which holds
             it.
+        measure: adds the squares of the gradients to the exact sums that places name, of what is no plan.
     """
 
     plans: list[Launch]
     ready: Callable[[Table, Tensor], list[Launch]] | None
+    measure: Callable[[Table], None] | None = None
 
 
 def launch(launches: list[Launch], rows: Tensor) -> None:

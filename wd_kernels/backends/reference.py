@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, sums
 from ..layout import Bucket, Spec, Table
 from .prepared import Prepared
 
@@ -25,7 +25,13 @@ class Reference:
         return None
 
     def prepare(self, table: Table, buckets: list[Bucket]) -> Prepared:
-        return Prepared([], lambda table, rows: [self._step(table, bucket, rows) for bucket in buckets])
+        def measure(table: Table) -> None:
+            for bucket in buckets:
+                for i in bucket.members:
+                    if table.active[i]:
+                        sums.add(table.sum_of(i), reference.squares(table.tensors(i).grad, bucket.spec.formats[0].dtype))
+
+        return Prepared([], lambda table, rows: [self._step(table, bucket, rows) for bucket in buckets], measure)
 
     def _step(self, table: Table, bucket: Bucket, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What is to be copied where: all of it is computed before any of it is written."""

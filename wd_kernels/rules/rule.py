@@ -22,13 +22,15 @@ from torch import Tensor
 
 from ..formats import MASTER_NAME, Storage, scale_name
 from ..reference import store
-from .scalars import at_least_zero
+from .scalars import at_least_zero, norm_limit
 from .storage import STORAGE, check_storage
 
 __all__ = ["MASTER", "Hyper", "Hyperparameter", "Part", "Rule", "Settings", "State", "TorchTwin"]
 
 #: The key of torch's groups that tells AdamW from Adam.
 FLAG = "decoupled_weight_decay"
+#: The key of a group whose gradients are clipped by their own norm.
+LIMIT = "max_grad_norm"
 MISSING = object()
 
 
@@ -135,6 +137,7 @@ class Settings(NamedTuple):
     own: tuple[Any, ...]
     storage: Storage = Storage()
     seed: int = 0
+    max_grad_norm: float | None = None  # of the group alone
 
 
 #: All that a row takes from a group: (settings, lr, eta, a), where a, the scaled learning rate, is eta * lr.
@@ -184,8 +187,8 @@ class Rule:
         object.__setattr__(self, "keys", tuple(own.name for own in self.hyperparameters))
         flag = {FLAG: None} if self.torch.decoupled_flag else {}
         absent = {own.name: own.absent for own in self.hyperparameters if own.absent is not None}
-        object.__setattr__(self, "read", ("lr", "eta", *self.keys, *flag, *STORAGE))
-        object.__setattr__(self, "absent", {"eta": 1.0, **absent, **flag, **STORAGE})
+        object.__setattr__(self, "read", ("lr", "eta", *self.keys, *flag, *STORAGE, LIMIT))
+        object.__setattr__(self, "absent", {"eta": 1.0, **absent, **flag, **STORAGE, LIMIT: None})
 
     #: The names of a row's scalars: its two parts, then the seed.
     scalars: tuple[str, ...] = field(init=False)
@@ -265,7 +268,7 @@ class Rule:
         whole = {name: _there(name, value, group, where) for name, value in zip(self.read[2:], key, strict=True)}
         settings = self.check({**whole, "decay": self.mode_of(group, mode.name)}, where)
         storage, seed = check_storage(whole, [state.name for state in self.states], where)
-        settings = settings._replace(storage=storage, seed=seed)
+        settings = settings._replace(storage=storage, seed=seed, max_grad_norm=norm_limit(whole[LIMIT], where))
         # A tensor may hold another number under the same key: only plain values are remembered.
         if all(type(v) in PLAIN for k in key for v in (k if type(k) is tuple else (k,))):
             if len(self._memo) >= 4096:  # a schedule that moves weight_decay makes a new key a step

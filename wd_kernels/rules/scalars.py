@@ -20,6 +20,7 @@ __all__ = [
     "flag",
     "frozen",
     "ipow",
+    "norm_limit",
     "one_of",
     "pair",
     "scalar",
@@ -116,6 +117,22 @@ def flag(name: str, value: Any, where: str) -> bool:
     if value not in (0, 1):
         raise TypeError(f"{name}={value!r} in {where}: expected True or False")
     return bool(value)
+
+
+def norm_limit(value: Any, where: str) -> float | None:
+    """The largest norm that gradients may have: a number > 0, infinite where it is only measured; None: none is asked.
+
+    Raises TypeError or ValueError naming the hyperparameter and the group.
+    """
+    if value is None:
+        return None
+    number = scalar("max_grad_norm", value, where)
+    if not number > 0.0:
+        raise ValueError(
+            f"max_grad_norm={number} in {where}: allowed are numbers > 0, math.inf (the norm is measured, nothing is "
+            "clipped) and None (neither)"
+        )
+    return number
 
 
 def frozen(lr: float, eta: float) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, native
+from ..clipping import Asked, decide
 from ..layout import CPU, GRAD, Moving, Segments, numel_of
 from ..sharding import PLAIN, is_dtensor, spec_of
 from .inspection import Finding
@@ -83,6 +84,7 @@ class Work(NamedTuple):
         puts: (position, parameter, its state as found, that with what is new, what is new).
         ticks: (dict, key, value): written when the step is taken.
         others: there are other threads of Python.
+        clipping: what is asked of the norm of the gradients.
     """
 
     increment: Callable[[list[Tensor]], object]
@@ -94,6 +96,7 @@ class Work(NamedTuple):
     puts: list[tuple[int, Tensor, Any, dict[str, Any], dict[str, Any]]]
     ticks: list[tuple[dict[str, Any], str, Any]]
     others: bool
+    clipping: Asked | None
 
 
 @dataclass(frozen=True)
@@ -347,12 +350,15 @@ class Watch:
         keys = self.assign_rows()
         if keys != last or changed or (keys and work.rows is None):
             return Changes(False, changed, odd, False, keys)
-        if keys and work.rows is not None:
+        skip = self._control[1] != 0
+        if work.clipping is not None:
+            skip = self._decide(work.clipping, work.rows)
+        if keys and work.rows is not None and not (skip and work.clipping is not None):
             work.increment(work.written)
             launches = [] if work.ready is None else work.ready(work.rows)
             backends.launch(launches, work.rows)
         self._expected[:, Expected.INSPECTED] = Inspected.NOT_YET
-        if self._control[1] != 0:
+        if skip:
             return Changes(True, False, [], False, keys)
         self._counts.steps.add_(self._counts.active)
         self._counts.fresh.zero_()
@@ -366,6 +372,21 @@ class Watch:
             group[key] = value
         self._keys = []
         return Changes(True, False, [], False, [])
+
+
+    def _decide(self, asked: Asked, rows: Tensor | None) -> bool:
+        """What native code does with it (csrc/python/clipping.cpp); is the step skipped?"""
+        if asked.sums is not None:
+            asked.sums.zero_()
+            if asked.between is not None:
+                asked.between()
+        found = decide(asked)
+        asked.found.copy_(torch.tensor([found.norm, found.skip], dtype=torch.float64, device=CPU))
+        self._control.copy_(torch.tensor([1 / asked.scale, found.skip], dtype=torch.float64, device=CPU))
+        for row, (group, *_) in enumerate(self._keys if rows is not None and asked.sums is not None else ()):
+            assert rows is not None
+            rows[row, asked.grad_scale] *= found.own[group] if found.own else found.clip
+        return found.skip
 
 
 def _words(values: Sequence[Any], columns: int = 0) -> Tensor:

@@ -169,6 +169,9 @@ class Lists:
     def span(self, bucket: Bucket) -> tuple[int, int]:
         return bucket.first, len(bucket.members)
 
+    def sum_of(self, i: int) -> Tensor:
+        raise NotImplementedError("lists have no sums")
+
     def tensors(self, i: int) -> Tensors:
         theta, grad, *states = (own[i] for own in self.roles)
         beside = {state.name: t for state, t in zip(self.states, states, strict=True)}

@@ -11,6 +11,7 @@ written before all of it has passed.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
@@ -21,14 +22,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import backends, native
+from .. import backends, native, sums
+from ..clipping import Asked, Limits
 from ..flat import buffers
 from ..flat.states import FlatStates
 from ..formats import Storage
 from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, origins, padded, write_segment
 from ..rules import MASTER, Hyper, Rule, State
 from ..schedules.stepping import Tick
-from ..sharding import is_sharded, local, shard_offset
+from ..sharding import is_sharded, local, shard_offset, sharded_over, sum_over
 from ..validation import Extent, check_disjoint, label
 from . import memoryless
 from .changes import Changes, Counts, Expected, FlatRange, Inspected, Keys, Kind, Watch, Work, expect
@@ -69,6 +71,9 @@ class TensorTable:
         beside: how many of them one has at most.
         counts: `state[p]["step"]` is a view of one of its steps.
         control: float64 [2], the gradient factor and the skip flag that every launch reads.
+        sums: int64 [slots, sums.WORDS], exact sums of squares of gradients: one for the parameters of a group that are
+            sharded over the same processes. `group_of_sum` int64 [slots] says of which group.
+        reductions: (process group, the slots that are summed over it), in an order that all processes share.
         buckets: the launches of a step.
         written: the parameters that this step writes.
         sharded: are some of the parameters DTensors?
@@ -80,6 +85,9 @@ class TensorTable:
         self.rule, self.resolve = rule, resolve
         self.states = (*rule.states, MASTER, *(state.scale for state in rule.states))
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
+        self.controlled = False  # by the limits of the last step
+        self.sums, self.group_of_sum = _no_sums(0), torch.zeros(0, dtype=torch.int64, device=CPU)
+        self.reductions: list[tuple[Any, Tensor]] = []
         self.params: list[Tensor] = []
         self.sharded = False
         self.origins: Mapping[int, int] | None = None
@@ -100,8 +108,9 @@ class TensorTable:
     # The way of a step ------------------------------------------------------------------------------------------------
 
     def step(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any], hypers: Sequence[Hyper], ticks: Sequence[Tick]
-    ) -> None:
+        self, groups: list[dict[str, Any]], state: dict[Any, Any], hypers: Sequence[Hyper], ticks: Sequence[Tick],
+        limits: Limits | None = None,
+    ) -> None:  # fmt: skip
         """Takes one step: brings the table up to date with the live tensors, launches, counts.
 
         Everything that may fail comes first: until the one native call that launches, nothing of the optimizer is
@@ -109,6 +118,7 @@ class TensorTable:
 
         Args:
             ticks: (dict, key, value), written when the step is taken and was not skipped (`control`).
+            limits: what it makes of the norm of the gradients.
 
         Raises:
             TypeError, ValueError, RuntimeError: naming the parameter; nothing was written.
@@ -121,6 +131,9 @@ class TensorTable:
             return
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError("a step writes in place: it cannot be taken inside a torch.func transform")
+        if limits is None and self.controlled:
+            self.control.copy_(torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU))
+        self.controlled = limits is not None
         watch, self.watch = self.watch, None
         self.groups, self.state = groups, state
         try:
@@ -130,7 +143,7 @@ class TensorTable:
                 special = [i for i in self.special if i not in self.inspected]
                 if special:
                     self._inspect(watch, special)
-                found = watch.step(groups, state, self._work(hypers, ticks, tried))
+                found = watch.step(groups, state, self._work(hypers, ticks, tried, limits))
                 if found is None:
                     watch = self._start(needs)
                 elif found.done:
@@ -151,7 +164,7 @@ class TensorTable:
         """Was anything flattened or unflattened, or has a flat buffer died, where others may lie now?"""
         return self.generation != buffers.generation() or any(ref() is None for ref in self.memory)
 
-    def _work(self, hypers: Sequence[Hyper], ticks: Sequence[Tick], tried: int) -> Work:
+    def _work(self, hypers: Sequence[Hyper], ticks: Sequence[Tick], tried: int, limits: Limits | None) -> Work:
         """What a step is to do. Without rows it is not taken, unless no parameter has a gradient.
 
         Other threads may run while many elements are stepped, unless they keep exchanging what is to be stepped.
@@ -159,17 +172,46 @@ class TensorTable:
         known = self.keys is not None and self.launches is not None
         if known and self.written is None:
             self.written = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
-        plans, ready = self.launches if self.launches is not None else ([], None)
+        rows = self.rule.rows(hypers, self.keys) if known and self.keys else None
+        prepared = self.launches if rows is not None and self.launches is not None else backends.Prepared([], None)
         return Work(
             increment=_increment_version,
             written=self.written or [],
-            launches=plans,
-            ready=partial(ready, self) if ready is not None else None,
-            rows=self.rule.rows(hypers, self.keys) if known and self.keys else None,
+            launches=prepared.plans,
+            ready=partial(prepared.ready, self) if prepared.ready is not None else None,
+            rows=rows,
             copies=[(f.gapped, f.theta) for f in self.inspected.values() if f is not None and f.gapped is not None],
             puts=self.puts,
             ticks=list(ticks),
             others=tried < PATIENCE and threading.active_count() > 1,
+            clipping=None if limits is None else self._asked(limits, prepared),
+        )
+
+    def _asked(self, limits: Limits, prepared: backends.Prepared) -> Asked:
+        """What is asked of the norm of this step's gradients."""
+        elsewhere = [bucket.spec.device for bucket in self.buckets if bucket.spec.device.type != "cpu"]
+        if elsewhere:
+            raise RuntimeError(
+                f"max_grad_norm, skip_nonfinite and loss scaling are of CPU tensors as yet, and some are on {elsewhere[0]}"
+            )
+        steps = [partial(own, self) for own in (prepared.measure,) if own is not None]
+        steps += [partial(sum_over, group, self.sums, slots) for group, slots in self.reductions]
+
+        def between() -> None:
+            for step in steps:
+                step()
+
+        return Asked(
+            sums=self.sums if limits.measures else None,
+            group_of=self.group_of_sum,
+            found=limits.found,
+            grad_scale=self.rule.scalars.index("grad_scale"),
+            between=between if steps else None,
+            max_norm=limits.max_norm,
+            skip_nonfinite=limits.skip_nonfinite,
+            scale=limits.scale,
+            found_inf=limits.found_inf,
+            own=limits.own,
         )
 
     def _follow(self, watch: Watch, found: Changes) -> None:
@@ -206,6 +248,16 @@ class TensorTable:
         beside = {name: local(self.state[p][name]) for name in (*known.spec.states, *known.spec.parts)}
         return Tensors.of(local(p), local(p.grad), beside, row, origin)
 
+    def sum_of(self, i: int) -> Tensor:
+        return self.sums[self.slot_of[i]]
+
+    def norms_of_groups(self) -> Tensor:
+        """Of the gradients of every group in the last step that measured them: float64 [groups]."""
+        norms = []
+        for g in range(len(self.groups)):
+            norms.append(math.sqrt(sums.value(self.sums[self.group_of_sum == g].sum(0))))
+        return torch.tensor(norms, dtype=torch.float64, device=CPU)
+
     def span(self, bucket: Bucket) -> tuple[int, int]:
         if self.ranges is None:
             return bucket.first, len(bucket.members)
@@ -240,6 +292,7 @@ class TensorTable:
                 f"the optimizer's own tensors would be {type(self.own_segments.moving).__name__}s: a step reads memory "
                 "and cannot run under FakeTensorMode or another tensor mode, nor with an optimizer made under one"
             )
+        self._place_sums(watch)
         self.special = [i for i, own in enumerate(watch.expected) if own[Expected.KIND] == Kind.SPECIAL]
         self.inspected, self.puts = {}, []
         self.buckets = []
@@ -247,6 +300,22 @@ class TensorTable:
         self._publish(watch)
         self.needs = needs
         return watch
+
+    def _place_sums(self, watch: Watch) -> None:
+        """A sum for every group and every set of processes that shards parameters: of all, gradients or not."""
+        over = [sharded_over(p) for p in self.params]
+        kinds = [(g, tuple(map(id, own))) for (g, _), own in zip(watch.places, over, strict=True)]
+        slots = {kind: slot for slot, kind in enumerate(dict.fromkeys(kinds))}
+        self.slot_of = [slots[kind] for kind in kinds]
+        self.sums = _no_sums(len(slots))
+        self.group_of_sum = torch.tensor([g for g, _ in slots], dtype=torch.int64, device=CPU)
+        members: dict[int, tuple[Any, list[int]]] = {}
+        for slot, own in zip(self.slot_of, over, strict=True):
+            for group in own:
+                known = members.setdefault(id(group), (group, []))[1]
+                if slot not in known:
+                    known.append(slot)
+        self.reductions = [(group, torch.tensor(own, device=CPU)) for group, own in members.values()]
 
     def _publish(self, watch: Watch) -> None:
         """Writes down what the next step compares, and what launches step."""
@@ -416,7 +485,12 @@ class TensorTable:
                 elif self.range_of[i] != FlatRange.NOWHERE:  # nothing reads it: neighbours in memory are to be one run
                     origin = self.range_of[i][FlatRange.OFFSET]
                 self.own_segments.places[segment, Place.ORIGIN] = origin
+                self.own_segments.places[segment, Place.OUTPUT] = self.sum_of(i).data_ptr()
             watch.expected[i][Expected.SEGMENT] = segment
+
+
+def _no_sums(n: int) -> Tensor:
+    return torch.zeros(n, sums.WORDS, dtype=torch.int64, device=CPU)
 
 
 def _differs(before: tuple[Any, Any, Any], watch: Watch, i: int) -> bool:

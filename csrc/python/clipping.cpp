@@ -1,0 +1,111 @@
+#include "clipping.h"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "memory.h"
+#include "uninterrupted.h"
+
+namespace wd {
+namespace {
+
+#include "../cpu/rounding.h"
+#include "../formats.h"
+#include "../sums.h"
+
+void require(bool fine, const char* what) {
+  if (!fine) throw std::runtime_error(what);
+}
+
+// One sum of several, digit by digit.
+struct Total {
+  int64_t words[kSumWords] = {};
+  void add(const int64_t* sum) {
+    for (int k = 0; k < kSumWords; ++k) words[k] += sum[k];
+  }
+};
+
+}  // namespace
+
+Clipping::Clipping(PyObject* tuple, View& view) : view_(view), asked_(tuple != Py_None) {
+  if (!asked_) return;
+  PyObject *sums, *group_of, *found, *between, *own_limits;
+  long long grad_scale;
+  int skip_nonfinite;
+  double found_inf;
+  if (!PyArg_ParseTuple(tuple, "OOOLOdpddO", &sums, &group_of, &found, &grad_scale, &between, &max_norm_,
+                        &skip_nonfinite, &scale_, &found_inf, &own_limits))
+    throw std::runtime_error("a Python error is set");
+  skip_nonfinite_ = skip_nonfinite != 0;
+  found_inf_ = found_inf != 0;
+  grad_scale_ = grad_scale;
+  const Memory results = memory_of(found, "found", "float64", 0);
+  require(results.rows == 2 && grad_scale >= 0, "clipping");
+  found_ = results.as<double>();
+  if (sums == Py_None) return;
+  const Memory rows = memory_of(sums, "sums", "int64", kSumWords), groups = memory_of(group_of, "groups", "int64", 0);
+  require(rows.rows == groups.rows, "each sum is of one group");
+  sums_ = rows.as<int64_t>();
+  slots_ = rows.rows;
+  group_of_ = groups.as<const int64_t>();
+  between_ = between == Py_None ? nullptr : between;
+  if (own_limits == Py_None) return;
+  require(PyTuple_Check(own_limits), "limits of groups are a tuple");
+  for (Py_ssize_t g = 0; g < PyTuple_Size(own_limits); ++g)
+    own_limits_.push_back(PyFloat_AsDouble(PyTuple_GetItem(own_limits, g)));
+  const auto known = int64_t(own_limits_.size());
+  for (int64_t k = 0; k < slots_; ++k) require(group_of_[k] >= 0 && group_of_[k] < known, "a sum is of no group");
+  for (const Key& key : view.keys) require(key.group < known, "a row is of no group");
+}
+
+bool Clipping::measure(const Launches& launches, bool unlocked) const {
+  if (sums_ == nullptr) return true;
+  launches.check_sums(sums_, slots_);
+  std::memset(sums_, 0, size_t(slots_) * kSumWords * sizeof(int64_t));
+  {
+    const Unlocked meanwhile_others_run(unlocked);
+    launches.sum_squares();
+  }
+  if (between_ == nullptr) return true;
+  const Reference done(PyObject_CallNoArgs(between_));
+  return done.get() != nullptr;
+}
+
+void Clipping::decide(PyObject* rows) const {
+  const DefaultRounding rounding;
+  bool finite = true;
+  found_[0] = std::nan("");
+  std::vector<double> clips(own_limits_.size(), 1.0);
+  double clip = 1;
+  if (sums_ != nullptr) {
+    Total all, limited;  // the latter of groups without a limit of their own
+    std::vector<Total> of_groups(own_limits_.size());
+    for (int64_t k = 0; k < slots_; ++k) {
+      const int64_t* const sum = sums_ + k * kSumWords;
+      all.add(sum);
+      if (own_limits_.empty()) continue;
+      const size_t group = size_t(group_of_[k]);
+      (std::isnan(own_limits_[group]) ? limited : of_groups[group]).add(sum);
+    }
+    found_[0] = std::sqrt(sum_of(all.words)) / scale_;
+    finite = std::isfinite(found_[0]);
+    clip = clip_of(own_limits_.empty() ? found_[0] : std::sqrt(sum_of(limited.words)) / scale_, max_norm_);
+    for (size_t g = 0; g < own_limits_.size(); ++g)
+      clips[g] = std::isnan(own_limits_[g]) ? clip
+                                            : clip_of(std::sqrt(sum_of(of_groups[g].words)) / scale_, own_limits_[g]);
+  }
+  const bool skip = found_inf_ || (skip_nonfinite_ && !finite);
+  found_[1] = skip;
+  *view_.control = {1 / scale_, double(skip)};
+  if (sums_ == nullptr || rows == Py_None) return;
+  const Memory of_rows = memory_of(rows, "rows", "float64", -1);
+  for (int64_t r = 0; r < of_rows.rows && grad_scale_ < of_rows.columns; ++r)
+    of_rows.as<double>()[r * of_rows.columns + grad_scale_] *=
+        own_limits_.empty() ? clip : clips[size_t(view_.keys[size_t(r)].group)];
+}
+
+}  // namespace wd

@@ -1,0 +1,51 @@
+"""Sums that are exact, and so the same in any order, of any number of processes (numerics, section 7).
+
+A sum is a row of `WORDS` int64: digits of 32 bits, of which the lowest is worth 2^-1074, each in a word that takes 2^31
+summands before it overflows; then how many summands were infinite, and how many were NaN. Rows are added word by word.
+csrc/sums.h has the same words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
+__all__ = ["WORDS", "add", "value"]
+
+DIGITS, INFINITIES, NANS, WORDS = 68, 68, 69, 70
+_ONE = 1 << 1074  # a digit of 1, in units of the lowest
+
+
+def add(words: Tensor, values: Iterable[float]) -> None:
+    """Adds float64 numbers >= 0 to a sum, int64 [WORDS], in place."""
+    whole, infinities, nans = 0, 0, 0
+    for x in values:
+        if math.isnan(x):
+            nans += 1
+        elif math.isinf(x):
+            infinities += 1
+        else:
+            numerator, denominator = x.as_integer_ratio()
+            whole += numerator * (_ONE // denominator)
+    digits = [(whole >> 32 * k) & 0xFFFFFFFF for k in range(DIGITS)]
+    words += words.new_tensor([*digits, infinities, nans])
+
+
+def value(words: Tensor) -> float:
+    """The sum, rounded once to nearest even.
+
+    >>> import torch
+    >>> words = torch.zeros(WORDS, dtype=torch.int64)
+    >>> add(words, [1e16, 1.0, 1.0])
+    >>> value(words), 1e16 + 1.0 + 1.0
+    (1.0000000000000002e+16, 1e+16)
+    """
+    *digits, infinities, nans = words.tolist()
+    if nans or infinities:
+        return math.nan if nans else math.inf
+    try:
+        return sum(digit << 32 * k for k, digit in enumerate(digits)) / _ONE
+    except OverflowError:
+        return math.inf
