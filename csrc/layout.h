@@ -90,4 +90,27 @@ struct Launch {
   int32_t chunk_size;
 };
 
+// What begins a step on a device that counts by itself, and lets it be skipped there: all of it lies on that device.
+struct Begin {
+  int64_t* sums;             // exact sums [copies, slots, kSumWords]; emptied when they are read
+  int64_t* totals;           // [groups + 2, kSumWords]: of each group, of all, of those without a limit of their own
+  const int64_t* slots_of;   // [groups + 1]: where those of each group begin
+  const double* limits;      // LimitWord; then the own limit of each group, NaN where it has none
+  const float* grad_scale;   // of one element each
+  const float* found_inf;
+  const double* groups;      // the first scalars of a row, and its last, of each group
+  const int64_t* keys;       // of each row: its group, a parameter that has its count
+  const int64_t* active;     // of each parameter: has it a gradient?
+  float* steps;              // and these are counted
+  float* fresh;              // 1 until a step that makes a state of it is taken
+  double* rows;
+  double* clips;             // of each group
+  Control* control;
+  double* found;             // the norm, and whether the step is skipped
+  int32_t copies, slots, of_groups, of_rows, of_params, group_width;
+};
+
+// Of the limits of a step.
+enum LimitWord : int { kMeasures = 0, kMaxNorm = 1, kSkipNonfinite = 2, kOwnLimits = 3 };
+
 }  // namespace wd

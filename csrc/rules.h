@@ -15,6 +15,16 @@ WD_HOST_DEVICE inline T lerp(T x, T y, T beta, T w) {
   return (near ? x : y) + (near ? w : -beta) * (y - x);
 }
 
+// x to the power t, by squaring: docs/numerics.md, section 2.
+WD_HOST_DEVICE inline double power(double x, int64_t t) {
+  double r = 1;
+  for (; t != 0; t /= 2) {
+    if (t % 2 != 0) r = r * x;
+    x = x * x;
+  }
+  return r;
+}
+
 // The scalars of a rule, by the names that its page in wd_kernels/rules has for them, in its order: the members of a
 // rule are these and nothing else, so its size is that of a row.
 #define WD_SCALARS(...) \
@@ -42,6 +52,13 @@ struct AdamW {
     const T d = root(second) * inv_sqrt_bias2 + eps;
     return (step_size * m + metric * theta) / (d + metric);
   }
+
+  // What of a row in float64 depends on t, and on whether a buffer is fresh: `count_part` of its page.
+  WD_HOST_DEVICE void count(int64_t steps, bool) {
+    t = T(steps);
+    step_size = scaled_lr / (1 - power(beta1, steps));
+    inv_sqrt_bias2 = 1 / root(1 - power(beta2, steps));
+  }
 };
 
 template <class T, bool momentum_buffer>
@@ -61,6 +78,11 @@ struct SGDW {
       return step_size * g;
     }
   }
+
+  WD_HOST_DEVICE void count(int64_t steps, bool fresh) {
+    t = T(steps);
+    grad_coef = fresh ? first_grad_coef : later_grad_coef;
+  }
 };
 
 template <class T>
@@ -76,6 +98,14 @@ struct AdagradW {
     sum = sum + g * g;
     const T d = root(sum) + eps;
     return (step_size * g + metric * theta) / (d + metric);
+  }
+
+  WD_HOST_DEVICE void count(int64_t steps, bool) {
+    t = T(steps);
+    const T slowed = 1 + T(steps - 1) * lr_decay;
+    step_size = scaled_lr / slowed;
+    decay = fixed_decay + scaled_decay / slowed;
+    metric = scaled_metric / slowed;
   }
 };
 

@@ -34,9 +34,8 @@ def loaded(library: Path) -> Any:
     assert spec is not None
     token = importlib.util.module_from_spec(spec).TOKEN  # loading it registers its operators
     found = getattr(torch.ops, f"wd_kernels_{library.stem}")
-    return SimpleNamespace(
-        cuda_step_=found.cuda_step_, cuda_load=found.cuda_load, cuda_built=found.cuda_built, TOKEN=token
-    )
+    names = ("step_", "squares_", "begin_", "load", "load_squares", "load_begin", "built")
+    return SimpleNamespace(TOKEN=token, **{f"cuda_{name}": getattr(found, f"cuda_{name}") for name in names})
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,19 +27,29 @@ class Limits(NamedTuple):
         measures: the norm of the gradients is wanted.
         max_norm: of all groups without a limit of their own; infinite: none.
         skip_nonfinite: a norm that is no number skips the step.
-        scale: what the loss was multiplied by.
-        found_inf: somebody else has found an infinity or a NaN.
+        scale: what the loss was multiplied by, as torch.amp.GradScaler has left it; None: by nothing.
+        found_inf: not 0 where somebody else has found an infinity or a NaN; None: nobody has looked.
         own: the groups' own limits, NaN where one has none; None: none has.
-        found: float64 [2], where the norm and the skip flag are written.
     """
 
     measures: bool
     max_norm: float
     skip_nonfinite: bool
-    scale: float
-    found_inf: float
+    scale: Any
+    found_inf: Any
     own: tuple[float, ...] | None
-    found: Tensor
+
+    @property
+    def skips(self) -> bool:
+        """May the step be skipped?"""
+        return self.skip_nonfinite or self.found_inf is not None
+
+    def numbers(self, device: torch.device) -> tuple[float, float]:
+        """Scale and infinities as numbers, where a step of tensors on `device` is decided on the host."""
+        scale = 1.0 if self.scale is None else _number("grad_scale", self.scale, device)
+        if not 0.0 < scale < math.inf:
+            raise ValueError(f"grad_scale={scale} of the optimizer: allowed are finite numbers > 0")
+        return scale, 0.0 if self.found_inf is None else _number("found_inf", self.found_inf, device)
 
 
 class Asked(NamedTuple):
@@ -116,7 +126,6 @@ class Clipping:
     max_norm: float | None = None
     skip_nonfinite: bool = False
     last: Limits | None = None
-    _found: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64, device="cpu"))
 
     @property
     def asked(self) -> bool:
@@ -129,24 +138,13 @@ class Clipping:
         Args:
             own: the groups' own limits.
             grad_scale, found_inf: what torch.amp.GradScaler has left: None, or tensors of one element.
-
-        Raises:
-            TypeError, ValueError: naming what is wrong.
         """
         limited = own.count(None) != len(own)
         if not limited and not self.asked and grad_scale is None and found_inf is None:
             return None
-        scale = 1.0 if grad_scale is None else _number("grad_scale", grad_scale)
-        if not 0.0 < scale < math.inf:
-            raise ValueError(f"grad_scale={scale} of the optimizer: allowed are finite numbers > 0")
         limits = tuple(math.nan if limit is None else limit for limit in own) if limited else None
         max_norm = math.inf if self.max_norm is None else self.max_norm
-        inf = 0.0 if found_inf is None else _number("found_inf", found_inf)
-        return Limits(limited or self.asked, max_norm, self.skip_nonfinite, scale, inf, limits, self._found)
-
-    def skipped(self) -> Tensor:
-        """Was the last step? bool []."""
-        return torch.tensor(False, device="cpu") if self.last is None else self.last.found[1] != 0
+        return Limits(limited or self.asked, max_norm, self.skip_nonfinite, grad_scale, found_inf, limits)
 
     def set(self, max_norm: Any, skip_nonfinite: Any, where: str) -> None:
         """Takes settings, checked."""
@@ -154,11 +152,11 @@ class Clipping:
         self.skip_nonfinite = flag("skip_nonfinite", skip_nonfinite, where)
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, Tensor) and value.device.type != "cpu":
+def _number(name: str, value: Any, device: torch.device) -> float:
+    if isinstance(value, Tensor) and value.device.type not in ("cpu", device.type):
         raise ValueError(
-            f"{name} of the optimizer is a tensor on {value.device}, and its parameters are on the CPU: allowed are "
-            "numbers and CPU tensors of one element (torch.amp.GradScaler('cpu') has these)"
+            f"{name} of the optimizer is a tensor on {value.device}, and its parameters are on {device}: allowed are "
+            "numbers, and tensors of one element there (torch.amp.GradScaler(device) has these)"
         )
     try:
         return float(value)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import native
+from .bank import Bank
+from .clipping import Limits
 from .epilogues import Epilogue
 from .formats import (
     SCALE,
@@ -241,6 +243,8 @@ class Table(Protocol):
     rule: Rule
     control: Tensor
     buckets: list[Bucket]
+    bank: Bank | None
+    limits: Limits | None
 
     @property
     def segments(self) -> Segments:
@@ -262,6 +266,12 @@ class Table(Protocol):
 
     def sum_of(self, i: int) -> Tensor:
         """What the squares of its gradient are added to: int64 [sums.WORDS]."""
+
+    def of_step(self, groups: Tensor) -> dict[str, Tensor]:
+        """What a device completes rows from: "groups", the rest by what else `Begin` reads of the host."""
+
+    def reduce_sums(self) -> None:
+        """Adds the sums of other processes to the bank's."""
 
 
 # Chunks ---------------------------------------------------------------------------------------------------------------

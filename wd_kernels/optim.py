@@ -141,7 +141,8 @@ class AdamW(DecoupledOptimizer):
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, max_grad_norm, skip_nonfinite, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
+            params, backend, max_grad_norm, skip_nonfinite,
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, show_lr=show_lr,
             state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
             master_weights=master_weights, seed=seed, foreach=foreach, fused=fused,
@@ -225,7 +226,8 @@ class SGDW(DecoupledOptimizer):
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, max_grad_norm, skip_nonfinite, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            params, backend, max_grad_norm, skip_nonfinite,
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, decay=decay, form=form, eta=eta, schedule=schedule, base_lr=base_lr,
             show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
             master_weights=master_weights, seed=seed,
@@ -304,7 +306,8 @@ class AdagradW(DecoupledOptimizer):
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, max_grad_norm, skip_nonfinite, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
+            params, backend, max_grad_norm, skip_nonfinite,
+            lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize, decay=decay, eta=eta,
             schedule=schedule, base_lr=base_lr, show_lr=show_lr, state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,

@@ -20,7 +20,7 @@ from . import state_dict as state_dicts
 from .caller import warn
 from .clipping import Clipping, Limits
 from .flat.states import FlatGradients
-from .rules import FLAG, Rule, check_chosen, pair, state_dtype_word
+from .rules import FLAG, Hyper, Rule, check_chosen, pair, state_dtype_word
 from .schedules import stepping
 from .schedules.shapes import named
 from .sharding import local
@@ -36,8 +36,8 @@ OTHERS = ("no_weight_decay", "scheduler", "base_lrs", "initial_lrs")
 
 #: Why something cannot be asked for while gradients are released.
 RELEASED = (
-    "gradients are released, so that the first parameters are stepped, and their gradients gone, before the last gradient "
-    "is there. release_gradients(clip_value=, clip_block_norm=) limits the gradients of each block"
+    "gradients are released, so that the first parameters are stepped, and their gradients gone, before the last "
+    "gradient is there. release_gradients(clip_value=, clip_block_norm=) limits the gradients of each block"
 )
 
 
@@ -157,7 +157,7 @@ class DecoupledOptimizer(Optimizer):
         A copy, which later steps do not change.
         """
         last = self._clipping.last
-        return last.found[0].clone() if last is not None and last.measures else None
+        return self._table.found[0].clone() if last is not None and last.measures else None
 
     @property
     def group_grad_norms(self) -> Tensor | None:
@@ -165,12 +165,13 @@ class DecoupledOptimizer(Optimizer):
         last = self._clipping.last
         if last is None or not last.measures:
             return None
-        return self._table.norms_of_groups() / last.scale
+        return self._table.norms_of_groups()
 
     @property
     def skipped(self) -> Tensor:
         """Was the last step skipped? bool []; a copy."""
-        return self._clipping.skipped()
+        last = self._clipping.last
+        return torch.tensor(False, device="cpu") if last is None else self._table.found[1] != 0
 
     def _warn_of_scheduler(self, groups: list[dict[str, Any]]) -> None:
         index = stepping.moved_beside(groups)

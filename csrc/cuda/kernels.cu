@@ -2,7 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "chunk.h"
+#include "begin.h"
 
 namespace wd {
 namespace cuda {
@@ -31,6 +31,26 @@ struct Step {
   static const void* entry() { return reinterpret_cast<const void*>(&step_kernel<Rule, P, G, S, E>); }
 };
 
+template <class T, class G>
+__global__ void __launch_bounds__(kThreads) squares_kernel(const Launch launch, int64_t copies, int64_t stride) {
+  sum_squares<T, G>(launch, blockIdx.x, copies, stride);
+}
+
+template <class T, class G>
+struct Squares {
+  static const void* entry() { return reinterpret_cast<const void*>(&squares_kernel<T, G>); }
+};
+
+template <class Rule>
+__global__ void __launch_bounds__(kThreads) begin_kernel(const Begin begin) {
+  begin_step<Rule>(begin);
+}
+
+template <class Rule>
+struct BeginStep {
+  static const void* entry() { return reinterpret_cast<const void*>(&begin_kernel<Rule>); }
+};
+
 const char* wrong(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 }  // namespace
@@ -39,9 +59,26 @@ const Kernel* find(int64_t rule, int64_t variant, int64_t epilogue, const int64_
   return find_kernel<Step>(rule, variant, epilogue, formats, roles);
 }
 
-const char* load(const Kernel* kernel) {
+const void* find_squares(int64_t param, int64_t grad) { return find_squares<Squares>(param, grad); }
+
+const void* find_begin(int64_t rule) { return find_begin<BeginStep>(rule); }
+
+const char* load(const void* entry) {
   cudaFuncAttributes attributes;
-  return wrong(cudaFuncGetAttributes(&attributes, kernel->entry));
+  return wrong(cudaFuncGetAttributes(&attributes, entry));
+}
+
+const char* launch_squares(const void* entry, int64_t blocks, const Launch& what, int64_t copies, int64_t stride,
+                           void* stream) {
+  void* arguments[] = {const_cast<Launch*>(&what), &copies, &stride};
+  const dim3 grid{static_cast<unsigned>(blocks)}, block{kThreads};
+  return wrong(cudaLaunchKernel(entry, grid, block, arguments, 0, static_cast<cudaStream_t>(stream)));
+}
+
+const char* launch_begin(const void* entry, const Begin& what, void* stream) {
+  void* arguments[] = {const_cast<Begin*>(&what)};
+  const dim3 grid{1}, block{kThreads};
+  return wrong(cudaLaunchKernel(entry, grid, block, arguments, 0, static_cast<cudaStream_t>(stream)));
 }
 
 const char* launch(const Kernel* kernel, int64_t blocks, const Launch& what, void* stream) {

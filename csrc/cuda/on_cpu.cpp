@@ -2,7 +2,7 @@
 // indexing, tails, table and formats (but the two conversions of float16, an instruction each there), and nobody
 // installs it.
 
-#include "chunk.h"
+#include "begin.h"
 
 namespace wd {
 namespace cuda {
@@ -16,13 +16,43 @@ struct Step {
   static const void* entry() { return reinterpret_cast<const void*>(&step_chunk<Rule, P, G, S, E>); }
 };
 
+using SumSquares = void (*)(const Launch& launch, int64_t block, int64_t copies, int64_t stride);
+using BeginStep = void (*)(const Begin& begin);
+
+template <class T, class G>
+struct Squares {
+  static const void* entry() { return reinterpret_cast<const void*>(&sum_squares<T, G>); }
+};
+
+template <class Rule>
+struct BeginOf {
+  static const void* entry() { return reinterpret_cast<const void*>(&begin_step<Rule>); }
+};
+
 }  // namespace
+
+const void* find_squares(int64_t param, int64_t grad) { return find_squares<Squares>(param, grad); }
+
+const void* find_begin(int64_t rule) { return find_begin<BeginOf>(rule); }
+
+const char* launch_squares(const void* entry, int64_t blocks, const Launch& what, int64_t copies, int64_t stride,
+                           void*) {
+  if (blocks <= 0 || blocks > 0x7fffffff) return "invalid configuration argument";
+  for (int64_t block = blocks - 1; block >= 0; --block)
+    reinterpret_cast<SumSquares>(entry)(what, block, copies, stride);
+  return nullptr;
+}
+
+const char* launch_begin(const void* entry, const Begin& what, void*) {
+  reinterpret_cast<BeginStep>(entry)(what);
+  return nullptr;
+}
 
 const Kernel* find(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles) {
   return find_kernel<Step>(rule, variant, epilogue, formats, roles);
 }
 
-const char* load(const Kernel*) { return nullptr; }
+const char* load(const void*) { return nullptr; }
 
 const char* launch(const Kernel* kernel, int64_t blocks, const Launch& what, void*) {
   if (blocks <= 0 || blocks > 0x7fffffff) return "invalid configuration argument";  // as CUDA says

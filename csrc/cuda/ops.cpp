@@ -86,13 +86,108 @@ void step_(int64_t given, const Tensor chunks, const Tensor places, const Tensor
   STD_TORCH_CHECK(wrong == nullptr, "a step on cuda:", device, " could not be launched: ", wrong);
 }
 
-// Brings a kernel to a device, where that fails before a step is begun; says why it cannot be, or "".
-std::string load_on(int64_t device, int64_t rule, int64_t variant, int64_t epilogue, std::vector<int64_t> formats) {
-  const Kernel* kernel = known(rule, variant, epilogue, formats);
+const void* squares_of(int64_t param, int64_t grad) {
+  const void* entry = find_squares(param, grad);
+  STD_TORCH_CHECK(entry != nullptr, "there is no CUDA kernel that adds up squares of these storage formats");
+  return entry;
+}
+
+const void* begin_of(int64_t rule) {
+  const void* entry = find_begin(rule);
+  STD_TORCH_CHECK(entry != nullptr, "there is no CUDA kernel that begins steps of this rule");
+  return entry;
+}
+
+// Adds the squares of the gradients of one bucket to the exact sums that its places name; `copies` of these, `stride`
+// words apart, are added to by turns. param, grad: their FormatCode.
+void squares_(int64_t given, const Tensor chunks, const Tensor places, const Tensor moving, int64_t chunk_size,
+              int64_t param, int64_t grad, int64_t copies, int64_t stride) {
+  STD_TORCH_CHECK(given == token(), "cuda_squares_ is for this package alone: it reads whatever its addresses name");
+  const int32_t device = chunks.get_device_index();
+  const void* entry = squares_of(param, grad);
+  const Launch what =
+      check_table("cuda_squares_", chunks, places, moving, chunk_size, kState,
+                  [&](const Tensor& tensor) { return is_here(tensor) && tensor.get_device_index() == device; });
+  STD_TORCH_CHECK(copies > 0 && stride >= kSumWords, "cuda_squares_: copies and stride");
+  if (chunks.numel() == 0) return;
   const Device current(device);
-  const char* wrong = load(kernel);
+  const char* wrong = launch_squares(entry, chunks.numel(), what, copies, stride, current.stream());
+  STD_TORCH_CHECK(wrong == nullptr, "squares on cuda:", device, " could not be added up: ", wrong);
+}
+
+// Begins a step on a device: `Begin` of layout.h, where `tensors` are its pointers, in order.
+void begin_(int64_t given, int64_t rule, std::vector<Tensor> tensors) {
+  STD_TORCH_CHECK(given == token(), "cuda_begin_ is for this package alone");
+  STD_TORCH_CHECK(tensors.size() == 15, "cuda_begin_: 15 tensors");
+  const void* entry = begin_of(rule);
+  const int32_t device = tensors[0].get_device_index();
+  size_t at = 0;
+  const auto next = [&](const char* name, ScalarType dtype, int64_t dimensions) {
+    const Tensor& tensor = tensors[at++];
+    STD_TORCH_CHECK(is_here(tensor) && tensor.get_device_index() == device && tensor.is_contiguous() &&
+                        tensor.scalar_type() == dtype && tensor.dim() == dimensions,
+                    "cuda_begin_: ", name, " must be a contiguous tensor of ", dimensions,
+                    " dimensions on the device that steps, of the dtype that layout.h has");
+    return tensor;
+  };
+  const auto sums = next("sums", ScalarType::Long, 3), totals = next("totals", ScalarType::Long, 2),
+             slots_of = next("slots_of", ScalarType::Long, 1), limits = next("limits", ScalarType::Double, 1),
+             grad_scale = next("grad_scale", ScalarType::Float, 1), found_inf = next("found_inf", ScalarType::Float, 1),
+             groups = next("groups", ScalarType::Double, 2), keys = next("keys", ScalarType::Long, 2),
+             active = next("active", ScalarType::Long, 1), steps = next("steps", ScalarType::Float, 1),
+             fresh = next("fresh", ScalarType::Float, 1), rows = next("rows", ScalarType::Double, 2),
+             clips = next("clips", ScalarType::Double, 1), control = next("control", ScalarType::Double, 1),
+             found = next("found", ScalarType::Double, 1);
+  const int64_t n = groups.size(0);
+  STD_TORCH_CHECK(sums.size(2) == kSumWords && totals.size(0) == n + 2 && totals.size(1) == kSumWords &&
+                      slots_of.numel() == n + 1 && limits.numel() == kOwnLimits + n && clips.numel() == n &&
+                      keys.size(0) == rows.size(0) && keys.size(1) == 2 && steps.numel() == active.numel() &&
+                      fresh.numel() == active.numel() && grad_scale.numel() == 1 && found_inf.numel() == 1 &&
+                      control.numel() == 2 && found.numel() == 2 && groups.size(1) <= rows.size(1),
+                  "cuda_begin_: the tensors do not belong together");
+  const auto pointer = [](const Tensor& tensor) { return tensor.mutable_data_ptr(); };
+  const Begin what = {static_cast<int64_t*>(pointer(sums)),
+                      static_cast<int64_t*>(pointer(totals)),
+                      static_cast<const int64_t*>(pointer(slots_of)),
+                      static_cast<const double*>(pointer(limits)),
+                      static_cast<const float*>(pointer(grad_scale)),
+                      static_cast<const float*>(pointer(found_inf)),
+                      static_cast<const double*>(pointer(groups)),
+                      static_cast<const int64_t*>(pointer(keys)),
+                      static_cast<const int64_t*>(pointer(active)),
+                      static_cast<float*>(pointer(steps)),
+                      static_cast<float*>(pointer(fresh)),
+                      static_cast<double*>(pointer(rows)),
+                      static_cast<double*>(pointer(clips)),
+                      static_cast<Control*>(pointer(control)),
+                      static_cast<double*>(pointer(found)),
+                      int32_t(sums.size(0)),
+                      int32_t(sums.size(1)),
+                      int32_t(n),
+                      int32_t(rows.size(0)),
+                      int32_t(active.numel()),
+                      int32_t(groups.size(1))};
+  const Device current(device);
+  const char* wrong = launch_begin(entry, what, current.stream());
+  STD_TORCH_CHECK(wrong == nullptr, "a step on cuda:", device, " could not be begun: ", wrong);
+}
+
+std::string load_entry(int64_t device, const void* entry) {
+  const Device current(device);
+  const char* wrong = load(entry);
   return wrong == nullptr ? "" : wrong;
 }
+
+// Brings a kernel to a device, where that fails before a step is begun; says why it cannot be, or "".
+std::string load_on(int64_t device, int64_t rule, int64_t variant, int64_t epilogue, std::vector<int64_t> formats) {
+  return load_entry(device, known(rule, variant, epilogue, formats)->entry);
+}
+
+std::string load_squares_on(int64_t device, int64_t param, int64_t grad) {
+  return load_entry(device, squares_of(param, grad));
+}
+
+std::string load_begin_on(int64_t device, int64_t rule) { return load_entry(device, begin_of(rule)); }
 
 std::string built() { return WD_BUILT; }
 
@@ -109,15 +204,25 @@ WD_EXPANDED(STABLE_TORCH_LIBRARY_FRAGMENT, WD_NAMESPACE, m) {
       "int variant, "
       "int epilogue, int[] formats, Tensor rows) -> ()");
   m.def("cuda_load(int device, int rule, int variant, int epilogue, int[] formats) -> str");
+  m.def(
+      "cuda_squares_(int token, Tensor chunks, Tensor places, Tensor moving, int chunk_size, int param, int grad, int "
+      "copies, int stride) -> ()");
+  m.def("cuda_begin_(int token, int rule, Tensor[] tensors) -> ()");
+  m.def("cuda_load_squares(int device, int param, int grad) -> str");
+  m.def("cuda_load_begin(int device, int rule) -> str");
   m.def("cuda_built() -> str");
 }
 
 WD_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, WD_NAMESPACE, WD_DEVICE, m) {
   m.impl("cuda_step_", TORCH_BOX(&wd::cuda::step_));
+  m.impl("cuda_squares_", TORCH_BOX(&wd::cuda::squares_));
+  m.impl("cuda_begin_", TORCH_BOX(&wd::cuda::begin_));
 }
 
 WD_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, WD_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_load", TORCH_BOX(&wd::cuda::load_on));
+  m.impl("cuda_load_squares", TORCH_BOX(&wd::cuda::load_squares_on));
+  m.impl("cuda_load_begin", TORCH_BOX(&wd::cuda::load_begin_on));
   m.impl("cuda_built", TORCH_BOX(&wd::cuda::built));
 }
 

@@ -24,10 +24,11 @@ struct Work {
   PyObject* ticks;   // a list of (dict, key, value): what a finished step writes
   int others;        // are there other threads of Python?
   PyObject* clipping;  // None, or what is asked of the norm of the gradients
+  int counts;          // does the host count the steps?
 
   explicit Work(PyObject* tuple) {
-    if (!PyArg_ParseTuple(tuple, "OO!O!OOO!O!O!pO", &increment, &PyList_Type, &written, &PyList_Type, &launches, &ready,
-                          &rows, &PyList_Type, &copies, &PyList_Type, &puts, &PyList_Type, &ticks, &others, &clipping))
+    if (!PyArg_ParseTuple(tuple, "OO!O!OOO!O!O!pOp", &increment, &PyList_Type, &written, &PyList_Type, &launches, &ready,
+                          &rows, &PyList_Type, &copies, &PyList_Type, &puts, &PyList_Type, &ticks, &others, &clipping, &counts))
       throw std::runtime_error("a Python error is set");
   }
 };
@@ -59,14 +60,14 @@ bool finish(View& view, PyObject* state, const Changes& found, const Work& work,
   if (view.control->skip != 0) return true;
   bool fresh = false;
   for (int64_t i = 0; i < view.parameters; ++i) {
-    view.steps[i] += view.active[i];
+    if (work.counts) view.steps[i] += view.active[i];
     fresh |= view.fresh[i] != 0;
     view.fresh[i] = 0;
   }
   if (fresh)
     view.keys.clear();
   else
-    for (Key& key : view.keys) ++key.count;
+    for (Key& key : view.keys) key.count += work.counts;
   for (Py_ssize_t i = 0; i < PyList_Size(work.copies); ++i)
     if (!insist([&] { return copy_pair(PyList_GetItem(work.copies, i)); })) return false;
   for (Py_ssize_t i = 0; i < PyList_Size(work.puts); ++i)

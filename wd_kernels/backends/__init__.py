@@ -37,6 +37,8 @@ class Backend(Protocol):
     name: str
     #: It works on tensors (`Table.tensors`), not on addresses.
     needs_tensors: bool
+    #: Steps are counted, and may be skipped, where the tensors are (`bank.Bank`).
+    counts_there: bool
 
     def why_not(self) -> str | None:
         """Why this backend cannot be used on this machine; None where it can."""

@@ -46,6 +46,7 @@ class CPU:
 
     name = "cpu"
     needs_tensors = False
+    counts_there = False
 
     def why_not(self) -> str | None:
         return native.WHY_NOT

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 
 from .. import native
+from ..bank import Bank
+from ..formats import arithmetic_dtype
 from ..layout import Bucket, Spec, Table, native_kernel
-from .device import OnDevice
-from .device_copy import DeviceCopy
+from ..rules import code_of
+from .device import OnDevice, arguments
+from .device_copy import There
 
 __all__ = ["CUDA"]
 
 #: A kernel that is always there (`native_kernel`): whether it loads tells it of all.
 ANY_KERNEL = (0, 0, 0, [2, 2, 2, 2])
+FORMAT_OF_ARITHMETIC = {torch.float64: 1, torch.float32: 2}
 
 
 class CUDA(OnDevice):
@@ -66,16 +70,33 @@ class CUDA(OnDevice):
             f"them with TORCH_CUDA_ARCH_LIST={major}.{minor} and a CUDA toolkit no newer than the driver"
         )
 
-    def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
-        there, spec = copy.there, bucket.spec
-        kernel = native_kernel(table.rule, spec)
-        key = (spec.device, *kernel[:3], *kernel[3])
-        if key not in self._loaded:  # here, where a failure leaves every tensor as it was
-            wrong = self.ops.cuda_load(spec.device.index or 0, *kernel)
+    def _load(self, device: torch.device, load: Callable[..., str], *which: Any) -> None:
+        """Brings a kernel to a device, where a failure leaves every tensor as it was."""
+        key = (device, str(which))
+        if key not in self._loaded:
+            wrong = load(device.index or 0, *which)
             if wrong:
-                raise RuntimeError(f"a CUDA kernel cannot be loaded on {spec.device}: {wrong}")
+                raise RuntimeError(f"a CUDA kernel cannot be loaded on {device}: {wrong}")
             self._loaded.add(key)
+
+    def launch(self, table: Table, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+        kernel = native_kernel(table.rule, bucket.spec)
+        self._load(bucket.spec.device, self.ops.cuda_load, *kernel)
         return partial(
             self.ops.cuda_step_.default, self.token, there[bucket.index], there["places"], there["moving"],
             there["control"], size, *kernel, there["rows"],
         )  # fmt: skip
+
+    def squares(self, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+        param, grad = bucket.spec.formats[:2]
+        formats = FORMAT_OF_ARITHMETIC[arithmetic_dtype(param.dtype)], grad.code
+        self._load(bucket.spec.device, self.ops.cuda_load_squares, *formats)
+        return partial(
+            self.ops.cuda_squares_.default, self.token, there[bucket.index], there["places"], there["moving"], size,
+            *formats, len(bank.sums), bank.sums.stride(0),
+        )  # fmt: skip
+
+    def begin(self, table: Table, bank: Bank, there: There) -> Callable[[], None]:
+        self._load(bank.device, self.ops.cuda_load_begin, code_of(table.rule))
+        tensors = arguments(table, bank, there)
+        return partial(self.ops.cuda_begin_.default, self.token, code_of(table.rule), tensors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bank import Bank
 from ..layout import Bucket, Chunks, Table, cut
-from .device_copy import DeviceCopy, chunk_size
+from .device_copy import DeviceCopy, There, chunk_size
 from .prepared import Prepared
 
-__all__ = ["OnDevice", "current", "machine"]
+__all__ = ["OnDevice", "arguments", "current", "machine"]
 
 
 @cache
@@ -39,10 +40,22 @@ def _refuse_capture(device: torch.device) -> None:
             raise RuntimeError("a step cannot be captured in a CUDA graph: its scalars and step counts are the host's")
 
 
+def arguments(table: Table, bank: Bank, there: There) -> list[Tensor]:
+    """What the kernel that begins a step is given: the pointers of `Begin`, in order."""
+    limits = table.limits
+    scale = bank.given(limits.scale if limits else None, bank.one, "grad_scale")
+    found_inf = bank.given(limits.found_inf if limits else None, bank.zero, "found_inf")
+    return [
+        bank.sums, bank.totals, bank.slots_of, there["limits"], scale, found_inf, there["groups"], there["keys"],
+        there["active"], bank.steps, bank.fresh, there["rows"], bank.clips, bank.control, bank.found,
+    ]  # fmt: skip
+
+
 class OnDevice(ABC):
     """One launch a bucket, on the tensors' device and its current stream, never waiting for it."""
 
     needs_tensors = False
+    counts_there = True
 
     def prepare(self, table: Table, buckets: list[Bucket]) -> Prepared:
         """Uploads what changed and brings what is new to the device; the launches that are left are one a bucket."""
@@ -57,14 +70,50 @@ class OnDevice(ABC):
                 if device.type == "cuda":
                     _refuse_capture(device)
                 copy = table.device_copies.setdefault(device, DeviceCopy(device))
-                copy.update(table, chunks, rows)
-                for bucket in buckets:
-                    if bucket.spec.device == device and chunks[bucket.index].words.numel():
-                        launches.append(self.launch(table, bucket, chunks[bucket.index].size, copy))
+                parts: There = {"places": table.segments.places, "moving": table.segments.moving}
+                parts |= {index: own.words for index, own in chunks.items()}
+                own = [b for b in buckets if b.spec.device == device and chunks[b.index].words.numel()]
+                if table.bank is None:
+                    parts |= {"control": table.control, "rows": rows}
+                    there = copy.update(parts)
+                else:
+                    there = copy.update(parts | table.of_step(rows))
+                    launches.append(self._begun(table, table.bank, own, {b.index: chunks[b.index] for b in own}, there))
+                launches += [self.launch(table, bucket, chunks[bucket.index].size, there) for bucket in own]
             return launches
 
         return Prepared([], ready)
 
+    def _begun(
+        self, table: Table, bank: Bank, buckets: list[Bucket], chunks: Mapping[int, Chunks], there: There
+    ) -> Callable[[], None]:
+        """Adds up the squares of the gradients, if they are wanted; the launch that begins the step is left."""
+        rows = bank.rows_for(there["keys"].shape[0], len(table.rule.scalars))
+        there |= {"rows": rows, "control": bank.control}
+        begin = self.begin(table, bank, there)
+        if table.limits is not None and table.limits.measures:
+            squares = [self.squares(bank, bucket, chunks[bucket.index].size, there) for bucket in buckets]
+            if not bank.clean:  # a step came to nothing
+                bank.sums.zero_()
+            bank.clean = False
+            for launch in squares:
+                launch()
+            table.reduce_sums()
+
+        def go() -> None:
+            begin()
+            bank.clean = True
+
+        return go
+
     @abstractmethod
-    def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
+    def launch(self, table: Table, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
         """The launch of a bucket, whose chunks have `size` elements; its kernel is on the device when this returns."""
+
+    @abstractmethod
+    def squares(self, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+        """The launch that adds up the squares of its gradients; likewise."""
+
+    @abstractmethod
+    def begin(self, table: Table, bank: Bank, there: There) -> Callable[[], None]:
+        """The launch that begins a step; likewise."""

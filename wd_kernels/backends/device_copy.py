@@ -7,13 +7,17 @@ step that sent it. So no copy waits for the device, and none can overtake a kern
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..layout import BLOCK, Chunks, Table
+from ..layout import BLOCK
 
-__all__ = ["DeviceCopy", "chunk_size"]
+__all__ = ["DeviceCopy", "There", "chunk_size"]
+
+#: The parts of a table on a device, by name.
+There: TypeAlias = dict[str | int, Tensor]
 
 #: The longest chunk: reading the table is then under 1% of what a chunk moves.
 LONGEST = 16 * BLOCK
@@ -40,8 +44,9 @@ class DeviceCopy:
 
     Attributes:
         device: where.
-        there: the parts on the device, by name: "places", "moving" (layout.py), "rows" (float64 [r, scalars]),
-            "control" (float64 [2]), and of each bucket, by its index, the chunks (int64 [c]).
+        there: the parts on the device, by name: "places", "moving" (layout.py), of each bucket, by its index, the
+            chunks (int64 [c]); "rows" (float64 [r, scalars]) and "control" (float64 [2]), or what a device completes
+            them from (`Table.of_step`).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,15 +55,8 @@ class DeviceCopy:
         self._sent: dict[str | int, Tensor] = {}  # host copies of `there`
         self._stream: int | None = None
 
-    def update(self, table: Table, chunks: Mapping[int, Chunks], rows: Tensor) -> None:
-        """Brings the device up to date with this step's table, on the current stream, without waiting for it."""
-        parts: dict[str | int, Tensor] = {
-            **{index: own.words for index, own in chunks.items()},
-            "places": table.segments.places,
-            "moving": table.segments.moving,
-            "control": table.control,
-            "rows": rows,
-        }
+    def update(self, parts: Mapping[str | int, Tensor]) -> There:
+        """Brings the device up to date, on the current stream, without waiting for it: what it has of the parts."""
         # What was sent on another stream may still be on its way: a new stream is sent everything anew. So memory also
         # returns to the stream that it came from.
         stream = 0 if self.device.type == "cpu" else torch.accelerator.current_stream(self.device).stream_id
@@ -69,6 +67,7 @@ class DeviceCopy:
         self._send({k: parts[k] for k, b in bits.items() if k not in sent or not torch.equal(sent[k], b)})
         for stale in self.there.keys() - parts.keys():
             del self.there[stale], sent[stale]
+        return dict(self.there)
 
     def _send(self, parts: Mapping[str | int, Tensor]) -> None:
         """One copy to the device, whatever the number of parts; their elements have 8 bytes."""

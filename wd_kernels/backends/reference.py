@@ -17,6 +17,7 @@ class Reference:
 
     name = "reference"
     needs_tensors = True
+    counts_there = False
 
     def why_not(self) -> str | None:
         return None
@@ -29,7 +30,8 @@ class Reference:
             for bucket in buckets:
                 for i in bucket.members:
                     if table.active[i]:
-                        sums.add(table.sum_of(i), reference.squares(table.tensors(i).grad, bucket.spec.formats[0].dtype))
+                        squares = reference.squares(table.tensors(i).grad, bucket.spec.formats[0].dtype)
+                        sums.add(table.sum_of(i), squares)
 
         return Prepared([], lambda table, rows: [self._step(table, bucket, rows) for bucket in buckets], measure)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ..bank import Bank
 from ..layout import BLOCK, Bucket, Spec, Table
-from .device import OnDevice, current, machine
-from .device_copy import DeviceCopy
+from .device import OnDevice, arguments, current, machine
+from .device_copy import There
 
 __all__ = ["OLDEST", "Triton", "block", "interpreted", "options", "version"]
 
@@ -77,6 +78,11 @@ def options(formats: tuple[Any, ...], warp: int, capability: int | None) -> dict
     return how
 
 
+def _plain(device: torch.device) -> dict[str, Any]:
+    """How a kernel is compiled that has registers enough."""
+    return {"num_warps": THREADS // machine(device)[1], "enable_fp_fusion": False}
+
+
 @cache
 def _capability(device: torch.device) -> int | None:
     """Of an NVIDIA GPU: 90 for 9.0."""
@@ -132,27 +138,51 @@ class Triton(OnDevice):
             )
         return None
 
-    def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
-        kernels, spec, there, chunks = _kernels(), bucket.spec, copy.there, copy.there[bucket.index]
+    def launch(self, table: Table, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+        kernels, spec, chunks = _kernels(), bucket.spec, there[bucket.index]
         own = spec.epilogue
         epilogue, more, sums = (own.in_triton(), own.scalars, own.sums) if own is not None else (None, (), ())
-        arguments = (
+        own_arguments = (
             chunks, there["places"], there["moving"], there["rows"], there["control"], there["places"].shape[1], size,
             getattr(kernels, table.rule.name), kernels.scaled_root if torch.version.hip else kernels.root,
             table.rule.scalars, spec.states, tuple(fmt.code for fmt in spec.formats), epilogue, more, len(sums),
             block(spec.formats, len(sums)),
         )  # fmt: skip
         how = options(spec.formats, machine(spec.device)[1], _capability(spec.device))
+        key = (table.rule.name, spec)
+        return self._launch(kernels.step_kernel, key, spec.device, chunks.numel(), own_arguments, how)
+
+    def squares(self, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+        chunks, grad, device = there[bucket.index], bucket.spec.formats[1], bucket.spec.device
+        own = (
+            chunks, there["places"], there["moving"], there["places"].shape[1], size, len(bank.sums),
+            bank.sums.stride(0), grad.code,
+        )  # fmt: skip
+        key = ("squares", grad.code)
+        return self._launch(_kernels().squares_kernel, key, device, chunks.numel(), own, _plain(device))
+
+    def begin(self, table: Table, bank: Bank, there: There) -> Callable[[], None]:
+        kernels, rule = _kernels(), table.rule
+        own = (
+            *arguments(table, bank, there), *bank.sums.shape[:2], there["groups"].shape[0], there["rows"].shape[0],
+            bank.steps.numel(), getattr(kernels, f"count_{rule.name}"), len(rule.group_scalars),
+            len(rule.count_scalars), rule.scalars.index("grad_scale"),
+        )  # fmt: skip
+        return self._launch(kernels.begin_kernel, ("begin", rule.name), bank.device, 1, own, _plain(bank.device))
+
+    def _launch(
+        self, kernel: Any, key: tuple[Any, ...], device: torch.device, programs: int, arguments: tuple[Any, ...],
+        how: dict[str, Any],
+    ) -> Callable[[], None]:  # fmt: skip
         if interpreted():
-            return partial(kernels.step_kernel[chunks.numel(),], *arguments, **how)
-        key = (spec.device, table.rule.name, spec)
-        if key not in self._compiled:  # compiled and loaded here, where a failure leaves every tensor as it was
-            with current(spec.device):
-                _load(kernels.step_kernel.warmup(*arguments, grid=(1,), **how))
-            self._compiled.add(key)
+            return partial(kernel[programs,], *arguments, **how)
+        if (device, *key) not in self._compiled:  # and loaded here, where a failure leaves every tensor as it was
+            with current(device):
+                _load(kernel.warmup(*arguments, grid=(1,), **how))
+            self._compiled.add((device, *key))
 
         def go() -> None:
-            with current(spec.device):
-                kernels.step_kernel[chunks.numel(),](*arguments, **how)
+            with current(device):
+                kernel[programs,](*arguments, **how)
 
         return go

@@ -3,7 +3,18 @@
 from .adagradw import ADAGRADW
 from .adamw import ADAMW
 from .rule import FLAG, MASTER, Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
-from .scalars import DECAY_MODES, TORCHS_DECAY, DecayMode, at_least_zero, check_chosen, flag, ipow, norm_limit, pair, scalar
+from .scalars import (
+    DECAY_MODES,
+    TORCHS_DECAY,
+    DecayMode,
+    at_least_zero,
+    check_chosen,
+    flag,
+    ipow,
+    norm_limit,
+    pair,
+    scalar,
+)
 from .sgdw import FORMS, SGDW, Form
 from .storage import STORAGE, MasterWeights, StateDtype, StochasticRounding, state_dtype_word
 

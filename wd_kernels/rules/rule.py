@@ -284,6 +284,11 @@ class Rule:
         """The states of a group whose hyperparameters have these values."""
         return tuple(s for s in self.states if s.asked_by is None or truths[s.asked_by])
 
+    def group_rows(self, hypers: Sequence[Hyper]) -> Tensor:
+        """What of rows a device completes by its own counts: the group parts, then seeds, float64 [groups, scalars]."""
+        rows = [(*self.group_part(*own), own[0].seed) for own in hypers]
+        return torch.tensor(rows, dtype=torch.float64, device="cpu").view(len(rows), len(self.group_scalars) + 1)
+
     def rows(self, hypers: Sequence[Hyper], keys: Iterable[tuple[int, int, bool]]) -> Tensor:
         """The rows of the given (group, step count, fresh) keys: float64 [len(keys), len(scalars)]."""
         flat: list[float] = []

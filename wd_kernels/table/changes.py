@@ -84,7 +84,8 @@ class Work(NamedTuple):
         puts: (position, parameter, its state as found, that with what is new, what is new).
         ticks: (dict, key, value): written when the step is taken.
         others: there are other threads of Python.
-        clipping: what is asked of the norm of the gradients.
+        clipping: what is asked of the norm of the gradients, where the host decides.
+        counts: the host counts the steps.
     """
 
     increment: Callable[[list[Tensor]], object]
@@ -97,6 +98,7 @@ class Work(NamedTuple):
     ticks: list[tuple[dict[str, Any], str, Any]]
     others: bool
     clipping: Asked | None
+    counts: bool
 
 
 @dataclass(frozen=True)
@@ -350,7 +352,7 @@ class Watch:
         keys = self.assign_rows()
         if keys != last or changed or (keys and work.rows is None):
             return Changes(False, changed, odd, False, keys)
-        skip = self._control[1] != 0
+        skip = bool(self._control[1])
         if work.clipping is not None:
             skip = self._decide(work.clipping, work.rows)
         if keys and work.rows is not None and not (skip and work.clipping is not None):
@@ -360,7 +362,8 @@ class Watch:
         self._expected[:, Expected.INSPECTED] = Inspected.NOT_YET
         if skip:
             return Changes(True, False, [], False, keys)
-        self._counts.steps.add_(self._counts.active)
+        if work.counts:
+            self._counts.steps.add_(self._counts.active)
         self._counts.fresh.zero_()
         for to, source in work.copies:
             to.copy_(source)
@@ -370,9 +373,8 @@ class Watch:
                 state[p] = entry
         for group, key, value in work.ticks:
             group[key] = value
-        self._keys = []
-        return Changes(True, False, [], False, [])
-
+        self._keys = [] if work.counts else self._keys
+        return Changes(True, False, [], False, self._keys)
 
     def _decide(self, asked: Asked, rows: Tensor | None) -> bool:
         """What native code does with it (csrc/python/clipping.cpp); is the step skipped?"""

@@ -71,6 +71,7 @@ def inspect(
     what: str,
     old: Known | None,
     flat: FlatStates,
+    count: float | None = None,
 ) -> Finding:
     """Everything that must hold of one parameter, its gradient and its state. Writes nothing but stand-ins.
 
@@ -82,6 +83,7 @@ def inspect(
         what: how errors call the parameter.
         old: what was known of it, whose stand-ins are used again.
         flat: makes the states of flat parameters.
+        count: its step count, where that is known already.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the parameter, what was found and what is allowed.
@@ -106,7 +108,7 @@ def inspect(
 
     present = [state.name for state in states if own.get(state.name) is not None]
     if own.get("step") is not None:
-        count = step_count(own["step"], f"the step count of {what}")
+        count = step_count(own["step"] if count is None else count, f"the step count of {what}")
     elif present and rule.torch.counts_steps:
         raise ValueError(f"the state of {what} has {present} but no 'step': give it all, or none for a new start")
     else:

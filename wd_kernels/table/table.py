@@ -11,7 +11,6 @@ written before all of it has passed.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import weakref
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, native, sums
+from ..bank import Bank, limit_words
 from ..clipping import Asked, Limits
 from ..flat import buffers
 from ..flat.states import FlatStates
@@ -74,6 +74,9 @@ class TensorTable:
         sums: int64 [slots, sums.WORDS], exact sums of squares of gradients: one for the parameters of a group that are
             sharded over the same processes. `group_of_sum` int64 [slots] says of which group.
         reductions: (process group, the slots that are summed over it), in an order that all processes share.
+        bank: what counts the steps on their device, where they may be skipped there; then `counts.steps` tells apart
+            the parameters that have another history, which alone can have another count.
+        limits: what this step makes of the norm of the gradients.
         buckets: the launches of a step.
         written: the parameters that this step writes.
         sharded: are some of the parameters DTensors?
@@ -86,6 +89,12 @@ class TensorTable:
         self.states = (*rule.states, MASTER, *(state.scale for state in rule.states))
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.controlled = False  # by the limits of the last step
+        self.bank: Bank | None = None
+        self.limits: Limits | None = None
+        self.histories, self.history = 0, torch.zeros(0, device=CPU)  # how many; which parameters the last step had
+        self._new_histories: dict[tuple[object, ...], int] = {}  # of this step
+        self._row_keys: tuple[Keys | None, Tensor] = None, torch.zeros(0, 2, dtype=torch.int64, device=CPU)
+        self._found = torch.zeros(2, dtype=torch.float64, device=CPU)
         self.sums, self.group_of_sum = _no_sums(0), torch.zeros(0, dtype=torch.int64, device=CPU)
         self.reductions: list[tuple[Any, Tensor]] = []
         self.params: list[Tensor] = []
@@ -135,7 +144,10 @@ class TensorTable:
             self.control.copy_(torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU))
         self.controlled = limits is not None
         watch, self.watch = self.watch, None
-        self.groups, self.state = groups, state
+        self.groups, self.state, self.limits = groups, state, limits
+        self._new_histories = {}
+        if limits is not None and self.bank is None and (device := self._counting_device(groups)) is not None:
+            self.bank, watch = Bank.of(device, 0, [], 0), None
         try:
             if watch is None or needs != self.needs or self._moved_in_memory():
                 watch = self._start(needs)
@@ -143,7 +155,7 @@ class TensorTable:
                 special = [i for i in self.special if i not in self.inspected]
                 if special:
                     self._inspect(watch, special)
-                found = watch.step(groups, state, self._work(hypers, ticks, tried, limits))
+                found = watch.step(groups, state, self._work(hypers, ticks, tried))
                 if found is None:
                     watch = self._start(needs)
                 elif found.done:
@@ -164,7 +176,7 @@ class TensorTable:
         """Was anything flattened or unflattened, or has a flat buffer died, where others may lie now?"""
         return self.generation != buffers.generation() or any(ref() is None for ref in self.memory)
 
-    def _work(self, hypers: Sequence[Hyper], ticks: Sequence[Tick], tried: int, limits: Limits | None) -> Work:
+    def _work(self, hypers: Sequence[Hyper], ticks: Sequence[Tick], tried: int) -> Work:
         """What a step is to do. Without rows it is not taken, unless no parameter has a gradient.
 
         Other threads may run while many elements are stepped, unless they keep exchanging what is to be stepped.
@@ -172,7 +184,15 @@ class TensorTable:
         known = self.keys is not None and self.launches is not None
         if known and self.written is None:
             self.written = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
-        rows = self.rule.rows(hypers, self.keys) if known and self.keys else None
+        rows = None
+        if known and self.keys:
+            rows = self.rule.rows(hypers, self.keys) if self.bank is None else self.rule.group_rows(hypers)
+        limits = self.limits
+        if self.bank is not None and limits is not None and limits.skips and ticks:
+            raise ValueError(
+                f"a schedule that is called, with skip_nonfinite or a GradScaler, on {self.bank.device}: whether it "
+                "counts a step is known there alone. schedule='from_lr' with an LR scheduler of torch can be had"
+            )
         prepared = self.launches if rows is not None and self.launches is not None else backends.Prepared([], None)
         return Work(
             increment=_increment_version,
@@ -184,16 +204,13 @@ class TensorTable:
             puts=self.puts,
             ticks=list(ticks),
             others=tried < PATIENCE and threading.active_count() > 1,
-            clipping=None if limits is None else self._asked(limits, prepared),
+            clipping=None if limits is None or self.bank is not None else self._asked(limits, prepared),
+            counts=self.bank is None,
         )
 
     def _asked(self, limits: Limits, prepared: backends.Prepared) -> Asked:
         """What is asked of the norm of this step's gradients."""
-        elsewhere = [bucket.spec.device for bucket in self.buckets if bucket.spec.device.type != "cpu"]
-        if elsewhere:
-            raise RuntimeError(
-                f"max_grad_norm, skip_nonfinite and loss scaling are of CPU tensors as yet, and some are on {elsewhere[0]}"
-            )
+        scale, found_inf = limits.numbers(self.buckets[0].spec.device if self.buckets else CPU)
         steps = [partial(own, self) for own in (prepared.measure,) if own is not None]
         steps += [partial(sum_over, group, self.sums, slots) for group, slots in self.reductions]
 
@@ -204,15 +221,24 @@ class TensorTable:
         return Asked(
             sums=self.sums if limits.measures else None,
             group_of=self.group_of_sum,
-            found=limits.found,
+            found=self._found,
             grad_scale=self.rule.scalars.index("grad_scale"),
             between=between if steps else None,
             max_norm=limits.max_norm,
             skip_nonfinite=limits.skip_nonfinite,
-            scale=limits.scale,
-            found_inf=limits.found_inf,
+            scale=scale,
+            found_inf=found_inf,
             own=limits.own,
         )
+
+    def _counting_device(self, groups: Sequence[Mapping[str, Any]]) -> torch.device | None:
+        """Where the gradients are, if steps are counted there."""
+        for group in groups:
+            for p in group["params"]:
+                if isinstance(p, Tensor) and p.grad is not None:
+                    device = local(p).device
+                    return device if self.resolve(Spec(device, (), ())).counts_there else None
+        return None
 
     def _follow(self, watch: Watch, found: Changes) -> None:
         """Brings the table up to date with what a step has found."""
@@ -222,6 +248,9 @@ class TensorTable:
         if found.odd:
             self._inspect(watch, found.odd)
             self.keys = watch.assign_rows()
+        if self.bank is not None and self.keys is not None and not torch.equal(self.history, self.active):
+            self._part_histories()
+            self.keys = watch.assign_rows()
         if self.ranges is not None and (found.runs or found.odd):
             firsts = watch.take_runs()
             count = int(firsts[-1])
@@ -229,6 +258,19 @@ class TensorTable:
             self.run_firsts, self.segments, self.launches = firsts, runs, None
         if self.launches is None and self.keys:
             self.launches = backends.prepare(self)
+
+    def _part_histories(self) -> None:
+        """Another set of parameters than in the last step is stepped: these have another history from now on."""
+        pairs = zip(self.counts.steps.tolist(), self.active.tolist(), strict=True)
+        self.counts.steps.copy_(torch.tensor([self._history("parted", *pair) for pair in pairs], device=CPU))
+        self.history = self.active.clone()
+
+    def _history(self, *of: object) -> float:
+        """What stands for a history that began in this step."""
+        if of not in self._new_histories:
+            self.histories += 1
+            self._new_histories[of] = self.histories
+        return float(self._new_histories[of])
 
     # What a backend reads (layout.Table) ------------------------------------------------------------------------------
 
@@ -251,12 +293,39 @@ class TensorTable:
     def sum_of(self, i: int) -> Tensor:
         return self.sums[self.slot_of[i]]
 
+    def of_step(self, groups: Tensor) -> dict[str, Tensor]:
+        known, words = self._row_keys
+        if known != self.keys:
+            each = zip(self._group_of, self.counts.steps.tolist(), self.active.tolist(), strict=True)
+            of = {(g, int(history) + 1): i for i, (g, history, on) in enumerate(each) if on}
+            pairs = [(g, of[g, history]) for g, history, _ in self.keys or ()]
+            words = torch.tensor(pairs, dtype=torch.int64, device=CPU).view(-1, 2)
+            self._row_keys = self.keys, words
+        limits = limit_words(self.limits, len(self.groups))
+        return {"groups": groups, "keys": words, "active": self.active.long(), "limits": limits}
+
+    def reduce_sums(self) -> None:
+        if self.bank is None or not self.reductions:
+            return
+        total = self.bank.sums.sum(0)
+        for group, slots in self.reductions:
+            sum_over(group, total, slots.to(total.device))
+        self.bank.sums.zero_()
+        self.bank.sums[0] = total
+
+    @property
+    def found(self) -> Tensor:
+        """The norm of the gradients in the last step, and whether that was skipped: float64 [2]."""
+        return self._found if self.bank is None else self.bank.found
+
     def norms_of_groups(self) -> Tensor:
-        """Of the gradients of every group in the last step that measured them: float64 [groups]."""
-        norms = []
-        for g in range(len(self.groups)):
-            norms.append(math.sqrt(sums.value(self.sums[self.group_of_sum == g].sum(0))))
-        return torch.tensor(norms, dtype=torch.float64, device=CPU)
+        """Of the gradients of every group in the last step that measured them, unscaled: float64 [groups]."""
+        if self.bank is not None:
+            totals, control = self.bank.totals[: len(self.groups)], self.bank.control
+        else:
+            totals, control = torch.zeros(len(self.groups), sums.WORDS, dtype=torch.int64, device=CPU), self.control
+            totals.index_add_(0, self.group_of_sum, self.sums)
+        return sums.values(totals).sqrt() * control[0]
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
         if self.ranges is None:
@@ -285,6 +354,8 @@ class TensorTable:
         self.memory: list[weakref.ref[Tensor]] = []  # flat, where segments lie: others may lie there once it dies
         steps, active = (torch.zeros(n, dtype=torch.float32, device=CPU) for _ in range(2))
         self.counts = Counts(steps, active, torch.zeros(n, dtype=torch.uint8, device=CPU))
+        self._group_of = [g for g, _ in watch.places]
+        self.history = torch.zeros(n, device=CPU)
         self.beside = max((len(states) + storage.parts(states) for states, storage in needs), default=0)
         self.own_segments = Segments.empty(n, self.beside)
         if any(type(t) is not Tensor for t in (self.control, self.own_segments.moving)):
@@ -308,6 +379,8 @@ class TensorTable:
         slots = {kind: slot for slot, kind in enumerate(dict.fromkeys(kinds))}
         self.slot_of = [slots[kind] for kind in kinds]
         self.sums = _no_sums(len(slots))
+        if self.bank is not None:
+            self.bank = Bank.of(self.bank.device, len(self.params), [g for g, _ in slots], len(self.groups))
         self.group_of_sum = torch.tensor([g for g, _ in slots], dtype=torch.int64, device=CPU)
         members: dict[int, tuple[Any, list[int]]] = {}
         for slot, own in zip(self.slot_of, over, strict=True):
@@ -344,7 +417,8 @@ class TensorTable:
         """Inspects the given parameters, and lays out anew what they changed. Writes nothing of the optimizer."""
         grads = {i: self.params[i].grad for i in odd}
         self.inspected.update(dict.fromkeys(odd))
-        found = {i: self._inspect_one(watch, i, grad) for i, grad in grads.items() if grad is not None}
+        counts = self._counts_elsewhere(watch, odd)
+        found = {i: self._inspect_one(watch, i, grad, counts.get(i)) for i, grad in grads.items() if grad is not None}
         self.inspected.update(found)
         if any(self._moved(i, f) for i, f in found.items()):
             self._check_overlaps(watch, found)
@@ -363,7 +437,7 @@ class TensorTable:
             relayout |= "step" in made
             if made or f.found is None:
                 self.puts.append((i, p, f.found, f.own, made))
-            self.counts.fresh[i] = f.fresh
+            self.counts.fresh[i] = f.fresh and self.bank is None
         if relayout:
             self._lay_out(watch)
         for i, f in found.items():
@@ -390,23 +464,47 @@ class TensorTable:
                 self.own_segments.moving[watch.expected[i][Expected.SEGMENT], Moving.NUMEL] = 0
         self.special = [i for i, own in enumerate(watch.expected) if own[Expected.KIND] == Kind.SPECIAL]
 
-    def _inspect_one(self, watch: Watch, i: int, grad: Tensor) -> Finding:
+    def _counts_elsewhere(self, watch: Watch, odd: Sequence[int]) -> dict[int, float]:
+        """The step counts that are on a device, by position: read at once; of those that are ours, 1 stands for it."""
+        kept = {}
+        for i in odd:
+            own = self.state.get(self.params[i])
+            step = own.get("step") if isinstance(own, dict) else None
+            if isinstance(step, Tensor) and step.device.type != "cpu":
+                kept[i] = step
+        found = {i: 1.0 for i, step in kept.items() if step is watch.views[i]}
+        others = {i: step for i, step in kept.items() if i not in found and step.numel() == 1}
+        if others:
+            first = next(iter(others.values())).device
+            there = [step.detach().reshape(()).to(first, torch.float64) for step in others.values()]
+            found |= dict(zip(others, torch.stack(there).tolist(), strict=True))
+        return found
+
+    def _inspect_one(self, watch: Watch, i: int, grad: Tensor, count: float | None) -> Finding:
         assert self.needs is not None
         p, (g, k) = self.params[i], watch.places[i]
         group = self.groups[g]
         own, old = self.state.get(p), self.known[i]
-        return inspect(p, grad, own, self.rule, *self.needs[g], group, label(group, g, k), old, self.flat_states)
+        what = label(group, g, k)
+        return inspect(p, grad, own, self.rule, *self.needs[g], group, what, old, self.flat_states, count)
 
     def _take_count(self, watch: Watch, i: int, f: Finding) -> dict[str, Any]:
         """Makes the step count the table's own; returns what the state dictionary is to be given."""
-        own, steps = watch.views[i], self.counts.steps
+        own, bank = watch.views[i], self.bank
+        steps = self.counts.steps if bank is None else bank.steps
+        counted = False
         if own is not None:
             lies_here = own.data_ptr() == steps.data_ptr() + i * steps.itemsize
-            if lies_here and f.own.get("step") is own:
-                return f.put
-            own.data = own.clone()  # whoever holds it keeps the count that it shows
+            counted = lies_here and f.own.get("step") is own
+            if not counted:
+                own.data = own.clone()  # whoever holds it keeps the count that it shows
+        if bank is not None and (f.fresh or not counted):
+            bank.fresh[i].fill_(float(f.fresh))
+            self.counts.steps[i] = self._history("begun", i if counted else f.count, f.fresh)
+        if counted:
+            return f.put
         watch.views[i] = view = steps[i]
-        steps[i] = f.count
+        view.fill_(f.count)
         return {"step": view, **f.put}
 
     def _drop_missing_gradients(self, watch: Watch) -> None:
@@ -485,7 +583,8 @@ class TensorTable:
                 elif self.range_of[i] != FlatRange.NOWHERE:  # nothing reads it: neighbours in memory are to be one run
                     origin = self.range_of[i][FlatRange.OFFSET]
                 self.own_segments.places[segment, Place.ORIGIN] = origin
-                self.own_segments.places[segment, Place.OUTPUT] = self.sum_of(i).data_ptr()
+                sums_of = self.sums if self.bank is None else self.bank.sums[0]
+                self.own_segments.places[segment, Place.OUTPUT] = sums_of[self.slot_of[i]].data_ptr()
             watch.expected[i][Expected.SEGMENT] = segment
 
 
