@@ -53,6 +53,7 @@ from wd_kernels.formats import (
     arithmetic_dtype,
     format_of,
 )
+from wd_kernels.rules import RULES
 
 RESULTS = Path(__file__).parent / "results"
 #: (backend, architecture, width of a warp) of every target.
@@ -196,6 +197,72 @@ class Cost(disassembly.Reading):
         return INSTRUCTIONS_PER_BYTE * self.bytes_per_element / 2
 
 
+FORMATS_OF_GRADIENTS = (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)
+
+
+@dataclass(frozen=True)
+class Before:
+    """A kernel that is run before a step: "squares", of gradients in a format, or "begin", of a rule."""
+
+    what: str
+    name: str
+
+    @property
+    def of(self) -> Any:
+        """The format or the rule."""
+        return (
+            RULES[self.name] if self.what == "begin" else next(f for f in FORMATS_OF_GRADIENTS if f.name == self.name)
+        )
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.name})"
+
+
+def before() -> list[Before]:
+    """All of them."""
+    return [*(Before("squares", fmt.name) for fmt in FORMATS_OF_GRADIENTS), *(Before("begin", rule) for rule in RULES)]
+
+
+def compiled_before(kernel: Before, target: str) -> Any:
+    """Triton's compiled kernel, as the package would launch it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from wd_kernels.backends import triton as own
+    from wd_kernels.backends import triton_kernels
+
+    backend, architecture, warp = TARGETS[target]
+    constants: dict[str, Any]
+    numbers: tuple[str, ...]
+    if kernel.what == "squares":
+        function, constants = triton_kernels.squares_kernel, {"format": kernel.of.code, "rows": own.SQUARED}
+        pointers: dict[str, str] = dict.fromkeys(("chunks", "places", "moving"), "*i64")
+        numbers = ("place_words", "chunk_size", "copies", "stride")
+    else:
+        function, rule = triton_kernels.begin_kernel, kernel.of
+        constants = {
+            "count": getattr(triton_kernels, f"count_{rule.name}"), "group_scalars": len(rule.group_scalars),
+            "count_scalars": len(rule.count_scalars), "grad_scale_at": rule.scalars.index("grad_scale"),
+        }  # fmt: skip
+        floats = dict.fromkeys(("grad_scale", "found_inf", "steps", "fresh"), "*fp32")
+        words = dict.fromkeys(("sums", "totals", "slots_of", "keys", "active"), "*i64")
+        names = function.arg_names[:15]
+        pointers = {name: {**floats, **words}.get(name, "*fp64") for name in names}
+        numbers = ("copies", "slots", "of_groups", "of_rows", "of_params")
+    signature = {**pointers, **dict.fromkeys(numbers, "i32"), **dict.fromkeys(constants, "constexpr")}
+    names = function.arg_names
+    assert list(signature) == names, names
+    values = {(names.index(name),): value for name, value in constants.items()}
+    lines = [name for name in pointers if kernel.what == "squares"] + ["chunk_size"] * (kernel.what == "squares")
+    aligned_by_16 = {(names.index(name),): [["tt.divisibility", 16]] for name in lines}
+    return triton.compile(
+        ASTSource(function, signature, values, aligned_by_16),
+        target=GPUTarget(backend, architecture, warp),
+        options=own.options_before(kernel.what, warp, architecture if backend == "cuda" else None),
+    )  # fmt: skip
+
+
 def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] | None = None, **changes: Any) -> Any:
     """Triton's compiled kernel, as the package would launch it but for other constants and changes to its options.
 
@@ -233,6 +300,35 @@ def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] | None = 
     return triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
 
 
+def cost_before(kernel: Before, target: str, ptx: Path | None = None) -> Cost | None:
+    """The same of a kernel that is run before a step.
+
+    None of "begin", which has no loop over elements, and for gfx1100, whose loop is not found among the others.
+    """
+    backend, _, warp = TARGETS[target]
+    made = compiled_before(kernel, target)
+    asm, threads = made.asm, made.metadata.num_warps * warp
+    _write(kernel, target, made, ptx)
+    if kernel.what == "begin":
+        used = disassembly.usage_of(asm) if backend == "cuda" else (0, 0, 0)
+        assert used[1] == used[2] == 0, f"{kernel} on {target} has a stack: {used}"
+        return None
+    if target == "gfx1100":
+        return None
+    size = kernel.of.dtype.itemsize
+    moved = 4096 // threads * size
+    found = disassembly.nvidia(asm, threads) if backend == "cuda" else disassembly.amd(asm, target, warp, False, moved)
+    elements = 4096 // threads * max(round(found.moved / moved), 1)
+    return Cost(**vars(found), kernel=str(kernel), target=target, elements=elements, model=size)
+
+
+def _write(kernel: Kernel | Before, target: str, made: Any, ptx: Path | None) -> None:
+    if ptx is not None and "ptx" in made.asm:
+        (ptx / target).mkdir(parents=True, exist_ok=True)
+        (ptx / target / f"{kernel}.ptx").write_text(made.asm["ptx"])
+        (ptx / target / f"{kernel}.shared").write_text(str(made.metadata.shared))
+
+
 def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -> Cost:
     """What a kernel costs on a target; `changes` are other options of the compiler than the backend's.
 
@@ -242,10 +338,7 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
     backend, _, warp = TARGETS[target]
     made = compiled(kernel, target, **changes)
     asm, threads = made.asm, made.metadata.num_warps * warp
-    if ptx is not None and "ptx" in asm:
-        (ptx / target).mkdir(parents=True, exist_ok=True)
-        (ptx / target / f"{kernel}.ptx").write_text(asm["ptx"])
-        (ptx / target / f"{kernel}.shared").write_text(str(made.metadata.shared))
+    _write(kernel, target, made, ptx)
     # The bytes of an element by the types of the tensors that Triton's IR moves in full blocks, which are the largest;
     # the compiler may have unrolled their loop.
     moves = re.findall(r"tt\.(?:load|store) .*?tensor<([\dx]+)x!tt\.ptr<\w*?(\d+)>", asm["ttir"])
@@ -263,9 +356,14 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
 
 def costs(ptx: Path | None = None) -> list[Cost]:
     """Of every kernel on every target. `ptx`: a folder for their PTX."""
-    pairs = [(target, own) for target in TARGETS for own in kernels_of(target)]
+    pairs = [(target, own) for target in TARGETS for own in (*kernels_of(target), *before())]
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(cost, [k for _, k in pairs], [t for t, _ in pairs], [ptx] * len(pairs), chunksize=4))
+        found = pool.map(_cost, [k for _, k in pairs], [t for t, _ in pairs], [ptx] * len(pairs), chunksize=4)
+        return [own for own in found if own is not None]
+
+
+def _cost(kernel: Kernel | Before, target: str, ptx: Path | None) -> Cost | None:
+    return cost(kernel, target, ptx) if isinstance(kernel, Kernel) else cost_before(kernel, target, ptx)
 
 
 def render(found: Sequence[Cost], compiler: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import disassembly
-from codegen import Cost, Kernel, kernels, program
+from codegen import Before, Cost, Kernel, kernels, program
 from internals import KINDS
 
 from wd_kernels import formats
@@ -64,14 +64,23 @@ def name(kernel: Kernel) -> str:
     return ", ".join(f"wd::cuda::{part}" for part in parts)
 
 
-def parts(text: str, begin: str) -> dict[str, str]:
+def name_before(kernel: Before) -> str:
+    """The same of a kernel that is run before a step."""
+    if kernel.what == "begin":
+        rule = kernel.of
+        asked = "".join(", false" for state in rule.states if state.asked_by)
+        return f"wd::cuda::{rule.title}<double{asked}>"
+    return f"{'double' if kernel.of == formats.FLOAT64 else 'float'}, wd::cuda::{_FORMATS[kernel.of]}"
+
+
+def parts(text: str, begin: str, kernel: str = "step_kernel") -> dict[str, str]:
     """The parts of a listing that begin with a kernel's mangled name after `begin`, by its template arguments."""
     found = {}
     for part in re.split(begin, text)[1:]:
         mangled = re.match(r"[\w$]+", part)
-        if mangled and "step_kernel" in mangled[0]:
+        if mangled and kernel in mangled[0]:
             readable = subprocess.run(["c++filt", mangled[0]], check=True, capture_output=True, text=True).stdout
-            arguments = re.search(r"step_kernel<(.*)>\(", readable)
+            arguments = re.search(rf"{kernel}<(.*)>\(", readable)
             assert arguments, readable
             found[arguments[1].strip()] = part
     return found

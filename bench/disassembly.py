@@ -143,12 +143,21 @@ def usage(text: str) -> tuple[int, int, int]:
 
 def nvidia(asm: Mapping[str, Any], threads: int) -> Reading:
     """Of a cubin and its PTX; programs have `threads` threads."""
+    used, sass = _cubin(asm)
+    return sass_reading(sass, used, ptx_inexact(asm["ptx"]), threads)
+
+
+def usage_of(asm: Mapping[str, Any]) -> tuple[int, int, int]:
+    """What `usage` says of a cubin."""
+    return _cubin(asm)[0]
+
+
+def _cubin(asm: Mapping[str, Any]) -> tuple[tuple[int, int, int], list[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
         cubin.flush()
         used = usage(tool("cuobjdump", "-res-usage", cubin.name))
-        sass = tool("nvdisasm", "-c", cubin.name).splitlines()
-    return sass_reading(sass, used, ptx_inexact(asm["ptx"]), threads)
+        return used, tool("nvdisasm", "-c", cubin.name).splitlines()
 
 
 def tool(name: str, *arguments: str, cwd: str | None = None) -> str:

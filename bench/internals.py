@@ -46,7 +46,7 @@ def bare_launch(optimizer: Any) -> Callable[[], None]:
     table = optimizer._table
     (bucket,) = table.buckets
     rows = optimizer.rule.rows(optimizer.rule.hypers(optimizer.param_groups), [(0, 2, False)])
-    plans, ready = bucket.backend.prepare(table, [bucket])
+    plans, ready, *_ = bucket.backend.prepare(table, [bucket])
     (launch,) = [partial(native.C.launch, plans, rows)] if ready is None else ready(table, rows)
 
     def go(held: Any = optimizer) -> None:  # of which the launch has only addresses

@@ -31,6 +31,7 @@ constexpr int kMaxRoles = 16;
 constexpr int kPadding = 32;  // origins are multiples of it
 constexpr int kScaled = 32;   // neighbours that share a scale, where states are in 8 bits
 constexpr int kBlock = 1024;  // elements that a sum adds up in the arithmetic type; chunks are multiples of it
+constexpr int kNeighbours = 8;  // of them that are added up first
 
 // The words of an exact sum (sums.h). Python reads them too (wd_kernels/sums.py).
 constexpr int kDigits = 68, kInfinities = 68, kNaNs = 69, kSumWords = 70;

@@ -20,7 +20,17 @@ import codegen_cuda
 import ptx
 from filelock import FileLock
 
-__all__ = ["OLDEST", "ROOT", "cuda_kernel", "cuda_ptx", "environment", "report", "triton_kernel", "triton_ptx"]
+__all__ = [
+    "OLDEST",
+    "ROOT",
+    "cuda_before",
+    "cuda_kernel",
+    "cuda_ptx",
+    "environment",
+    "report",
+    "triton_kernel",
+    "triton_ptx",
+]
 
 ROOT = Path(__file__).parent.parent
 OLDEST = Path(sys.prefix) / "triton-oldest"
@@ -69,13 +79,13 @@ def report(version: str) -> dict[str, Any]:
     return {**json.loads((path / "costs.json").read_text()), "text": (path / "text").read_text()}
 
 
-def triton_ptx(version: str, target: str, kernel: codegen.Kernel) -> str:
+def triton_ptx(version: str, target: str, kernel: codegen.Kernel | codegen.Before) -> str:
     """Triton's PTX of a kernel for "sm_80", "sm_90" or "sm_100"."""
     return (_triton(version) / target / f"{kernel}.ptx").read_text()
 
 
 @cache
-def triton_kernel(version: str, target: str, kernel: codegen.Kernel) -> ptx.Kernel:
+def triton_kernel(version: str, target: str, kernel: codegen.Kernel | codegen.Before) -> ptx.Kernel:
     """The same, to be executed."""
     found = ptx.parse(triton_ptx(version, target, kernel))
     found.shared_size += int((_triton(version) / target / f"{kernel}.shared").read_text())
@@ -132,12 +142,23 @@ def _cuda(target: str) -> dict[str, str]:
 
     path = _once(f"cuda-{target}", make) / "kernels.ptx"
     # What ptx.parse takes of a part begins with `.entry`.
-    return {key: f".entry {part}" for key, part in codegen_cuda.parts(path.read_text(), r"\.entry ").items()}
+    found = {
+        **codegen_cuda.parts(path.read_text(), r"\.entry "),
+        **codegen_cuda.parts(path.read_text(), r"\.entry ", "squares_kernel"),
+        **codegen_cuda.parts(path.read_text(), r"\.entry ", "begin_kernel"),
+    }
+    return {key: f".entry {part}" for key, part in found.items()}
 
 
 def cuda_ptx(target: str, kernel: codegen.Kernel) -> str:
     """nvcc's PTX of a kernel for "sm_80" or "sm_90", or what the library carries ("library")."""
     return _cuda(target)[codegen_cuda.name(kernel)]
+
+
+@cache
+def cuda_before(target: str, kernel: codegen.Before) -> ptx.Kernel:
+    """nvcc's PTX of a kernel that is run before a step, to be executed."""
+    return ptx.parse(_cuda(target)[codegen_cuda.name_before(kernel)])
 
 
 @cache

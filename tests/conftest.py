@@ -80,6 +80,15 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The engine of a row (or the parameter itself), provided."""
+    of = request.getfixturevalue("of") if "of" in request.fixturenames else request.param
+    found: Engine = of["engine"] if isinstance(of, dict) else of
+    found.provide(monkeypatch)
+    return found
+
+
+@pytest.fixture
 def both_backends(monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """The names of both, on a GPU."""
     for engine in GPU:
@@ -93,8 +102,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
 
     def counted(launch: Any) -> Any:
-        def prepared(self: Any, table: Any, bucket: Any, size: int, copy: Any) -> Any:
-            go, programs = launch(self, table, bucket, size, copy), copy.there[bucket.index].numel()
+        def prepared(self: Any, table: Any, bucket: Any, size: int, there: Any) -> Any:
+            go, programs = launch(self, table, bucket, size, there), there[bucket.index].numel()
 
             def counting() -> None:
                 found.append(programs)

@@ -9,20 +9,23 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import codegen
 import ptx
 import torch
-from compiled import cuda_kernel, cuda_probe, triton_kernel, triton_probe
+from compiled import cuda_before, cuda_kernel, cuda_probe, triton_kernel, triton_probe
 from internals import KINDS
 from torch import Tensor
 
+from wd_kernels import sums
 from wd_kernels.backends import triton as triton_backend
 from wd_kernels.backends.cuda import CUDA
-from wd_kernels.backends.device_copy import DeviceCopy
+from wd_kernels.backends.device_copy import There
 from wd_kernels.backends.triton import THREADS, Triton
+from wd_kernels.bank import Bank
 from wd_kernels.flat.buffers import attached, place_of
 from wd_kernels.formats import SCALE, arithmetic_dtype, format_of
 from wd_kernels.layout import PADDING, Bucket, Spec, Table, native_kernel
@@ -118,11 +121,55 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket, together: int) -> N
         )
 
 
+def _memory_of_squares(table: Table, bank: Bank, bucket: Bucket, tables: list[Tensor]) -> ptx.Memory:
+    """What adding up squares may touch: gradients are read, sums are added to."""
+    memory = ptx.Memory()
+    for i in bucket.members:
+        if table.active[i]:
+            grad, place = table.tensors(i).grad, place_of(table.tensors(i).theta)
+            padded = -(-grad.numel() // PADDING) * PADDING if place is not None else grad.numel()
+            memory.add("gradient", grad.data_ptr(), padded * grad.element_size(), grad.element_size())
+    for name, tensor in zip(("chunks", "places", "moving"), tables, strict=True):
+        memory.add(name, tensor.data_ptr(), tensor.nbytes, 8)
+    memory.add("sums", bank.sums.data_ptr(), bank.sums.nbytes, 8, writable=True, atomic=True)
+    return memory
+
+
+#: Of the tensors that a step is begun with, those that are written.
+WRITTEN = ("sums", "totals", "steps", "fresh", "rows", "clips", "control", "found")
+BEGIN = (
+    "sums", "totals", "slots_of", "limits", "grad_scale", "found_inf", "groups", "keys", "active", "steps", "fresh",
+    "rows", "clips", "control", "found",
+)  # fmt: skip
+
+
+def _memory_of_begin(tensors: list[Tensor]) -> ptx.Memory:
+    memory = ptx.Memory(ordered=True)
+    for name, tensor in zip(BEGIN, tensors, strict=True):
+        memory.add(name, tensor.data_ptr(), tensor.nbytes, tensor.itemsize, writable=name in WRITTEN)
+    return memory
+
+
+class _Run:
+    """In the place of a @triton.jit function that is run before a step."""
+
+    def __init__(self, run: Callable[[int, tuple[Any, ...]], None]) -> None:
+        self.run = run
+
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **how: Any) -> Any:
+        return SimpleNamespace(run=None)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **how: self.run(grid[0], arguments)
+
+
 class OnPTX:
     """What both have in common: they wait for nothing, and every launch is noted."""
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
+        self.reports: list[ptx.Report] = []  # of what is run before steps
+        self.table: Any = None
         self.before: Callable[[Launch], None] = lambda launch: None  # a test's hand
 
     def why_not(self) -> str | None:
@@ -146,7 +193,7 @@ class TritonOnPTX(OnPTX, Triton):
         Triton.__init__(self)
         self.version, self.target = version, target
 
-    def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
+    def launch(self, table: Table, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
         """The product's own, whose kernels are these."""
         kernel = kernel_of(table.rule, bucket.spec)
         of = triton_kernel if bucket.spec.epilogue is None else triton_probe
@@ -154,8 +201,45 @@ class TritonOnPTX(OnPTX, Triton):
         names = SimpleNamespace(
             step_kernel=own, root="root", scaled_root="scaled_root", **{rule: rule for rule in RULES}
         )
+        return self._patched(names, lambda: super(TritonOnPTX, self).launch(table, bucket, size, there))
+
+    def squares(self, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+        kernel = codegen.Before("squares", bucket.spec.formats[1].name)
+
+        def run(programs: int, arguments: tuple[Any, ...]) -> None:
+            chunks, places, moving, *numbers, code, rows = arguments
+            assert (code, rows) == (kernel.of.code, triton_backend.SQUARED)
+            memory = _memory_of_squares(self.table, bank, bucket, [chunks, places, moving])
+            self._run(kernel, programs, [chunks, places, moving], numbers, memory)
+
+        names = SimpleNamespace(squares_kernel=_Run(run))
+        return self._patched(names, lambda: super(TritonOnPTX, self).squares(bank, bucket, size, there))
+
+    def begin(self, table: Table, bank: Bank, there: There) -> Callable[[], None]:
+        self.table = table
+        kernel = codegen.Before("begin", table.rule.name)
+
+        def run(programs: int, arguments: tuple[Any, ...]) -> None:
+            tensors, numbers, constants = list(arguments[:15]), list(arguments[15:20]), arguments[20:]
+            own = table.rule
+            position = own.scalars.index("grad_scale")
+            assert constants == (own.name, len(own.group_scalars), len(own.count_scalars), position)
+            self._run(kernel, programs, tensors, numbers, _memory_of_begin(tensors))
+
+        names = SimpleNamespace(begin_kernel=_Run(run), **{f"count_{rule}": rule for rule in RULES})
+        return self._patched(names, lambda: super(TritonOnPTX, self).begin(table, bank, there))
+
+    def _run(
+        self, kernel: codegen.Before, programs: int, tensors: list[Tensor], numbers: list[int], memory: ptx.Memory
+    ) -> None:
+        made = triton_kernel(self.version, self.target, kernel)
+        scratch = [0] * (len(made.parameters) - len(tensors) - len(numbers))
+        arguments = [*(t.data_ptr() for t in tensors), *numbers, *scratch]
+        self.reports.append(ptx.launch(made, programs, arguments, memory, threads=THREADS, unwritten=True))
+
+    def _patched(self, names: Any, prepare: Callable[[], Callable[[], None]]) -> Callable[[], None]:
         with _patched(names):
-            go = super().launch(table, bucket, size, copy)
+            go = prepare()
 
         def launched() -> None:
             with _patched(names):
@@ -226,23 +310,59 @@ class CUDAOnPTX(OnPTX, CUDA):
         CUDA.__init__(self)
         self.target = target
 
-    def launch(self, table: Table, bucket: Bucket, size: int, copy: DeviceCopy) -> Callable[[], None]:
+    def launch(self, table: Table, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
         of = cuda_kernel if bucket.spec.epilogue is None else cuda_probe
         self._own = of(self.target, kernel_of(table.rule, bucket.spec)), table, bucket
-        return super().launch(table, bucket, size, copy)
+        return super().launch(table, bucket, size, there)
+
+    def squares(self, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+        self._squared = bank, bucket
+        return super().squares(bank, bucket, size, there)
+
+    def begin(self, table: Table, bank: Bank, there: There) -> Callable[[], None]:
+        self.table = table
+        return super().begin(table, bank, there)
 
     @property
     def ops(self) -> Any:
-        """Of the bucket that `launch` prepares."""
-        kernel, table, bucket = self._own
+        """Of the bucket that is prepared."""
 
-        def step(*given: Any) -> None:
-            token, chunks, places, moving, control, size, *which, rows = given
-            assert token == self.token
-            assert tuple(which) == native_kernel(table.rule, bucket.spec)
-            launch = Launch(kernel, table, bucket, [chunks, places, moving, rows, control], together=32)
-            sizes = places.shape[1], rows.shape[1], size
-            # The struct Launch of csrc/layout.h, by value.
-            self.step(launch, lambda tables: [struct.pack("<5Qiii4x", *(t.data_ptr() for t in tables), *sizes)])
+        def op(function: Callable[..., None]) -> Any:
+            return SimpleNamespace(default=function)
 
-        return SimpleNamespace(cuda_load=lambda *given: "", cuda_step_=SimpleNamespace(default=step))
+        found = {"cuda_begin_": op(self._begin)}
+        if hasattr(self, "_own"):
+            found["cuda_step_"] = op(partial(self._step, *self._own))
+        if hasattr(self, "_squared"):
+            found["cuda_squares_"] = op(partial(self._squares, *self._squared))
+        loads = ("cuda_load", "cuda_load_squares", "cuda_load_begin")
+        return SimpleNamespace(**found, **dict.fromkeys(loads, lambda *given: ""))
+
+    def _step(self, kernel: ptx.Kernel, table: Table, bucket: Bucket, *given: Any) -> None:
+        token, chunks, places, moving, control, size, *which, rows = given
+        assert token == self.token
+        assert tuple(which) == native_kernel(table.rule, bucket.spec)
+        launch = Launch(kernel, table, bucket, [chunks, places, moving, rows, control], together=32)
+        sizes = places.shape[1], rows.shape[1], size
+        # The struct Launch of csrc/layout.h, by value.
+        self.step(launch, lambda tables: [struct.pack("<5Qiii4x", *(t.data_ptr() for t in tables), *sizes)])
+
+    def _squares(self, bank: Bank, bucket: Bucket, *given: Any) -> None:
+        token, chunks, places, moving, size, param, grad, copies, stride = given
+        assert token == self.token
+        assert (param, grad) == (1 if bucket.spec.formats[0].dtype == torch.float64 else 2, bucket.spec.formats[1].code)
+        kernel = cuda_before(self.target, codegen.Before("squares", bucket.spec.formats[1].name))
+        launch = struct.pack(
+            "<5Qiii4x", *(t.data_ptr() for t in (chunks, places, moving)), 0, 0, places.shape[1], 0, size
+        )
+        memory = _memory_of_squares(self.table, bank, bucket, [chunks, places, moving])
+        self.reports.append(ptx.launch(kernel, chunks.numel(), [launch, copies, stride], memory, threads=THREADS))
+
+    def _begin(self, token: int, rule: int, tensors: list[Tensor]) -> None:
+        assert token == self.token
+        kernel = cuda_before(self.target, codegen.Before("begin", list(RULES)[rule]))
+        sums_, _, _, _, _, _, groups, keys, active, *_ = tensors
+        sizes = (*sums_.shape[:2], groups.shape[0], keys.shape[0], active.numel(), groups.shape[1])
+        assert sums_.shape[2] == sums.WORDS
+        begin = struct.pack("<15Q6i", *(t.data_ptr() for t in tensors), *sizes)
+        self.reports.append(ptx.launch(kernel, 1, [begin], _memory_of_begin(tensors), threads=THREADS))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import codegen_cuda
@@ -80,7 +79,7 @@ def steps(case: Case, backend: Any, large: bool) -> list[list[Tensor]]:
             if grad is not None:
                 grad.copy_(gradient(Piece(tuple(grad.shape)), case.grad_dtype, 100 * t + k))
         grads = [grad if grad is None else grad.clone() for grad in table.roles[1]]
-        (plans, ready), rows = backend.prepare(table, table.buckets), rows_of(case, t)
+        (plans, ready, *_), rows = backend.prepare(table, table.buckets), rows_of(case, t)
         backends.launch([*plans, *(ready(table, rows) if ready is not None else [])], rows)
         for grad, before in zip(table.roles[1], grads, strict=True):
             assert grad is before is None or torch.equal(grad, before)
@@ -141,15 +140,22 @@ def test_every_engine_gives_the_references_bits(
 # The arithmetic, by other hands ---------------------------------------------------------------------------------------
 
 
-def tree(values: Sequence[float]) -> np.float32:
-    """The sum of a block of 1024, as a recursion: what is even, and what is odd."""
+def tree(values: Any) -> Any:
+    """The sum of a block of 1024, as recursions: of 8 neighbours, by halves; of these sums, what is even and odd."""
     if len(values) == 1:
         return np.float32(values[0])
+    if len(values) == 1024:
+        return tree([halves(values[k : k + 8]) for k in range(0, 1024, 8)])
     return np.float32(tree(values[::2]) + tree(values[1::2]))
 
 
+def halves(values: Any) -> Any:
+    middle = len(values) // 2
+    return np.float32(halves(values[:middle]) + halves(values[middle:]) if middle else values[0])
+
+
 def test_sums_of_blocks() -> None:
-    """i and i + 512 meet first: so what is left at the end is the even ones' sum and the odd ones'."""
+    """Neighbours meet three times, then the sums i and i + 64: what is left is the even ones' sum and the odd ones'."""
     x = torch.randn(2500, generator=torch.Generator().manual_seed(7)) * torch.logspace(-3, 3, 2500)
     found = reference.block_sums(x)
     padded = [*x.tolist(), *[0.0] * (3 * 1024 - 2500)]

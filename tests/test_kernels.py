@@ -54,13 +54,12 @@ from cases import (
 )
 from covering import covering, pairs_of
 from engines import COMPILED, CPU, ENGINES, Engine
-from torch import Tensor, nn
+from torch import nn
 
 from wd_kernels.backends import cpu, device
-from wd_kernels.backends.device_copy import DeviceCopy
-from wd_kernels.layout import Chunks, Moving, Place
+from wd_kernels.backends.device_copy import DeviceCopy, There, chunk_size
+from wd_kernels.layout import Moving, Place
 from wd_kernels.rules import DECAY_MODES, RULES
-from wd_kernels.table import TensorTable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of overflow and NaN
@@ -110,15 +109,6 @@ def rows(**options: Sequence[Any]) -> list[Any]:
     """A covering array over all engines, kernels, decay modes, variants and `options`, as parameters of a test."""
     own = {"engine": ENGINES, "kernel": KERNELS, "decay": DECAY_MODES, "variant": range(4)}
     return params_of(covering({**own, **options}), options)
-
-
-@pytest.fixture
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """The engine of a row (or the parameter itself), provided."""
-    of = request.getfixturevalue("of") if "of" in request.fixturenames else request.param
-    found: Engine = of["engine"] if isinstance(of, dict) else of
-    found.provide(monkeypatch)
-    return found
 
 
 def of_size(size: int | None, patch: pytest.MonkeyPatch) -> None:
@@ -231,20 +221,17 @@ def test_offsets_beyond_32_bits(of: dict[str, Any], engine: Engine, far: Callabl
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, int], None]:
     """Makes the next step of an optimizer say "`begin` elements into a tensor that lies as much lower in memory"."""
-    kept: dict[DeviceCopy, dict[str | int, Tensor]] = {}  # what they hold without it
-    begins: list[int] = []
+    asked: list[tuple[Any, int]] = []
     update = DeviceCopy.update
 
-    def updated(self: DeviceCopy, table: TensorTable, chunks: dict[int, Chunks], rows: Tensor) -> None:
-        self.there.update(kept.get(self, {}))
-        update(self, table, chunks, rows)
-        kept[self] = dict(self.there)
-        begin = begins.pop()
+    def updated(self: DeviceCopy, parts: There) -> There:
+        there = update(self, parts)
+        table, begin = asked.pop()
         (bucket,) = table.buckets
-        size = chunks[bucket.index].size
+        size = chunk_size(sum(table.params[i].numel() for i in bucket.members), 1)
         assert begin % size == 0
         widths = [fmt.dtype.itemsize for fmt in bucket.spec.formats]
-        places, moving = self.there["places"].clone(), self.there["moving"].clone()
+        places, moving = there["places"].clone(), there["moving"].clone()
         for word, width in enumerate((widths[0], *widths[2:]), Place.ADDRESSES):
             places[:, word] -= begin * width
         for word in range(bucket.spec.scales):
@@ -252,11 +239,11 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, int], None]:
         places[:, Place.ORIGIN] -= begin  # so that random bits stay
         moving[:, Moving.GRAD] -= begin * widths[1]
         moving[:, Moving.NUMEL] += begin * (moving[:, Moving.NUMEL] > 0)
-        self.there["places"], self.there["moving"] = places, moving
-        self.there[bucket.index] = self.there[bucket.index] + (begin // size * 2**32)
+        chunks = there[bucket.index] + (begin // size * 2**32)
+        return {**there, "places": places, "moving": moving, bucket.index: chunks}
 
     monkeypatch.setattr(DeviceCopy, "update", updated)
-    return lambda opt, begin: begins.append(begin)
+    return lambda opt, begin: asked.append((opt._table, begin))
 
 
 @pytest.mark.parametrize("begin", [2**31, 2**32, 2**40])
@@ -265,10 +252,9 @@ def test_chunks_beyond_the_end_do_nothing(engine: Engine, begin: int, monkeypatc
     """A count or an end in 32 bits would take them for the beginning."""
     update = DeviceCopy.update
 
-    def updated(self: DeviceCopy, table: TensorTable, chunks: dict[int, Chunks], rows: Tensor) -> None:
-        update(self, table, chunks, rows)
-        (bucket,) = table.buckets
-        self.there[bucket.index] = self.there[bucket.index] + (begin // chunks[bucket.index].size * 2**32)
+    def updated(self: DeviceCopy, parts: There) -> There:
+        there = update(self, parts)
+        return {**there, 0: there[0] + (begin // chunk_size(2503, 1) * 2**32)}
 
     monkeypatch.setattr(DeviceCopy, "update", updated)
     case = Case("sgdw", "any", {"momentum": 0.9})

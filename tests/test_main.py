@@ -34,7 +34,7 @@ class Broken:
         return None
 
     def prepare(self, table, buckets) -> Prepared:
-        plans, ready = self.inner.prepare(table, buckets)
+        plans, ready, *_ = self.inner.prepare(table, buckets)
         assert not plans
         assert ready is not None
 

@@ -224,7 +224,7 @@ def test_a_state_that_is_put_there_during_a_step_stays(rule: str, walk: str, mon
     prepare = backends.prepare
 
     def prepared(table: Any) -> backends.Prepared:
-        plans, ready = prepare(table)
+        plans, ready, *_ = prepare(table)
 
         def others(table: Any, rows: Tensor) -> list[backends.Launch]:
             opt.state[params[1]] = theirs

@@ -57,12 +57,14 @@ class Asked(NamedTuple):
 
     Attributes:
         sums: int64 [slots, sums.WORDS], the exact sums of squares; None: none are wanted.
+        plans: of the CPU backend, whose gradients are squared.
         group_of: int64 [slots], whose group each of them is.
         grad_scale: where the scalar is in a row that takes the clip of its group in.
         between: called when this process's gradients are added up; adds others'.
     """
 
     sums: Tensor | None
+    plans: list[Any]
     group_of: Tensor
     found: Tensor
     grad_scale: int

@@ -48,6 +48,7 @@ __all__ = [
     "Tensors",
     "address_word",
     "cut",
+    "cut_whole",
     "native_kernel",
     "numel_of",
     "origins",
@@ -258,6 +259,10 @@ class Table(Protocol):
     def active(self) -> Tensor:
         """1 for a parameter that is stepped."""
 
+    @property
+    def whole(self) -> Segments:
+        """A segment a parameter: blocks of sums are counted in each."""
+
     def span(self, bucket: Bucket) -> tuple[int, int]:
         """(first, count) of the segments of a bucket."""
 
@@ -292,6 +297,12 @@ def cut(table: Table, bucket: Bucket, size: int | Callable[[int], int]) -> Chunk
     if not isinstance(size, int):
         size = size(int(numels.sum()))
     return Chunks(chunk_words(first, numels, size), size)
+
+
+def cut_whole(table: Table, bucket: Bucket, size: int) -> Tensor:
+    """The same of a segment for every parameter: int64 [c]."""
+    numels = table.whole.capacities[bucket.first : bucket.first + len(bucket.members)]
+    return chunk_words(bucket.first, numels, size)
 
 
 def chunk_words(first: int, numels: Tensor, size: int) -> Tensor:

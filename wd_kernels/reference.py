@@ -189,11 +189,14 @@ def lerp(x: Tensor, y: Tensor, beta: Tensor, w: Tensor) -> Tensor:
 def block_sums(x: Tensor) -> Tensor:
     """The sums of blocks of `BLOCK` elements, in storage order: [blocks]. What the last one lacks is 0.
 
-    Within a block i is added to i + 512, then to i + 256, ... 1, in the dtype of `x`, dense in any order.
+    In the dtype of `x`, dense in any order: pairs of neighbours are added three times, which leaves 128 sums; of these,
+    i is added to i + 64, then to i + 32, ... 1.
     """
     order = sorted(range(x.dim()), key=lambda dim: -x.stride()[dim])
     flat = x.permute(order).reshape(-1)
     padded = torch.cat([flat, flat.new_zeros(-flat.numel() % BLOCK)]).view(-1, BLOCK)
+    for _ in range(3):
+        padded = padded[:, ::2] + padded[:, 1::2]
     while padded.shape[1] > 1:
         half = padded.shape[1] // 2
         padded = padded[:, :half] + padded[:, half:]

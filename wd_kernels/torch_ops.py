@@ -146,7 +146,7 @@ def step(operator: Operator, roles: Sequence[Role], numbers: Sequence[Any], opti
     )
     if len(rows_of) > 1:
         table.segments.moving[:, Moving.ROW] = torch.tensor([row_of[i] for i in table.order], device=CPU)
-    plans, ready, _ = backends.prepare(table)
+    plans, ready, *_ = backends.prepare(table)
     launches = plans if ready is None else [*plans, *ready(table, rows)]
     torch.autograd.graph.increment_version([t for role, own in enumerate(roles) if role != 1 for t in own])
     backends.launch(launches, rows)

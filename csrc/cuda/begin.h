@@ -31,37 +31,40 @@ WD_HOST_DEVICE inline void sum_squares(const Launch& launch, int64_t block, int6
   const auto* const grad = memory<typename G::Memory>(moving.grad, begin);
   int64_t* const sum = memory<int64_t>(place[kOutput], block % copies * stride);
 
-  WD_SHARED BlockSums<T, 1> squares;
-  WD_SHARED T total;
-  constexpr int width = 16 / sizeof(typename G::Memory), accesses = kBlock / (kThreads * width);
+  WD_SHARED T sums[kThreads];
+  constexpr int width = 16 / sizeof(typename G::Memory), accesses = larger(kNeighbours / width, 1);
+  static_assert(kBlock == kNeighbours * kThreads && kNeighbours == 8, "a lane has its neighbours");
   for (int from = 0; from < count; from += kBlock) {
-    const int n = count - from < kBlock ? count - from : kBlock;
     WD_EACH_LANE(lane) {
-      if (moving.aligned && n == kBlock) {
-        VectorOf<G, width> g[accesses];
-        WD_UNROLL
-        for (int k = 0; k < accesses; ++k)
-          g[k] = read<VectorOf<G, width>>(grad + from + (k * kThreads + lane) * width);
+      const int begin = from + lane * kNeighbours;
+      T x[kNeighbours];
+      if (moving.aligned && from + kBlock <= count) {
         WD_UNROLL
         for (int k = 0; k < accesses; ++k) {
+          const auto g = read<VectorOf<G, width>>(grad + begin + k * width);
           WD_UNROLL
-          for (int e = 0; e < width; ++e) {
-            const T x = G::load(g[k].element + e), square = x * x;
-            squares.put((k * kThreads + lane) * width + e, &square);
-          }
+          for (int e = 0; e < width; ++e) x[k * width + e] = G::load(g.element + e);
         }
       } else {
-        for (int i = lane; i < n; i += kThreads) {
-          const T x = G::load(grad + from + i), square = x * x;
-          squares.put(i, &square);
-        }
+        WD_UNROLL
+        for (int e = 0; e < kNeighbours; ++e) x[e] = begin + e < count ? T(G::load(grad + begin + e)) : T(0);
+      }
+      WD_UNROLL
+      for (int e = 0; e < kNeighbours; ++e) x[e] = x[e] * x[e];
+      sums[lane] = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+    }
+    for (int half = kThreads / 2; half > 0; half /= 2) {
+      WD_SYNC();
+      WD_EACH_LANE(lane) {
+        if (lane < half) sums[lane] = sums[lane] + sums[lane + half];
       }
     }
-    squares.end(n, &total);
+    WD_SYNC();
     WD_EACH_LANE(lane) {
-      const Summand summand = summand_of(double(total));
+      const Summand summand = summand_of(double(sums[0]));
       if (lane < summand.words) add_to(sum + summand.word + lane, summand.digits[lane]);
     }
+    WD_SYNC();
   }
 }
 

@@ -123,7 +123,8 @@ struct Roles {
   typename O::Memory* output[E::kOutputs + 1];
 };
 
-// The sums of a block of kBlock elements, while they are under way: of pairs half a block apart, until one is left.
+// The sums of a block of kBlock elements, while they are under way: of 8 neighbours, then of pairs of these sums half of
+// them apart, until one is left.
 template <class T, int sums>
 struct BlockSums {
   T block[sums][kBlock];
@@ -141,7 +142,20 @@ struct BlockSums {
       for (int i = count + lane; i < kBlock; i += kThreads)
         for (int n = 0; n < sums; ++n) block[n][i] = 0;
     }
-    for (int half = kBlock / 2; half > 0; half /= 2) {
+    static_assert(kBlock == kNeighbours * kThreads && kNeighbours == 8, "a lane has its neighbours");
+    Lanes<T[sums]> of_lanes;
+    WD_SYNC();
+    WD_EACH_LANE(lane) {
+      for (int n = 0; n < sums; ++n) {
+        const T* const x = block[n] + lane * kNeighbours;
+        of_lanes[lane][n] = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+      }
+    }
+    WD_SYNC();
+    WD_EACH_LANE(lane) {
+      for (int n = 0; n < sums; ++n) block[n][lane] = of_lanes[lane][n];
+    }
+    for (int half = kThreads / 2; half > 0; half /= 2) {
       WD_SYNC();
       WD_EACH_LANE(lane) {
         for (int i = lane; i < half; i += kThreads)

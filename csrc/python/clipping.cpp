@@ -33,11 +33,11 @@ struct Total {
 
 Clipping::Clipping(PyObject* tuple, View& view) : view_(view), asked_(tuple != Py_None) {
   if (!asked_) return;
-  PyObject *sums, *group_of, *found, *between, *own_limits;
+  PyObject *sums, *plans, *group_of, *found, *between, *own_limits;
   long long grad_scale;
   int skip_nonfinite;
   double found_inf;
-  if (!PyArg_ParseTuple(tuple, "OOOLOdpddO", &sums, &group_of, &found, &grad_scale, &between, &max_norm_,
+  if (!PyArg_ParseTuple(tuple, "OO!OOLOdpddO", &sums, &PyList_Type, &plans, &group_of, &found, &grad_scale, &between, &max_norm_,
                         &skip_nonfinite, &scale_, &found_inf, &own_limits))
     throw std::runtime_error("a Python error is set");
   skip_nonfinite_ = skip_nonfinite != 0;
@@ -53,6 +53,7 @@ Clipping::Clipping(PyObject* tuple, View& view) : view_(view), asked_(tuple != P
   slots_ = rows.rows;
   group_of_ = groups.as<const int64_t>();
   between_ = between == Py_None ? nullptr : between;
+  plans_ = plans;
   if (own_limits == Py_None) return;
   require(PyTuple_Check(own_limits), "limits of groups are a tuple");
   for (Py_ssize_t g = 0; g < PyTuple_Size(own_limits); ++g)
@@ -62,8 +63,9 @@ Clipping::Clipping(PyObject* tuple, View& view) : view_(view), asked_(tuple != P
   for (const Key& key : view.keys) require(key.group < known, "a row is of no group");
 }
 
-bool Clipping::measure(const Launches& launches, bool unlocked) const {
+bool Clipping::measure(PyObject* rows, bool unlocked) const {
   if (sums_ == nullptr) return true;
+  const Launches launches(plans_, rows);
   launches.check_sums(sums_, slots_);
   std::memset(sums_, 0, size_t(slots_) * kSumWords * sizeof(int64_t));
   {

@@ -18,7 +18,7 @@ class Clipping {
 
   // Adds up the squares of all gradients, and lets Python add those of others. Writes nothing of the optimizer; false:
   // an error is set. `unlocked`: other threads may run meanwhile.
-  bool measure(const Launches& launches, bool unlocked) const;
+  bool measure(PyObject* rows, bool unlocked) const;
 
   // Writes the control, and what was found; scales the rows of a group by its clip. Nothing here fails.
   void decide(PyObject* rows) const;
@@ -26,7 +26,7 @@ class Clipping {
  private:
   View& view_;
   bool asked_ = false;
-  PyObject* between_ = nullptr;
+  PyObject *between_ = nullptr, *plans_ = nullptr;
   int64_t *sums_ = nullptr, slots_ = 0, grad_scale_ = 0;
   const int64_t* group_of_ = nullptr;
   double* found_ = nullptr;

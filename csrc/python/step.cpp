@@ -155,7 +155,7 @@ Outcome launch_all(View& view, PyObject* groups, PyObject* state, const Work& wo
       return Outcome::moved;
   }
   if (clipping.calls()) meanwhile.end();  // Python code runs from here on
-  if (!clipping.measure(plans, unlocked)) return Outcome::failed;
+  if (!clipping.measure(work.rows, unlocked)) return Outcome::failed;
   if (clipping.asked()) clipping.decide(work.rows);
   if (work.rows == Py_None || (clipping.asked() && view.control->skip != 0)) return Outcome::done;
   const Reference counted(PyObject_CallFunctionObjArgs(work.increment, work.written, nullptr));

@@ -760,6 +760,30 @@ def _access(own: Own) -> Run:
     return store
 
 
+@builds("red", "atom")
+def _atomic(own: Own) -> Run:
+    """An addition to global memory whose result nobody reads."""
+    own.need("global")
+    own.take("gpu")
+    own.take("relaxed")
+    own.take("gpu")
+    own.need("add")
+    own.need("u64", "s64")
+    if own.instruction.opcode == "atom":
+        raise own.wrong("its result is not known here")
+    place, operand = own.done(2)
+    if not isinstance(place, Address):
+        raise own.wrong(f"{place} is no address")
+    address, read, line = _address(own, place, "global"), own.read(operand, 64), own.line
+
+    def add(s: Any, at: Any) -> None:
+        ids = s.ids[at]
+        values = np.broadcast_to(read(s, at), ids.shape)
+        s.memory.add_to(address(s, at, ids), values, ids, line)
+
+    return add
+
+
 def _address(own: Own, place: Address, space: str) -> Callable[[Any, Any, Any], Any]:
     """uint64 for every thread. Of shared memory: from the begin of the block's own on."""
     if isinstance(place.base, Symbol) and space == "shared":

@@ -293,3 +293,5 @@ def _release(waiting: list[tuple[int, int, Any]], alive: Any, state: _State, go:
     for own in full.values():
         for block in np.flatnonzero(own):
             state.shared.barrier(int(block))
+            if state.blocks == 1 and state.memory.ordered:
+                state.memory.barrier()

@@ -68,22 +68,26 @@ class Buffer:
     noted: bool  # are reads noted though nothing can be written?
     together: int  # neighbouring threads that are one, where it is about races
     shift: int
+    atomic: bool = False  # it is added to, and nothing else
 
 
 class Memory:
     """The buffers of a launch. Every access lies within one, is aligned to its width, and is in no race."""
 
-    def __init__(self) -> None:
+    def __init__(self, ordered: bool = False) -> None:
+        """`ordered`: barriers of the one block of a launch order what its threads do in memory."""
+        self.ordered = ordered
         self.buffers: list[Buffer] = []
         self._sealed = False
 
     def add(
         self, name: str, address: int, nbytes: int, itemsize: int = 1, writable: bool = False, noted: bool = False,
-        together: int = 1,
+        together: int = 1, atomic: bool = False,
     ) -> None:  # fmt: skip
         """Lets a launch read `nbytes` from `address` on, and write them if `writable`; `noted`: for `touched`, too.
 
         So many neighbouring threads, `together`, may read it, and one of them write, after an exchange of theirs.
+        `atomic` memory is added to by whole words, and neither read nor written.
 
         Raises:
             ValueError: the memory is part of another buffer, or is no memory.
@@ -95,7 +99,7 @@ class Memory:
         if itemsize not in (1, 2, 4, 8):
             raise ValueError(f"itemsize={itemsize} of {name}: allowed are 1, 2, 4, 8")
         shift = itemsize.bit_length() - 1
-        self.buffers.append(Buffer(name, address, address + nbytes, itemsize, writable, noted, together, shift))
+        self.buffers.append(Buffer(name, address, address + nbytes, itemsize, writable, noted, together, shift, atomic))
         self._sealed = False
 
     def seal(self) -> None:
@@ -143,6 +147,19 @@ class Memory:
         for i, value in enumerate(values):
             room[at + i] = value
 
+    def add_to(self, address: Any, values: Any, threads: Any, line: int) -> None:
+        """Adds each thread's value, of 8 bytes, to what lies at its address."""
+        k = self._found(address, 8, threads, line, "addition", atomic=True)
+        self.stored += np.bincount(k, minlength=len(self.buffers)) * 8
+        at = ((address - np.uint64(_FIRST)) // np.uint64(8)).astype(np.int64)
+        room = process(8)
+        for i, value in zip(at.tolist(), values.tolist(), strict=True):
+            room[i] = (int(room[i]) + value) % 2**64
+
+    def barrier(self) -> None:
+        """All threads of a launch have come to one: what they did before is no race with what they do then."""
+        self.races = Races(int(self._bases[-1]))
+
     def touched(self, name: str) -> tuple[int, int]:
         """(elements that were read, elements that were written) of the buffers of a name, writable or noted."""
         read = written = 0
@@ -158,7 +175,7 @@ class Memory:
         own = np.array([b.name == name for b in self.buffers], dtype=bool)
         return int(self.loaded[own].sum()), int(self.stored[own].sum())
 
-    def _found(self, address: Any, width: int, threads: Any, line: int, what: str) -> Any:
+    def _found(self, address: Any, width: int, threads: Any, line: int, what: str, atomic: bool = False) -> Any:
         k = np.searchsorted(self._begins, address, side="right") - 1
         if not len(self.buffers):
             raise PtxError(f"a {what} at {int(address[0]):#x}: the launch was given no memory", line)
@@ -176,6 +193,11 @@ class Memory:
             at, thread = int(address[askew][0]), int(threads[askew][0])
             name = self.buffers[int(k[askew][0])].name
             raise PtxError(f"a {what} of {width} bytes of {name} at {at:#x} by thread {thread} is not aligned", line)
+        wrong = np.array([b.atomic for b in self.buffers], dtype=bool)[k] != atomic
+        if bool(wrong.any()):
+            buffer = self.buffers[int(k[wrong][0])]
+            allowed = "is only added to" if buffer.atomic else "is no memory that is added to"
+            raise PtxError(f"a {what} at {int(address[wrong][0]):#x} of {buffer.name}, which {allowed}", line)
         return k
 
     def _race(self, note: Any, k: Any, address: Any, width: int, threads: Any, line: int, what: str, own: Any) -> None:

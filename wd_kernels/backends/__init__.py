@@ -116,7 +116,8 @@ def prepare(table: Table) -> Prepared:
     plans = [plan for own in of_backend for plan in own.plans]
     others = [own.ready for own in of_backend if own.ready is not None]
     measures = [own.measure for own in of_backend if own.measure is not None]
-    return Prepared(plans, _ready(others), _measure(measures))
+    squares = tuple(plan for own in of_backend for plan in own.squares)
+    return Prepared(plans, _ready(others), _measure(measures), squares)
 
 
 def _ready(each: list[Callable[[Table, Tensor], list[Launch]]]) -> Callable[[Table, Tensor], list[Launch]] | None:

@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from .. import native
-from ..layout import Bucket, Spec, Table, cut, native_kernel
+from ..layout import Bucket, Spec, Table, cut, cut_whole, native_kernel
 from .prepared import Prepared
 
 __all__ = ["CPU"]
@@ -67,9 +67,14 @@ class CPU:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        segments, plans = table.segments, []
+        segments, whole, plans, squares = table.segments, table.whole, [], []
         for bucket in buckets:
             words = cut(table, bucket, CHUNK).words
             kernel = native_kernel(table.rule, bucket.spec)
-            plans.append(native.C.plan(words, segments.places, segments.moving, table.control, CHUNK, *kernel))
-        return Prepared(plans, None)
+            plan = native.C.plan(words, segments.places, segments.moving, table.control, CHUNK, *kernel)
+            plans.append(plan)
+            if whole is not segments:
+                words = cut_whole(table, bucket, CHUNK)
+                plan = native.C.plan(words, whole.places, whole.moving, table.control, CHUNK, *kernel)
+            squares.append(plan)
+        return Prepared(plans, None, squares=tuple(squares))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bank import Bank
-from ..layout import Bucket, Chunks, Table, cut
+from ..layout import Bucket, Chunks, Table, cut, cut_whole
 from .device_copy import DeviceCopy, There, chunk_size
 from .prepared import Prepared
 
@@ -77,6 +77,10 @@ class OnDevice(ABC):
                     parts |= {"control": table.control, "rows": rows}
                     there = copy.update(parts)
                 else:
+                    measured = table.limits is not None and table.limits.measures
+                    if measured and table.whole is not table.segments:
+                        whole: There = {f"whole {b.index}": cut_whole(table, b, chunks[b.index].size) for b in own}
+                        parts |= whole | {"whole places": table.whole.places, "whole moving": table.whole.moving}
                     there = copy.update(parts | table.of_step(rows))
                     launches.append(self._begun(table, table.bank, own, {b.index: chunks[b.index] for b in own}, there))
                 launches += [self.launch(table, bucket, chunks[bucket.index].size, there) for bucket in own]
@@ -92,7 +96,13 @@ class OnDevice(ABC):
         there |= {"rows": rows, "control": bank.control}
         begin = self.begin(table, bank, there)
         if table.limits is not None and table.limits.measures:
-            squares = [self.squares(bank, bucket, chunks[bucket.index].size, there) for bucket in buckets]
+            squares = []
+            for bucket in buckets:
+                tables: There = there
+                if "whole places" in there:
+                    words, places, moving = there[f"whole {bucket.index}"], there["whole places"], there["whole moving"]
+                    tables = {bucket.index: words, "places": places, "moving": moving}
+                squares.append(self.squares(bank, bucket, chunks[bucket.index].size, tables))
             if not bank.clean:  # a step came to nothing
                 bank.sums.zero_()
             bank.clean = False

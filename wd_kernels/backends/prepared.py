@@ -25,11 +25,13 @@ class Prepared(NamedTuple):
             allocates or may fail, and returns the other launches; None: there are none. It holds no table, which holds
             it.
         measure: adds the squares of the gradients to the exact sums that places name, of what is no plan.
+        squares: plans with a segment for each parameter, by which gradients are squared.
     """
 
     plans: list[Launch]
     ready: Callable[[Table, Tensor], list[Launch]] | None
     measure: Callable[[Table], None] | None = None
+    squares: tuple[Launch, ...] = ()
 
 
 def launch(launches: list[Launch], rows: Tensor) -> None:

@@ -18,6 +18,7 @@ __all__ = ["OLDEST", "Triton", "block", "interpreted", "options", "version"]
 
 OLDEST = (3, 6)
 THREADS = 128
+SQUARED = 4  # blocks of 1024 whose squares are added up at once: 16-byte loads that keep a processor busy
 REGISTERS = 65536  # of an NVIDIA multiprocessor
 
 
@@ -78,9 +79,12 @@ def options(formats: tuple[Any, ...], warp: int, capability: int | None) -> dict
     return how
 
 
-def _plain(device: torch.device) -> dict[str, Any]:
-    """How a kernel is compiled that has registers enough."""
-    return {"num_warps": THREADS // machine(device)[1], "enable_fp_fusion": False}
+def options_before(kernel: str, warp: int, capability: int | None) -> dict[str, Any]:
+    """How the kernels are compiled that are run before a step: "squares", "begin"."""
+    how: dict[str, Any] = {"num_warps": THREADS // warp, "enable_fp_fusion": False}
+    if kernel == "begin" and capability is not None:
+        how["maxnreg"] = 128  # one program: ptxas need not spare registers for others
+    return how
 
 
 @cache
@@ -156,10 +160,10 @@ class Triton(OnDevice):
         chunks, grad, device = there[bucket.index], bucket.spec.formats[1], bucket.spec.device
         own = (
             chunks, there["places"], there["moving"], there["places"].shape[1], size, len(bank.sums),
-            bank.sums.stride(0), grad.code,
+            bank.sums.stride(0), grad.code, SQUARED,
         )  # fmt: skip
         key = ("squares", grad.code)
-        return self._launch(_kernels().squares_kernel, key, device, chunks.numel(), own, _plain(device))
+        return self._launch(_kernels().squares_kernel, key, device, chunks.numel(), own, self._how("squares", device))
 
     def begin(self, table: Table, bank: Bank, there: There) -> Callable[[], None]:
         kernels, rule = _kernels(), table.rule
@@ -168,7 +172,12 @@ class Triton(OnDevice):
             bank.steps.numel(), getattr(kernels, f"count_{rule.name}"), len(rule.group_scalars),
             len(rule.count_scalars), rule.scalars.index("grad_scale"),
         )  # fmt: skip
-        return self._launch(kernels.begin_kernel, ("begin", rule.name), bank.device, 1, own, _plain(bank.device))
+        return self._launch(
+            kernels.begin_kernel, ("begin", rule.name), bank.device, 1, own, self._how("begin", bank.device)
+        )
+
+    def _how(self, kernel: str, device: torch.device) -> dict[str, Any]:
+        return options_before(kernel, machine(device)[1], _capability(device))
 
     def _launch(
         self, kernel: Any, key: tuple[Any, ...], device: torch.device, programs: int, arguments: tuple[Any, ...],

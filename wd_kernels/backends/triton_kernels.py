@@ -449,13 +449,23 @@ def add(x, y):
 
 
 @triton.jit
-def block_sum(x, size: tl.constexpr):
-    """The sum of a block (numerics, section 7): of pairs half a block apart, until one is left."""
+def sums_of_blocks(x, rows: tl.constexpr, size: tl.constexpr):
+    """The sums of so many blocks (numerics, section 7), a column: of 8 neighbours, then of pairs half of them apart."""
     half: tl.constexpr = size // 2
-    if size == 2:
-        return tl.reduce(x, 0, add)
+    if size > 128:
+        x = tl.reduce(tl.reshape(x, (rows, half, 2)), 2, add)
     else:
-        return block_sum(tl.reduce(tl.reshape(x, (2, half)), 0, add), half)
+        x = tl.reduce(tl.reshape(x, (rows, 2, half)), 1, add)
+    if half == 1:
+        return x
+    else:
+        return sums_of_blocks(x, rows, half)
+
+
+@triton.jit
+def block_sum(x, size: tl.constexpr):
+    """Of one block."""
+    return tl.reduce(tl.reshape(sums_of_blocks(x, 1, size), (1,)), 0, add)
 
 
 @triton.jit
@@ -587,8 +597,8 @@ SUM_WORDS = tl.constexpr(sums.WORDS)
 
 
 @triton.jit
-def add_summand(sum, x):
-    """Adds a float64 >= 0 to an exact sum (numerics, section 7): three digits of 32 bits, or one to a count."""
+def add_summands(sum, x):
+    """Adds float64 >= 0, a column, to an exact sum (numerics, section 7): three digits each, or one to a count."""
     bits = x.to(tl.int64, bitcast=True)
     exponent = (bits >> 52) & 0x7FF
     finite = exponent != 0x7FF
@@ -599,27 +609,29 @@ def add_summand(sum, x):
     high = (significand >> 32) << shift
     middle = (low >> 32) + (high & 0xFFFFFFFF)
     word = tl.where(finite, place // 32, tl.where(x != x, NANS, INFINITIES))
-    at = tl.arange(0, 4)
+    at = tl.arange(0, 4)[None, :]
     digits = tl.where(at == 0, low & 0xFFFFFFFF, tl.where(at == 1, middle & 0xFFFFFFFF, (high >> 32) + (middle >> 32)))
     digits = tl.where(finite, digits, 1)
     tl.atomic_add(sum + word + at, digits, mask=at < tl.where(finite, 3, 1), sem="relaxed")
 
 
 @triton.jit
-def sum_squares(grad, count, sum, format: tl.constexpr, full: tl.constexpr):
-    """Adds the squares of `count` neighbours, a block at most; `full`: a whole block, and aligned."""
+def sum_squares(grad, offset, count, sum, format: tl.constexpr, rows: tl.constexpr, full: tl.constexpr):
+    """Adds the squares of `count` neighbours, so many blocks at most; `full`: all of them, and aligned."""
     if full:
-        x = widen(tl.load(tl.multiple_of(grad, 16) + tl.arange(0, 1024)), format)
-        square = tl.reshape(x * x, (1024,))
+        at = tl.multiple_of(grad + offset, 16)
+        x = widen(tl.load(at + tl.arange(0, rows * 1024)), format)
+        square = x * x
     else:
-        lanes = tl.arange(0, 8)[:, None] * 128 + tl.arange(0, 128)[None, :]
-        x = widen(tl.load(grad + lanes, mask=lanes < count), format)
-        square = tl.reshape(tl.where(lanes < count, x * x, 0.0), (1024,))
-    add_summand(sum, block_sum(square, 1024).to(tl.float64))
+        lanes = tl.arange(0, 8 * rows)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        x = widen(tl.load(grad + offset + lanes, mask=lanes < count), format)
+        square = tl.where(lanes < count, x * x, 0.0)
+    add_summands(sum, sums_of_blocks(square, rows, 1024).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["place_words", "copies", "stride"])
-def squares_kernel(chunks, places, moving, place_words, chunk_size, copies, stride, format: tl.constexpr):
+def squares_kernel(chunks, places, moving, place_words, chunk_size, copies, stride, format: tl.constexpr,
+                   rows: tl.constexpr):  # fmt: skip
     """Adds the squares of the gradients of one chunk to the exact sum that its place names.
 
     `copies` of the sums, `stride` words apart, are added to by turns.
@@ -635,11 +647,11 @@ def squares_kernel(chunks, places, moving, place_words, chunk_size, copies, stri
     sum = tl.load(place + OUTPUT).to(tl.pointer_type(tl.int64)) + (tl.program_id(0) % copies).to(tl.int64) * stride
     done = 0
     if aligned:
-        done = count - count % 1024
-        for offset in range(0, done, 1024):
-            sum_squares(grad + offset, 1024, sum, format, True)
+        done = count - count % (1024 * rows)
+        for offset in range(0, done, 1024 * rows):
+            sum_squares(grad, offset, 1024 * rows, sum, format, rows, True)
     for offset in range(done, count, 1024):
-        sum_squares(grad + offset, count - offset, sum, format, False)
+        sum_squares(grad, offset, count - offset, sum, format, 1, False)
 
 
 @triton.jit
@@ -735,16 +747,16 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, groups, 
     within = word < SUM_WORDS
     if measures:
         # The last two rows of the totals are of all groups, and of those without a limit of their own.
-        all_words = tl.zeros((128,), tl.int64)
-        limited = tl.zeros((128,), tl.int64)
+        all_words = tl.full((128,), 0, tl.int64)
+        limited = tl.full((128,), 0, tl.int64)
         for g in range(of_groups):
             own = tl.load(own_limits + g)
-            of_group = tl.zeros((128,), tl.int64)
+            of_group = tl.full((128,), 0, tl.int64)
             for slot in range(tl.load(slots_of + g), tl.load(slots_of + g + 1)):
                 for copy in range(copies):
                     at = sums + (copy * slots + slot) * SUM_WORDS + word
                     of_group += tl.load(at, mask=within, other=0)
-                    tl.store(at, tl.zeros((128,), tl.int64), mask=within)
+                    tl.store(at, tl.full((128,), 0, tl.int64), mask=within)
             tl.store(totals + g * SUM_WORDS + word, of_group, mask=within)
             all_words += of_group
             limited += tl.where(own != own, of_group, 0)
@@ -795,4 +807,4 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, groups, 
         stepped = tl.load(active + param, mask=there, other=0) != 0
         before = tl.load(steps + param, mask=there & stepped, other=0.0)
         tl.store(steps + param, before + 1.0, mask=there & stepped)
-        tl.store(fresh + param, tl.zeros((128,), tl.float32), mask=there & stepped)
+        tl.store(fresh + param, tl.full((128,), 0.0, tl.float32), mask=there & stepped)

@@ -170,6 +170,10 @@ class Lists:
     def active(self) -> Tensor:
         return torch.ones(len(self.order), device=CPU)
 
+    @property
+    def whole(self) -> Segments:
+        return self.segments
+
     def span(self, bucket: Bucket) -> tuple[int, int]:
         return bucket.first, len(bucket.members)
 

@@ -220,6 +220,7 @@ class TensorTable:
 
         return Asked(
             sums=self.sums if limits.measures else None,
+            plans=list(prepared.squares),
             group_of=self.group_of_sum,
             found=self._found,
             grad_scale=self.rule.scalars.index("grad_scale"),
@@ -277,6 +278,10 @@ class TensorTable:
     @property
     def active(self) -> Tensor:
         return self.counts.active
+
+    @property
+    def whole(self) -> Segments:
+        return self.own_segments
 
     def tensors(self, i: int) -> Tensors:
         known, p, found = self.known[i], self.params[i], self.inspected.get(i)
