@@ -62,7 +62,8 @@ WD_HOST_DEVICE inline void sum_squares(const Launch& launch, int64_t block, int6
     WD_SYNC();
     WD_EACH_LANE(lane) {
       const Summand summand = summand_of(double(sums[0]));
-      if (lane < summand.words) add_to(sum + summand.word + lane, summand.digits[lane]);
+      const int64_t digit = lane == 0 ? summand.digits[0] : lane == 1 ? summand.digits[1] : summand.digits[2];
+      if (lane < summand.words) add_to(sum + summand.word + lane, digit);
     }
     WD_SYNC();
   }
@@ -122,14 +123,16 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
     for (int r = lane; r < of.of_rows; r += kThreads) {
       const int64_t group = of.keys[2 * r], param = of.keys[2 * r + 1];
       Rule row = {};
-      double scalars[width_of<Rule>()] = {};
+      double scalars[width_of<Rule>()];
       const double* const known = of.groups + group * of.group_width;
-      for (int k = 0; k + 1 < of.group_width; ++k) scalars[k] = known[k];
+      WD_UNROLL
+      for (int k = 0; k < width_of<Rule>(); ++k) scalars[k] = k + 1 < of.group_width ? known[k] : 0;
       __builtin_memcpy(&row, scalars, sizeof(Rule));
       row.seed = known[of.group_width - 1];
       row.grad_scale = row.grad_scale * of.clips[group];
       row.count(int64_t(of.steps[param]) + 1, of.fresh[param] != 0);
       __builtin_memcpy(scalars, &row, sizeof(Rule));
+      WD_UNROLL
       for (int k = 0; k < width_of<Rule>(); ++k) of.rows[r * width_of<Rule>() + k] = scalars[k];
     }
   }

@@ -36,6 +36,10 @@ SPECIAL = {
 }
 
 
+#: Where parameters lie whose addresses are taken: each begins at a multiple of this.
+_PARAMETERS = 1 << 40
+
+
 class Own:
     """An instruction while it is translated: its modifiers are claimed, its operands become readers and writers."""
 
@@ -109,6 +113,10 @@ class Own:
                 raise self.wrong(f"the register {operand.name} is not known here")
             value = SPECIAL[operand.name]
             return lambda s, at: value(s, s.ids[at]).astype(dtype)
+        names = [parameter.name for parameter in self.kernel.parameters]
+        if isinstance(operand, Symbol) and operand.name in names and width == 64:
+            begin = dtype((names.index(operand.name) + 1) * _PARAMETERS)  # an address in a space of their own
+            return lambda s, at: begin
         if isinstance(operand, Symbol) and operand.name in self.kernel.shared:
             place = dtype(self.kernel.shared[operand.name][0])
             return lambda s, at: place
@@ -762,16 +770,16 @@ def _access(own: Own) -> Run:
 
 @builds("red", "atom")
 def _atomic(own: Own) -> Run:
-    """An addition to global memory whose result nobody reads."""
+    """An addition to global memory; `atom` gives what was there before."""
     own.need("global")
     own.take("gpu")
     own.take("relaxed")
     own.take("gpu")
     own.need("add")
     own.need("u64", "s64")
-    if own.instruction.opcode == "atom":
-        raise own.wrong("its result is not known here")
-    place, operand = own.done(2)
+    with_result = own.instruction.opcode == "atom"
+    *result, place, operand = own.done(3 if with_result else 2)
+    write = own.write(result[0], 64) if with_result else None
     if not isinstance(place, Address):
         raise own.wrong(f"{place} is no address")
     address, read, line = _address(own, place, "global"), own.read(operand, 64), own.line
@@ -779,7 +787,9 @@ def _atomic(own: Own) -> Run:
     def add(s: Any, at: Any) -> None:
         ids = s.ids[at]
         values = np.broadcast_to(read(s, at), ids.shape)
-        s.memory.add_to(address(s, at, ids), values, ids, line)
+        before = s.memory.add_to(address(s, at, ids), values, ids, line)
+        if write is not None:
+            write(s, at, before)
 
     return add
 
@@ -800,6 +810,8 @@ def _address(own: Own, place: Address, space: str) -> Callable[[Any, Any, Any], 
 
 def _parameter(own: Own, place: Address, parts: Sequence[Any], kind: str) -> Run:
     known = {p.name: p for p in own.kernel.parameters}
+    if isinstance(place.base, Register):
+        return _parameter_at(own, place, parts, kind)
     if not isinstance(place.base, Symbol) or place.base.name not in known:
         raise own.wrong(f"{place.base} is no parameter of the kernel")
     parameter, size = known[place.base.name], WIDTHS[kind] // 8
@@ -810,6 +822,26 @@ def _parameter(own: Own, place: Address, parts: Sequence[Any], kind: str) -> Run
 
     def load(s: Any, at: Any) -> None:
         values = np.frombuffer(s.arguments[parameter.name], unsigned, len(parts), place.offset)
+        for write, value in zip(writes, values, strict=True):
+            write(s, at, value)
+
+    return load
+
+
+def _parameter_at(own: Own, place: Address, parts: Sequence[Any], kind: str) -> Run:
+    """Of an address that the kernel has taken."""
+    size = WIDTHS[kind] // 8
+    address = _address(own, place, "global")
+    writes = [own.write(p, WIDTHS[kind], wider=True, signed=kind[0] == "s") for p in parts]
+    unsigned = np.dtype(UNSIGNED[WIDTHS[kind]])
+
+    def load(s: Any, at: Any) -> None:
+        (where,) = np.unique(address(s, at, s.ids[at])).tolist()  # all threads read the same
+        which, offset = where // _PARAMETERS - 1, where % _PARAMETERS
+        parameters = own.kernel.parameters
+        if not 0 <= which < len(parameters) or offset % size or offset + size * len(parts) > parameters[which].size:
+            raise PtxError(f"a load of a parameter at {where:#x}, where none is", own.line)
+        values = np.frombuffer(s.arguments[parameters[which].name], unsigned, len(parts), offset)
         for write, value in zip(writes, values, strict=True):
             write(s, at, value)
 

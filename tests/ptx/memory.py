@@ -147,14 +147,17 @@ class Memory:
         for i, value in enumerate(values):
             room[at + i] = value
 
-    def add_to(self, address: Any, values: Any, threads: Any, line: int) -> None:
-        """Adds each thread's value, of 8 bytes, to what lies at its address."""
+    def add_to(self, address: Any, values: Any, threads: Any, line: int) -> Any:
+        """Adds each thread's value, of 8 bytes, to what lies at its address; what was there before."""
         k = self._found(address, 8, threads, line, "addition", atomic=True)
         self.stored += np.bincount(k, minlength=len(self.buffers)) * 8
         at = ((address - np.uint64(_FIRST)) // np.uint64(8)).astype(np.int64)
         room = process(8)
-        for i, value in zip(at.tolist(), values.tolist(), strict=True):
+        before = np.zeros(len(at), dtype=np.uint64)
+        for k, (i, value) in enumerate(zip(at.tolist(), values.tolist(), strict=True)):
+            before[k] = room[i]
             room[i] = (int(room[i]) + value) % 2**64
+        return before
 
     def barrier(self) -> None:
         """All threads of a launch have come to one: what they did before is no race with what they do then."""
