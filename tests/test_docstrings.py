@@ -16,9 +16,9 @@ import wd_kernels
 OWN = [
     f"wd_kernels.{name}"
     for name in (
-        "backends.device_copy", "decay_conversion", "flat.flatten", "functional", "gradient_release", "layout",
+        "backends.device_copy", "clipping", "decay_conversion", "flat.flatten", "functional", "gradient_release", "layout",
         "optim", "optimizer", "param_groups", "rules.scalars", "rules.storage", "scales", "sharding",
-        "state_conversion",
+        "state_conversion", "sums",
     )
 ]  # fmt: skip
 OWN += [

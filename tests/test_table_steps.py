@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from bits import assert_same_bits, assert_same_optimizers, assert_untouched
 from semantics import all_params, build, checked_step, parameters, plain, plain_copy, running, set_gradients
 from torch import nn
+
+import wd_kernels
+from wd_kernels.table.changes import Watch
 
 walk = semantics.walk
 both = pytest.mark.parametrize("rule", ["adamw", "sgdw"])
@@ -153,3 +157,32 @@ def test_the_oracle_of_these_tests_sees_a_wrong_step(rule: str) -> None:
     other.step()
     with pytest.raises(AssertionError):
         assert_same_optimizers(opt, other)
+
+
+def test_long_tensors_that_begin_within_their_memory_are_held_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While other threads may run, views of all tensors are taken: of a part of a buffer they begin where it does."""
+    n = 2**23 + 5
+    p = torch.nn.Parameter(torch.ones(n + 40)[40:])
+    opt = wd_kernels.SGDW([p], lr=0.5, weight_decay=0.1)
+    p.grad = torch.ones(n + 24)[24:]
+    opt.step()
+    calls: list[bool] = []
+    step = Watch.step
+
+    def counted(self: Watch, groups: Any, state: Any, work: Any) -> Any:
+        found = step(self, groups, state, work)
+        calls.append(work.others and found is not None and found.done)
+        return found
+
+    monkeypatch.setattr(Watch, "step", counted)
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    try:
+        opt.step()
+    finally:
+        over.set()
+        thread.join()
+    assert calls == [True]
+    assert bool((p == p[0]).all())
+    assert p[0].item() == pytest.approx(0.95 * (0.95 - 0.5) - 0.5)

@@ -44,14 +44,14 @@ std::vector<Tensor> views_of(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> views;
   views.reserve(tensors.size());
   for (const Tensor& tensor : tensors) {
-    int64_t ndim = 0, *shape = nullptr, *strides = nullptr, offset = 0;
+    int64_t ndim = 0, *shape = nullptr, *strides = nullptr;
     AtenTensorHandle const own = tensor.get();
     AtenTensorHandle view = nullptr;
     if (aoti_torch_get_dim(own, &ndim) != AOTI_TORCH_SUCCESS ||
         aoti_torch_get_sizes(own, &shape) != AOTI_TORCH_SUCCESS ||
         aoti_torch_get_strides(own, &strides) != AOTI_TORCH_SUCCESS ||
-        aoti_torch_get_storage_offset(own, &offset) != AOTI_TORCH_SUCCESS ||
-        aoti_torch__reinterpret_tensor(own, ndim, shape, strides, offset, &view) != AOTI_TORCH_SUCCESS)
+        // Its storage offset is kept: what is given is added to it.
+        aoti_torch__reinterpret_tensor(own, ndim, shape, strides, 0, &view) != AOTI_TORCH_SUCCESS)
       throw std::runtime_error("torch makes no view of a tensor of this step");
     views.emplace_back(view);
   }
