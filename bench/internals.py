@@ -68,7 +68,7 @@ def time_launches(optimizer: Any) -> Callable[[], float]:
         launch()
         seconds[0] += time.perf_counter() - started
 
-    def all_timed(plans: list[Any], ready: Any) -> Prepared:
+    def all_timed(plans: list[Any], ready: Any, *_: Any) -> Prepared:
         """The same launches, as functions."""
 
         def those(table: Any, rows: Any) -> list[Callable[[], None]]:

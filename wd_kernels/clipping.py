@@ -89,7 +89,7 @@ def clip_of(norm: float, max_norm: float) -> float:
     """What scales gradients of that norm down to the largest that is allowed.
 
     >>> clip_of(4.0, 1.0), clip_of(0.5, 1.0), clip_of(math.inf, math.inf)
-    (0.2499999375000156, 1.0, 1.0)
+    (0.24999993750001562, 1.0, 1.0)
     """
     if max_norm == math.inf:
         return 1.0
