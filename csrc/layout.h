@@ -28,9 +28,9 @@ namespace wd {
 
 enum Role : int { kParam = 0, kGrad = 1, kState = 2 };
 constexpr int kMaxRoles = 16;
-constexpr int kPadding = 32;  // origins are multiples of it
-constexpr int kScaled = 32;   // neighbours that share a scale, where states are in 8 bits
-constexpr int kBlock = 1024;  // elements that a sum adds up in the arithmetic type; chunks are multiples of it
+constexpr int kPadding = 32;    // origins are multiples of it
+constexpr int kScaled = 32;     // neighbours that share a scale, where states are in 8 bits
+constexpr int kBlock = 1024;    // elements that a sum adds up in the arithmetic type; chunks are multiples of it
 constexpr int kNeighbours = 8;  // of them that are added up first
 
 // The words of an exact sum (sums.h). Python reads them too (wd_kernels/sums.py).
@@ -93,21 +93,21 @@ struct Launch {
 
 // What begins a step on a device that counts by itself, and lets it be skipped there: all of it lies on that device.
 struct Begin {
-  int64_t* sums;             // exact sums [copies, slots, kSumWords]; emptied when they are read
-  int64_t* totals;           // [groups + 2, kSumWords]: of each group, of all, of those without a limit of their own
-  const int64_t* slots_of;   // [groups + 1]: where those of each group begin
-  const double* limits;      // LimitWord; then the own limit of each group, NaN where it has none
-  const float* grad_scale;   // of one element each
+  int64_t* sums;            // exact sums [copies, slots, kSumWords]; emptied when they are read
+  int64_t* totals;          // [groups + 2, kSumWords]: of each group, of all, of those without a limit of their own
+  const int64_t* slots_of;  // [groups + 1]: where those of each group begin
+  const double* limits;     // LimitWord; then the own limit of each group, NaN where it has none
+  const float* grad_scale;  // of one element each
   const float* found_inf;
-  const double* groups;      // the first scalars of a row, and its last, of each group
-  const int64_t* keys;       // of each row: its group, a parameter that has its count
-  const int64_t* active;     // of each parameter: has it a gradient?
-  float* steps;              // and these are counted
-  float* fresh;              // 1 until a step that makes a state of it is taken
+  const double* groups;   // the first scalars of a row, and its last, of each group
+  const int64_t* keys;    // of each row: its group, a parameter that has its count
+  const int64_t* active;  // of each parameter: has it a gradient?
+  float* steps;           // and these are counted
+  float* fresh;           // 1 until a step that makes a state of it is taken
   double* rows;
-  double* clips;             // of each group
+  double* clips;  // of each group
   Control* control;
-  double* found;             // the norm, and whether the step is skipped
+  double* found;  // the norm, and whether the step is skipped
   int32_t copies, slots, of_groups, of_rows, of_params, group_width;
 };
 

@@ -18,7 +18,9 @@ WD_HOST_DEVICE inline Summand summand_of(double x) {
   const int place = exponent != 0 ? exponent - 1 : 0, shift = place % 32;
   const uint64_t low = (significand & 0xffffffffu) << shift, high = (significand >> 32) << shift;
   const uint64_t middle = (low >> 32) + (high & 0xffffffffu);  // below 2^33: the next digit takes what it has too much
-  return {place / 32, 3, {int64_t(low & 0xffffffffu), int64_t(middle & 0xffffffffu), int64_t((high >> 32) + (middle >> 32))}};
+  return {place / 32,
+          3,
+          {int64_t(low & 0xffffffffu), int64_t(middle & 0xffffffffu), int64_t((high >> 32) + (middle >> 32))}};
 }
 
 // The sum, rounded once to nearest even.

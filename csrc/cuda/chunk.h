@@ -123,8 +123,8 @@ struct Roles {
   typename O::Memory* output[E::kOutputs + 1];
 };
 
-// The sums of a block of kBlock elements, while they are under way: of 8 neighbours, then of pairs of these sums half of
-// them apart, until one is left.
+// The sums of a block of kBlock elements, while they are under way: of 8 neighbours, then of pairs of these sums half
+// of them apart, until one is left.
 template <class T, int sums>
 struct BlockSums {
   T block[sums][kBlock];

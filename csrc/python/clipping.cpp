@@ -37,8 +37,8 @@ Clipping::Clipping(PyObject* tuple, View& view) : view_(view), asked_(tuple != P
   long long grad_scale;
   int skip_nonfinite;
   double found_inf;
-  if (!PyArg_ParseTuple(tuple, "OO!OOLOdpddO", &sums, &PyList_Type, &plans, &group_of, &found, &grad_scale, &between, &max_norm_,
-                        &skip_nonfinite, &scale_, &found_inf, &own_limits))
+  if (!PyArg_ParseTuple(tuple, "OO!OOLOdpddO", &sums, &PyList_Type, &plans, &group_of, &found, &grad_scale, &between,
+                        &max_norm_, &skip_nonfinite, &scale_, &found_inf, &own_limits))
     throw std::runtime_error("a Python error is set");
   skip_nonfinite_ = skip_nonfinite != 0;
   found_inf_ = found_inf != 0;
@@ -97,8 +97,8 @@ void Clipping::decide(PyObject* rows) const {
     finite = std::isfinite(found_[0]);
     clip = clip_of(own_limits_.empty() ? found_[0] : std::sqrt(sum_of(limited.words)) / scale_, max_norm_);
     for (size_t g = 0; g < own_limits_.size(); ++g)
-      clips[g] = std::isnan(own_limits_[g]) ? clip
-                                            : clip_of(std::sqrt(sum_of(of_groups[g].words)) / scale_, own_limits_[g]);
+      clips[g] =
+          std::isnan(own_limits_[g]) ? clip : clip_of(std::sqrt(sum_of(of_groups[g].words)) / scale_, own_limits_[g]);
   }
   const bool skip = found_inf_ || (skip_nonfinite_ && !finite);
   found_[1] = skip;

@@ -19,8 +19,7 @@ int64_t merge(const View& view, int64_t first, int64_t last, int64_t at) {
     const bool attached =
         range.buffer != 0 && moving.numel != 0 && reinterpret_cast<int64_t>(moving.grad) == range.grad;
     if (attached && before != nullptr && before->buffer == range.buffer && before->end == range.offset &&
-        view.run_moving[run].row == moving.row &&
-        place[kOutput] == view.run_places[run * view.place_words + kOutput] &&
+        view.run_moving[run].row == moving.row && place[kOutput] == view.run_places[run * view.place_words + kOutput] &&
         place[kOrigin] - view.run_places[run * view.place_words + kOrigin] == range.offset - offset) {
       view.run_moving[run].numel = view.run_capacities[run] = range.offset - offset + moving.numel;
     } else {

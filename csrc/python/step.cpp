@@ -19,16 +19,17 @@ struct Work {
   PyObject* launches;   // a list: plans
   PyObject* ready;      // None, or a function of the rows to more launches
   PyObject* rows;
-  PyObject* copies;  // a list of (to, from): after the launches
-  PyObject* puts;    // a list of (position, parameter, its state or None, its state to be, what is new of it)
-  PyObject* ticks;   // a list of (dict, key, value): what a finished step writes
-  int others;        // are there other threads of Python?
+  PyObject* copies;    // a list of (to, from): after the launches
+  PyObject* puts;      // a list of (position, parameter, its state or None, its state to be, what is new of it)
+  PyObject* ticks;     // a list of (dict, key, value): what a finished step writes
+  int others;          // are there other threads of Python?
   PyObject* clipping;  // None, or what is asked of the norm of the gradients
   int counts;          // does the host count the steps?
 
   explicit Work(PyObject* tuple) {
-    if (!PyArg_ParseTuple(tuple, "OO!O!OOO!O!O!pOp", &increment, &PyList_Type, &written, &PyList_Type, &launches, &ready,
-                          &rows, &PyList_Type, &copies, &PyList_Type, &puts, &PyList_Type, &ticks, &others, &clipping, &counts))
+    if (!PyArg_ParseTuple(tuple, "OO!O!OOO!O!O!pOp", &increment, &PyList_Type, &written, &PyList_Type, &launches,
+                          &ready, &rows, &PyList_Type, &copies, &PyList_Type, &puts, &PyList_Type, &ticks, &others,
+                          &clipping, &counts))
       throw std::runtime_error("a Python error is set");
   }
 };
