@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 import warnings
@@ -682,3 +683,19 @@ def test_sums_are_the_references() -> None:
     assert sums.value(found) == sums.value(words)
     carried = [int(w) for w in found[: sums.DIGITS]]
     assert sum(w << 32 * k for k, w in enumerate(carried)) == sum(int(w) << 32 * k for k, w in enumerate(words[:68]))
+
+
+def test_parameters_on_two_devices_are_refused() -> None:
+    """There is one device here: another is written into the table."""
+    p = nn.Parameter(torch.ones(3))
+    opt = wd_kernels.AdamW([p], lr=0.1, weight_decay=0.1, max_grad_norm=1.0)
+    p.grad = torch.ones(3)
+    opt.step()
+    (bucket,) = opt._table.buckets
+    elsewhere = dataclasses.replace(bucket.spec, device=torch.device("cuda", 1))
+    opt._table.buckets.append(dataclasses.replace(bucket, spec=elsewhere))
+    before = snapshot([p], opt)
+    with pytest.raises(ValueError, match="of parameters on cpu and cuda:1: what is decided of all gradients"):
+        opt.step()
+    for name, own in snapshot([p], opt).items():
+        assert_same_bits(own, before[name], name)

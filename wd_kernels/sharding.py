@@ -98,9 +98,9 @@ def sharded_over(p: Tensor) -> tuple[Any, ...]:
 
 def sum_over(group: Any, rows: Tensor, which: Tensor) -> None:
     """Adds up some of the rows of an integer tensor over a process group, in place. All of its processes call it."""
-    own = rows[which].contiguous()
-    on = torch.device("cpu") if torch.distributed.get_backend(group) != "nccl" else torch.device("cuda")
-    there = own.to(on)
+    there = rows[which].contiguous()
+    if not there.is_cuda and torch.distributed.get_backend(group) == "nccl":  # of CPU offload, say
+        there = there.cuda()
     torch.distributed.all_reduce(there, group=group)
     rows[which] = there.to(rows.device)
 

@@ -1,5 +1,6 @@
 #include "clipping.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -30,6 +31,11 @@ struct Total {
 };
 
 }  // namespace
+
+bool Clipping::calls(PyObject* tuple) {
+  constexpr Py_ssize_t between = 5;  // of `Asked`
+  return tuple != Py_None && PyTuple_Size(tuple) > between && PyTuple_GetItem(tuple, between) != Py_None;
+}
 
 Clipping::Clipping(PyObject* tuple, View& view) : view_(view), asked_(tuple != Py_None) {
   if (!asked_) return;
@@ -105,7 +111,8 @@ void Clipping::decide(PyObject* rows) const {
   *view_.control = {1 / scale_, double(skip)};
   if (sums_ == nullptr || rows == Py_None) return;
   const Memory of_rows = memory_of(rows, "rows", "float64", -1);
-  for (int64_t r = 0; r < of_rows.rows && grad_scale_ < of_rows.columns; ++r)
+  const int64_t n = grad_scale_ < of_rows.columns ? std::min(of_rows.rows, int64_t(view_.keys.size())) : 0;
+  for (int64_t r = 0; r < n; ++r)
     of_rows.as<double>()[r * of_rows.columns + grad_scale_] *=
         own_limits_.empty() ? clip : clips[size_t(view_.keys[size_t(r)].group)];
 }

@@ -11,9 +11,11 @@ class Clipping {
   // `tuple`: None, or what wd_kernels/clipping.py has as `Asked`. Throws where it does not belong to the table.
   Clipping(PyObject* tuple, View& view);
 
+  // Does Python code take part, of what such a tuple asks for?
+  static bool calls(PyObject* tuple);
+
   // Is anything to be done before a step?
   bool asked() const { return asked_; }
-  // Does Python code take part?
   bool calls() const { return between_ != nullptr; }
 
   // Adds up the squares of all gradients, and lets Python add those of others. Writes nothing of the optimizer; false:

@@ -174,7 +174,8 @@ Outcome launch_all(View& view, PyObject* groups, PyObject* state, const Work& wo
 
 PyObject* checked_step(View& view, PyObject* groups, PyObject* state, PyObject* tuple) {
   const Work work(tuple);
-  const Reference keep(work.ready != Py_None || work.clipping != Py_None || work.others != 0 ? PyList_New(0) : nullptr);
+  const bool held = work.ready != Py_None || work.others != 0 || Clipping::calls(work.clipping);
+  const Reference keep(held ? PyList_New(0) : nullptr);
   if (PyErr_Occurred()) return nullptr;
   NoCollection meanwhile;
   Changes found;

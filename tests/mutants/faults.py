@@ -148,19 +148,118 @@ CPU_MOVER = _of(
         "rest = own.moving.numel - own.begin,",
         "rest = own.moving.numel,",
     ),
-    ("cpu: subnormals are flushed as the caller has set", "_mm_setcsr(0x1f80)", "_mm_setcsr(saved_)"),
-    ("cpu: the caller's flushing of subnormals is not put back", "{ _mm_setcsr(saved_); }", "{ (void)saved_; }"),
     ("cpu: the gradients' factor is ignored", "rule.read(row, launch.control->grad_factor,", "rule.read(row, 1.0,"),
     ("cpu: all segments use the first row", "launch.rows + own.moving.row * launch.row_width", "launch.rows"),
 )
+
+CLIPPING = [
+    *_of(
+        "csrc/cpu/rounding.h",
+        "backends kernels optim native",
+        ("cpu: subnormals are flushed as the caller has set", "_mm_setcsr(0x1f80)", "_mm_setcsr(saved_)"),
+        ("cpu: the caller's flushing of subnormals is not put back", "{ _mm_setcsr(saved_); }", "{ (void)saved_; }"),
+    ),
+    *_of(
+        "csrc/sums.h",
+        "clipping sums",
+        ("sums: a carry is lost", "carry = word >> 32;", "carry = 0;"),
+        ("sums: what is below is not seen", "(rest != 0 ? 1 : 0)", "0"),
+        ("sums: a NaN is an infinity", "x != x ? kNaNs : kInfinities", "kInfinities"),
+        ("sums: digits begin one binade higher", "exponent != 0 ? exponent - 1 : 0", "exponent"),
+        ("clip: a larger norm than gradients have enlarges them", "return clip > 1 ? 1 : clip;", "return clip;"),
+        ("clip: an infinite limit divides", "if (max_norm == __builtin_inf()) return 1;", ""),
+    ),
+    *_of(
+        "csrc/cpu/squares.inc",
+        "clipping",
+        ("squares: a rest of neighbours is not added", "i < count; ++i) last", "i < 0; ++i) last"),
+        ("squares: sums of the segment before", "if (sum != sum_) flush();", ""),
+        ("squares: a chunk begins where its segment does", "moving.grad) + begin * format.size", "moving.grad)"),
+        ("squares: what was added stays", "      words_[k] = 0;\n", ""),
+    ),
+    *_of(
+        "csrc/python/clipping.cpp",
+        "clipping sharded",
+        ("clipping: sums of the step before stay", "std::memset(sums_, 0,", "std::memset(sums_, 0, 0 *"),
+        ("clipping: groups with limits count for the others", "(std::isnan(own_limits_[group]) ?", "(true ?"),
+        (
+            "clipping: the norm is that of scaled gradients",
+            "found_[0] = std::sqrt(sum_of(all.words)) / scale_;",
+            "found_[0] = std::sqrt(sum_of(all.words));",
+        ),
+        ("clipping: what is scaled stays so", "*view_.control = {1 / scale_,", "*view_.control = {1,"),
+        ("clipping: what somebody has found is ignored", "found_inf_ || (skip", "(skip"),
+        ("clipping: a NaN skips without being asked to", "(skip_nonfinite_ && !finite)", "!finite"),
+        ("clipping: others' sums are not asked for", "if (between_ == nullptr) return true;", "return true;"),
+    ),
+    *_of(
+        "wd_kernels/clipping.py",
+        "clipping",
+        ("python clipping: a NaN is no reason to skip", "asked.skip_nonfinite and nonfinite", "False"),
+        ("clipping: a scale of 0 is taken", "if not 0.0 < scale < math.inf:", "if not 0.0 <= scale < math.inf:"),
+        ("clipping: limits of groups alone are not seen", "limited = own.count(None) != len(own)", "limited = False"),
+    ),
+    *_of(
+        "wd_kernels/table/table.py",
+        "clipping sharded",
+        ("clipping: the control of the last step stays", "if limits is None and self.controlled:", "if False:"),
+        ("sums: of all groups in one place", "kinds = [(g, tuple(map(id, own)))", "kinds = [(0, tuple(map(id, own)))"),
+        ("counts: another history has the same row", 'self._history("parted", *pair) for', "pair[0] for"),
+        ("counts: a fresh state is not told of", "bank.fresh[i].fill_(float(f.fresh))", "bank.fresh[i].fill_(0.0)"),
+        ("counts: a loaded count is lost on a device", "view.fill_(f.count)", "view.fill_(0.0)"),
+        (
+            "sums: of a flat buffer as a whole",
+            "return self.own_segments\n\n    def tensors",
+            "return self.segments\n\n    def tensors",
+        ),
+    ),
+    *_of(
+        "wd_kernels/sharding.py",
+        "sharded",
+        ("sharding: what is replicated counts for every rank", "if not own.is_replicate() and spec", "if spec"),
+        ("sharding: each process has its own norm", "    torch.distributed.all_reduce(there, group=group)\n", ""),
+    ),
+    *_of(
+        "wd_kernels/backends/device.py",
+        "clipping",
+        ("bank: sums of a step that failed stay", "if not bank.clean:", "if False:"),
+    ),
+    *_of(
+        "csrc/cuda/begin.h",
+        "clipping",
+        (
+            "cuda: a skipped step is counted",
+            "if (skip || of.active[i] == 0) continue;",
+            "if (of.active[i] == 0) continue;",
+        ),
+        ("cuda: a state stays fresh", "      of.fresh[i] = 0;\n", ""),
+        ("cuda: copies of a sum are not emptied", "              *at = 0;\n", ""),
+        ("cuda: rows are not clipped", "row.grad_scale = row.grad_scale * of.clips[group];", ""),
+        ("cuda: squares beyond the end", "begin + e < count ? T(G", "begin + e <= count ? T(G"),
+        ("cuda: steps are counted from 0", "of.steps[param]) + 1, of", "of.steps[param]), of"),
+    ),
+    *_of(
+        "wd_kernels/backends/triton_kernels.py",
+        "clipping",
+        ("triton: a skipped step is counted", "counted = tl.where(skip == 0, of_params, 0)", "counted = of_params"),
+        (
+            "triton: a state stays fresh",
+            "0.0, tl.float32), mask=there & stepped)",
+            "1.0, tl.float32), mask=there & stepped)",
+        ),
+        ("triton: rows are not clipped", "if i == grad_scale_at:", "if i == -1:"),
+        ("triton: squares beyond the end", "square = tl.where(lanes < count, x * x, 0.0)", "square = x * x"),
+        ("triton: a sum's carry is lost", "carry = word >> 32", "carry = word * 0"),
+    ),
+]
 
 CPU_EPILOGUES = _of(
     "csrc/cpu/mover.inc",
     "epilogues",
     (
-        "cpu: a block adds up neighbours, not halves",
-        "block[i] = block[i] + block[i + half];",
-        "block[i] = block[2 * i] + block[2 * i + 1];",
+        "cpu: groups of a block add up neighbours, not halves",
+        "sums[k] = sums[k] + sums[k + half];",
+        "sums[k] = sums[2 * k] + sums[2 * k + 1];",
     ),
     ("cpu: what a last block lacks is the block before", "i = within + n; i < kBlock;", "i = within + n; i < 0;"),
     (
@@ -178,7 +277,7 @@ CPU_EPILOGUES = _of(
 CPU_PLAN = _of(
     "csrc/cpu/plan.cpp",
     "native backends",
-    ("cpu: skip is ignored", "launch.control->skip != 0 || elements == 0", "elements == 0"),
+    ("cpu: skip is ignored", "if (launch.control->skip == 0 && elements != 0) on", "if (elements != 0) on"),
     ("cpu: a row just past the end is accepted", "moving.row < rows,", "moving.row <= rows,"),
     ("cpu: a chunk past the last segment is accepted", "segment < plan.segments &&", "segment <= plan.segments &&"),
     ("cpu: elements are those of the last chunk alone", "elements += std::max", "elements = std::max"),
@@ -392,7 +491,7 @@ KEYS = _of(
 STEP = _of(
     "csrc/python/step.cpp",
     "table_failures schedules table optim flat failures surroundings torture properties",
-    ("step: what is held is not what is there", "if (now != there && there != nullptr) return false;", ""),
+    ("step: what is held is not what is there", "now != there && there != nullptr && views", "now == &there && views"),
     (
         "step: autograd is not told",
         "counted(PyObject_CallFunctionObjArgs(work.increment, work.written, nullptr));",
@@ -692,15 +791,15 @@ TRITON_KERNELS = _of(
     ),
     (
         "triton: offsets have 32 bits",
-        "begin = (chunk >> 32) * chunk_size",
-        "begin = (chunk >> 32).to(tl.int32) * chunk_size",
+        "begin = (chunk >> 32) * chunk_size\n    numel = tl.load(moved + 1)  # 0 without a gradient\n    row",
+        "begin = (chunk >> 32).to(tl.int32) * chunk_size\n    numel = tl.load(moved + 1)\n    row",
     ),
     (
         "triton: the last block writes one element too many",
         "        mask = lanes < count",
         "        mask = lanes <= count",
     ),
-    ("triton: alignment is not asked for", "aligned = tl.load(moved + 3) != 0", "aligned = tl.load(moved + 3) >= 0"),
+    ("triton: alignment is not asked for", "!= 0\n    skip = tl.load(control", ">= 0\n    skip = tl.load(control"),
     ("triton: skip is ignored", "ended = skip | (begin >= numel)", "ended = begin >= numel"),
     ("triton: frozen weights move", '(scalar_names, "frozen")) != 0', '(scalar_names, "frozen")) < 0'),
     (
@@ -714,7 +813,11 @@ TRITON_KERNELS = _of(
         "value.to(tl.float16).to(tl.int16, bitcast=True)",
     ),
     ("triton: bfloat16 is cut off, not rounded", "((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)", "(bits >> 16)"),
-    ("triton: a chunk goes on to the end of its segment", "tl.minimum(numel - begin, chunk_size)", "(numel - begin)"),
+    (
+        "triton: a chunk goes on to the end of its segment",
+        "tl.where(ended, 0, tl.minimum(numel - begin, chunk_size)",
+        "tl.where(ended, 0, (numel - begin)",
+    ),
     (
         "triton: a rest of one element is not stepped",
         "for offset in range(done, count, rest):",
@@ -751,11 +854,15 @@ TRITON_EPILOGUES = _of(
 TRITON = _of(
     "wd_kernels/backends/triton.py",
     "triton codegen interpreter",
-    ("triton: products and sums are fused", '"enable_fp_fusion": False', '"enable_fp_fusion": True'),
+    (
+        "triton: products and sums are fused",
+        '"enable_fp_fusion": False}\n    states',
+        '"enable_fp_fusion": True}\n    states',
+    ),
     (
         "triton: a kernel of other formats is taken as compiled",
-        "key = (spec.device, table.rule.name, spec)",
-        "key = (spec.device, table.rule.name)",
+        "key = (table.rule.name, spec)",
+        "key = (table.rule.name,)",
     ),
     ("triton: the interpreter takes GPU tensors", 'if device.type != "cpu":', 'if device.type == "meta":'),
     ("triton: a version too old is taken", "< OLDEST:", "< (0, 0):"),
@@ -773,8 +880,8 @@ BACKENDS = [
         "cuda movers",
         (
             "cuda: a kernel of other formats is taken as loaded",
-            "key = (spec.device, *kernel[:3], *kernel[3])",
-            "key = (spec.device, *kernel[:3])",
+            "key = (device, str(which))",
+            "key = (device, str(which[:3]))",
         ),
         (
             "cuda: a failure to load is remembered as none",
@@ -786,7 +893,7 @@ BACKENDS = [
         "wd_kernels/backends/device.py",
         "triton movers",
         ("gpu: a step can be captured in a graph", "    _refuse_capture(device)", "    pass"),
-        ("gpu: one launch for a bucket without elements", " and chunks[bucket.index].words.numel():", ":"),
+        ("gpu: one launch for a bucket without elements", " and chunks[b.index].words.numel()]", "]"),
     ),
     *_of(
         "wd_kernels/backends/reference.py",
@@ -954,8 +1061,8 @@ TABLE = _of(
     ),
     (
         "table: a step count that was exchanged is ignored",
-        'if lies_here and f.own.get("step") is own:',
-        "if lies_here:",
+        'counted = lies_here and f.own.get("step") is own',
+        "counted = lies_here",
     ),
     ("table: an old view of a count moves on", "own.data = own.clone()  # whoever", "pass  # whoever"),
     (
@@ -1021,7 +1128,7 @@ CHANGES = _of(
     ("python: a stand-in is not copied back", "            to.copy_(source)\n", "            pass\n"),
     (
         "python: a skipped step is counted",
-        "        if self._control[1] != 0:\n            return Changes(True, False, [], False, keys)\n",
+        "        if skip:\n            return Changes(True, False, [], False, keys)\n",
         "",
     ),
 )
@@ -1090,7 +1197,7 @@ VALIDATION = _of(
 CHECKPOINT = _of(
     "wd_kernels/state_dict.py",
     "checkpoint schedules",
-    ("checkpoint: a saved schedule's name replaces the schedule", '"schedule", "show_lr")', '"show_lr")'),
+    ("checkpoint: a saved schedule's name replaces the schedule", '"schedule", "show_lr", "max', '"show_lr", "max'),
     ("checkpoint: lambda is loaded without its mode", 'loaded.pop("weight_decay", None)', "pass"),
     ("checkpoint: a decay of 0 is not loaded", '_is_zero(decay["weight_decay"])\n', "False\n"),
     (
@@ -1791,6 +1898,7 @@ FAULTS: tuple[Fault, ...] = (
     *CPU_PLAN,
     *CPU_MOVER,
     *CPU_EPILOGUES,
+    *CLIPPING,
     *CUDA_CHUNK,
     *CUDA_EPILOGUES,
     *STOCHASTIC,

@@ -188,6 +188,12 @@ class TensorTable:
         if known and self.keys:
             rows = self.rule.rows(hypers, self.keys) if self.bank is None else self.rule.group_rows(hypers)
         limits = self.limits
+        devices = list(dict.fromkeys(str(bucket.spec.device) for bucket in self.buckets))
+        if len(devices) > 1 and (limits is not None or self.bank is not None):
+            raise ValueError(
+                f"max_grad_norm, skip_nonfinite or a GradScaler's scale, of parameters on {' and '.join(devices)}: "
+                "what is decided of all gradients is known on one device; allowed is an optimizer for each"
+            )
         if self.bank is not None and limits is not None and limits.skips and ticks:
             raise ValueError(
                 f"a schedule that is called, with skip_nonfinite or a GradScaler, on {self.bank.device}: whether it "
