@@ -138,7 +138,7 @@ class Clipping:
         """What a step is to do; None: as if there was nothing of this.
 
         Args:
-            own: the groups' own limits.
+            own: the groups' own limits; empty: none has one.
             grad_scale, found_inf: what torch.amp.GradScaler has left: None, or tensors of one element.
         """
         limited = own.count(None) != len(own)

@@ -113,8 +113,7 @@ class DecoupledOptimizer(Optimizer):
     def _limits(self, hypers: Sequence[Hyper]) -> Limits | None:
         """What this step makes of the norm of the gradients, and of what torch.amp.GradScaler has left here."""
         given = self.__dict__
-        own = [settings.max_grad_norm for settings, *_ in hypers]
-        return self._clipping.of_step(own, given.get("grad_scale"), given.get("found_inf"))
+        return self._clipping.of_step(self.rule.limits_of(hypers), given.get("grad_scale"), given.get("found_inf"))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -188,17 +188,8 @@ class TensorTable:
         if known and self.keys:
             rows = self.rule.rows(hypers, self.keys) if self.bank is None else self.rule.group_rows(hypers)
         limits = self.limits
-        devices = list(dict.fromkeys(str(bucket.spec.device) for bucket in self.buckets))
-        if len(devices) > 1 and (limits is not None or self.bank is not None):
-            raise ValueError(
-                f"max_grad_norm, skip_nonfinite or a GradScaler's scale, of parameters on {' and '.join(devices)}: "
-                "what is decided of all gradients is known on one device; allowed is an optimizer for each"
-            )
-        if self.bank is not None and limits is not None and limits.skips and ticks:
-            raise ValueError(
-                f"a schedule that is called, with skip_nonfinite or a GradScaler, on {self.bank.device}: whether it "
-                "counts a step is known there alone. schedule='from_lr' with an LR scheduler of torch can be had"
-            )
+        if limits is not None or self.bank is not None:
+            self._check_limits(limits, ticks)
         prepared = self.launches if rows is not None and self.launches is not None else backends.Prepared([], None)
         return Work(
             increment=_increment_version,
@@ -213,6 +204,19 @@ class TensorTable:
             clipping=None if limits is None or self.bank is not None else self._asked(limits, prepared),
             counts=self.bank is None,
         )
+
+    def _check_limits(self, limits: Limits | None, ticks: Sequence[Tick]) -> None:
+        devices = list(dict.fromkeys(str(bucket.spec.device) for bucket in self.buckets))
+        if len(devices) > 1:
+            raise ValueError(
+                f"max_grad_norm, skip_nonfinite or a GradScaler's scale, of parameters on {' and '.join(devices)}: "
+                "what is decided of all gradients is known on one device; allowed is an optimizer for each"
+            )
+        if self.bank is not None and limits is not None and limits.skips and ticks:
+            raise ValueError(
+                f"a schedule that is called, with skip_nonfinite or a GradScaler, on {self.bank.device}: whether it "
+                "counts a step is known there alone. schedule='from_lr' with an LR scheduler of torch can be had"
+            )
 
     def _asked(self, limits: Limits, prepared: backends.Prepared) -> Asked:
         """What is asked of the norm of this step's gradients."""
