@@ -12,6 +12,7 @@ from callers import FLAT, LISTS, Caller, options_of
 from cases import BODIES, Case, Piece, bf16, covered, f32, f64, gradient, ids, make_params, with_dtypes
 from torch import Tensor
 
+import wd_kernels
 from wd_kernels import native
 from wd_kernels.torch_ops import OPERATORS
 
@@ -92,6 +93,39 @@ def test_compiled_numbers_compile_anew() -> None:
     assert 2 <= counts[-1] <= 4  # a graph for each lr, and one for any step
     assert counts[2] < counts[3]
     assert f"{native.NAMESPACE}.adamw_.default" in compiler.calls
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "skip_nonfinite": True}], ids=["plain", "clipping"])
+def test_a_compiled_training_step(options: dict[str, Any]) -> None:
+    """An optimizer's step breaks the graph; 20 learning rates compile nothing anew, and the bits are those of eager."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(3, 5), torch.nn.Linear(3, 5)]
+    models[1].load_state_dict(models[0].state_dict())
+    opts = [wd_kernels.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, **options) for model in models]
+    compiler = Compiler("aot_eager")
+
+    def one(model: Any, opt: Any, x: Tensor) -> Tensor:
+        opt.zero_grad()
+        loss: Tensor = model(x).square().mean()
+        loss.backward()
+        opt.step()
+        return loss.detach()
+
+    compiled = torch.compile(one, backend=compiler)
+    graphs = []
+    for step in range(20):
+        for opt in opts:
+            opt.param_groups[0]["lr"] = 0.1 / (step + 1)
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        losses = [run(model, opt, x) for run, model, opt in zip((compiled, one), models, opts, strict=True)]
+        torch.testing.assert_close(*losses)
+        graphs.append(compiler.graphs)
+    assert graphs[0] == graphs[-1] >= 1
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_same({"p": p.detach()}, {"p": q.detach()})
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow
