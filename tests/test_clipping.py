@@ -699,3 +699,162 @@ def test_parameters_on_two_devices_are_refused() -> None:
         opt.step()
     for name, own in snapshot([p], opt).items():
         assert_same_bits(own, before[name], name)
+
+
+@pytest.mark.parametrize("engine", engine_params(tuple(COUNTING)), indirect=True)
+def test_what_was_found_without_gradients(engine: Engine) -> None:
+    """And a step that somebody else had skipped on the host, when there were none, keeps no later one."""
+    params = make_params([Piece((5,)), Piece((70,))], f32, f32, device=engine.device)
+    opt = wd_kernels.SGDW(
+        params, lr=0.1, momentum=0.9, weight_decay=0.1, max_grad_norm=10.0, skip_nonfinite=True, backend=engine.backend
+    )
+    opt.grad_scale, opt.found_inf = torch.tensor([1.0]), torch.tensor([1.0])
+    opt.step()
+    assert opt.skipped.item()
+    del opt.grad_scale, opt.found_inf
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(2):
+        opt.step()
+    assert {float(own["step"]) for own in opt.state.values()} == {2.0}
+    params[0].grad = torch.full_like(params[0], math.nan)
+    opt.step()
+    assert opt.skipped.item()
+    opt.zero_grad()
+    opt.step()
+    assert not opt.skipped.item()
+    assert opt.grad_norm.item() == 0.0
+    assert opt.group_grad_norms.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("engine", engine_params(tuple(COUNTING)), indirect=True)
+@pytest.mark.parametrize("how", ["load", "copy", "group"])
+def test_a_first_step_that_was_skipped_begins_nothing(engine: Engine, how: str) -> None:
+    """However the optimizer goes on: the first gradient that counts is undampened."""
+
+    def run(backend: str, device: Any) -> dict[str, Tensor]:
+        params = make_params([Piece((5,)), Piece((70,))], f32, f32, device=device)
+        opt = wd_kernels.SGDW(
+            params, lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1, skip_nonfinite=True, backend=backend
+        )
+        for step in range(4):
+            for k, p in enumerate(params):
+                p.grad = gradient(Piece(tuple(p.shape)), f32, 10 * step + k, device)
+            if step == 0:
+                params[0].grad = torch.full_like(params[0], math.nan)
+            opt.step()
+            if step == 0 and how == "load":
+                opt.load_state_dict(opt.state_dict())
+            elif step == 0 and how == "copy":
+                opt = copy.deepcopy(opt)
+                params = opt.param_groups[0]["params"]
+            elif step == 0:
+                opt.add_param_group({"params": make_params([Piece((3,))], f32, f32, device=device)})
+        return snapshot(params, opt)
+
+    found, expected = run(engine.backend, engine.device), run("reference", "cpu")
+    assert list(found) == list(expected)
+    for name, own in found.items():
+        assert_same_bits(own, expected[name], name)
+
+
+@pytest.mark.parametrize("engine", engine_params(tuple(COUNTING)), indirect=True)
+def test_histories_are_few(engine: Engine) -> None:
+    """They are numbered anew whenever they part: no number grows, and rows are told apart to the end."""
+    params = make_params([Piece((3,))] * 4, f32, f32, device=engine.device)
+    others = make_params([Piece((3,))] * 4, f32, f32)
+    opts = [
+        wd_kernels.AdamW(own, lr=0.1, weight_decay=0.1, max_grad_norm=2.0, backend=backend)
+        for own, backend in ((params, engine.backend), (others, "reference"))
+    ]
+    for step in range(12):
+        for own, device in ((params, engine.device), (others, "cpu")):
+            for k, p in enumerate(own):
+                there = step == 0 or (step * 7 + k * k) % 3 != 1
+                p.grad = gradient(Piece((3,)), f32, 10 * step + k, device) if there else None
+        for opt in opts:
+            opt.step()
+    assert float(opts[0]._table.counts.steps.max()) < 8
+    for p, q in zip(params, others, strict=True):
+        assert_same_bits(p.detach().cpu(), q.detach())
+        assert float(opts[0].state[p]["step"]) == float(opts[1].state[q]["step"])
+
+
+@pytest.mark.parametrize("engine", engine_params(tuple(COUNTING)), indirect=True)
+def test_counts_beyond_2_to_the_24(engine: Engine) -> None:
+    """float32 counts end there; what is made of them does not."""
+
+    def run(backend: str, device: Any) -> Tensor:
+        p = make_params([Piece((3,))], f32, f32, device=device)[0]
+        opt = wd_kernels.AdamW([p], lr=0.1, weight_decay=0.1, max_grad_norm=2.0, backend=backend)
+        p.grad = torch.ones_like(p)
+        opt.step()
+        saved = opt.state_dict()
+        saved["state"][0]["step"] = torch.tensor(float(2**24 - 1))
+        opt.load_state_dict(saved)
+        for _ in range(2):
+            opt.step()
+        return p.detach().cpu()
+
+    assert_same_bits(run(engine.backend, engine.device), run("reference", "cpu"))
+
+
+def test_counts_come_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tensors do: of another backend, here."""
+    Engine("cuda", "on_cpu").provide(monkeypatch)
+    p = nn.Parameter(torch.ones(5))
+    opt = wd_kernels.AdamW([p], lr=0.1, weight_decay=0.1, max_grad_norm=1.0, backend="cuda")
+    p.grad = torch.ones(5)
+    opt.step()
+    assert opt._table.bank is not None
+    opt._table.resolve = lambda spec: wd_kernels.backends.BACKENDS["cpu"]
+    for _ in range(2):
+        opt.step()
+    assert opt._table.bank is None
+    assert float(opt.state[p]["step"]) == 3
+    other = nn.Parameter(torch.ones(5))
+    plain = wd_kernels.AdamW([other], lr=0.1, weight_decay=0.1, max_grad_norm=1.0, backend="reference")
+    other.grad = torch.ones(5)
+    for _ in range(3):
+        plain.step()
+    assert_same_bits(p, other)
+
+
+def test_results_belong_to_the_last_step() -> None:
+    """Of one that fails, of another kind, or of other groups, there are none of the one before."""
+    p = nn.Parameter(torch.ones(3))
+    opt = wd_kernels.AdamW([p], lr=0.1, weight_decay=0.1, max_grad_norm=1.0, skip_nonfinite=True)
+    p.grad = torch.ones(3)
+    opt.step()
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert opt.group_grad_norms.tolist() == pytest.approx([math.sqrt(3)])
+    opt.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr=-1"):
+        opt.step()
+    del opt.param_groups[1]
+    opt.param_groups[0]["lr"] = 0.1
+    p.grad = torch.full((3,), math.nan)
+    opt.step()
+    assert opt.skipped.item()
+    opt.max_grad_norm, opt.skip_nonfinite = None, False
+    model = nn.Sequential(nn.Linear(2, 2))
+    released = wd_kernels.AdamW(model.parameters(), lr=0.1, max_grad_norm=1.0, skip_nonfinite=True)
+    for q in model.parameters():
+        q.grad = torch.full_like(q, math.nan)
+    released.step()
+    assert released.skipped.item()
+    released.max_grad_norm, released.skip_nonfinite = None, False
+    released.zero_grad()
+    release = wd_kernels.release_gradients(model, released)
+    model(torch.ones(1, 2)).sum().backward()
+    released.step()
+    assert not released.skipped.item()
+    assert released.grad_norm is None
+    release.remove()
+    meta = nn.Parameter(torch.ones(3, device="meta"))
+    planned = wd_kernels.AdamW([meta], lr=0.1, max_grad_norm=1.0)
+    meta.grad = torch.ones(3, device="meta")
+    planned.step()
+    assert planned.grad_norm is planned.group_grad_norms is None
+    with pytest.warns(UserWarning, match="is 'max_grad_norm' meant"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))], "max_grad_nrom": 1.0})

@@ -161,6 +161,6 @@ def _number(name: str, value: Any, device: torch.device) -> float:
             "numbers, and tensors of one element there (torch.amp.GradScaler(device) has these)"
         )
     try:
-        return float(value)
+        return torch.tensor(float(value), dtype=torch.float32, device="cpu").item()  # as devices have it
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}={value!r} of the optimizer: expected a number, or a tensor of one element") from None

@@ -20,7 +20,7 @@ from . import state_dict as state_dicts
 from .caller import warn
 from .clipping import Clipping, Limits
 from .flat.states import FlatGradients
-from .rules import FLAG, Hyper, Rule, check_chosen, pair, state_dtype_word
+from .rules import FLAG, LIMIT, Hyper, Rule, check_chosen, pair, state_dtype_word
 from .schedules import stepping
 from .schedules.shapes import named
 from .sharding import local
@@ -98,14 +98,16 @@ class DecoupledOptimizer(Optimizer):
         if self.release is not None:
             if self.__dict__.get("grad_scale") is not None or self.__dict__.get("found_inf") is not None:
                 raise RuntimeError(f"grad_scale and found_inf, of a GradScaler: {RELEASED}")
+            self._clipping.last = None
             ticks = self.release.finish()
         else:
             with table.lock, plain_tensors(table.sharded):
                 hypers = self.rule.hypers(groups, default=self.defaults["decay"])
                 limits = self._limits(hypers)
                 hypers, ticks = stepping.follow(groups, hypers)
+                self._clipping.last = None  # of a step that fails nothing is known
                 table.step(groups, self.state, hypers, ticks, limits)
-                self._clipping.last = limits
+                self._clipping.last = table.limits
         if ticks and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
         return loss
@@ -238,7 +240,7 @@ class DecoupledOptimizer(Optimizer):
                 settings[own.name] = pair(own.name, settings[own.name], where)
 
     def _warn_of_typos(self, given: Mapping[str, Any], index: int) -> None:
-        known = [*self.defaults, FLAG, "params", "param_names", "initial_lr", "schedule_step", *OTHERS]
+        known = [*self.defaults, FLAG, LIMIT, "params", "param_names", "initial_lr", "schedule_step", *OTHERS]
         for key in given:
             if key not in known and (near := get_close_matches(str(key), known, 1, 0.85)) and near[0] not in given:
                 warn(f"param group {index} has a key {key!r} that nothing here reads: is {near[0]!r} meant?")

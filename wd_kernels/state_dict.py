@@ -81,6 +81,7 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
     it has the states of all parameters from the start, those that have taken no step are given theirs.
     """
     state = with_own_counts(packed["state"])
+    stepped = set(state) if rule.torch.counts_steps else _stepped(state)
     groups = []
     for packed_group in packed["param_groups"]:
         group = dict(packed_group)
@@ -96,7 +97,7 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
                 state[key] = found = master_weights.exported(found, p)
             counts = rule.torch.counts_steps or _counts_for_rounding(storage, p, found)
             if not counts and isinstance(found, dict) and "step" in found:
-                state[key] = {name: value for name, value in found.items() if name != "step"}
+                state[key] = {name: value for name, value in found.items() if name != "step" and key in stepped}
                 if not state[key]:
                     del state[key]
             known = not is_lazy(p) and is_steppable(p.dtype)
@@ -106,6 +107,17 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
             if key in state:
                 state[key] = scales.exported(state[key])
     return {**packed, "state": dict(state), "param_groups": groups}
+
+
+def _stepped(state: Mapping[Any, Any]) -> set[Any]:
+    """Whose states have taken a step: a device that skipped the first one left them as they begin. Read at once."""
+    counts = {key: own["step"] for key, own in state.items() if isinstance(own, dict) and "step" in own}
+    there = [key for key, step in counts.items() if isinstance(step, Tensor) and step.numel() == 1]
+    if not there:
+        return set(state)
+    first = counts[there[0]].device
+    read = torch.stack([counts[key].detach().reshape(()).to(first, torch.float64) for key in there]).tolist()
+    return set(state) - {key for key, count in zip(there, read, strict=True) if count == 0}
 
 
 def _counts_for_rounding(storage: Storage, p: Tensor, found: Any) -> bool:

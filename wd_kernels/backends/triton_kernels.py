@@ -699,7 +699,7 @@ def clip_of(norm, max_norm):
 def power(x, t):
     """x to the power t, by squaring (numerics, section 2)."""
     r = x * 0.0 + 1.0
-    for _ in range(24):  # counts are below 2^24
+    for _ in range(54):  # counts are below 2^53
         r = tl.where(t % 2 != 0, r * x, r)
         x = tl.where(t > 1, x * x, x)
         t = t // 2
@@ -784,7 +784,7 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, groups, 
         there = row < of_rows
         group = tl.load(keys + 2 * row, mask=there, other=0)
         param = tl.load(keys + 2 * row + 1, mask=there, other=0)
-        t = tl.load(steps + param, mask=there, other=0.0).to(tl.int32) + 1
+        t = tl.load(steps + param, mask=there, other=0.0).to(tl.int64) + 1
         new = tl.load(fresh + param, mask=there, other=0.0) != 0.0
         known = ()
         for i in tl.static_range(group_scalars):

@@ -2,7 +2,7 @@
 
 from .adagradw import ADAGRADW
 from .adamw import ADAMW
-from .rule import FLAG, MASTER, Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
+from .rule import FLAG, LIMIT, MASTER, Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
 from .scalars import (
     DECAY_MODES,
     TORCHS_DECAY,
@@ -24,6 +24,7 @@ __all__ = [
     "DECAY_MODES",
     "FLAG",
     "FORMS",
+    "LIMIT",
     "MASTER",
     "RULES",
     "SGDW",

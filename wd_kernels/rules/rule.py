@@ -181,7 +181,7 @@ class Rule:
     variants: Mapping[str, Mapping[str, Any]]
     carry: Callable[[Mapping[str, Any], Mapping[str, Any], float], Mapping[str, float]] = lambda saved, live, a: {}
     _memo: dict[tuple[Any, ...], Settings] = field(default_factory=dict, repr=False)
-    _limits: set[float] = field(default_factory=set, repr=False)  # that groups were ever seen to have
+    _limits: set[bool] = field(default_factory=set, repr=False)  # was a group ever seen to have one?
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scalars", (*self.group_scalars, *self.count_scalars, "seed"))
@@ -271,7 +271,7 @@ class Rule:
         storage, seed = check_storage(whole, [state.name for state in self.states], where)
         limit = norm_limit(whole[LIMIT], where)
         if limit is not None:
-            self._limits.add(limit)
+            self._limits.add(True)
         settings = settings._replace(storage=storage, seed=seed, max_grad_norm=limit)
         # A tensor may hold another number under the same key: only plain values are remembered.
         if all(type(v) in PLAIN for k in key for v in (k if type(k) is tuple else (k,))):

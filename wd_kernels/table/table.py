@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -91,8 +92,8 @@ class TensorTable:
         self.controlled = False  # by the limits of the last step
         self.bank: Bank | None = None
         self.limits: Limits | None = None
-        self.histories, self.history = 0, torch.zeros(0, device=CPU)  # how many; which parameters the last step had
-        self._new_histories: dict[tuple[object, ...], int] = {}  # of this step
+        self.history = torch.zeros(0, device=CPU)  # which parameters the last step had
+        self._new_histories: dict[tuple[object, ...], float] = {}  # of this step
         self._row_keys: tuple[Keys | None, Tensor] = None, torch.zeros(0, 2, dtype=torch.int64, device=CPU)
         self._found = torch.zeros(2, dtype=torch.float64, device=CPU)
         self.sums, self.group_of_sum = _no_sums(0), torch.zeros(0, dtype=torch.int64, device=CPU)
@@ -137,17 +138,18 @@ class TensorTable:
             raise TypeError(f"the optimizer's state is a {type(state).__name__}: expected a dict")
         if self.watch is None and memoryless.wanted(groups):
             memoryless.step(groups, state, hypers, ticks)
+            self.limits = None
             return
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError("a step writes in place: it cannot be taken inside a torch.func transform")
-        if limits is None and self.controlled:
-            self.control.copy_(torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU))
-        self.controlled = limits is not None
         watch, self.watch = self.watch, None
         self.groups, self.state, self.limits = groups, state, limits
         self._new_histories = {}
-        if limits is not None and self.bank is None and (device := self._counting_device(groups)) is not None:
-            self.bank, watch = Bank.of(device, 0, [], 0), None
+        if (limits is not None or self.bank is not None) and self._move_counts(groups):
+            watch = None
+        if self.controlled and (limits is None or self.bank is not None):
+            self.control.copy_(torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU))
+        self.controlled = limits is not None and self.bank is None
         try:
             if watch is None or needs != self.needs or self._moved_in_memory():
                 watch = self._start(needs)
@@ -155,13 +157,16 @@ class TensorTable:
                 special = [i for i in self.special if i not in self.inspected]
                 if special:
                     self._inspect(watch, special)
-                found = watch.step(groups, state, self._work(hypers, ticks, tried))
+                work = self._work(hypers, ticks, tried)
+                found = watch.step(groups, state, work)
                 if found is None:
                     watch = self._start(needs)
                 elif found.done:
                     self.keys = found.keys or None
                     watch.forget_inspections(self.inspected)
                     self.watch = watch
+                    if self.bank is not None and limits is not None and work.rows is None:
+                        self._begin_without_gradients(self.bank, limits)
                     return
                 else:
                     self._follow(watch, found)
@@ -242,14 +247,35 @@ class TensorTable:
             own=limits.own,
         )
 
-    def _counting_device(self, groups: Sequence[Mapping[str, Any]]) -> torch.device | None:
-        """Where the gradients are, if steps are counted there."""
-        for group in groups:
-            for p in group["params"]:
-                if isinstance(p, Tensor) and p.grad is not None:
-                    device = local(p).device
-                    return device if self.resolve(Spec(device, (), ())).counts_there else None
-        return None
+    def _move_counts(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Steps are counted where the gradients are, if that can be; True: from now on elsewhere than before."""
+        for p in chain.from_iterable(group["params"] for group in groups):
+            if isinstance(p, Tensor) and p.grad is not None:
+                device: torch.device | None = local(p).device
+                if not self.resolve(Spec(local(p).device, (), ())).counts_there:
+                    device = None
+                if device == (None if self.bank is None else self.bank.device):
+                    return False
+                self.bank = None if device is None else Bank.of(device, 0, [], 0)
+                return True
+        return False
+
+    def _begin_without_gradients(self, bank: Bank, limits: Limits) -> None:
+        """What beginning a step finds in a process that steps nothing: others wait for its sums."""
+        bank.found.zero_()
+        if not limits.measures:
+            bank.found[0].fill_(float("nan"))
+            return
+        bank.sums.zero_()
+        self.reduce_sums()
+        total = bank.sums.sum((0, 1))
+        scale = bank.given(limits.scale, bank.one, "grad_scale").double()
+        bank.found[:1] = sums.values(total[None]).sqrt() / scale
+        if limits.skip_nonfinite:
+            bank.found[1:] = ~bank.found[:1].isfinite()
+        bank.totals.zero_()
+        bank.sums.zero_()
+        bank.clean = True
 
     def _follow(self, watch: Watch, found: Changes) -> None:
         """Brings the table up to date with what a step has found."""
@@ -272,16 +298,17 @@ class TensorTable:
 
     def _part_histories(self) -> None:
         """Another set of parameters than in the last step is stepped: these have another history from now on."""
-        pairs = zip(self.counts.steps.tolist(), self.active.tolist(), strict=True)
-        self.counts.steps.copy_(torch.tensor([self._history("parted", *pair) for pair in pairs], device=CPU))
+        pairs = list(zip(self.counts.steps.tolist(), self.active.tolist(), strict=True))
+        numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}  # few, whatever came before
+        self.counts.steps.copy_(torch.tensor([numbers[pair] for pair in pairs], dtype=torch.float32, device=CPU))
         self.history = self.active.clone()
+        self._new_histories = {}
 
     def _history(self, *of: object) -> float:
         """What stands for a history that began in this step."""
         if of not in self._new_histories:
-            self.histories += 1
-            self._new_histories[of] = self.histories
-        return float(self._new_histories[of])
+            self._new_histories[of] = float(self.counts.steps.max()) + 1
+        return self._new_histories[of]
 
     # What a backend reads (layout.Table) ------------------------------------------------------------------------------
 
@@ -336,9 +363,9 @@ class TensorTable:
     def norms_of_groups(self) -> Tensor:
         """Of the gradients of every group in the last step that measured them, unscaled: float64 [groups]."""
         if self.bank is not None:
-            totals, control = self.bank.totals[: len(self.groups)], self.bank.control
+            totals, control = self.bank.totals[: self._of_groups], self.bank.control
         else:
-            totals, control = torch.zeros(len(self.groups), sums.WORDS, dtype=torch.int64, device=CPU), self.control
+            totals, control = torch.zeros(self._of_groups, sums.WORDS, dtype=torch.int64, device=CPU), self.control
             totals.index_add_(0, self.group_of_sum, self.sums)
         return sums.values(totals).sqrt() * control[0]
 
@@ -389,6 +416,7 @@ class TensorTable:
 
     def _place_sums(self, watch: Watch) -> None:
         """A sum for every group and every set of processes that shards parameters: of all, gradients or not."""
+        self._of_groups = len(self.groups)
         over = [sharded_over(p) for p in self.params]
         kinds = [(g, tuple(map(id, own))) for (g, _), own in zip(watch.places, over, strict=True)]
         slots = {kind: slot for slot, kind in enumerate(dict.fromkeys(kinds))}
