@@ -656,7 +656,8 @@ def test_every_instruction_that_is_known_is_tested() -> None:
         ("ld.local.b32 D, [%rd1]", "ld.local.b32: 'local' where one of param, global, shared is known"),
         ("ld.global.b32 D, [nobody]", "the address .* is not known here"),
         ("ld.param.b32 D, [nobody]", "is no parameter of the kernel"),
-        ("atom.global.add.u32 D, [%rd1], A", "the instruction atom.global.add.u32 is not known here"),
+        ("membar.gl", "the instruction membar.gl is not known here"),
+        ("atom.global.add.u32 D, [%rd1], A", "where one of u64, s64 is known"),
         ("bra nowhere", "bra to nowhere: no such label"),
         ("L: mov.b32 D, A; L: mov.b32 D, A", "the label L is there twice"),
         ("mul.f16 D, A, A", "mul.f16: without .rn it may be fused"),
@@ -682,6 +683,48 @@ def kernel(
 ) -> str:
     declared = ".reg .b16 %h<9>; .reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .pred %p<9>;"
     return f"{HEAD}.visible .entry k({head})\n{more}\n{{\n{declared}\n{body}\nret;\n}}\n"
+
+
+def added(body: str, atomic: bool) -> list[int]:
+    """What a launch of 64 threads leaves in two words that begin as 7."""
+    words = np.full(2, 7, dtype=np.uint64)
+    memory = ptx.Memory()
+    memory.add("words", words.ctypes.data, words.nbytes, 8, writable=True, atomic=atomic)
+    head = "ld.param.u64 %rd1, [p]; mov.u32 %r1, %tid.x; cvt.u64.u32 %rd2, %r1;"
+    ptx.launch(ptx.parse(kernel(f"{head} {body}")), 1, [words.ctypes.data, 1.0, bytes(12)], memory)
+    return [int(word) for word in words]
+
+
+def test_additions_to_memory() -> None:
+    """All threads to one word; what was there before is another number for each."""
+    assert added("red.global.gpu.relaxed.add.u64 [%rd1], %rd2;", True) == [7 + sum(range(64)), 7]
+    body = "atom.global.gpu.relaxed.add.u64 %rd3, [%rd1], 1; red.global.add.u64 [%rd1+8], %rd3;"
+    assert added(body, True) == [7 + 64, 7 + sum(range(7, 71))]
+    assert added("not.b64 %rd2, %rd2; red.global.add.u64 [%rd1], %rd2;", True)[0] == (7 - sum(range(1, 65))) % 2**64
+    with pytest.raises(ptx.PtxError, match="of words, which is only added to"):
+        added("ld.global.u64 %rd3, [%rd1];", True)
+    with pytest.raises(ptx.PtxError, match="of words, which is no memory that is added to"):
+        added("red.global.add.u64 [%rd1], %rd2;", False)
+
+
+def test_parameters_by_their_address() -> None:
+    """As compilers take it of what is passed by value; and nothing beside them."""
+    found = np.zeros(1, dtype=np.uint64)
+    for offset, message in ((4, ""), (12, "a load of a parameter at"), (2, "a load of a parameter at")):
+        memory = ptx.Memory()
+        memory.add("found", found.ctypes.data, found.nbytes, 4, writable=True)
+        body = (
+            f"ld.param.u64 %rd1, [p]; mov.b64 %rd2, s; ld.param.u32 %r1, [%rd2+{offset}]; "
+            "mov.u32 %r2, %tid.x; setp.ne.s32 %p1, %r2, 0; @%p1 bra END; "
+            "st.global.u32 [%rd1], %r1; END: mov.u32 %r2, 0;"
+        )
+        arguments = [found.ctypes.data, 1.0, bytes(range(12))]
+        if message:
+            with pytest.raises(ptx.PtxError, match=message):
+                ptx.launch(ptx.parse(kernel(body)), 1, arguments, memory)
+        else:
+            ptx.launch(ptx.parse(kernel(body)), 1, arguments, memory)
+            assert found[0] == 0x07060504
 
 
 def test_a_kernel_without_reqntid() -> None:
