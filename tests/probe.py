@@ -91,6 +91,10 @@ class ProbeTable:
             Bucket(Spec(params[0].device, self.states, formats, PROBE), self.backend, 0, 0, range(len(params)))
         ]
 
+    @property
+    def whole(self) -> Segments:
+        return self.segments
+
     def span(self, bucket: Bucket) -> tuple[int, int]:
         return 0, len(self.roles[0])
 
