@@ -70,12 +70,12 @@ def test_words_that_are_full() -> None:
     words = torch.zeros(sums.WORDS, dtype=torch.int64)
     words[30:40] = 2**62
     words[40] = 2**32 - 1
-    exact = sum(Fraction(int(word)) * 2**32**k for k, word in enumerate(words[: sums.DIGITS])) / 2**1074
+    exact = sum(Fraction(int(word)) * 2 ** (32 * k) for k, word in enumerate(words[: sums.DIGITS])) / 2**1074
     assert both(words) == float(exact)
-    words[28:68] = 0xFFFFFFFF
+    words[28:67] = 0xFFFFFFFF
     words[28] = 2**32
     assert both(words) == math.inf  # the carry runs through
-    words[60:68] = 0
+    words[60:67] = 0
     assert both(words) == float(Fraction(2) ** (32 * 60 - 1074))
 
 
