@@ -170,7 +170,9 @@ def inspect(
     spec = spec_of(theta.device, kinds, tuple(states), (storage.stochastic_params, storage.stochastic_states))
     assert spec is not None
     known = Known(spec, (lies.data_ptr(), lies.shape, lies.stride()), param_copy, grad_copy)
-    fresh = any(state.fresh and (state.name not in present or count == 0) for state in states)
+    # What a device made in a first step that it skipped has not begun: a count of 0, and zeros.
+    started = [name for name in present if count or (isinstance(own[name], Tensor) and bool(local(own[name]).any()))]
+    fresh = any(state.fresh and state.name not in started for state in states)
     bases: tuple[Tensor, ...] = ()
     if place is not None:
         each = list(zip(states, memory, strict=True))
