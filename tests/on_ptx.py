@@ -25,10 +25,10 @@ from wd_kernels.backends import triton as triton_backend
 from wd_kernels.backends.cuda import CUDA
 from wd_kernels.backends.device_copy import There
 from wd_kernels.backends.triton import THREADS, Triton
-from wd_kernels.bank import Bank
 from wd_kernels.flat.buffers import attached, place_of
 from wd_kernels.formats import SCALE, arithmetic_dtype, format_of
 from wd_kernels.layout import PADDING, Bucket, Spec, Table, native_kernel
+from wd_kernels.norms import Bank, Norms
 from wd_kernels.rules import RULES, Rule
 
 __all__ = ["ENGINES", "CUDAOnPTX", "Launch", "OnPTX", "TritonOnPTX", "kernel_of"]
@@ -169,7 +169,6 @@ class OnPTX:
     def __init__(self) -> None:
         self.launches: list[Launch] = []
         self.reports: list[ptx.Report] = []  # of what is run before steps
-        self.table: Any = None
         self.before: Callable[[Launch], None] = lambda launch: None  # a test's hand
 
     def why_not(self) -> str | None:
@@ -203,31 +202,30 @@ class TritonOnPTX(OnPTX, Triton):
         )
         return self._patched(names, lambda: super(TritonOnPTX, self).launch(table, bucket, size, there))
 
-    def squares(self, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+    def squares(self, table: Table, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
         kernel = codegen.Before("squares", bucket.spec.formats[1].name)
 
         def run(programs: int, arguments: tuple[Any, ...]) -> None:
             chunks, places, moving, *numbers, code, rows = arguments
             assert (code, rows) == (kernel.of.code, triton_backend.SQUARED)
-            memory = _memory_of_squares(self.table, bank, bucket, [chunks, places, moving])
+            memory = _memory_of_squares(table, bank, bucket, [chunks, places, moving])
             self._run(kernel, programs, [chunks, places, moving], numbers, memory)
 
         names = SimpleNamespace(squares_kernel=_Run(run))
-        return self._patched(names, lambda: super(TritonOnPTX, self).squares(bank, bucket, size, there))
+        return self._patched(names, lambda: super(TritonOnPTX, self).squares(table, bank, bucket, size, there))
 
-    def begin(self, table: Table, bank: Bank, there: There) -> Callable[[], None]:
-        self.table = table
-        kernel = codegen.Before("begin", table.rule.name)
+    def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:
+        kernel = codegen.Before("begin", rule.name)
 
         def run(programs: int, arguments: tuple[Any, ...]) -> None:
             tensors, numbers, constants = list(arguments[:15]), list(arguments[15:20]), arguments[20:]
-            own = table.rule
+            own = rule
             position = own.scalars.index("grad_scale")
             assert constants == (own.name, len(own.group_scalars), len(own.count_scalars), position)
             self._run(kernel, programs, tensors, numbers, _memory_of_begin(tensors))
 
         names = SimpleNamespace(begin_kernel=_Run(run), **{f"count_{rule}": rule for rule in RULES})
-        return self._patched(names, lambda: super(TritonOnPTX, self).begin(table, bank, there))
+        return self._patched(names, lambda: super(TritonOnPTX, self).begin(rule, norms, bank, there))
 
     def _run(
         self, kernel: codegen.Before, programs: int, tensors: list[Tensor], numbers: list[int], memory: ptx.Memory
@@ -315,13 +313,9 @@ class CUDAOnPTX(OnPTX, CUDA):
         self._own = of(self.target, kernel_of(table.rule, bucket.spec)), table, bucket
         return super().launch(table, bucket, size, there)
 
-    def squares(self, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
-        self._squared = bank, bucket
-        return super().squares(bank, bucket, size, there)
-
-    def begin(self, table: Table, bank: Bank, there: There) -> Callable[[], None]:
-        self.table = table
-        return super().begin(table, bank, there)
+    def squares(self, table: Table, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+        self._squared = table, bank, bucket
+        return super().squares(table, bank, bucket, size, there)
 
     @property
     def ops(self) -> Any:
@@ -347,7 +341,7 @@ class CUDAOnPTX(OnPTX, CUDA):
         # The struct Launch of csrc/layout.h, by value.
         self.step(launch, lambda tables: [struct.pack("<5Qiii4x", *(t.data_ptr() for t in tables), *sizes)])
 
-    def _squares(self, bank: Bank, bucket: Bucket, *given: Any) -> None:
+    def _squares(self, table: Table, bank: Bank, bucket: Bucket, *given: Any) -> None:
         token, chunks, places, moving, size, param, grad, copies, stride = given
         assert token == self.token
         assert (param, grad) == (1 if bucket.spec.formats[0].dtype == torch.float64 else 2, bucket.spec.formats[1].code)
@@ -355,7 +349,7 @@ class CUDAOnPTX(OnPTX, CUDA):
         launch = struct.pack(
             "<5Qiii4x", *(t.data_ptr() for t in (chunks, places, moving)), 0, 0, places.shape[1], 0, size
         )
-        memory = _memory_of_squares(self.table, bank, bucket, [chunks, places, moving])
+        memory = _memory_of_squares(table, bank, bucket, [chunks, places, moving])
         self.reports.append(ptx.launch(kernel, chunks.numel(), [launch, copies, stride], memory, threads=THREADS))
 
     def _begin(self, token: int, rule: int, tensors: list[Tensor]) -> None:

@@ -69,8 +69,7 @@ class ProbeTable:
     backend: Any = None
     control: Tensor = field(default_factory=lambda: torch.tensor([1.0, 0.0], dtype=torch.float64))
     device_copies: dict[Any, Any] = field(default_factory=dict)
-    bank: Any = None
-    limits: Any = None
+    norms: Any = None
 
     def __post_init__(self) -> None:
         params, grads = self.roles[:2]

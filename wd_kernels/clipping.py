@@ -99,19 +99,19 @@ def clip_of(norm: float, max_norm: float) -> float:
 
 def decide(asked: Asked) -> Decision:
     """The normative arithmetic, in float64."""
-    own = asked.own or ()
+    own, words = asked.own or (), asked.sums
     norm, clip, clips = math.nan, 1.0, [1.0] * len(own)
-    if asked.sums is not None:
+    if words is not None:
+        groups = asked.group_of.tolist()
 
-        def norm_of(wanted: Callable[[int], bool]) -> float:
-            of_these = [wanted(group) for group in asked.group_of.tolist()]
-            assert asked.sums is not None
-            return math.sqrt(sums.value(asked.sums[of_these].sum(0))) / asked.scale
+        def norm_of(wanted: list[bool]) -> float:
+            return math.sqrt(sums.value(words[wanted].sum(0))) / asked.scale
 
-        norm = norm_of(lambda group: True)
-        clip = clip_of(norm_of(lambda group: math.isnan(own[group])) if own else norm, asked.max_norm)
+        norm = norm_of([True] * len(groups))
+        limited = norm_of([math.isnan(own[group]) for group in groups]) if own else norm
+        clip = clip_of(limited, asked.max_norm)
         for g, limit in enumerate(own):
-            clips[g] = clip if math.isnan(limit) else clip_of(norm_of(lambda group, g=g: group == g), limit)  # type: ignore[misc]
+            clips[g] = clip if math.isnan(limit) else clip_of(norm_of([group == g for group in groups]), limit)
     nonfinite = asked.sums is not None and not math.isfinite(norm)
     return Decision(norm, bool(asked.found_inf) or (asked.skip_nonfinite and nonfinite), clip, clips)
 
@@ -138,7 +138,7 @@ class Clipping:
         """What a step is to do; None: as if there was nothing of this.
 
         Args:
-            own: the groups' own limits; empty: none has one.
+            own: the groups' own limits.
             grad_scale, found_inf: what torch.amp.GradScaler has left: None, or tensors of one element.
         """
         limited = own.count(None) != len(own)

@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import native
-from .bank import Bank
-from .clipping import Limits
 from .epilogues import Epilogue
 from .formats import (
     SCALE,
@@ -31,6 +29,7 @@ from .formats import (
     scale_name,
     state_dtypes,
 )
+from .norms import Norms
 from .reference import BLOCK  # chunks are multiples of it, and begin where their segment's alignment holds
 from .rules import MASTER, Rule, State, code_of
 
@@ -244,8 +243,10 @@ class Table(Protocol):
     rule: Rule
     control: Tensor
     buckets: list[Bucket]
-    bank: Bank | None
-    limits: Limits | None
+
+    @property
+    def norms(self) -> Norms | None:
+        """Where squares of gradients are added up, and what counts steps on a device; None where there is none."""
 
     @property
     def segments(self) -> Segments:
@@ -268,15 +269,6 @@ class Table(Protocol):
 
     def tensors(self, i: int) -> Tensors:
         """Those of parameter `i`, for a backend that works on tensors."""
-
-    def sum_of(self, i: int) -> Tensor:
-        """What the squares of its gradient are added to: int64 [sums.WORDS]."""
-
-    def of_step(self, groups: Tensor) -> dict[str, Tensor]:
-        """What a device completes rows from: "groups", the rest by what else `Begin` reads of the host."""
-
-    def reduce_sums(self) -> None:
-        """Adds the sums of other processes to the bank's."""
 
 
 # Chunks ---------------------------------------------------------------------------------------------------------------

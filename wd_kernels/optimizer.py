@@ -107,15 +107,15 @@ class DecoupledOptimizer(Optimizer):
                 hypers, ticks = stepping.follow(groups, hypers)
                 self._clipping.last = None  # of a step that fails nothing is known
                 table.step(groups, self.state, hypers, ticks, limits)
-                self._clipping.last = table.limits
+                self._clipping.last = table.norms.limits
         if ticks and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
         return loss
 
     def _limits(self, hypers: Sequence[Hyper]) -> Limits | None:
         """What this step makes of the norm of the gradients, and of what torch.amp.GradScaler has left here."""
-        given = self.__dict__
-        return self._clipping.of_step(self.rule.limits_of(hypers), given.get("grad_scale"), given.get("found_inf"))
+        given, own = self.__dict__, [settings[0].max_grad_norm for settings in hypers]
+        return self._clipping.of_step(own, given.get("grad_scale"), given.get("found_inf"))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -158,7 +158,7 @@ class DecoupledOptimizer(Optimizer):
         A copy, which later steps do not change.
         """
         last = self._clipping.last
-        return self._table.found[0].clone() if last is not None and last.measures else None
+        return self._table.norms.found[0].clone() if last is not None and last.measures else None
 
     @property
     def group_grad_norms(self) -> Tensor | None:
@@ -166,13 +166,13 @@ class DecoupledOptimizer(Optimizer):
         last = self._clipping.last
         if last is None or not last.measures:
             return None
-        return self._table.norms_of_groups()
+        return self._table.norms.of_groups(self._table.control)
 
     @property
     def skipped(self) -> Tensor:
         """Was the last step skipped? bool []; a copy."""
         last = self._clipping.last
-        return torch.tensor(False, device="cpu") if last is None else self._table.found[1] != 0
+        return torch.tensor(False, device="cpu") if last is None else self._table.norms.found[1] != 0
 
     def _warn_of_scheduler(self, groups: list[dict[str, Any]]) -> None:
         index = stepping.moved_beside(groups)

@@ -37,7 +37,7 @@ class Backend(Protocol):
     name: str
     #: It works on tensors (`Table.tensors`), not on addresses.
     needs_tensors: bool
-    #: Steps are counted, and may be skipped, where the tensors are (`bank.Bank`).
+    #: Steps are counted, and may be skipped, where the tensors are (`norms.Bank`).
     counts_there: bool
 
     def why_not(self) -> str | None:

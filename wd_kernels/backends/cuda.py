@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from .. import native
-from ..bank import Bank
-from ..formats import arithmetic_dtype
+from ..formats import arithmetic_dtype, format_of
 from ..layout import Bucket, Spec, Table, native_kernel
-from ..rules import code_of
+from ..norms import Bank, Norms
+from ..rules import Rule, code_of
 from .device import OnDevice, arguments
 from .device_copy import There
 
@@ -20,7 +20,6 @@ __all__ = ["CUDA"]
 
 #: A kernel that is always there (`native_kernel`): whether it loads tells it of all.
 ANY_KERNEL = (0, 0, 0, [2, 2, 2, 2])
-FORMAT_OF_ARITHMETIC = {torch.float64: 1, torch.float32: 2}
 
 
 class CUDA(OnDevice):
@@ -87,16 +86,15 @@ class CUDA(OnDevice):
             there["control"], size, *kernel, there["rows"],
         )  # fmt: skip
 
-    def squares(self, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+    def squares(self, table: Table, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
         param, grad = bucket.spec.formats[:2]
-        formats = FORMAT_OF_ARITHMETIC[arithmetic_dtype(param.dtype)], grad.code
+        formats = format_of(arithmetic_dtype(param.dtype)).code, grad.code
         self._load(bucket.spec.device, self.ops.cuda_load_squares, *formats)
         return partial(
             self.ops.cuda_squares_.default, self.token, there[bucket.index], there["places"], there["moving"], size,
             *formats, len(bank.sums), bank.sums.stride(0),
         )  # fmt: skip
 
-    def begin(self, table: Table, bank: Bank, there: There) -> Callable[[], None]:
-        self._load(bank.device, self.ops.cuda_load_begin, code_of(table.rule))
-        tensors = arguments(table, bank, there)
-        return partial(self.ops.cuda_begin_.default, self.token, code_of(table.rule), tensors)
+    def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:
+        self._load(bank.device, self.ops.cuda_load_begin, code_of(rule))
+        return partial(self.ops.cuda_begin_.default, self.token, code_of(rule), arguments(norms, bank, there))

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bank import Bank
 from ..layout import Bucket, Chunks, Table, cut, cut_whole
+from ..norms import Bank, Norms
+from ..rules import Rule
 from .device_copy import DeviceCopy, There, chunk_size
 from .prepared import Prepared
 
@@ -40,9 +41,9 @@ def _refuse_capture(device: torch.device) -> None:
             raise RuntimeError("a step cannot be captured in a CUDA graph: its scalars and step counts are the host's")
 
 
-def arguments(table: Table, bank: Bank, there: There) -> list[Tensor]:
+def arguments(norms: Norms, bank: Bank, there: There) -> list[Tensor]:
     """What the kernel that begins a step is given: the pointers of `Begin`, in order."""
-    limits = table.limits
+    limits = norms.limits
     scale = bank.given(limits.scale if limits else None, bank.one, "grad_scale")
     found_inf = bank.given(limits.found_inf if limits else None, bank.zero, "found_inf")
     return [
@@ -73,42 +74,42 @@ class OnDevice(ABC):
                 parts: There = {"places": table.segments.places, "moving": table.segments.moving}
                 parts |= {index: own.words for index, own in chunks.items()}
                 own = [b for b in buckets if b.spec.device == device and chunks[b.index].words.numel()]
-                if table.bank is None:
+                norms = table.norms
+                if norms is None or norms.bank is None:
                     parts |= {"control": table.control, "rows": rows}
                     there = copy.update(parts)
                 else:
-                    measured = table.limits is not None and table.limits.measures
-                    if measured and table.whole is not table.segments:
+                    if norms.measures and table.whole is not table.segments:
                         whole: There = {f"whole {b.index}": cut_whole(table, b, chunks[b.index].size) for b in own}
                         parts |= whole | {"whole places": table.whole.places, "whole moving": table.whole.moving}
-                    there = copy.update(parts | table.of_step(rows))
-                    launches.append(self._begun(table, table.bank, own, {b.index: chunks[b.index] for b in own}, there))
+                    there = copy.update(parts | norms.inputs | {"limits": norms.limit_words()})
+                    sizes = {b.index: chunks[b.index].size for b in own}
+                    launches.append(self._begun(table, norms, norms.bank, own, sizes, there))
                 launches += [self.launch(table, bucket, chunks[bucket.index].size, there) for bucket in own]
             return launches
 
         return Prepared([], ready)
 
     def _begun(
-        self, table: Table, bank: Bank, buckets: list[Bucket], chunks: Mapping[int, Chunks], there: There
+        self, table: Table, norms: Norms, bank: Bank, buckets: list[Bucket], sizes: Mapping[int, int], there: There
     ) -> Callable[[], None]:
         """Adds up the squares of the gradients, if they are wanted; the launch that begins the step is left."""
-        rows = bank.rows_for(there["keys"].shape[0], len(table.rule.scalars))
-        there |= {"rows": rows, "control": bank.control}
-        begin = self.begin(table, bank, there)
-        if table.limits is not None and table.limits.measures:
+        there |= {"rows": bank.rows_for(there["keys"].shape[0], len(table.rule.scalars)), "control": bank.control}
+        begin = self.begin(table.rule, norms, bank, there)
+        if norms.measures:
             squares = []
             for bucket in buckets:
                 tables: There = there
                 if "whole places" in there:
                     words, places, moving = there[f"whole {bucket.index}"], there["whole places"], there["whole moving"]
                     tables = {bucket.index: words, "places": places, "moving": moving}
-                squares.append(self.squares(bank, bucket, chunks[bucket.index].size, tables))
+                squares.append(self.squares(table, bank, bucket, sizes[bucket.index], tables))
             if not bank.clean:  # a step came to nothing
                 bank.sums.zero_()
             bank.clean = False
             for launch in squares:
                 launch()
-            table.reduce_sums()
+            norms.reduce(bank)
 
         def go() -> None:
             begin()
@@ -121,9 +122,9 @@ class OnDevice(ABC):
         """The launch of a bucket, whose chunks have `size` elements; its kernel is on the device when this returns."""
 
     @abstractmethod
-    def squares(self, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+    def squares(self, table: Table, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
         """The launch that adds up the squares of its gradients; likewise."""
 
     @abstractmethod
-    def begin(self, table: Table, bank: Bank, there: There) -> Callable[[], None]:
+    def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:
         """The launch that begins a step; likewise."""

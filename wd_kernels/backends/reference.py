@@ -27,11 +27,12 @@ class Reference:
 
     def prepare(self, table: Table, buckets: list[Bucket]) -> Prepared:
         def measure(table: Table) -> None:
+            assert table.norms is not None
             for bucket in buckets:
                 for i in bucket.members:
                     if table.active[i]:
                         squares = reference.squares(table.tensors(i).grad, bucket.spec.formats[0].dtype)
-                        sums.add(table.sum_of(i), squares)
+                        sums.add(table.norms.sum_of(i), squares)
 
         return Prepared([], lambda table, rows: [self._step(table, bucket, rows) for bucket in buckets], measure)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ..bank import Bank
 from ..layout import BLOCK, Bucket, Spec, Table
+from ..norms import Bank, Norms
+from ..rules import Rule
 from .device import OnDevice, arguments, current, machine
 from .device_copy import There
 
@@ -156,7 +157,7 @@ class Triton(OnDevice):
         key = (table.rule.name, spec)
         return self._launch(kernels.step_kernel, key, spec.device, chunks.numel(), own_arguments, how)
 
-    def squares(self, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+    def squares(self, table: Table, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
         chunks, grad, device = there[bucket.index], bucket.spec.formats[1], bucket.spec.device
         own = (
             chunks, there["places"], there["moving"], there["places"].shape[1], size, len(bank.sums),
@@ -165,10 +166,10 @@ class Triton(OnDevice):
         key = ("squares", grad.code)
         return self._launch(_kernels().squares_kernel, key, device, chunks.numel(), own, self._how("squares", device))
 
-    def begin(self, table: Table, bank: Bank, there: There) -> Callable[[], None]:
-        kernels, rule = _kernels(), table.rule
+    def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:
+        kernels = _kernels()
         own = (
-            *arguments(table, bank, there), *bank.sums.shape[:2], there["groups"].shape[0], there["rows"].shape[0],
+            *arguments(norms, bank, there), *bank.sums.shape[:2], there["groups"].shape[0], there["rows"].shape[0],
             bank.steps.numel(), getattr(kernels, f"count_{rule.name}"), len(rule.group_scalars),
             len(rule.count_scalars), rule.scalars.index("grad_scale"),
         )  # fmt: skip

@@ -181,7 +181,6 @@ class Rule:
     variants: Mapping[str, Mapping[str, Any]]
     carry: Callable[[Mapping[str, Any], Mapping[str, Any], float], Mapping[str, float]] = lambda saved, live, a: {}
     _memo: dict[tuple[Any, ...], Settings] = field(default_factory=dict, repr=False)
-    _limits: set[bool] = field(default_factory=set, repr=False)  # was a group ever seen to have one?
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scalars", (*self.group_scalars, *self.count_scalars, "seed"))
@@ -269,20 +268,13 @@ class Rule:
         whole = {name: _there(name, value, group, where) for name, value in zip(self.read[2:], key, strict=True)}
         settings = self.check({**whole, "decay": self.mode_of(group, mode.name)}, where)
         storage, seed = check_storage(whole, [state.name for state in self.states], where)
-        limit = norm_limit(whole[LIMIT], where)
-        if limit is not None:
-            self._limits.add(True)
-        settings = settings._replace(storage=storage, seed=seed, max_grad_norm=limit)
+        settings = settings._replace(storage=storage, seed=seed, max_grad_norm=norm_limit(whole[LIMIT], where))
         # A tensor may hold another number under the same key: only plain values are remembered.
         if all(type(v) in PLAIN for k in key for v in (k if type(k) is tuple else (k,))):
             if len(self._memo) >= 4096:  # a schedule that moves weight_decay makes a new key a step
                 self._memo.clear()
             self._memo[key] = settings
         return settings
-
-    def limits_of(self, hypers: Sequence[Hyper]) -> list[float | None]:
-        """The groups' own limits of norms; empty where no group was ever seen to have one."""
-        return [own[0].max_grad_norm for own in hypers] if self._limits else []
 
     def storage(self, group: Mapping[str, Any], where: str) -> Storage:
         """How a group has its tensors stored. Raises as `hypers` does."""

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from .. import backends, native
 from ..backends.cpu import CHUNK
-from ..bank import Bank
-from ..clipping import Limits
 from ..formats import MASTER_NAME, SCALE, TILE, has_scales, master_dtypes, state_dtypes, tiles
 from ..layout import (
     CPU,
@@ -117,8 +115,7 @@ class Lists:
         self.rule, self.states, self.stochastic, self.roles = rule, states, stochastic, list(roles)
         self.device_copies: dict[torch.device, Any] = {}
         self.control = control
-        self.bank: Bank | None = None
-        self.limits: Limits | None = None
+        self.norms = None
         self.order: Sequence[int] = range(len(roles[PARAM]))  # segment k is of the tensors order[k]
         self.segments = Segments.empty(len(self.order), len(states))
         self.buckets: list[Bucket] = []
@@ -176,15 +173,6 @@ class Lists:
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
         return bucket.first, len(bucket.members)
-
-    def sum_of(self, i: int) -> Tensor:
-        raise NotImplementedError("lists have no sums")
-
-    def of_step(self, groups: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError("lists have no bank")
-
-    def reduce_sums(self) -> None:
-        raise NotImplementedError("lists have no bank")
 
     def tensors(self, i: int) -> Tensors:
         theta, grad, *states = (own[i] for own in self.roles)

@@ -22,16 +22,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import backends, native, sums
-from ..bank import Bank, limit_words
-from ..clipping import Asked, Limits
+from .. import backends, native
+from ..clipping import Limits
 from ..flat import buffers
 from ..flat.states import FlatStates
 from ..formats import Storage
 from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, origins, padded, write_segment
+from ..norms import Norms
 from ..rules import MASTER, Hyper, Rule, State
 from ..schedules.stepping import Tick
-from ..sharding import is_sharded, local, shard_offset, sharded_over, sum_over
+from ..sharding import is_sharded, local, shard_offset
 from ..validation import Extent, check_disjoint, label
 from . import memoryless
 from .changes import Changes, Counts, Expected, FlatRange, Inspected, Keys, Kind, Watch, Work, expect
@@ -72,12 +72,9 @@ class TensorTable:
         beside: how many of them one has at most.
         counts: `state[p]["step"]` is a view of one of its steps.
         control: float64 [2], the gradient factor and the skip flag that every launch reads.
-        sums: int64 [slots, sums.WORDS], exact sums of squares of gradients: one for the parameters of a group that are
-            sharded over the same processes. `group_of_sum` int64 [slots] says of which group.
-        reductions: (process group, the slots that are summed over it), in an order that all processes share.
-        bank: what counts the steps on their device, where they may be skipped there; then `counts.steps` tells apart
-            the parameters that have another history, which alone can have another count.
-        limits: what this step makes of the norm of the gradients.
+        counting: the device that counts the steps, where they may be skipped there; then `counts.steps` tells apart the
+            parameters that have another history, which alone can have another count. None: the host does.
+        norms: where the squares of gradients are added up, and what such a device has.
         buckets: the launches of a step.
         written: the parameters that this step writes.
         sharded: are some of the parameters DTensors?
@@ -90,14 +87,11 @@ class TensorTable:
         self.states = (*rule.states, MASTER, *(state.scale for state in rule.states))
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.controlled = False  # by the limits of the last step
-        self.bank: Bank | None = None
-        self.limits: Limits | None = None
+        self.counting: torch.device | None = None
+        self.norms = Norms([], [], 0, None)
         self.history = torch.zeros(0, device=CPU)  # which parameters the last step had
         self._new_histories: dict[tuple[object, ...], float] = {}  # of this step
-        self._row_keys: tuple[Keys | None, Tensor] = None, torch.zeros(0, 2, dtype=torch.int64, device=CPU)
-        self._found = torch.zeros(2, dtype=torch.float64, device=CPU)
-        self.sums, self.group_of_sum = _no_sums(0), torch.zeros(0, dtype=torch.int64, device=CPU)
-        self.reductions: list[tuple[Any, Tensor]] = []
+        self._known_row_keys: tuple[Keys | None, Tensor] = None, torch.zeros(0, 2, dtype=torch.int64, device=CPU)
         self.params: list[Tensor] = []
         self.sharded = False
         self.origins: Mapping[int, int] | None = None
@@ -133,23 +127,23 @@ class TensorTable:
         Raises:
             TypeError, ValueError, RuntimeError: naming the parameter; nothing was written.
         """
-        needs = [(settings.states, settings.storage) for settings, *_ in hypers]
+        needs = [(own[0].states, own[0].storage) for own in hypers]
         if not isinstance(state, dict):
             raise TypeError(f"the optimizer's state is a {type(state).__name__}: expected a dict")
         if self.watch is None and memoryless.wanted(groups):
             memoryless.step(groups, state, hypers, ticks)
-            self.limits = None
+            self.norms.limits = None
             return
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError("a step writes in place: it cannot be taken inside a torch.func transform")
         watch, self.watch = self.watch, None
-        self.groups, self.state, self.limits = groups, state, limits
+        self.groups, self.state = groups, state
         self._new_histories = {}
-        if (limits is not None or self.bank is not None) and self._move_counts(groups):
+        if (limits is not None or self.counting is not None) and self._move_counts(groups):
             watch = None
-        if self.controlled and (limits is None or self.bank is not None):
+        if self.controlled and (limits is None or self.counting is not None):
             self.control.copy_(torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU))
-        self.controlled = limits is not None and self.bank is None
+        self.controlled = limits is not None and self.counting is None
         try:
             if watch is None or needs != self.needs or self._moved_in_memory():
                 watch = self._start(needs)
@@ -157,7 +151,7 @@ class TensorTable:
                 special = [i for i in self.special if i not in self.inspected]
                 if special:
                     self._inspect(watch, special)
-                work = self._work(hypers, ticks, tried)
+                work = self._work(hypers, ticks, tried, limits)
                 found = watch.step(groups, state, work)
                 if found is None:
                     watch = self._start(needs)
@@ -165,8 +159,8 @@ class TensorTable:
                     self.keys = found.keys or None
                     watch.forget_inspections(self.inspected)
                     self.watch = watch
-                    if self.bank is not None and limits is not None and work.rows is None:
-                        self._begin_without_gradients(self.bank, limits)
+                    if self.norms.bank is not None and limits is not None and work.rows is None:
+                        self.norms.begin_without_gradients(self.norms.bank, limits)
                     return
                 else:
                     self._follow(watch, found)
@@ -181,7 +175,7 @@ class TensorTable:
         """Was anything flattened or unflattened, or has a flat buffer died, where others may lie now?"""
         return self.generation != buffers.generation() or any(ref() is None for ref in self.memory)
 
-    def _work(self, hypers: Sequence[Hyper], ticks: Sequence[Tick], tried: int) -> Work:
+    def _work(self, hypers: Sequence[Hyper], ticks: Sequence[Tick], tried: int, limits: Limits | None) -> Work:
         """What a step is to do. Without rows it is not taken, unless no parameter has a gradient.
 
         Other threads may run while many elements are stepped, unless they keep exchanging what is to be stepped.
@@ -189,13 +183,22 @@ class TensorTable:
         known = self.keys is not None and self.launches is not None
         if known and self.written is None:
             self.written = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
-        rows = None
-        if known and self.keys:
-            rows = self.rule.rows(hypers, self.keys) if self.bank is None else self.rule.group_rows(hypers)
-        limits = self.limits
-        if limits is not None or self.bank is not None:
+        rows, asked, norms, prepared = None, None, self.norms, backends.Prepared([], None)
+        norms.limits = limits
+        if limits is not None or norms.bank is not None:
             self._check_limits(limits, ticks)
-        prepared = self.launches if rows is not None and self.launches is not None else backends.Prepared([], None)
+        if known and self.keys and self.launches is not None:
+            prepared = self.launches
+            if norms.bank is None:
+                rows = self.rule.rows(hypers, self.keys)
+            else:
+                rows = self.rule.group_rows(hypers)
+                norms.inputs = {"groups": rows, "keys": self._row_keys(), "active": self.active.long()}
+        if limits is not None and norms.bank is None:
+            device = self.buckets[0].spec.device if self.buckets else CPU
+            measure = None if prepared.measure is None else partial(prepared.measure, self)
+            position = self.rule.scalars.index("grad_scale")
+            asked = norms.asked(limits, device, list(prepared.squares), measure, position)
         return Work(
             increment=_increment_version,
             written=self.written or [],
@@ -206,8 +209,8 @@ class TensorTable:
             puts=self.puts,
             ticks=list(ticks),
             others=tried < PATIENCE and threading.active_count() > 1,
-            clipping=None if limits is None or self.bank is not None else self._asked(limits, prepared),
-            counts=self.bank is None,
+            clipping=asked,
+            counts=norms.bank is None,
         )
 
     def _check_limits(self, limits: Limits | None, ticks: Sequence[Tick]) -> None:
@@ -217,35 +220,11 @@ class TensorTable:
                 f"max_grad_norm, skip_nonfinite or a GradScaler's scale, of parameters on {' and '.join(devices)}: "
                 "what is decided of all gradients is known on one device; allowed is an optimizer for each"
             )
-        if self.bank is not None and limits is not None and limits.skips and ticks:
+        if self.counting is not None and limits is not None and limits.skips and ticks:
             raise ValueError(
-                f"a schedule that is called, with skip_nonfinite or a GradScaler, on {self.bank.device}: whether it "
+                f"a schedule that is called, with skip_nonfinite or a GradScaler, on {self.counting}: whether it "
                 "counts a step is known there alone. schedule='from_lr' with an LR scheduler of torch can be had"
             )
-
-    def _asked(self, limits: Limits, prepared: backends.Prepared) -> Asked:
-        """What is asked of the norm of this step's gradients."""
-        scale, found_inf = limits.numbers(self.buckets[0].spec.device if self.buckets else CPU)
-        steps = [partial(own, self) for own in (prepared.measure,) if own is not None]
-        steps += [partial(sum_over, group, self.sums, slots) for group, slots in self.reductions]
-
-        def between() -> None:
-            for step in steps:
-                step()
-
-        return Asked(
-            sums=self.sums if limits.measures else None,
-            plans=list(prepared.squares),
-            group_of=self.group_of_sum,
-            found=self._found,
-            grad_scale=self.rule.scalars.index("grad_scale"),
-            between=between if steps else None,
-            max_norm=limits.max_norm,
-            skip_nonfinite=limits.skip_nonfinite,
-            scale=scale,
-            found_inf=found_inf,
-            own=limits.own,
-        )
 
     def _move_counts(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Steps are counted where the gradients are, if that can be; True: from now on elsewhere than before."""
@@ -254,28 +233,9 @@ class TensorTable:
                 device: torch.device | None = local(p).device
                 if not self.resolve(Spec(local(p).device, (), ())).counts_there:
                     device = None
-                if device == (None if self.bank is None else self.bank.device):
-                    return False
-                self.bank = None if device is None else Bank.of(device, 0, [], 0)
-                return True
+                moved, self.counting = device != self.counting, device
+                return moved
         return False
-
-    def _begin_without_gradients(self, bank: Bank, limits: Limits) -> None:
-        """What beginning a step finds in a process that steps nothing: others wait for its sums."""
-        bank.found.zero_()
-        if not limits.measures:
-            bank.found[0].fill_(float("nan"))
-            return
-        bank.sums.zero_()
-        self.reduce_sums()
-        total = bank.sums.sum((0, 1))
-        scale = bank.given(limits.scale, bank.one, "grad_scale").double()
-        bank.found[:1] = sums.values(total[None]).sqrt() / scale
-        if limits.skip_nonfinite:
-            bank.found[1:] = ~bank.found[:1].isfinite()
-        bank.totals.zero_()
-        bank.sums.zero_()
-        bank.clean = True
 
     def _follow(self, watch: Watch, found: Changes) -> None:
         """Brings the table up to date with what a step has found."""
@@ -285,7 +245,7 @@ class TensorTable:
         if found.odd:
             self._inspect(watch, found.odd)
             self.keys = watch.assign_rows()
-        if self.bank is not None and self.keys is not None and not torch.equal(self.history, self.active):
+        if self.counting is not None and self.keys is not None and not torch.equal(self.history, self.active):
             self._part_histories()
             self.keys = watch.assign_rows()
         if self.ranges is not None and (found.runs or found.odd):
@@ -310,6 +270,17 @@ class TensorTable:
             self._new_histories[of] = float(self.counts.steps.max()) + 1
         return self._new_histories[of]
 
+    def _row_keys(self) -> Tensor:
+        """Of each row its group, and a parameter that has its count: int64 [rows, 2]."""
+        known, words = self._known_row_keys
+        if known != self.keys:
+            each = zip(self._group_of, self.counts.steps.tolist(), self.active.tolist(), strict=True)
+            of = {(g, int(history) + 1): i for i, (g, history, on) in enumerate(each) if on}
+            pairs = [(g, of[g, history]) for g, history, _ in self.keys or ()]
+            words = torch.tensor(pairs, dtype=torch.int64, device=CPU).view(-1, 2)
+            self._known_row_keys = self.keys, words
+        return words
+
     # What a backend reads (layout.Table) ------------------------------------------------------------------------------
 
     @property
@@ -331,43 +302,6 @@ class TensorTable:
         assert p.grad is not None
         beside = {name: local(self.state[p][name]) for name in (*known.spec.states, *known.spec.parts)}
         return Tensors.of(local(p), local(p.grad), beside, row, origin)
-
-    def sum_of(self, i: int) -> Tensor:
-        return self.sums[self.slot_of[i]]
-
-    def of_step(self, groups: Tensor) -> dict[str, Tensor]:
-        known, words = self._row_keys
-        if known != self.keys:
-            each = zip(self._group_of, self.counts.steps.tolist(), self.active.tolist(), strict=True)
-            of = {(g, int(history) + 1): i for i, (g, history, on) in enumerate(each) if on}
-            pairs = [(g, of[g, history]) for g, history, _ in self.keys or ()]
-            words = torch.tensor(pairs, dtype=torch.int64, device=CPU).view(-1, 2)
-            self._row_keys = self.keys, words
-        limits = limit_words(self.limits, len(self.groups))
-        return {"groups": groups, "keys": words, "active": self.active.long(), "limits": limits}
-
-    def reduce_sums(self) -> None:
-        if self.bank is None or not self.reductions:
-            return
-        total = self.bank.sums.sum(0)
-        for group, slots in self.reductions:
-            sum_over(group, total, slots.to(total.device))
-        self.bank.sums.zero_()
-        self.bank.sums[0] = total
-
-    @property
-    def found(self) -> Tensor:
-        """The norm of the gradients in the last step, and whether that was skipped: float64 [2]."""
-        return self._found if self.bank is None else self.bank.found
-
-    def norms_of_groups(self) -> Tensor:
-        """Of the gradients of every group in the last step that measured them, unscaled: float64 [groups]."""
-        if self.bank is not None:
-            totals, control = self.bank.totals[: self._of_groups], self.bank.control
-        else:
-            totals, control = torch.zeros(self._of_groups, sums.WORDS, dtype=torch.int64, device=CPU), self.control
-            totals.index_add_(0, self.group_of_sum, self.sums)
-        return sums.values(totals).sqrt() * control[0]
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
         if self.ranges is None:
@@ -405,7 +339,7 @@ class TensorTable:
                 f"the optimizer's own tensors would be {type(self.own_segments.moving).__name__}s: a step reads memory "
                 "and cannot run under FakeTensorMode or another tensor mode, nor with an optimizer made under one"
             )
-        self._place_sums(watch)
+        self.norms = Norms(self.params, self._group_of, len(self.groups), self.counting)
         self.special = [i for i, own in enumerate(watch.expected) if own[Expected.KIND] == Kind.SPECIAL]
         self.inspected, self.puts = {}, []
         self.buckets = []
@@ -413,25 +347,6 @@ class TensorTable:
         self._publish(watch)
         self.needs = needs
         return watch
-
-    def _place_sums(self, watch: Watch) -> None:
-        """A sum for every group and every set of processes that shards parameters: of all, gradients or not."""
-        self._of_groups = len(self.groups)
-        over = [sharded_over(p) for p in self.params]
-        kinds = [(g, tuple(map(id, own))) for (g, _), own in zip(watch.places, over, strict=True)]
-        slots = {kind: slot for slot, kind in enumerate(dict.fromkeys(kinds))}
-        self.slot_of = [slots[kind] for kind in kinds]
-        self.sums = _no_sums(len(slots))
-        if self.bank is not None:
-            self.bank = Bank.of(self.bank.device, len(self.params), [g for g, _ in slots], len(self.groups))
-        self.group_of_sum = torch.tensor([g for g, _ in slots], dtype=torch.int64, device=CPU)
-        members: dict[int, tuple[Any, list[int]]] = {}
-        for slot, own in zip(self.slot_of, over, strict=True):
-            for group in own:
-                known = members.setdefault(id(group), (group, []))[1]
-                if slot not in known:
-                    known.append(slot)
-        self.reductions = [(group, torch.tensor(own, device=CPU)) for group, own in members.values()]
 
     def _publish(self, watch: Watch) -> None:
         """Writes down what the next step compares, and what launches step."""
@@ -480,7 +395,7 @@ class TensorTable:
             relayout |= "step" in made
             if made or f.found is None:
                 self.puts.append((i, p, f.found, f.own, made))
-            self.counts.fresh[i] = f.fresh and self.bank is None
+            self.counts.fresh[i] = f.fresh and self.counting is None
         if relayout:
             self._lay_out(watch)
         for i, f in found.items():
@@ -533,7 +448,7 @@ class TensorTable:
 
     def _take_count(self, watch: Watch, i: int, f: Finding) -> dict[str, Any]:
         """Makes the step count the table's own; returns what the state dictionary is to be given."""
-        own, bank = watch.views[i], self.bank
+        own, bank = watch.views[i], self.norms.bank
         steps = self.counts.steps if bank is None else bank.steps
         counted = False
         if own is not None:
@@ -626,13 +541,8 @@ class TensorTable:
                 elif self.range_of[i] != FlatRange.NOWHERE:  # nothing reads it: neighbours in memory are to be one run
                     origin = self.range_of[i][FlatRange.OFFSET]
                 self.own_segments.places[segment, Place.ORIGIN] = origin
-                sums_of = self.sums if self.bank is None else self.bank.sums[0]
-                self.own_segments.places[segment, Place.OUTPUT] = sums_of[self.slot_of[i]].data_ptr()
+                self.own_segments.places[segment, Place.OUTPUT] = self.norms.sum_of(i).data_ptr()
             watch.expected[i][Expected.SEGMENT] = segment
-
-
-def _no_sums(n: int) -> Tensor:
-    return torch.zeros(n, sums.WORDS, dtype=torch.int64, device=CPU)
 
 
 def _differs(before: tuple[Any, Any, Any], watch: Watch, i: int) -> bool:

@@ -1,0 +1,224 @@
+"""Where a table adds up the squares of its gradients, and what counts its steps where these may be skipped.
+
+On the host that is exact sums alone. A device has a `Bank`, since nobody is to wait for what it decides. A step is then
+the squares of the gradients (a launch a bucket, where a norm is wanted), its begin (one launch: it decides, completes
+the rows, counts), and every bucket. csrc/layout.h has the same under `Begin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import sums
+from .clipping import Asked, Limits
+from .sharding import sharded_over, sum_over
+
+__all__ = ["Bank", "Norms"]
+
+CPU = torch.device("cpu")  # whatever the default device
+#: The exact sums of squares lie there so often: chunks add to them by turns, so that few wait for each other.
+COPIES = 32
+
+
+@dataclass
+class Bank:
+    """Of the parameters of one table, in order; of the sums of its groups.
+
+    Attributes:
+        steps: float32 [n], the step counts; `state[p]["step"]` is a view of one.
+        fresh: float32 [n], 1 until a step is taken that makes a state which the rule is told of.
+        sums: int64 [copies, slots, sums.WORDS], empty between steps.
+        totals: int64 [groups + 2, sums.WORDS]: of each group in the last step, of all, of those without own limits.
+        slots_of: int64 [groups + 1], where the slots of each group begin.
+        clips: float64 [groups].
+        control, found: float64 [2].
+        one, zero: float32 [1]: the scale of a loss that has none, and no infinities found.
+        clean: the sums are empty.
+    """
+
+    device: torch.device
+    steps: Tensor
+    fresh: Tensor
+    sums: Tensor
+    totals: Tensor
+    slots_of: Tensor
+    clips: Tensor
+    control: Tensor
+    found: Tensor
+    one: Tensor
+    zero: Tensor
+    clean: bool = True
+    rows: Tensor | None = None
+
+    @classmethod
+    def of(cls, device: torch.device, params: int, group_of_slot: Sequence[int], groups: int) -> Bank:
+        """An empty one. `group_of_slot`: whose group each sum is, in order."""
+        copies, slots = max(1, COPIES // max(len(group_of_slot), 1)), len(group_of_slot)
+        firsts = [sum(own < group for own in group_of_slot) for group in range(groups + 1)]
+        make = partial(torch.zeros, device=device)
+        f32, f64, i64 = (partial(make, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.int64))
+        return cls(
+            device=device,
+            steps=f32(params),
+            fresh=f32(params),
+            sums=i64(copies, slots, sums.WORDS),
+            totals=i64(groups + 2, sums.WORDS),
+            slots_of=torch.tensor(firsts, dtype=torch.int64, device=device),
+            clips=f64(groups),
+            control=f64(2),
+            found=f64(2),
+            one=f32(1) + 1,
+            zero=f32(1),
+        )
+
+    def rows_for(self, n: int, scalars: int) -> Tensor:
+        """Room for so many rows: float64 [n, scalars]."""
+        if self.rows is None or self.rows.shape != (n, scalars):
+            self.rows = torch.empty(n, scalars, dtype=torch.float64, device=self.device)
+        return self.rows
+
+    def given(self, value: Tensor | float | None, otherwise: Tensor, name: str) -> Tensor:
+        """What torch.amp.GradScaler has left, float32 [1] on the device, without waiting for it."""
+        if value is None:
+            return otherwise
+        if not isinstance(value, Tensor):
+            return torch.full((1,), float(value), dtype=torch.float32, device=self.device)
+        if value.numel() != 1:
+            raise ValueError(f"{name} of the optimizer has shape {tuple(value.shape)}: allowed is one element")
+        return value.detach().reshape(1).to(device=self.device, dtype=torch.float32, non_blocking=True)
+
+
+class Norms:
+    """Of one table: a sum for each group, and in it for each set of processes over which parameters are sharded.
+
+    Attributes:
+        groups: how many groups there are.
+        slot_of: which sum each parameter's squares go to.
+        group_of: int64 [slots], whose group each sum is, in order.
+        sums: int64 [slots, sums.WORDS], where the host decides.
+        reductions: (process group, the slots that are summed over it), in an order that all processes share.
+        bank: what a device has, where that decides; else None.
+        limits: what this step makes of the norm.
+        inputs: what a device is sent that begins a step: "groups" float64 [groups, scalars] (`Rule.group_rows`), "keys"
+            int64 [rows, 2] (of each row its group, and a parameter that has its count), "active" int64 [n].
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], group_of: Sequence[int], groups: int, device: torch.device | None
+    ) -> None:
+        over = [sharded_over(p) for p in params]
+        kinds = [(group, tuple(map(id, own))) for group, own in zip(group_of, over, strict=True)]
+        slots = {kind: slot for slot, kind in enumerate(dict.fromkeys(kinds))}
+        self.groups = groups
+        self.slot_of = [slots[kind] for kind in kinds]
+        self.group_of = torch.tensor([group for group, _ in slots], dtype=torch.int64, device=CPU)
+        self.sums = torch.zeros(len(slots), sums.WORDS, dtype=torch.int64, device=CPU)
+        self.bank = None if device is None else Bank.of(device, len(params), [group for group, _ in slots], groups)
+        self.limits: Limits | None = None
+        self.inputs: dict[str, Tensor] = {}
+        self._found = torch.zeros(2, dtype=torch.float64, device=CPU)
+        members: dict[int, tuple[Any, list[int]]] = {}
+        for slot, own in zip(self.slot_of, over, strict=True):
+            for process_group in own:
+                known = members.setdefault(id(process_group), (process_group, []))[1]
+                if slot not in known:
+                    known.append(slot)
+        self.reductions = [(own, torch.tensor(slots, device=CPU)) for own, slots in members.values()]
+
+    @property
+    def measures(self) -> bool:
+        """Is the norm of this step's gradients wanted?"""
+        return self.limits is not None and self.limits.measures
+
+    def sum_of(self, i: int) -> Tensor:
+        """What the squares of a parameter's gradient are added to: int64 [sums.WORDS]; of copies, the first."""
+        return (self.sums if self.bank is None else self.bank.sums[0])[self.slot_of[i]]
+
+    def asked(
+        self, limits: Limits, device: torch.device, plans: list[Any], measure: Callable[[], None] | None, position: int
+    ) -> Asked:
+        """What native code does of it, where the host decides.
+
+        Args:
+            device: of the gradients.
+            plans, measure: what adds up squares: of native code, and else.
+            position: of "grad_scale" in a row.
+        """
+        scale, found_inf = limits.numbers(device)
+        steps = [own for own in (measure,) if own is not None]
+        steps += [partial(sum_over, group, self.sums, slots) for group, slots in self.reductions]
+
+        def between() -> None:
+            for step in steps:
+                step()
+
+        return Asked(
+            sums=self.sums if limits.measures else None,
+            plans=plans,
+            group_of=self.group_of,
+            found=self._found,
+            grad_scale=position,
+            between=between if steps else None,
+            max_norm=limits.max_norm,
+            skip_nonfinite=limits.skip_nonfinite,
+            scale=scale,
+            found_inf=found_inf,
+            own=limits.own,
+        )
+
+    def limit_words(self) -> Tensor:
+        """This step's limits as a device reads them: float64 [3 + groups]."""
+        none = [float("nan")] * self.groups
+        words = [0.0, float("inf"), 0.0, *none]
+        if self.limits is not None:
+            own = self.limits
+            words = [float(own.measures), own.max_norm, float(own.skip_nonfinite), *(own.own or none)]
+        return torch.tensor(words, dtype=torch.float64, device=CPU)
+
+    def reduce(self, bank: Bank) -> None:
+        """Adds the sums of other processes to a device's own."""
+        if not self.reductions:
+            return
+        total = bank.sums.sum(0)
+        for group, slots in self.reductions:
+            sum_over(group, total, slots.to(total.device))
+        bank.sums.zero_()
+        bank.sums[0] = total
+
+    def begin_without_gradients(self, bank: Bank, limits: Limits) -> None:
+        """What a step of a process finds that steps nothing: others wait for its sums."""
+        bank.found.zero_()
+        bank.found[1:] = bank.given(limits.found_inf, bank.zero, "found_inf") != 0
+        if not limits.measures:
+            bank.found[0].fill_(float("nan"))
+            return
+        bank.sums.zero_()
+        self.reduce(bank)
+        total = bank.sums.sum((0, 1))
+        scale = bank.given(limits.scale, bank.one, "grad_scale").double()
+        bank.found[:1] = sums.values(total[None]).sqrt() / scale
+        if limits.skip_nonfinite:
+            bank.found[1:] = (bank.found[1:] != 0) | ~bank.found[:1].isfinite()
+        bank.totals.zero_()
+        bank.sums.zero_()
+        bank.clean = True
+
+    @property
+    def found(self) -> Tensor:
+        """The norm of the gradients in the last step, and whether that was skipped: float64 [2]."""
+        return self._found if self.bank is None else self.bank.found
+
+    def of_groups(self, control: Tensor) -> Tensor:
+        """The norms of every group's gradients in the last step that measured them, unscaled: float64 [groups]."""
+        if self.bank is not None:
+            totals, control = self.bank.totals[: self.groups], self.bank.control
+        else:
+            totals = torch.zeros(self.groups, sums.WORDS, dtype=torch.int64, device=CPU)
+            totals.index_add_(0, self.group_of, self.sums)
+        return sums.values(totals).sqrt() * control[0]
