@@ -230,19 +230,19 @@ def compiled_before(kernel: Before, target: str) -> Any:
     from triton.compiler import ASTSource
 
     from wd_kernels.backends import triton as own
-    from wd_kernels.backends import triton_kernels
+    from wd_kernels.backends import triton_begin
 
     backend, architecture, warp = TARGETS[target]
     constants: dict[str, Any]
     numbers: tuple[str, ...]
     if kernel.what == "squares":
-        function, constants = triton_kernels.squares_kernel, {"format": kernel.of.code, "rows": own.SQUARED}
+        function, constants = triton_begin.squares_kernel, {"format": kernel.of.code, "rows": own.SQUARED}
         pointers: dict[str, str] = dict.fromkeys(("chunks", "places", "moving"), "*i64")
         numbers = ("place_words", "chunk_size", "copies", "stride")
     else:
-        function, rule = triton_kernels.begin_kernel, kernel.of
+        function, rule = triton_begin.begin_kernel, kernel.of
         constants = {
-            "count": getattr(triton_kernels, f"count_{rule.name}"), "group_scalars": len(rule.group_scalars),
+            "count": getattr(triton_begin, f"count_{rule.name}"), "group_scalars": len(rule.group_scalars),
             "count_scalars": len(rule.count_scalars), "grad_scale_at": rule.scalars.index("grad_scale"),
         }  # fmt: skip
         floats = dict.fromkeys(("grad_scale", "found_inf", "steps", "fresh"), "*fp32")

@@ -249,14 +249,14 @@ class TritonOnPTX(OnPTX, Triton):
 @contextmanager
 def _patched(names: Any) -> Iterator[None]:
     """The Triton backend as it is beside a GPU, with other kernels."""
-    kept = triton_backend._kernels, triton_backend.interpreted, triton_backend.current
-    triton_backend._kernels = lambda: names
+    kept = triton_backend._kernels, triton_backend._begin, triton_backend.interpreted, triton_backend.current
+    triton_backend._kernels = triton_backend._begin = lambda: names
     triton_backend.interpreted = lambda: False
     triton_backend.current = lambda device: nullcontext()
     try:
         yield
     finally:
-        triton_backend._kernels, triton_backend.interpreted, triton_backend.current = kept
+        triton_backend._kernels, triton_backend._begin, triton_backend.interpreted, triton_backend.current = kept
 
 
 class _TritonKernel:

@@ -25,7 +25,13 @@ OWN += [
     f"wd_kernels.schedules.{name}" for name in ("composed", "drawing", "normalized", "published", "reporting", "shapes")
 ]
 # A program, the libraries, and what only a machine with Triton can import.
-NOT_IMPORTED = ("wd_kernels.__main__", "wd_kernels._C", "wd_kernels._cuda", "wd_kernels.backends.triton_kernels")
+NOT_IMPORTED = (
+    "wd_kernels.__main__",
+    "wd_kernels._C",
+    "wd_kernels._cuda",
+    "wd_kernels.backends.triton_begin",
+    "wd_kernels.backends.triton_kernels",
+)
 
 
 @pytest.mark.parametrize("name", OWN)

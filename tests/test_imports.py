@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "wd_kernels"
-LOADERS = {"_C": {"native"}, "_cuda": {"native"}, "triton": {"backends.triton", "backends.triton_kernels"}}
+LOADERS = {
+    "_C": {"native"},
+    "_cuda": {"native"},
+    "triton": {"backends.triton", "backends.triton_begin", "backends.triton_kernels"},
+}
 
 
 def modules() -> dict[str, Path]:

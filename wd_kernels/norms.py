@@ -193,7 +193,6 @@ class Norms:
 
     def begin_without_gradients(self, bank: Bank, limits: Limits) -> None:
         """What a step of a process finds that steps nothing: others wait for its sums."""
-        bank.found.zero_()
         bank.found[1:] = bank.given(limits.found_inf, bank.zero, "found_inf") != 0
         if not limits.measures:
             bank.found[0].fill_(float("nan"))

@@ -32,7 +32,7 @@ from .schedules import stepping
 from .schedules.shapes import is_called, named
 from .schedules.stepping import follows_lr
 from .sharding import check_sharding, local, sharded_like
-from .validation import check_type, conform_state, label, step_count, without_memory
+from .validation import check_type, conform_state, label, read_counts, step_count, without_memory
 
 __all__ = ["export", "load", "settle", "with_own_counts"]
 
@@ -111,13 +111,9 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
 
 def _stepped(state: Mapping[Any, Any]) -> set[Any]:
     """Whose states have taken a step: a device that skipped the first one left them as they begin. Read at once."""
-    counts = {key: own["step"] for key, own in state.items() if isinstance(own, dict) and "step" in own}
-    there = [key for key, step in counts.items() if isinstance(step, Tensor) and step.numel() == 1]
-    if not there:
-        return set(state)
-    first = counts[there[0]].device
-    read = torch.stack([counts[key].detach().reshape(()).to(first, torch.float64) for key in there]).tolist()
-    return set(state) - {key for key, count in zip(there, read, strict=True) if count == 0}
+    steps = {key: own["step"] for key, own in state.items() if isinstance(own, dict) and "step" in own}
+    there = {key: step for key, step in steps.items() if isinstance(step, Tensor) and step.numel() == 1}
+    return set(state) - {key for key, count in read_counts(there).items() if count == 0}
 
 
 def _counts_for_rounding(storage: Storage, p: Tensor, found: Any) -> bool:

@@ -35,6 +35,7 @@ __all__ = [
     "is_plain",
     "label",
     "meeting",
+    "read_counts",
     "same_layout",
     "step_count",
     "without_memory",
@@ -231,6 +232,15 @@ def step_count(value: Any, what: str) -> float:
     if not 0 <= kept < 2**53 or not float(value).is_integer():
         raise ValueError(f"{what} is {value!r}: allowed are whole numbers >= 0 and < 2**53, in float32")
     return float(kept)
+
+
+def read_counts(steps: Mapping[Key, Tensor]) -> dict[Key, float]:
+    """The numbers in tensors of one element, on whatever device: all are read at once, which waits for it."""
+    if not steps:
+        return {}
+    first = next(iter(steps.values())).device
+    together = torch.stack([step.detach().reshape(()).to(first, torch.float64) for step in steps.values()])
+    return dict(zip(steps, together.tolist(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -202,15 +202,36 @@ CLIPPING = [
     *_of(
         "wd_kernels/table/table.py",
         "clipping sharded",
-        ("clipping: the control of the last step stays", "if limits is None and self.controlled:", "if False:"),
-        ("sums: of all groups in one place", "kinds = [(g, tuple(map(id, own)))", "kinds = [(0, tuple(map(id, own)))"),
-        ("counts: another history has the same row", 'self._history("parted", *pair) for', "pair[0] for"),
+        (
+            "clipping: the control of the last step stays",
+            "if self.controlled and (limits is None or self.counting is not None):",
+            "if False:",
+        ),
+        (
+            "counts: another history has the same row",
+            "[numbers[pair] for pair in pairs]",
+            "[pair[0] for pair in pairs]",
+        ),
         ("counts: a fresh state is not told of", "bank.fresh[i].fill_(float(f.fresh))", "bank.fresh[i].fill_(0.0)"),
         ("counts: a loaded count is lost on a device", "view.fill_(f.count)", "view.fill_(0.0)"),
         (
             "sums: of a flat buffer as a whole",
             "return self.own_segments\n\n    def tensors",
             "return self.segments\n\n    def tensors",
+        ),
+    ),
+    *_of(
+        "wd_kernels/norms.py",
+        "clipping sharded",
+        (
+            "sums: of all groups in one place",
+            "kinds = [(group, tuple(map(id, own)))",
+            "kinds = [(0, tuple(map(id, own)))",
+        ),
+        (
+            "norms: what others have found without gradients is unknown",
+            "        self.reduce(bank)\n        total",
+            "        total",
         ),
     ),
     *_of(
@@ -239,7 +260,7 @@ CLIPPING = [
         ("cuda: steps are counted from 0", "of.steps[param]) + 1, of", "of.steps[param]), of"),
     ),
     *_of(
-        "wd_kernels/backends/triton_kernels.py",
+        "wd_kernels/backends/triton_begin.py",
         "clipping",
         ("triton: a skipped step is counted", "counted = tl.where(skip == 0, of_params, 0)", "counted = of_params"),
         (
@@ -1143,7 +1164,7 @@ INSPECTION = _of(
         "if grad.is_conj()",
     ),
     ("inspection: a buffer without a count has not been started", "count = 1.0 if present else 0.0", "count = 0.0"),
-    ("inspection: a buffer that is there is fresh", "state.fresh and state.name not in present for", "state.fresh for"),
+    ("inspection: a buffer that is there is fresh", "state.fresh and state.name not in started for", "state.fresh for"),
     ("inspection: 16-bit gradients are taken for flat ones", " or grad.dtype != theta.dtype:", ":"),
     (
         "inspection: an old stand-in is stepped as it is",

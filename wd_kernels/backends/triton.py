@@ -47,6 +47,11 @@ def _kernels() -> Any:
     return importlib.import_module(".triton_kernels", __package__)
 
 
+def _begin() -> Any:
+    """The module of what is launched before steps, where `_kernels` is one."""
+    return importlib.import_module(".triton_begin", __package__)
+
+
 def interpreted() -> bool:
     """Do the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were first used)?"""
     module = _kernels()
@@ -164,10 +169,10 @@ class Triton(OnDevice):
             bank.sums.stride(0), grad.code, SQUARED,
         )  # fmt: skip
         key = ("squares", grad.code)
-        return self._launch(_kernels().squares_kernel, key, device, chunks.numel(), own, self._how("squares", device))
+        return self._launch(_begin().squares_kernel, key, device, chunks.numel(), own, self._how("squares", device))
 
     def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:
-        kernels = _kernels()
+        kernels = _begin()
         own = (
             *arguments(norms, bank, there), *bank.sums.shape[:2], there["groups"].shape[0], there["rows"].shape[0],
             bank.steps.numel(), getattr(kernels, f"count_{rule.name}"), len(rule.group_scalars),

@@ -32,7 +32,7 @@ from ..norms import Norms
 from ..rules import MASTER, Hyper, Rule, State
 from ..schedules.stepping import Tick
 from ..sharding import is_sharded, local, shard_offset
-from ..validation import Extent, check_disjoint, label
+from ..validation import Extent, check_disjoint, label, read_counts
 from . import memoryless
 from .changes import Changes, Counts, Expected, FlatRange, Inspected, Keys, Kind, Watch, Work, expect
 from .inspection import Finding, Known, inspect
@@ -432,11 +432,7 @@ class TensorTable:
                 kept[i] = step
         found = {i: 1.0 for i, step in kept.items() if step is watch.views[i]}
         others = {i: step for i, step in kept.items() if i not in found and step.numel() == 1}
-        if others:
-            first = next(iter(others.values())).device
-            there = [step.detach().reshape(()).to(first, torch.float64) for step in others.values()]
-            found |= dict(zip(others, torch.stack(there).tolist(), strict=True))
-        return found
+        return found | read_counts(others)
 
     def _inspect_one(self, watch: Watch, i: int, grad: Tensor, count: float | None) -> Finding:
         assert self.needs is not None

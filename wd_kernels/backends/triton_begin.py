@@ -1,0 +1,232 @@
+"""What comes before the steps of a device's buckets, in Triton: the norm of their gradients, and the begin of a step.
+
+That decides on the norm, completes the rows and counts (numerics, sections 2 and 7; csrc/cuda/begin.h has the same).
+Transcriptions, launched as the kernels of `triton_kernels.py`; only `triton.py` beside this imports this module.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .. import sums
+from .triton_kernels import MOVING_WORDS, OUTPUT, pointer, sums_of_blocks, widen
+
+DIGITS = tl.constexpr(sums.DIGITS)
+INFINITIES = tl.constexpr(sums.INFINITIES)
+NANS = tl.constexpr(sums.NANS)
+SUM_WORDS = tl.constexpr(sums.WORDS)
+
+
+@triton.jit
+def add_summands(sum, x):
+    """Adds float64 >= 0, a column, to an exact sum (numerics, section 7): three digits each, or one to a count."""
+    bits = x.to(tl.int64, bitcast=True)
+    exponent = (bits >> 52) & 0x7FF
+    finite = exponent != 0x7FF
+    significand = (bits & 0xFFFFFFFFFFFFF) | tl.where(exponent != 0, 1 << 52, 0).to(tl.int64)
+    place = tl.maximum(exponent - 1, 0)
+    shift = place % 32
+    low = (significand & 0xFFFFFFFF) << shift
+    high = (significand >> 32) << shift
+    middle = (low >> 32) + (high & 0xFFFFFFFF)
+    word = tl.where(finite, place // 32, tl.where(x != x, NANS, INFINITIES))
+    at = tl.arange(0, 4)[None, :]
+    digits = tl.where(at == 0, low & 0xFFFFFFFF, tl.where(at == 1, middle & 0xFFFFFFFF, (high >> 32) + (middle >> 32)))
+    digits = tl.where(finite, digits, 1)
+    tl.atomic_add(sum + word + at, digits, mask=at < tl.where(finite, 3, 1), sem="relaxed")
+
+
+@triton.jit
+def sum_squares(grad, offset, count, sum, format: tl.constexpr, rows: tl.constexpr, full: tl.constexpr):
+    """Adds the squares of `count` neighbours, so many blocks at most; `full`: all of them, and aligned."""
+    if full:
+        at = tl.multiple_of(grad + offset, 16)
+        x = widen(tl.load(at + tl.arange(0, rows * 1024)), format)
+        square = x * x
+    else:
+        lanes = tl.arange(0, 8 * rows)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        x = widen(tl.load(grad + offset + lanes, mask=lanes < count), format)
+        square = tl.where(lanes < count, x * x, 0.0)
+    add_summands(sum, sums_of_blocks(square, rows, 1024).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["place_words", "copies", "stride"])
+def squares_kernel(chunks, places, moving, place_words, chunk_size, copies, stride, format: tl.constexpr,
+                   rows: tl.constexpr):  # fmt: skip
+    """Adds the squares of the gradients of one chunk to the exact sum that its place names.
+
+    `copies` of the sums, `stride` words apart, are added to by turns.
+    """
+    chunk = tl.load(chunks + tl.program_id(0))
+    place = places + (chunk & 0xFFFFFFFF) * place_words
+    moved = moving + (chunk & 0xFFFFFFFF) * MOVING_WORDS
+    begin = (chunk >> 32) * chunk_size
+    numel = tl.load(moved + 1)  # 0 without a gradient
+    aligned = tl.load(moved + 3) != 0
+    count = tl.where(begin >= numel, 0, tl.minimum(numel - begin, chunk_size).to(tl.int32))
+    grad = pointer(tl.load(moved), format) + begin
+    sum = tl.load(place + OUTPUT).to(tl.pointer_type(tl.int64)) + (tl.program_id(0) % copies).to(tl.int64) * stride
+    done = 0
+    if aligned:
+        done = count - count % (1024 * rows)
+        for offset in range(0, done, 1024 * rows):
+            sum_squares(grad, offset, 1024 * rows, sum, format, rows, True)
+    for offset in range(done, count, 1024):
+        sum_squares(grad, offset, count - offset, sum, format, 1, False)
+
+
+@triton.jit
+def power_of_2(n):
+    return ((n + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def value_of(sum):
+    """An exact sum, rounded once to float64, to nearest even."""
+    top, second, third = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
+    rest, carry, place = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), tl.full((), 0, tl.int32)
+    one_below, two_below, below = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
+    for k in range(DIGITS):
+        word = tl.load(sum + k) + carry
+        digit = word & 0xFFFFFFFF
+        carry = word >> 32
+        there = digit != 0
+        top = tl.where(there, digit, top)
+        second = tl.where(there, one_below, second)
+        third = tl.where(there, two_below, third)
+        rest = tl.where(there, below, rest)
+        place = tl.where(there, k, place)
+        below = below | two_below
+        two_below = one_below
+        one_below = digit
+    upper = ((top << 21) | (second >> 11)).to(tl.float64)
+    lower = (((second & 0x7FF) << 33) | (third << 1) | tl.where(rest != 0, 1, 0)).to(tl.float64)
+    value = upper * 17592186044416.0 + lower  # 2^44
+    exponent = 32 * place - 1139
+    first = tl.minimum(tl.maximum(exponent, -1000), 1000)
+    value = value * power_of_2(first) * power_of_2(exponent - first)
+    value = tl.where(tl.load(sum + INFINITIES) != 0, float("inf"), value)
+    return tl.where(tl.load(sum + NANS) != 0, float("nan"), value)
+
+
+@triton.jit
+def clip_of(norm, max_norm):
+    clip = max_norm / (norm + 1e-6)
+    clip = tl.where(clip > 1.0, 1.0, clip)
+    return tl.where(max_norm == float("inf"), 1.0, clip)
+
+
+@triton.jit
+def power(x, t):
+    """x to the power t, by squaring (numerics, section 2)."""
+    r = x * 0.0 + 1.0
+    for _ in range(54):  # counts are below 2^53
+        r = tl.where(t % 2 != 0, r * x, r)
+        x = tl.where(t > 1, x * x, x)
+        t = t // 2
+    return r
+
+
+@triton.jit
+def count_adamw(group, t, fresh):
+    """The scalars of a row that depend on t, from those that do not: `count_part` of the rule's page."""
+    beta1, beta2, scaled_lr = group[5], group[7], group[10]
+    return t.to(tl.float64), scaled_lr / (1.0 - power(beta1, t)), 1.0 / tl.sqrt(1.0 - power(beta2, t))
+
+
+@triton.jit
+def count_sgdw(group, t, fresh):
+    return t.to(tl.float64), tl.where(fresh, group[8], group[9])
+
+
+@triton.jit
+def count_adagradw(group, t, fresh):
+    lr_decay, scaled_lr, fixed_decay, scaled_decay, scaled_metric = group[4], group[5], group[6], group[7], group[8]
+    slowed = 1.0 + (t - 1).to(tl.float64) * lr_decay
+    return t.to(tl.float64), scaled_lr / slowed, fixed_decay + scaled_decay / slowed, scaled_metric / slowed
+
+
+@triton.jit(do_not_specialize=["copies", "slots", "of_groups", "of_rows", "of_params"])
+def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, groups, keys, active, steps, fresh, rows, clips,
+                 control, found, copies, slots, of_groups, of_rows, of_params,
+                 count: tl.constexpr, group_scalars: tl.constexpr, count_scalars: tl.constexpr,
+                 grad_scale_at: tl.constexpr):  # fmt: skip
+    """Begins a step: decides on the norm of the gradients, completes the rows, counts (csrc/layout.h, `Begin`).
+
+    One program. Compile-time arguments: the rule's function of counts, how many scalars a row has that depend on the
+    group and on the count (a seed follows), which of them the clip of a group multiplies.
+    """
+    group_width: tl.constexpr = group_scalars + 1
+    width: tl.constexpr = group_scalars + count_scalars + 1
+    scale = tl.load(grad_scale).to(tl.float64)
+    measures = tl.load(limits) != 0
+    max_norm = tl.load(limits + 1)
+    own_limits = limits + 3
+    norm = tl.full((), float("nan"), tl.float64)
+    clip = tl.full((), 1.0, tl.float64)
+    word = tl.arange(0, 128)
+    within = word < SUM_WORDS
+    if measures:
+        # The last two rows of the totals are of all groups, and of those without a limit of their own.
+        all_words = tl.full((128,), 0, tl.int64)
+        limited = tl.full((128,), 0, tl.int64)
+        for g in range(of_groups):
+            own = tl.load(own_limits + g)
+            of_group = tl.full((128,), 0, tl.int64)
+            for slot in range(tl.load(slots_of + g), tl.load(slots_of + g + 1)):
+                for copy in range(copies):
+                    at = sums + (copy * slots + slot) * SUM_WORDS + word
+                    of_group += tl.load(at, mask=within, other=0)
+                    tl.store(at, tl.full((128,), 0, tl.int64), mask=within)
+            tl.store(totals + g * SUM_WORDS + word, of_group, mask=within)
+            all_words += of_group
+            limited += tl.where(own != own, of_group, 0)
+        tl.store(totals + of_groups * SUM_WORDS + word, all_words, mask=within)
+        tl.store(totals + (of_groups + 1) * SUM_WORDS + word, limited, mask=within)
+        tl.debug_barrier()
+        norm = tl.sqrt(value_of(totals + of_groups * SUM_WORDS)) / scale
+        clip = clip_of(tl.sqrt(value_of(totals + (of_groups + 1) * SUM_WORDS)) / scale, max_norm)
+    nonfinite = norm - norm != 0.0
+    skip = tl.where((tl.load(found_inf) != 0.0) | (measures & (tl.load(limits + 2) != 0.0) & nonfinite), 1, 0)
+    tl.store(control, 1.0 / scale)
+    tl.store(control + 1, skip.to(tl.float64))
+    tl.store(found, norm)
+    tl.store(found + 1, skip.to(tl.float64))
+    for g in range(of_groups):
+        own = tl.load(own_limits + g)
+        of_group = clip
+        if measures & (own == own):
+            of_group = clip_of(tl.sqrt(value_of(totals + g * SUM_WORDS)) / scale, own)
+        tl.store(clips + g, of_group)
+    tl.debug_barrier()
+    lane = tl.arange(0, 128)
+    for first in range(0, of_rows, 128):
+        row = first + lane
+        there = row < of_rows
+        group = tl.load(keys + 2 * row, mask=there, other=0)
+        param = tl.load(keys + 2 * row + 1, mask=there, other=0)
+        t = tl.load(steps + param, mask=there, other=0.0).to(tl.int64) + 1
+        new = tl.load(fresh + param, mask=there, other=0.0) != 0.0
+        known = ()
+        for i in tl.static_range(group_scalars):
+            value = tl.load(groups + group * group_width + i, mask=there, other=0.0)
+            if i == grad_scale_at:
+                value = value * tl.load(clips + group, mask=there, other=0.0)
+            known += (value,)
+        of_count = count(known, t, new)
+        for i in tl.static_range(group_scalars):
+            tl.store(rows + row * width + i, known[i], mask=there)
+        for i in tl.static_range(count_scalars):
+            tl.store(rows + row * width + group_scalars + i, of_count[i], mask=there)
+        seed = tl.load(groups + group * group_width + group_scalars, mask=there, other=0.0)
+        tl.store(rows + row * width + (width - 1), seed, mask=there)
+    tl.debug_barrier()
+    counted = tl.where(skip == 0, of_params, 0)
+    for first in range(0, counted, 128):
+        param = first + lane
+        there = param < counted
+        stepped = tl.load(active + param, mask=there, other=0) != 0
+        before = tl.load(steps + param, mask=there & stepped, other=0.0)
+        tl.store(steps + param, before + 1.0, mask=there & stepped)
+        tl.store(fresh + param, tl.full((128,), 0.0, tl.float32), mask=there & stepped)
