@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from wd_kernels import native
 from wd_kernels.backends import BACKENDS, FallbackWarning, cuda, resolve
 from wd_kernels.formats import format_of
 from wd_kernels.layout import Spec
+from wd_kernels.norms import Bank
 from wd_kernels.rules import ADAMW
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +101,83 @@ def test_whoever_has_not_the_token_is_refused() -> None:
     assert all(bool((t == 0.5).all()) for t in given["keep"])
     step(given, own)
     assert not bool((given["keep"][0][:1024] == 0.5).any())
+
+
+def squares(**changed: Any) -> None:
+    ops, given = on_cpu.operators(), arguments()
+    own = {"token": ops.TOKEN, "param": 2, "grad": 2, "copies": 1, "stride": 70, **changed}
+    ops.cuda_squares_(
+        own["token"], *(own.get(name, given[name]) for name in ("chunks", "places", "moving", "chunk_size")),
+        *(own[name] for name in ("param", "grad", "copies", "stride")),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"token": 1, "chunks": torch.zeros(1)}, "cuda_squares_ is for this package alone"),
+        ({"grad": 11}, "no CUDA kernel that adds up squares of these storage formats"),
+        ({"param": 1}, "no CUDA kernel that adds up squares of these storage formats"),
+        ({"copies": 0}, "cuda_squares_: copies and stride"),
+        ({"stride": 69}, "cuda_squares_: copies and stride"),
+        ({"moving": torch.zeros(4, dtype=torch.int64)}, "moving must have 4 columns"),
+        ({"chunk_size": 1000}, "chunk_size=1000: expected a multiple of 1024"),
+    ],
+)
+def test_bad_arguments_of_squares(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        squares(**changed)
+
+
+def begin(which: int = -1, other: Any = None, rule: int = 0, token: int | None = None) -> Bank:
+    """A step of two parameters of one group that measures nothing; tensor `which` is another."""
+    ops, cpu = on_cpu.operators(), torch.device("cpu")
+    bank = Bank.of(cpu, 2, [0], 1)
+    rows = bank.rows_for(1, WIDTH)
+    limits, group = torch.tensor([0.0, math.inf, 0.0, math.nan], dtype=f64), torch.ones(1, len(ADAMW.group_scalars) + 1)
+    keys, active = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([1, 0])
+    tensors = [
+        bank.sums, bank.totals, bank.slots_of, limits, bank.one, bank.zero, group.double() / 2, keys, active,
+        bank.steps, bank.fresh, rows, bank.clips, bank.control, bank.found,
+    ]  # fmt: skip
+    if which >= 0:
+        tensors[which] = other
+    ops.cuda_begin_(ops.TOKEN if token is None else token, rule, tensors)
+    return bank
+
+
+@pytest.mark.parametrize(
+    ("which", "other", "message"),
+    [
+        (0, torch.zeros(1, 1, 69, dtype=torch.int64), "the tensors do not belong together"),
+        (2, torch.zeros(3, dtype=torch.int64), "the tensors do not belong together"),
+        (3, torch.zeros(4), "limits must be a contiguous tensor of 1 dimensions on the device that steps"),
+        (4, torch.ones(2), "the tensors do not belong together"),
+        (8, torch.ones(3, dtype=torch.int64), "the tensors do not belong together"),
+        (9, torch.zeros(2, dtype=f64), "steps must be a contiguous"),
+        (11, torch.zeros(1, 2 * WIDTH, dtype=f64)[:, ::2], "rows must be a contiguous"),
+        (11, torch.zeros(2, WIDTH, dtype=f64), "the tensors do not belong together"),
+    ],
+)
+def test_bad_arguments_of_the_begin_of_a_step(which: int, other: Any, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        begin(which, other)
+    with pytest.raises(RuntimeError, match="cuda_begin_ is for this package alone"):
+        begin(which, other, token=1)
+
+
+def test_the_begin_of_a_step_by_hand() -> None:
+    """Parameter 0 takes its first step; the row of beta 1/2 has bias corrections of a half."""
+    with pytest.raises(RuntimeError, match="no CUDA kernel that begins steps of this rule"):
+        begin(rule=7)
+    bank = begin()
+    assert bank.steps.tolist() == [1.0, 0.0]
+    assert bank.control.tolist() == [1.0, 0.0]
+    assert math.isnan(bank.found[0].item())
+    assert bank.rows is not None
+    row = dict(zip(ADAMW.scalars, bank.rows[0].tolist(), strict=True))
+    assert (row["t"], row["step_size"], row["seed"], row["grad_scale"]) == (1.0, 1.0, 0.5, 0.5)
+    assert row["inv_sqrt_bias2"] == 1 / math.sqrt(0.5)
 
 
 def test_another_token_in_every_process() -> None:

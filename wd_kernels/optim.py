@@ -84,7 +84,7 @@ class AdamW(DecoupledOptimizer):
             dimension.
         max_grad_norm: scales the gradients down, within the step, where the norm of all of them is larger: by
             max_grad_norm / (norm + 1e-6), as ``clip_grad_norm_`` does, but gradients are read and not rewritten, and
-            the norm has the same bits on every backend, with any number of threads or processes. ``math.inf`` only
+            the norm has the same bits on every backend, with any number of threads. ``math.inf`` only
             measures it: :attr:`grad_norm`. A group may have its own, and is then clipped by its own norm alone.
         skip_nonfinite: a step whose gradients have an infinity or a NaN leaves parameters, states, step counts and
             schedules as they are: :attr:`skipped`.
