@@ -99,17 +99,37 @@ struct Begin {
   const double* limits;     // LimitWord; then the own limit of each group, NaN where it has none
   const float* grad_scale;  // of one element each
   const float* found_inf;
-  const double* groups;   // the first scalars of a row, and its last, of each group
-  const int64_t* keys;    // of each row: its group, a parameter that has its count
-  const int64_t* active;  // of each parameter: has it a gradient?
-  float* steps;           // and these are counted
-  float* fresh;           // 1 until a step that makes a state of it is taken
+  const double* settings;   // SettingWord, of each group
+  const int64_t* sources;   // of each setting where it lies, 0: it is a number; then SourceWord
+  const int64_t* keys;      // of each row: its group, a parameter that has its count
+  const int64_t* active;    // of each parameter: has it a gradient?
+  float* steps;             // and these are counted
+  float* fresh;             // 1 until a step that makes a state of it is taken
+  int64_t* schedule_steps;  // of each group, completed
+  double* etas;             // of each group in this step
+  double* groups;           // the first scalars of a row, and its last, of each group
   double* rows;
   double* clips;  // of each group
   Control* control;
   double* found;  // the norm, and whether the step is skipped
-  int32_t copies, slots, of_groups, of_rows, of_params, group_width;
+  int32_t copies, slots, of_groups, of_rows, of_params, scheduled;
 };
+
+// The settings of a group, in float64; those of the rule follow. A source is an address: of a float64 where it is odd,
+// less 1, else of a float32. `kBaseLr`: not 0 where eta is lr over it.
+enum SettingWord : int {
+  kLr = 0,
+  kEta = 1,
+  kWeightDecay = 2,
+  kDecayMode = 3,
+  kBaseLr = 4,
+  kSeed = 5,
+  kOwnSettings = 6
+};
+
+// After the sources: the schedule's table, float64 [2, length] of eta and of what multiplies the weight decay (0: it
+// has none), its length, and whether it goes on after it: such a step is skipped.
+enum SourceWord : int { kTable = 0, kTableLength = 1, kEndless = 2, kSourceWords = 3 };
 
 // Of the limits of a step.
 enum LimitWord : int { kMeasures = 0, kMaxNorm = 1, kSkipNonfinite = 2, kOwnLimits = 3 };

@@ -25,6 +25,32 @@ WD_HOST_DEVICE inline double power(double x, int64_t t) {
   return r;
 }
 
+// What a group part is made of: a = eta * lr but where eta follows lr, the decay mode by its number, and what the
+// rule has of its own, in the order of its page.
+struct Group {
+  double lr, eta, a, weight_decay;
+  int mode;
+  const double* own;
+
+  WD_HOST_DEVICE double frozen() const { return lr == 0 || eta == 0 ? 1 : 0; }
+};
+
+// Where lambda enters, by mode: the table of docs/numerics.md, section 2.
+struct DecayScalars {
+  double l2 = 0, decay = 0, scale = 1, metric = 0;
+
+  WD_HOST_DEVICE DecayScalars(int mode, double lambda, double eta, double a) {
+    if (mode == 0) l2 = lambda;
+    if (mode == 1) decay = a * lambda;
+    if (mode == 2) decay = eta * lambda;
+    if (mode == 3) {
+      decay = (eta * lambda) / (1 + eta * lambda);
+      scale = 1 / (1 + eta * lambda);
+    }
+    if (mode == 4) metric = a * lambda;
+  }
+};
+
 // The scalars of a rule, by the names that its page in wd_kernels/rules has for them, in its order: the members of a
 // rule are these and nothing else, so its size is that of a row.
 #define WD_SCALARS(...) \
@@ -53,7 +79,18 @@ struct AdamW {
     return (step_size * m + metric * theta) / (d + metric);
   }
 
-  // What of a row in float64 depends on t, and on whether a buffer is fresh: `count_part` of its page.
+  // What of a row in float64 depends on the group: `group_part` of its page. `kOwn`: how many settings it has itself.
+  static constexpr int kOwn = 4;
+  WD_HOST_DEVICE void group(const Group& of) {
+    const DecayScalars found(of.mode, of.weight_decay, of.eta, of.a);
+    frozen = of.frozen();
+    l2 = found.l2, decay = found.decay, metric = found.metric;
+    beta1 = of.own[0], beta2 = of.own[1], eps = of.own[2], grad_scale = of.own[3];
+    one_minus_beta1 = 1 - beta1, one_minus_beta2 = 1 - beta2;
+    scaled_lr = found.scale * of.a;
+  }
+
+  // What of it depends on t, and on whether a buffer is fresh: `count_part`.
   WD_HOST_DEVICE void count(int64_t steps, bool) {
     t = T(steps);
     step_size = scaled_lr / (1 - power(beta1, steps));
@@ -79,6 +116,20 @@ struct SGDW {
     }
   }
 
+  static constexpr int kOwn = 5;
+  WD_HOST_DEVICE void group(const Group& of) {
+    const bool paper = of.own[0] != 0, nesterov = of.own[2] != 0;
+    // The metric is the identity: "metric_proximal" is "proximal", with a in place of eta.
+    const DecayScalars found(of.mode == 4 ? 3 : of.mode, of.weight_decay, of.mode == 4 ? of.a : of.eta, of.a);
+    frozen = of.frozen();
+    l2 = found.l2, decay = found.decay;
+    grad_scale = of.own[3], momentum = of.own[4];
+    update_grad = nesterov ? 1 : 0, update_buf = nesterov ? momentum : 1;
+    const bool inside = paper && momentum != 0;  // the lr sits inside the buffer
+    first_grad_coef = inside ? of.a : 1, later_grad_coef = inside ? of.a : 1 - of.own[1];
+    step_size = inside ? found.scale : found.scale * of.a;
+  }
+
   WD_HOST_DEVICE void count(int64_t steps, bool fresh) {
     t = T(steps);
     grad_coef = fresh ? first_grad_coef : later_grad_coef;
@@ -98,6 +149,17 @@ struct AdagradW {
     sum = sum + g * g;
     const T d = root(sum) + eps;
     return (step_size * g + metric * theta) / (d + metric);
+  }
+
+  static constexpr int kOwn = 3;
+  WD_HOST_DEVICE void group(const Group& of) {
+    const DecayScalars found(of.mode, of.weight_decay, of.eta, of.a);
+    frozen = of.frozen();
+    l2 = found.l2;
+    lr_decay = of.own[0], eps = of.own[1], grad_scale = of.own[2];
+    scaled_lr = found.scale * of.a;
+    fixed_decay = DecayScalars(of.mode, of.weight_decay, of.eta, 0).decay;  // what lr_decay does not slow
+    scaled_decay = found.decay - fixed_decay, scaled_metric = found.metric;
   }
 
   WD_HOST_DEVICE void count(int64_t steps, bool) {

@@ -136,17 +136,23 @@ def _memory_of_squares(table: Table, bank: Bank, bucket: Bucket, tables: list[Te
 
 
 #: Of the tensors that a step is begun with, those that are written.
-WRITTEN = ("sums", "totals", "steps", "fresh", "rows", "clips", "control", "found")
+WRITTEN = (
+    "sums", "totals", "steps", "fresh", "schedule_steps", "etas", "groups", "rows", "clips", "control", "found",
+)  # fmt: skip
 BEGIN = (
-    "sums", "totals", "slots_of", "limits", "grad_scale", "found_inf", "groups", "keys", "active", "steps", "fresh",
-    "rows", "clips", "control", "found",
+    "sums", "totals", "slots_of", "limits", "grad_scale", "found_inf", "settings", "sources", "keys", "active", "steps",
+    "fresh", "schedule_steps", "etas", "groups", "rows", "clips", "control", "found",
 )  # fmt: skip
 
 
-def _memory_of_begin(tensors: list[Tensor]) -> ptx.Memory:
+def _memory_of_begin(tensors: list[Tensor], norms: Norms, bank: Bank) -> ptx.Memory:
+    """Beside what it is given, the tensors of groups and the tables of schedules."""
     memory = ptx.Memory(ordered=True)
     for name, tensor in zip(BEGIN, tensors, strict=True):
         memory.add(name, tensor.data_ptr(), tensor.nbytes, tensor.itemsize, writable=name in WRITTEN)
+    lent = norms.lent + [t.values for _, t in bank.tables.values()]
+    for tensor in {t.data_ptr(): t for t in lent}.values():
+        memory.add("a setting", tensor.data_ptr(), tensor.nbytes, tensor.itemsize)
     return memory
 
 
@@ -218,13 +224,13 @@ class TritonOnPTX(OnPTX, Triton):
         kernel = codegen.Before("begin", rule.name)
 
         def run(programs: int, arguments: tuple[Any, ...]) -> None:
-            tensors, numbers, constants = list(arguments[:15]), list(arguments[15:20]), arguments[20:]
-            own = rule
-            position = own.scalars.index("grad_scale")
-            assert constants == (own.name, len(own.group_scalars), len(own.count_scalars), position)
-            self._run(kernel, programs, tensors, numbers, _memory_of_begin(tensors))
+            tensors, numbers, constants = list(arguments[:19]), list(arguments[19:25]), arguments[25:]
+            position, widths = rule.scalars.index("grad_scale"), (len(rule.group_scalars), len(rule.count_scalars))
+            assert constants == (rule.name, rule.name, len(rule.own), *widths, position)
+            self._run(kernel, programs, tensors, numbers, _memory_of_begin(tensors, norms, bank))
 
-        names = SimpleNamespace(begin_kernel=_Run(run), **{f"count_{rule}": rule for rule in RULES})
+        functions = {f"{what}_{own}": own for what in ("group", "count") for own in RULES}
+        names = SimpleNamespace(begin_kernel=_Run(run), **functions)
         return self._patched(names, lambda: super(TritonOnPTX, self).begin(rule, norms, bank, there))
 
     def _run(
@@ -317,6 +323,10 @@ class CUDAOnPTX(OnPTX, CUDA):
         self._squared = table, bank, bucket
         return super().squares(table, bank, bucket, size, there)
 
+    def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:
+        self._begun_by = norms, bank
+        return super().begin(rule, norms, bank, there)
+
     @property
     def ops(self) -> Any:
         """Of the bucket that is prepared."""
@@ -324,7 +334,9 @@ class CUDAOnPTX(OnPTX, CUDA):
         def op(function: Callable[..., None]) -> Any:
             return SimpleNamespace(default=function)
 
-        found = {"cuda_begin_": op(self._begin)}
+        found = {}
+        if hasattr(self, "_begun_by"):
+            found["cuda_begin_"] = op(partial(self._begin, *self._begun_by))
         if hasattr(self, "_own"):
             found["cuda_step_"] = op(partial(self._step, *self._own))
         if hasattr(self, "_squared"):
@@ -352,11 +364,14 @@ class CUDAOnPTX(OnPTX, CUDA):
         memory = _memory_of_squares(table, bank, bucket, [chunks, places, moving])
         self.reports.append(ptx.launch(kernel, chunks.numel(), [launch, copies, stride], memory, threads=THREADS))
 
-    def _begin(self, token: int, rule: int, tensors: list[Tensor]) -> None:
+    def _begin(
+        self, norms: Norms, bank: Bank, token: int, rule: int, scheduled: bool, tensors: list[Tensor]
+    ) -> None:  # fmt: skip
         assert token == self.token
         kernel = cuda_before(self.target, codegen.Before("begin", list(RULES)[rule]))
-        sums_, _, _, _, _, _, groups, keys, active, *_ = tensors
-        sizes = (*sums_.shape[:2], groups.shape[0], keys.shape[0], active.numel(), groups.shape[1])
+        sums_, _, _, _, _, _, settings, _, keys, active, *_ = tensors
+        sizes = (*sums_.shape[:2], settings.shape[0], keys.shape[0], active.numel(), int(scheduled))
         assert sums_.shape[2] == sums.WORDS
-        begin = struct.pack("<15Q6i", *(t.data_ptr() for t in tensors), *sizes)
-        self.reports.append(ptx.launch(kernel, 1, [begin], _memory_of_begin(tensors), threads=THREADS))
+        begin = struct.pack("<19Q6i", *(t.data_ptr() for t in tensors), *sizes)
+        memory = _memory_of_begin(tensors, norms, bank)
+        self.reports.append(ptx.launch(kernel, 1, [begin], memory, threads=THREADS))

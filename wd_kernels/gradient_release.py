@@ -107,6 +107,11 @@ def release_gradients(
     if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite or own is not None:
         what = "of the optimizer" if own is None else f"in param group {own}"
         raise ValueError(f"max_grad_norm or skip_nonfinite {what} with gradient release: {RELEASED}")
+    if optimizer._capturable:
+        raise ValueError(
+            "capturable=True of the optimizer with gradient release, whose blocks are stepped by hooks of the backward "
+            "pass: allowed is one of them"
+        )
     if optimizer.release is not None:
         raise RuntimeError("gradients of this optimizer are released already: remove() that release first")
     return GradientRelease(model, optimizer, blocks, clip_value, clip_block_norm)

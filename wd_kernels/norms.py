@@ -8,7 +8,7 @@ the rows, counts), and every bucket. csrc/layout.h has the same under `Begin`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from . import sums
 from .clipping import Asked, Limits
+from .rules import Rule
+from .schedules import Schedule
+from .schedules.tables import ScheduleTable, tabled
 from .sharding import sharded_over, sum_over
 
 __all__ = ["Bank", "Norms"]
@@ -37,6 +40,8 @@ class Bank:
         totals: int64 [groups + 2, sums.WORDS]: of each group in the last step, of all, of those without own limits.
         slots_of: int64 [groups + 1], where the slots of each group begin.
         clips: float64 [groups].
+        schedule_steps: int64 [groups], the steps that schedules have seen, and float64 [groups], what they made of eta.
+        views: of each group, of one element each, those two as the group shows them.
         control, found: float64 [2].
         one, zero: float32 [1]: the scale of a loss that has none, and no infinities found.
         clean: the sums are empty.
@@ -49,12 +54,17 @@ class Bank:
     totals: Tensor
     slots_of: Tensor
     clips: Tensor
+    schedule_steps: Tensor
+    etas: Tensor
+    views: list[tuple[Tensor, Tensor]]
     control: Tensor
     found: Tensor
     one: Tensor
     zero: Tensor
     clean: bool = True
     rows: Tensor | None = None
+    groups: Tensor | None = None
+    tables: dict[int, tuple[Schedule, ScheduleTable]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, device: torch.device, params: int, group_of_slot: Sequence[int], groups: int) -> Bank:
@@ -63,6 +73,7 @@ class Bank:
         firsts = [sum(own < group for own in group_of_slot) for group in range(groups + 1)]
         make = partial(torch.zeros, device=device)
         f32, f64, i64 = (partial(make, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.int64))
+        schedule_steps, etas = i64(groups), f64(groups)
         return cls(
             device=device,
             steps=f32(params),
@@ -71,17 +82,30 @@ class Bank:
             totals=i64(groups + 2, sums.WORDS),
             slots_of=torch.tensor(firsts, dtype=torch.int64, device=device),
             clips=f64(groups),
+            schedule_steps=schedule_steps,
+            etas=etas,
+            views=[(schedule_steps[g], etas[g]) for g in range(groups)],
             control=f64(2),
             found=f64(2),
             one=f32(1) + 1,
             zero=f32(1),
         )
 
-    def rows_for(self, n: int, scalars: int) -> Tensor:
-        """Room for so many rows: float64 [n, scalars]."""
-        if self.rows is None or self.rows.shape != (n, scalars):
-            self.rows = torch.empty(n, scalars, dtype=torch.float64, device=self.device)
-        return self.rows
+    def rows_for(self, n: int, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Room for so many rows, float64 [n, scalars], and for what each group gives to its own."""
+        make = partial(torch.empty, dtype=torch.float64, device=self.device)
+        if self.rows is None or self.rows.shape != (n, len(rule.scalars)):
+            self.rows = make(n, len(rule.scalars))
+        if self.groups is None:
+            self.groups = make(len(self.clips), len(rule.group_scalars) + 1)
+        return self.rows, self.groups
+
+    def table(self, schedule: Schedule) -> ScheduleTable:
+        """A schedule's table on the device."""
+        if id(schedule) not in self.tables:
+            values, endless = tabled(schedule)
+            self.tables[id(schedule)] = schedule, ScheduleTable(values.to(self.device), endless)
+        return self.tables[id(schedule)][1]
 
     def given(self, value: Tensor | float | None, otherwise: Tensor, name: str) -> Tensor:
         """What torch.amp.GradScaler has left, float32 [1] on the device, without waiting for it."""
@@ -105,8 +129,13 @@ class Norms:
         reductions: (process group, the slots that are summed over it), in an order that all processes share.
         bank: what a device has, where that decides; else None.
         limits: what this step makes of the norm.
-        inputs: what a device is sent that begins a step: "groups" float64 [groups, scalars] (`Rule.group_rows`), "keys"
-            int64 [rows, 2] (of each row its group, and a parameter that has its count), "active" int64 [n].
+        scheduled: some of the groups look up their eta on the device.
+        capturable: steps may be captured there, in the graph of a device that counts.
+        captured: what the graphs read and write in which steps were captured.
+        lent: tensors of groups that the device reads.
+        inputs: what a device is sent that begins a step: "settings" float64 [groups, settings] (`Rule.settings_rows`),
+            "sources" int64 (`live.sources`), "keys" int64 [rows, 2] (of each row its group, and a parameter that has
+            its count), "active" int64 [n].
     """
 
     def __init__(
@@ -121,7 +150,10 @@ class Norms:
         self.sums = torch.zeros(len(slots), sums.WORDS, dtype=torch.int64, device=CPU)
         self.bank = None if device is None else Bank.of(device, len(params), [group for group, _ in slots], groups)
         self.limits: Limits | None = None
-        self.inputs: dict[str, Tensor] = {}
+        self.scheduled = self.capturable = False
+        self.captured: list[Any] = []
+        self.lent: list[Tensor] = []
+        self.inputs: dict[str | int, Tensor] = {}
         self._found = torch.zeros(2, dtype=torch.float64, device=CPU)
         members: dict[int, tuple[Any, list[int]]] = {}
         for slot, own in zip(self.slot_of, over, strict=True):

@@ -93,7 +93,11 @@ class AdamW(DecoupledOptimizer):
         foreach, fused: tolerated, and kept in the groups, for torch's callers: there is one implementation. With
             ``fused=True``, `max_grad_norm` or `skip_nonfinite`, torch.amp.GradScaler leaves unscaling and skipping to
             the step, as with torch's fused classes.
-        capturable, differentiable: must be False.
+        capturable: on a GPU, steps can be captured in CUDA graphs after one outside of them: step counts, schedules
+            (those of :mod:`wd_kernels.schedules`), and lr, eta, weight_decay, betas, eps where they are tensors on the
+            parameters' device (float32 or float64), are read and counted there, so that a replay has what they are
+            then. Numbers stay what they were. :meth:`end_captures` ends it. On the CPU it changes nothing.
+        differentiable: must be False.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -141,12 +145,12 @@ class AdamW(DecoupledOptimizer):
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, max_grad_norm, skip_nonfinite,
+            params, backend, max_grad_norm, skip_nonfinite, capturable,
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, show_lr=show_lr,
             state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
             master_weights=master_weights, seed=seed, foreach=foreach, fused=fused,
-            capturable=capturable, differentiable=differentiable,
+            differentiable=differentiable,
         )  # fmt: skip
 
 
@@ -178,7 +182,8 @@ class SGDW(DecoupledOptimizer):
         decay: the form of weight decay; "metric_proximal" is "proximal" with :math:`\eta\alpha\lambda`.
         form: "torch" or "paper".
         eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
-        max_grad_norm, skip_nonfinite, backend, foreach, fused, differentiable: as in :class:`AdamW`.
+        max_grad_norm, skip_nonfinite, backend, foreach, fused, capturable,
+        differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -223,10 +228,11 @@ class SGDW(DecoupledOptimizer):
         backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
+        capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, max_grad_norm, skip_nonfinite,
+            params, backend, max_grad_norm, skip_nonfinite, capturable,
             lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, decay=decay, form=form, eta=eta, schedule=schedule, base_lr=base_lr,
             show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
@@ -259,7 +265,8 @@ class AdagradW(DecoupledOptimizer):
         maximize: ascend.
         decay: the form of weight decay.
         eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
-        max_grad_norm, skip_nonfinite, backend, foreach, fused, differentiable: as in :class:`AdamW`.
+        max_grad_norm, skip_nonfinite, backend, foreach, fused, capturable,
+        differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -303,10 +310,11 @@ class AdagradW(DecoupledOptimizer):
         skip_nonfinite: bool = False,
         backend: BackendName = "auto",
         fused: bool | None = None,
+        capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, max_grad_norm, skip_nonfinite,
+            params, backend, max_grad_norm, skip_nonfinite, capturable,
             lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize, decay=decay, eta=eta,
             schedule=schedule, base_lr=base_lr, show_lr=show_lr, state_dtype=state_dtype,

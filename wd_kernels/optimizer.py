@@ -15,12 +15,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import backends, master_weights, memory_report, native
+from . import backends, live, master_weights, memory_report, native
 from . import state_dict as state_dicts
 from .caller import warn
 from .clipping import Clipping, Limits
 from .flat.states import FlatGradients
-from .rules import FLAG, LIMIT, Hyper, Rule, check_chosen, pair, state_dtype_word
+from .rules import FLAG, LIMIT, Hyper, Rule, check_chosen, flag, pair, state_dtype_word
 from .schedules import stepping
 from .schedules.shapes import named
 from .sharding import local
@@ -49,9 +49,18 @@ class DecoupledOptimizer(Optimizer):
     release: Any = None  # a GradientRelease, while there is one
 
     def __init__(
-        self, params: ParamsT, backend: str, max_grad_norm: float | None, skip_nonfinite: bool, **defaults: Any
+        self,
+        params: ParamsT,
+        backend: str,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+        capturable: bool,
+        **defaults: Any,
     ) -> None:
         defaults = {**stepping.DEFAULTS, **defaults}
+        self._capturable = flag("capturable", capturable, "the arguments")
+        if self.rule.torch.capturable:
+            defaults["capturable"] = self._capturable
         _refuse_flags(defaults, "")
         backends.check(backend)
         self.backend = backend
@@ -69,6 +78,7 @@ class DecoupledOptimizer(Optimizer):
     def _new_table(self) -> None:
         # No reference to this optimizer: what is dropped is freed at once, not when the garbage collector comes.
         self._table = TensorTable(self.rule, cache(partial(backends.resolve, self.backend)))
+        self._table.capturable = self._capturable
         self._flat_gradients = FlatGradients()
         self._clipping.last = None
 
@@ -102,11 +112,19 @@ class DecoupledOptimizer(Optimizer):
             ticks = self.release.finish()
         else:
             with table.lock, plain_tensors(table.sharded):
-                hypers = self.rule.hypers(groups, default=self.defaults["decay"])
+                given, ticks, lives = self.__dict__, list[stepping.Tick](), None
+                counts_there = table.capturable or self._clipping.skip_nonfinite or given.get("found_inf") is not None
+                device = table.counts_on(groups) if counts_there else None
+                if device is None:
+                    hypers = self.rule.hypers(groups, default=self.defaults["decay"])
+                else:
+                    mode = self.defaults["decay"]
+                    hypers, lives = live.read(self.rule, groups, device, mode, table.capturable)
                 limits = self._limits(hypers)
-                hypers, ticks = stepping.follow(groups, hypers)
+                if device is None:
+                    hypers, ticks = stepping.follow(groups, hypers)
                 self._clipping.last = None  # of a step that fails nothing is known
-                table.step(groups, self.state, hypers, ticks, limits)
+                table.step(groups, self.state, hypers, ticks, limits, lives)
                 self._clipping.last = table.norms.limits
         if ticks and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
@@ -124,7 +142,7 @@ class DecoupledOptimizer(Optimizer):
         Where nobody has asked for it, the scaler unscales by itself, and so do those who clip by themselves (Lightning
         refuses to clip for an optimizer that says True).
         """
-        return bool(self.defaults.get("fused")) or self._clipping.asked
+        return bool(self.defaults.get("fused")) or self._table.capturable or self._clipping.asked
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -171,8 +189,25 @@ class DecoupledOptimizer(Optimizer):
     @property
     def skipped(self) -> Tensor:
         """Was the last step skipped? bool []; a copy."""
-        last = self._clipping.last
-        return torch.tensor(False, device="cpu") if last is None else self._table.norms.found[1] != 0
+        norms = self._table.norms
+        if self._clipping.last is None and norms.bank is None:
+            return torch.tensor(False, device="cpu")
+        return norms.found[1] != 0
+
+    def end_captures(self) -> None:
+        """Tells that no graph is replayed any more in which steps were captured (`capturable=True`).
+
+        Until then all memory that they read and write is kept, and what would leave them behind is an error: loading a
+        state, other groups.
+        """
+        self._table.norms.captured.clear()
+
+    def _refuse_captured(self, what: str) -> None:
+        if self._table.norms.captured:
+            raise RuntimeError(
+                f"{what}, and a step of this optimizer was captured in a graph, whose replays would go on with what "
+                "was there: do it before the capture, or call end_captures() when no graph is replayed any more"
+            )
 
     def _warn_of_scheduler(self, groups: list[dict[str, Any]]) -> None:
         index = stepping.moved_beside(groups)
@@ -197,6 +232,8 @@ class DecoupledOptimizer(Optimizer):
             raise TypeError(f"param_group is a {type(param_group).__name__}: expected a dict")
         if self.release is not None:
             raise RuntimeError("a group is added while gradients are released: remove() the release, and make another")
+        if "_table" in self.__dict__:
+            self._refuse_captured("a group is added")
         if isinstance(param_group.get("params"), Iterator):
             param_group["params"] = list(param_group["params"])
         index, given = len(self.param_groups), dict(param_group)
@@ -211,6 +248,11 @@ class DecoupledOptimizer(Optimizer):
                 raise
             group = self.param_groups[-1]
             _refuse_flags(group, f" in param group {index}")
+            if bool(group.get("capturable", self._capturable)) != self._capturable:
+                raise ValueError(
+                    f"capturable={group['capturable']!r} in param group {index}, of an optimizer with "
+                    f"capturable={self._capturable}: allowed is what all groups have"
+                )
             group["decay"] = self.rule.mode_of(asked, self.defaults["decay"])
             self.rule.hypers([group], first=index)
             check_chosen(group["weight_decay"], group["decay"], group["lr"], f"param group {index}")
@@ -303,6 +345,7 @@ class DecoupledOptimizer(Optimizer):
             ValueError, TypeError: naming what does not fit, or what was given instead of an optimizer's state; the
                 optimizer is as it was.
         """
+        self._refuse_captured("a state is loaded")
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
@@ -380,12 +423,14 @@ class DecoupledOptimizer(Optimizer):
         # multiprocessing hands these to the process that it starts, which is after this has returned.
         self._handed_over = [own["step"] for own in packed["state"].values() if isinstance(own, dict) and "step" in own]
         packed["backend"] = self.backend
+        packed["_capturable"] = self._capturable
         packed["clipping"] = {"max_norm": self.max_grad_norm, "skip_nonfinite": self.skip_nonfinite}
         return packed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("backend", "auto")
+        self.__dict__.setdefault("_capturable", False)
         clipping = self.__dict__.pop("clipping", {})
         self.__dict__.setdefault("_clipping", Clipping(**clipping))
         self.defaults = {**stepping.DEFAULTS, **self.defaults}
@@ -420,5 +465,3 @@ def plain_tensors(sharded: bool) -> AbstractContextManager[object]:
 def _refuse_flags(settings: Mapping[str, Any], where: str) -> None:
     if settings.get("differentiable"):
         raise ValueError(f"differentiable=True{where} is not supported: the step writes in place, outside autograd")
-    if settings.get("capturable"):
-        raise ValueError(f"capturable=True{where} is not supported yet: allowed is False")

@@ -85,6 +85,9 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
     groups = []
     for packed_group in packed["param_groups"]:
         group = dict(packed_group)
+        if isinstance(group.get("schedule_step"), Tensor):  # a device counts, and shows eta
+            group["schedule_step"] = stepping.check(group, "a param group")
+            group["eta"] = float(group.get("eta", 1.0))
         settle(rule, group, default)
         if group.get("schedule") is not None:
             group["schedule"] = named(group["schedule"])

@@ -69,11 +69,50 @@ WD_HOST_DEVICE inline void sum_squares(const Launch& launch, int64_t block, int6
   }
 }
 
+// A setting of a group: the number, or what lies where its source says.
+WD_HOST_DEVICE inline double setting(double number, int64_t source) {
+  if (source == 0) return number;
+  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
+  return source % 2 != 0 ? *memory<const double>(at(source - 1), 0) : double(*memory<const float>(at(source), 0));
+}
+
 // One block of lanes.
 template <class Rule>
 WD_HOST_DEVICE inline void begin_step(const Begin& of) {
   WD_SHARED double clip;
-  WD_SHARED bool skip;
+  WD_SHARED bool skip, moves;
+  WD_SHARED int found[kThreads];  // what a lane has seen: an lr that is not 0, a schedule beyond its table
+  constexpr int width = kOwnSettings + Rule::kOwn, kMoves = 1, kPast = 2;
+  constexpr int group_width = offsetof(Rule, t) / sizeof(double) + 1;
+  WD_EACH_LANE(lane) {
+    found[lane] = 0;
+    for (int g = lane; g < of.of_groups; g += kThreads) {
+      const int64_t* const sources = of.sources + int64_t(g) * (width + kSourceWords);
+      double own[width];
+      WD_UNROLL
+      for (int k = 0; k < width; ++k) own[k] = setting(of.settings[int64_t(g) * width + k], sources[k]);
+      Group group = {own[kLr], own[kEta], 0, own[kWeightDecay], int(own[kDecayMode]), own + kOwnSettings};
+      if (sources[width + kTable] != 0) {
+        const int64_t steps = of.schedule_steps[g], length = sources[width + kTableLength];
+        const int64_t at = steps < length ? steps : length - 1;
+        const double* const table = memory<const double>(reinterpret_cast<void*>(sources[width + kTable]), 0);
+        group.eta = table[at];
+        group.weight_decay = group.weight_decay * table[length + at];
+        if (sources[width + kEndless] != 0 && steps >= length) found[lane] |= kPast;
+      }
+      if (own[kBaseLr] != 0) group.eta = group.lr / own[kBaseLr];
+      group.a = own[kBaseLr] != 0 ? group.lr : group.eta * group.lr;
+      if (group.lr != 0) found[lane] |= kMoves;
+      of.etas[g] = group.eta;
+      Rule row = {};
+      row.group(group);
+      double scalars[width_of<Rule>()];
+      __builtin_memcpy(scalars, &row, sizeof(Rule));
+      WD_UNROLL
+      for (int k = 0; k + 1 < group_width; ++k) of.groups[int64_t(g) * group_width + k] = scalars[k];
+      of.groups[int64_t(g) * group_width + group_width - 1] = own[kSeed];
+    }
+  }
   const double scale = double(*of.grad_scale);
   const bool measures = of.limits[kMeasures] != 0;
   const auto norm_of = [&](int row) { return root(sum_of(of.totals + int64_t(row) * kSumWords)) / scale; };
@@ -105,7 +144,10 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
       const double norm = measures ? norm_of(of.of_groups) : double(__builtin_nan(""));
       clip = measures ? clip_of(norm_of(of.of_groups + 1), of.limits[kMaxNorm]) : 1;
       const bool finite = norm - norm == 0;
-      skip = *of.found_inf != 0 || (measures && of.limits[kSkipNonfinite] != 0 && !finite);
+      int seen = 0;
+      for (int k = 0; k < kThreads; ++k) seen |= found[k];
+      moves = (seen & kMoves) != 0;
+      skip = *of.found_inf != 0 || (measures && of.limits[kSkipNonfinite] != 0 && !finite) || (seen & kPast) != 0;
       *of.control = {1 / scale, double(skip)};
       of.found[0] = norm;
       of.found[1] = double(skip);
@@ -124,11 +166,11 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
       const int64_t group = of.keys[2 * r], param = of.keys[2 * r + 1];
       Rule row = {};
       double scalars[width_of<Rule>()];
-      const double* const known = of.groups + group * of.group_width;
+      const double* const known = of.groups + group * group_width;
       WD_UNROLL
-      for (int k = 0; k < width_of<Rule>(); ++k) scalars[k] = k + 1 < of.group_width ? known[k] : 0;
+      for (int k = 0; k < width_of<Rule>(); ++k) scalars[k] = k + 1 < group_width ? known[k] : 0;
       __builtin_memcpy(&row, scalars, sizeof(Rule));
-      row.seed = known[of.group_width - 1];
+      row.seed = known[group_width - 1];
       row.grad_scale = row.grad_scale * of.clips[group];
       row.count(int64_t(of.steps[param]) + 1, of.fresh[param] != 0);
       __builtin_memcpy(scalars, &row, sizeof(Rule));
@@ -143,6 +185,8 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
       of.steps[i] = of.steps[i] + 1;
       of.fresh[i] = 0;
     }
+    for (int g = lane; g < of.of_groups; g += kThreads)
+      if (of.scheduled != 0 && moves && !skip) of.schedule_steps[g] += 1;
   }
 }
 

@@ -116,9 +116,9 @@ void squares_(int64_t given, const Tensor chunks, const Tensor places, const Ten
 }
 
 // Begins a step on a device: `Begin` of layout.h, where `tensors` are its pointers, in order.
-void begin_(int64_t given, int64_t rule, std::vector<Tensor> tensors) {
+void begin_(int64_t given, int64_t rule, bool scheduled, std::vector<Tensor> tensors) {
   STD_TORCH_CHECK(given == token(), "cuda_begin_ is for this package alone");
-  STD_TORCH_CHECK(tensors.size() == 15, "cuda_begin_: 15 tensors");
+  STD_TORCH_CHECK(tensors.size() == 19, "cuda_begin_: 19 tensors");
   const void* entry = begin_of(rule);
   const int32_t device = tensors[0].get_device_index();
   size_t at = 0;
@@ -133,12 +133,17 @@ void begin_(int64_t given, int64_t rule, std::vector<Tensor> tensors) {
   const auto sums = next("sums", ScalarType::Long, 3), totals = next("totals", ScalarType::Long, 2),
              slots_of = next("slots_of", ScalarType::Long, 1), limits = next("limits", ScalarType::Double, 1),
              grad_scale = next("grad_scale", ScalarType::Float, 1), found_inf = next("found_inf", ScalarType::Float, 1),
-             groups = next("groups", ScalarType::Double, 2), keys = next("keys", ScalarType::Long, 2),
-             active = next("active", ScalarType::Long, 1), steps = next("steps", ScalarType::Float, 1),
-             fresh = next("fresh", ScalarType::Float, 1), rows = next("rows", ScalarType::Double, 2),
+             settings = next("settings", ScalarType::Double, 2), sources = next("sources", ScalarType::Long, 2),
+             keys = next("keys", ScalarType::Long, 2), active = next("active", ScalarType::Long, 1),
+             steps = next("steps", ScalarType::Float, 1), fresh = next("fresh", ScalarType::Float, 1),
+             schedule_steps = next("schedule_steps", ScalarType::Long, 1), etas = next("etas", ScalarType::Double, 1),
+             groups = next("groups", ScalarType::Double, 2), rows = next("rows", ScalarType::Double, 2),
              clips = next("clips", ScalarType::Double, 1), control = next("control", ScalarType::Double, 1),
              found = next("found", ScalarType::Double, 1);
-  const int64_t n = groups.size(0);
+  const int64_t n = settings.size(0), width = settings.size(1);
+  STD_TORCH_CHECK(sources.size(0) == n && sources.size(1) == width + kSourceWords && schedule_steps.numel() == n &&
+                      etas.numel() == n && groups.size(0) == n && width > kOwnSettings,
+                  "cuda_begin_: the tensors of groups do not belong together");
   STD_TORCH_CHECK(sums.size(2) == kSumWords && totals.size(0) == n + 2 && totals.size(1) == kSumWords &&
                       slots_of.numel() == n + 1 && limits.numel() == kOwnLimits + n && clips.numel() == n &&
                       keys.size(0) == rows.size(0) && keys.size(1) == 2 && steps.numel() == active.numel() &&
@@ -152,11 +157,15 @@ void begin_(int64_t given, int64_t rule, std::vector<Tensor> tensors) {
                       static_cast<const double*>(pointer(limits)),
                       static_cast<const float*>(pointer(grad_scale)),
                       static_cast<const float*>(pointer(found_inf)),
-                      static_cast<const double*>(pointer(groups)),
+                      static_cast<const double*>(pointer(settings)),
+                      static_cast<const int64_t*>(pointer(sources)),
                       static_cast<const int64_t*>(pointer(keys)),
                       static_cast<const int64_t*>(pointer(active)),
                       static_cast<float*>(pointer(steps)),
                       static_cast<float*>(pointer(fresh)),
+                      static_cast<int64_t*>(pointer(schedule_steps)),
+                      static_cast<double*>(pointer(etas)),
+                      static_cast<double*>(pointer(groups)),
                       static_cast<double*>(pointer(rows)),
                       static_cast<double*>(pointer(clips)),
                       static_cast<Control*>(pointer(control)),
@@ -166,7 +175,7 @@ void begin_(int64_t given, int64_t rule, std::vector<Tensor> tensors) {
                       int32_t(n),
                       int32_t(rows.size(0)),
                       int32_t(active.numel()),
-                      int32_t(groups.size(1))};
+                      int32_t(scheduled)};
   const Device current(device);
   const char* wrong = launch_begin(entry, what, current.stream());
   STD_TORCH_CHECK(wrong == nullptr, "a step on cuda:", device, " could not be begun: ", wrong);
@@ -207,7 +216,7 @@ WD_EXPANDED(STABLE_TORCH_LIBRARY_FRAGMENT, WD_NAMESPACE, m) {
   m.def(
       "cuda_squares_(int token, Tensor chunks, Tensor places, Tensor moving, int chunk_size, int param, int grad, int "
       "copies, int stride) -> ()");
-  m.def("cuda_begin_(int token, int rule, Tensor[] tensors) -> ()");
+  m.def("cuda_begin_(int token, int rule, bool scheduled, Tensor[] tensors) -> ()");
   m.def("cuda_load_squares(int device, int param, int grad) -> str");
   m.def("cuda_load_begin(int device, int rule) -> str");
   m.def("cuda_built() -> str");

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layout import Bucket, Spec, Table
 from . import cpu, cuda, reference, triton
+from .device import capturing
 from .prepared import Launch, Prepared, launch
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "FallbackWarning",
     "Launch",
     "Prepared",
+    "capturing",
     "check",
     "launch",
     "prepare",

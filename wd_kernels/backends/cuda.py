@@ -97,4 +97,5 @@ class CUDA(OnDevice):
 
     def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:
         self._load(bank.device, self.ops.cuda_load_begin, code_of(rule))
-        return partial(self.ops.cuda_begin_.default, self.token, code_of(rule), arguments(norms, bank, there))
+        given = self.token, code_of(rule), norms.scheduled, arguments(norms, bank, there)
+        return partial(self.ops.cuda_begin_.default, *given)

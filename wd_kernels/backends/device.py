@@ -17,7 +17,7 @@ from ..rules import Rule
 from .device_copy import DeviceCopy, There, chunk_size
 from .prepared import Prepared
 
-__all__ = ["OnDevice", "arguments", "current", "machine"]
+__all__ = ["OnDevice", "arguments", "capturing", "current", "machine"]
 
 
 @cache
@@ -34,11 +34,25 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]
 
 
-def _refuse_capture(device: torch.device) -> None:
-    """A graph would repeat this step's scalars, and read the memory that they travelled in when it is another's."""
+def capturing(device: torch.device) -> bool:
+    """Is what is launched on a device's current stream captured in a graph?"""
+    if device.type != "cuda":
+        return False
     with current(device):
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a step cannot be captured in a CUDA graph: its scalars and step counts are the host's")
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _check_capture(norms: Norms | None) -> None:
+    if norms is None or norms.bank is None or not norms.capturable:
+        raise RuntimeError(
+            "a step is captured in a CUDA graph, of an optimizer whose learning rate and step counts are the host's: "
+            "every replay would repeat those of this step. Allowed is an optimizer with capturable=True"
+        )
+    if norms.measures and norms.reductions:
+        raise RuntimeError(
+            "a step is captured that measures the norm of sharded gradients, which other processes have their part in: "
+            "allowed is max_grad_norm=None and skip_nonfinite=False, or a step outside of graphs"
+        )
 
 
 def arguments(norms: Norms, bank: Bank, there: There) -> list[Tensor]:
@@ -47,8 +61,9 @@ def arguments(norms: Norms, bank: Bank, there: There) -> list[Tensor]:
     scale = bank.given(limits.scale if limits else None, bank.one, "grad_scale")
     found_inf = bank.given(limits.found_inf if limits else None, bank.zero, "found_inf")
     return [
-        bank.sums, bank.totals, bank.slots_of, there["limits"], scale, found_inf, there["groups"], there["keys"],
-        there["active"], bank.steps, bank.fresh, there["rows"], bank.clips, bank.control, bank.found,
+        bank.sums, bank.totals, bank.slots_of, there["limits"], scale, found_inf, there["settings"], there["sources"],
+        there["keys"], there["active"], bank.steps, bank.fresh, bank.schedule_steps, bank.etas, there["groups"],
+        there["rows"], bank.clips, bank.control, bank.found,
     ]  # fmt: skip
 
 
@@ -68,13 +83,13 @@ class OnDevice(ABC):
         def ready(table: Table, rows: Tensor) -> list[Callable[[], None]]:
             launches: list[Callable[[], None]] = []
             for device, chunks in on.items():
-                if device.type == "cuda":
-                    _refuse_capture(device)
+                captured, norms = capturing(device), table.norms
+                if captured:
+                    _check_capture(norms)
                 copy = table.device_copies.setdefault(device, DeviceCopy(device))
                 parts: There = {"places": table.segments.places, "moving": table.segments.moving}
                 parts |= {index: own.words for index, own in chunks.items()}
                 own = [b for b in buckets if b.spec.device == device and chunks[b.index].words.numel()]
-                norms = table.norms
                 if norms is None or norms.bank is None:
                     parts |= {"control": table.control, "rows": rows}
                     there = copy.update(parts)
@@ -82,10 +97,15 @@ class OnDevice(ABC):
                     if norms.measures and table.whole is not table.segments:
                         whole: There = {f"whole {b.index}": cut_whole(table, b, chunks[b.index].size) for b in own}
                         parts |= whole | {"whole places": table.whole.places, "whole moving": table.whole.moving}
-                    there = copy.update(parts | norms.inputs | {"limits": norms.limit_words()})
+                    parts |= {**norms.inputs, "limits": norms.limit_words()}
+                    there = copy.capture(parts) if captured else copy.update(parts)
+                    if norms.capturable and not captured:
+                        copy.reserve(parts)
                     sizes = {b.index: chunks[b.index].size for b in own}
                     launches.append(self._begun(table, norms, norms.bank, own, sizes, there))
                 launches += [self.launch(table, bucket, chunks[bucket.index].size, there) for bucket in own]
+                if captured and norms is not None:
+                    norms.captured.append((there, *norms.lent, *launches))
             return launches
 
         return Prepared([], ready)
@@ -94,10 +114,11 @@ class OnDevice(ABC):
         self, table: Table, norms: Norms, bank: Bank, buckets: list[Bucket], sizes: Mapping[int, int], there: There
     ) -> Callable[[], None]:
         """Adds up the squares of the gradients, if they are wanted; the launch that begins the step is left."""
-        there |= {"rows": bank.rows_for(there["keys"].shape[0], len(table.rule.scalars)), "control": bank.control}
+        there["rows"], there["groups"] = bank.rows_for(there["keys"].shape[0], table.rule)
+        there["control"] = bank.control
         begin = self.begin(table.rule, norms, bank, there)
+        squares = []
         if norms.measures:
-            squares = []
             for bucket in buckets:
                 tables: There = there
                 if "whole places" in there:

@@ -54,6 +54,7 @@ class DeviceCopy:
         self.there: dict[str | int, Tensor] = {}
         self._sent: dict[str | int, Tensor] = {}  # host copies of `there`
         self._stream: int | None = None
+        self._reserved: tuple[Tensor, Tensor] | None = None
 
     def update(self, parts: Mapping[str | int, Tensor]) -> There:
         """Brings the device up to date, on the current stream, without waiting for it: what it has of the parts."""
@@ -69,20 +70,53 @@ class DeviceCopy:
             del self.there[stale], sent[stale]
         return dict(self.there)
 
+    def reserve(self, parts: Mapping[str | int, Tensor]) -> None:
+        """Makes sure that there is memory for a step of such parts that is captured: none is to be asked for then."""
+        size = _size(parts)
+        if self._reserved is None or self._reserved[0].numel() < size:
+            here = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu")
+            self._reserved = here, torch.empty_like(here, device=self.device)
+
+    def capture(self, parts: Mapping[str | int, Tensor]) -> There:
+        """All parts, in a step that is captured: every replay copies them again, from memory that nobody else has."""
+        if self._reserved is None or self._reserved[0].numel() < _size(parts):
+            raise RuntimeError(
+                "a step is captured for which no memory is ready: take one outside of the graph first, with the "
+                "gradients and groups of that which is captured; another one before each graph"
+            )
+        (here, there), self._reserved = self._reserved, None
+        _, arrived = _laid_out(parts, here, there)
+        there.copy_(here, non_blocking=True)
+        arrived["captured"] = here  # kept as long as these are
+        return arrived
+
     def _send(self, parts: Mapping[str | int, Tensor]) -> None:
         """One copy to the device, whatever the number of parts; their elements have 8 bytes."""
-        lines = [-(-part.numel() // _LINE) for part in parts.values()]
         to_device = self.device.type != "cpu"
         # Pinned memory that is freed while a copy of it is under way is kept by torch until that is done.
-        here = torch.empty(sum(lines) * _LINE, dtype=torch.int64, device="cpu", pin_memory=to_device)
+        here = torch.empty(_size(parts), dtype=torch.int64, device="cpu", pin_memory=to_device)
         there = torch.empty_like(here, device=self.device) if to_device else here
-        sent, arrived, begin = {}, {}, 0
-        for (name, part), own in zip(parts.items(), lines, strict=True):
-            at = slice(begin, begin + part.numel())
-            sent[name] = here[at].view(part.shape).copy_(part.view(torch.int64))
-            arrived[name] = there[at].view(part.dtype).view(part.shape)
-            begin += own * _LINE
+        sent, arrived = _laid_out(parts, here, there)
         if to_device:
             there.copy_(here, non_blocking=True)
         self._sent.update(sent)  # now, not before: what is noted as sent is there
         self.there.update(arrived)
+
+
+def _lines(part: Tensor) -> int:
+    return -(-part.numel() // _LINE)
+
+
+def _size(parts: Mapping[str | int, Tensor]) -> int:
+    return sum(map(_lines, parts.values())) * _LINE
+
+
+def _laid_out(parts: Mapping[str | int, Tensor], here: Tensor, there: Tensor) -> tuple[There, There]:
+    """Writes all parts to `here`, one after another; where they are in it, and will be in its copy."""
+    sent, arrived, begin = {}, {}, 0
+    for name, part in parts.items():
+        at = slice(begin, begin + part.numel())
+        sent[name] = here[at].view(part.shape).copy_(part.view(torch.int64))
+        arrived[name] = there[at].view(part.dtype).view(part.shape)
+        begin += _lines(part) * _LINE
+    return sent, arrived

@@ -174,9 +174,10 @@ class Triton(OnDevice):
     def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:
         kernels = _begin()
         own = (
-            *arguments(norms, bank, there), *bank.sums.shape[:2], there["groups"].shape[0], there["rows"].shape[0],
-            bank.steps.numel(), getattr(kernels, f"count_{rule.name}"), len(rule.group_scalars),
-            len(rule.count_scalars), rule.scalars.index("grad_scale"),
+            *arguments(norms, bank, there), *bank.sums.shape[:2], len(bank.clips), there["rows"].shape[0],
+            bank.steps.numel(), int(norms.scheduled), getattr(kernels, f"group_{rule.name}"),
+            getattr(kernels, f"count_{rule.name}"), len(rule.own), len(rule.group_scalars), len(rule.count_scalars),
+            rule.scalars.index("grad_scale"),
         )  # fmt: skip
         return self._launch(
             kernels.begin_kernel, ("begin", rule.name), bank.device, 1, own, self._how("begin", bank.device)

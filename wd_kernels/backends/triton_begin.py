@@ -10,12 +10,14 @@ import triton
 import triton.language as tl
 
 from .. import sums
-from .triton_kernels import MOVING_WORDS, OUTPUT, pointer, sums_of_blocks, widen
+from .triton_kernels import MOVING_WORDS, OUTPUT, larger, pointer, sums_of_blocks, widen
 
 DIGITS = tl.constexpr(sums.DIGITS)
 INFINITIES = tl.constexpr(sums.INFINITIES)
 NANS = tl.constexpr(sums.NANS)
 SUM_WORDS = tl.constexpr(sums.WORDS)
+LR, ETA, WEIGHT_DECAY, DECAY, BASE_LR, SEED, OWN = (tl.constexpr(k) for k in range(7))
+SOURCES = tl.constexpr(3)
 
 
 @triton.jit
@@ -129,6 +131,51 @@ def power(x, t):
 
 
 @triton.jit
+def decay_scalars(mode, lam, eta, a):
+    """Where lambda enters, by the number of the mode: (l2, decay, scale of the step, metric)."""
+    shrunk = 1.0 + eta * lam
+    l2 = tl.where(mode == 0.0, lam, 0.0)
+    decay = tl.where(mode == 1.0, a * lam, tl.where(mode == 2.0, eta * lam, 0.0))
+    decay = tl.where(mode == 3.0, (eta * lam) / shrunk, decay)
+    return l2, decay, tl.where(mode == 3.0, 1.0 / shrunk, 1.0), tl.where(mode == 4.0, a * lam, 0.0)
+
+
+@triton.jit
+def frozen(lr, eta):
+    return tl.where((lr == 0.0) | (eta == 0.0), 1.0, 0.0)
+
+
+@triton.jit
+def group_adamw(lr, eta, a, lam, mode, own):
+    """The scalars of a row that depend on its group alone: `group_part` of the rule's page."""
+    beta1, beta2, eps, sign = own[0], own[1], own[2], own[3]
+    l2, decay, scale, metric = decay_scalars(mode, lam, eta, a)
+    return frozen(lr, eta), sign, l2, decay, metric, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, scale * a
+
+
+@triton.jit
+def group_sgdw(lr, eta, a, lam, mode, own):
+    paper, dampening, nesterov, sign, momentum = own[0] != 0.0, own[1], own[2] != 0.0, own[3], own[4]
+    metric = mode == 4.0  # the identity: proximal, with a in place of eta
+    l2, decay, scale, _ = decay_scalars(tl.where(metric, 3.0, mode), lam, tl.where(metric, a, eta), a)
+    inside = paper & (momentum != 0.0)  # the lr sits inside the buffer
+    first_grad_coef = tl.where(inside, a, 1.0)
+    later_grad_coef = tl.where(inside, a, 1.0 - dampening)
+    step_size = tl.where(inside, scale, scale * a)
+    update_grad, update_buf = tl.where(nesterov, 1.0, 0.0), tl.where(nesterov, momentum, 1.0)
+    return (frozen(lr, eta), sign, l2, decay, momentum, update_grad, update_buf, step_size, first_grad_coef,
+            later_grad_coef)  # fmt: skip
+
+
+@triton.jit
+def group_adagradw(lr, eta, a, lam, mode, own):
+    lr_decay, eps, sign = own[0], own[1], own[2]
+    l2, decay, scale, metric = decay_scalars(mode, lam, eta, a)
+    _, fixed_decay, _, _ = decay_scalars(mode, lam, eta, a * 0.0)
+    return frozen(lr, eta), sign, l2, eps, lr_decay, scale * a, fixed_decay, decay - fixed_decay, metric
+
+
+@triton.jit
 def count_adamw(group, t, fresh):
     """The scalars of a row that depend on t, from those that do not: `count_part` of the rule's page."""
     beta1, beta2, scaled_lr = group[5], group[7], group[10]
@@ -147,18 +194,67 @@ def count_adagradw(group, t, fresh):
     return t.to(tl.float64), scaled_lr / slowed, fixed_decay + scaled_decay / slowed, scaled_metric / slowed
 
 
-@triton.jit(do_not_specialize=["copies", "slots", "of_groups", "of_rows", "of_params"])
-def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, groups, keys, active, steps, fresh, rows, clips,
-                 control, found, copies, slots, of_groups, of_rows, of_params,
-                 count: tl.constexpr, group_scalars: tl.constexpr, count_scalars: tl.constexpr,
-                 grad_scale_at: tl.constexpr):  # fmt: skip
-    """Begins a step: decides on the norm of the gradients, completes the rows, counts (csrc/layout.h, `Begin`).
+@triton.jit
+def setting(settings, sources, group, k, width, there):
+    """A setting of groups, a column: the number, or what lies where its source says (csrc/layout.h, `SettingWord`)."""
+    number = tl.load(settings + group * width + k, mask=there, other=0.0)
+    source = tl.load(sources + group * (width + SOURCES) + k, mask=there, other=0)
+    double = source % 2 != 0
+    single = (source != 0) & (source % 2 == 0)
+    at = (source - source % 2).to(tl.pointer_type(tl.float64))
+    from_double = tl.load(at, mask=double, other=0.0)
+    from_single = tl.load(source.to(tl.pointer_type(tl.float32)), mask=single, other=0.0)
+    return tl.where(double, from_double, tl.where(single, from_single.to(tl.float64), number))
 
-    One program. Compile-time arguments: the rule's function of counts, how many scalars a row has that depend on the
-    group and on the count (a seed follows), which of them the clip of a group multiplies.
+
+@triton.jit(do_not_specialize=["copies", "slots", "of_groups", "of_rows", "of_params", "scheduled"])
+def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings, sources, keys, active, steps, fresh,
+                 schedule_steps, etas, groups, rows, clips, control, found, copies, slots, of_groups, of_rows,
+                 of_params, scheduled, group: tl.constexpr, count: tl.constexpr, own: tl.constexpr,
+                 group_scalars: tl.constexpr, count_scalars: tl.constexpr, grad_scale_at: tl.constexpr):  # fmt: skip
+    """Begins a step: decides on the norm of the gradients, makes the rows, counts (csrc/layout.h, `Begin`).
+
+    One program. Compile-time arguments: the rule's functions of groups and of counts, how many settings it has of its
+    own, how many scalars a row has that depend on the group and on the count (a seed follows), which of them the clip
+    of a group multiplies.
     """
     group_width: tl.constexpr = group_scalars + 1
     width: tl.constexpr = group_scalars + count_scalars + 1
+    of_settings: tl.constexpr = OWN + own
+    lane = tl.arange(0, 128)
+    moves = tl.full((), 0, tl.int32)  # any lr that is not 0?
+    past = tl.full((), 0, tl.int32)  # any schedule beyond its table?
+    for first in range(0, of_groups, 128):
+        g = first + lane
+        there = g < of_groups
+        lr = setting(settings, sources, g, LR, of_settings, there)
+        eta = setting(settings, sources, g, ETA, of_settings, there)
+        lam = setting(settings, sources, g, WEIGHT_DECAY, of_settings, there)
+        mode = setting(settings, sources, g, DECAY, of_settings, there)
+        base_lr = setting(settings, sources, g, BASE_LR, of_settings, there)
+        seed = setting(settings, sources, g, SEED, of_settings, there)
+        of_rule = ()
+        for i in tl.static_range(own):
+            of_rule += (setting(settings, sources, g, OWN + i, of_settings, there),)
+        of_schedule = sources + g * (of_settings + SOURCES) + of_settings
+        table = tl.load(of_schedule, mask=there, other=0)
+        length = tl.load(of_schedule + 1, mask=there, other=0)
+        endless = tl.load(of_schedule + 2, mask=there, other=0)
+        tabled = table != 0
+        t = tl.load(schedule_steps + g, mask=there, other=0)
+        at = table.to(tl.pointer_type(tl.float64)) + tl.minimum(t, length - 1)
+        eta = tl.where(tabled, tl.load(at, mask=tabled, other=0.0), eta)
+        lam = tl.where(tabled, lam * tl.load(at + length, mask=tabled, other=0.0), lam)
+        follows = base_lr != 0.0
+        eta = tl.where(follows, lr / tl.where(follows, base_lr, 1.0), eta)
+        a = tl.where(follows, lr, eta * lr)
+        part = group(lr, eta, a, lam, mode, of_rule)
+        for i in tl.static_range(group_scalars):
+            tl.store(groups + g * group_width + i, part[i], mask=there)
+        tl.store(groups + g * group_width + group_scalars, seed, mask=there)
+        tl.store(etas + g, eta, mask=there)
+        moves = tl.maximum(moves, tl.reduce(tl.where(there & (lr != 0.0), 1, 0), 0, larger))
+        past = tl.maximum(past, tl.reduce(tl.where(tabled & (endless != 0) & (t >= length), 1, 0), 0, larger))
     scale = tl.load(grad_scale).to(tl.float64)
     measures = tl.load(limits) != 0
     max_norm = tl.load(limits + 1)
@@ -188,7 +284,8 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, groups, 
         norm = tl.sqrt(value_of(totals + of_groups * SUM_WORDS)) / scale
         clip = clip_of(tl.sqrt(value_of(totals + (of_groups + 1) * SUM_WORDS)) / scale, max_norm)
     nonfinite = norm - norm != 0.0
-    skip = tl.where((tl.load(found_inf) != 0.0) | (measures & (tl.load(limits + 2) != 0.0) & nonfinite), 1, 0)
+    unwanted = (tl.load(found_inf) != 0.0) | (measures & (tl.load(limits + 2) != 0.0) & nonfinite) | (past != 0)
+    skip = tl.where(unwanted, 1, 0)
     tl.store(control, 1.0 / scale)
     tl.store(control + 1, skip.to(tl.float64))
     tl.store(found, norm)
@@ -200,26 +297,25 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, groups, 
             of_group = clip_of(tl.sqrt(value_of(totals + g * SUM_WORDS)) / scale, own)
         tl.store(clips + g, of_group)
     tl.debug_barrier()
-    lane = tl.arange(0, 128)
     for first in range(0, of_rows, 128):
         row = first + lane
         there = row < of_rows
-        group = tl.load(keys + 2 * row, mask=there, other=0)
+        g = tl.load(keys + 2 * row, mask=there, other=0)
         param = tl.load(keys + 2 * row + 1, mask=there, other=0)
         t = tl.load(steps + param, mask=there, other=0.0).to(tl.int64) + 1
         new = tl.load(fresh + param, mask=there, other=0.0) != 0.0
         known = ()
         for i in tl.static_range(group_scalars):
-            value = tl.load(groups + group * group_width + i, mask=there, other=0.0)
+            value = tl.load(groups + g * group_width + i, mask=there, other=0.0)
             if i == grad_scale_at:
-                value = value * tl.load(clips + group, mask=there, other=0.0)
+                value = value * tl.load(clips + g, mask=there, other=0.0)
             known += (value,)
         of_count = count(known, t, new)
         for i in tl.static_range(group_scalars):
             tl.store(rows + row * width + i, known[i], mask=there)
         for i in tl.static_range(count_scalars):
             tl.store(rows + row * width + group_scalars + i, of_count[i], mask=there)
-        seed = tl.load(groups + group * group_width + group_scalars, mask=there, other=0.0)
+        seed = tl.load(groups + g * group_width + group_scalars, mask=there, other=0.0)
         tl.store(rows + row * width + (width - 1), seed, mask=there)
     tl.debug_barrier()
     counted = tl.where(skip == 0, of_params, 0)
@@ -230,3 +326,9 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, groups, 
         before = tl.load(steps + param, mask=there & stepped, other=0.0)
         tl.store(steps + param, before + 1.0, mask=there & stepped)
         tl.store(fresh + param, tl.full((128,), 0.0, tl.float32), mask=there & stepped)
+    counted = tl.where((scheduled != 0) & (skip == 0) & (moves != 0), of_groups, 0)
+    for first in range(0, counted, 128):
+        g = first + lane
+        there = g < counted
+        before = tl.load(schedule_steps + g, mask=there, other=0)
+        tl.store(schedule_steps + g, before + 1, mask=there)

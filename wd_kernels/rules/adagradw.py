@@ -63,6 +63,7 @@ ADAGRADW = Rule(
         Hyperparameter("initial_accumulator_value", of_states=True),
     ),
     states=(State("sum", "state_sums", initial="initial_accumulator_value", signed=False),),
+    own=("lr_decay", "eps", "sign"),
     group_scalars=(
         "frozen", "grad_scale", "l2", "eps", "lr_decay", "scaled_lr", "fixed_decay", "scaled_decay", "scaled_metric",
     ),

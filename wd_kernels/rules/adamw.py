@@ -89,6 +89,7 @@ ADAMW = Rule(
         State("exp_avg_sq", "exp_avg_sqs", signed=False),
         State("max_exp_avg_sq", "max_exp_avg_sqs", asked_by="amsgrad", late=True, signed=False),
     ),
+    own=("beta1", "beta2", "eps", "sign"),
     group_scalars=(
         "frozen", "grad_scale", "l2", "decay", "metric", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps",
         "scaled_lr",
@@ -98,7 +99,7 @@ ADAMW = Rule(
     group_part=group_part,
     count_part=count_part,
     equation=equation,
-    torch=TorchTwin("torch.optim.AdamW", decays=("lr_scaled", "l2"), decoupled_flag=True),
+    torch=TorchTwin("torch.optim.AdamW", decays=("lr_scaled", "l2"), decoupled_flag=True, capturable=True),
     metric="sqrt(v) + eps, the bias-corrected one",
     variants=MappingProxyType({"plain": {}, "maximize": {"maximize": True}, "amsgrad": {"amsgrad": True}}),
 )  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..formats import MASTER_NAME, Storage, scale_name
 from ..reference import store
-from .scalars import at_least_zero, norm_limit
+from .scalars import DECAY_MODES, at_least_zero, norm_limit
 from .storage import STORAGE, check_storage
 
 __all__ = ["MASTER", "Hyper", "Hyperparameter", "Part", "Rule", "Settings", "State", "TorchTwin"]
@@ -31,6 +31,8 @@ __all__ = ["MASTER", "Hyper", "Hyperparameter", "Part", "Rule", "Settings", "Sta
 FLAG = "decoupled_weight_decay"
 #: The key of a group whose gradients are clipped by their own norm.
 LIMIT = "max_grad_norm"
+#: Of a group, whatever its rule.
+SETTINGS = ("lr", "eta", "weight_decay", "decay", "base_lr", "seed")
 MISSING = object()
 
 
@@ -117,6 +119,7 @@ class TorchTwin:
         name: of the class.
         decays: the decay modes that it has, its own first.
         decoupled_flag: its groups have `decoupled_weight_decay`, which is False for "l2".
+        capturable: its groups have a key that says so.
         counts_steps: its states have step counts; without one, states that are there have begun.
         all_states: it has the states of all parameters from the start, and cannot step one without.
     """
@@ -124,6 +127,7 @@ class TorchTwin:
     name: str
     decays: tuple[str, ...]
     decoupled_flag: bool = False
+    capturable: bool = False
     counts_steps: bool = True
     all_states: bool = False
 
@@ -152,6 +156,7 @@ class Rule:
         name: of its equation in every backend.
         title: of its class.
         hyperparameters, states: in order.
+        own: the names of `Settings.own`, in order.
         group_scalars, count_scalars: the names of a row's two parts. "frozen", "grad_scale", "l2", "decay" and "t"
             are among them: movers read these.
         check: (group, where) to Settings, or an error that names the hyperparameter and the group.
@@ -170,6 +175,7 @@ class Rule:
     title: str
     hyperparameters: tuple[Hyperparameter, ...]
     states: tuple[State, ...]
+    own: tuple[str, ...]
     group_scalars: tuple[str, ...]
     count_scalars: tuple[str, ...]
     check: Callable[[Mapping[str, Any], str], Settings]
@@ -184,6 +190,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scalars", (*self.group_scalars, *self.count_scalars, "seed"))
+        object.__setattr__(self, "settings", (*SETTINGS, *self.own))
         object.__setattr__(self, "keys", tuple(own.name for own in self.hyperparameters))
         flag = {FLAG: None} if self.torch.decoupled_flag else {}
         absent = {own.name: own.absent for own in self.hyperparameters if own.absent is not None}
@@ -192,6 +199,8 @@ class Rule:
 
     #: The names of a row's scalars: its two parts, then the seed.
     scalars: tuple[str, ...] = field(init=False)
+    #: The names of what a device makes a group part of (csrc/layout.h, `SettingWord`).
+    settings: tuple[str, ...] = field(init=False)
     #: The keys of `hyperparameters`.
     keys: tuple[str, ...] = field(init=False)
     #: The keys of a group that a row depends on.
@@ -284,10 +293,17 @@ class Rule:
         """The states of a group whose hyperparameters have these values."""
         return tuple(s for s in self.states if s.asked_by is None or truths[s.asked_by])
 
-    def group_rows(self, hypers: Sequence[Hyper]) -> Tensor:
-        """What of rows a device completes by its own counts: the group parts, then seeds, float64 [groups, scalars]."""
-        rows = [(*self.group_part(*own), own[0].seed) for own in hypers]
-        return torch.tensor(rows, dtype=torch.float64, device="cpu").view(len(rows), len(self.group_scalars) + 1)
+    def settings_rows(self, hypers: Sequence[Hyper], base_lrs: Sequence[float]) -> Tensor:
+        """What a device makes rows of, which counts by itself: float64 [groups, settings], by `settings`.
+
+        Args:
+            base_lrs: of groups whose eta is lr over it; of others 0.
+        """
+        rows = [
+            (lr, eta, own.weight_decay, DECAY_MODES.index(own.decay), base_lr, own.seed, *own.own)
+            for (own, lr, eta, _), base_lr in zip(hypers, base_lrs, strict=True)
+        ]
+        return torch.tensor(rows, dtype=torch.float64, device="cpu").view(len(rows), len(self.settings))
 
     def rows(self, hypers: Sequence[Hyper], keys: Iterable[tuple[int, int, bool]]) -> Tensor:
         """The rows of the given (group, step count, fresh) keys: float64 [len(keys), len(scalars)]."""

@@ -108,6 +108,7 @@ SGDW = Rule(
         Hyperparameter("maximize", "bool"),
     ),
     states=(State("momentum_buffer", "momentum_buffers", asked_by="momentum", late=True, fresh=True),),
+    own=("paper", "dampening", "nesterov", "sign", "momentum"),
     group_scalars=(
         "frozen", "grad_scale", "l2", "decay", "momentum", "update_grad", "update_buf", "step_size", "first_grad_coef",
         "later_grad_coef",

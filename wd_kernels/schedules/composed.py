@@ -10,11 +10,16 @@ from itertools import accumulate
 
 from .shapes import Schedule, named, opaque, where
 
-__all__ = ["Product", "Sequential"]
+__all__ = ["Product", "Sequential", "settles"]
 
 
 def _length(part: Callable[[int], float]) -> int | None:
     return getattr(part, "steps", None)
+
+
+def settles(part: Callable[[int], float]) -> int | None:
+    """`part.settles`; of what is no schedule of this kind, its end."""
+    return part.settles if isinstance(part, Schedule) else _length(part)
 
 
 def _restarts(part: Callable[[int], float]) -> bool:
@@ -71,6 +76,11 @@ class Sequential(_Composed):
         firsts = tuple(accumulate((length or 0 for length in before), initial=0))
         self._set(firsts=firsts, steps=None if last is None else firsts[-1] + last, restarts=_restarts(parts[-1]))
 
+    @property
+    def settles(self) -> int | None:
+        last = settles(self.parts[-1])
+        return None if last is None else self.firsts[-1] + last
+
     def __call__(self, t: int) -> float:
         k = bisect_right(self.firsts, t) - 1
         return self.parts[k](t - self.firsts[k])
@@ -104,6 +114,11 @@ class Product(_Composed):
             raise ValueError(f"{self!r} has several parts that restart: allowed is one")
         ends = [end for part in parts if (end := _length(part)) is not None]
         self._set(restarts=bool(restarting), steps=None if restarting or not ends else max(ends))
+
+    @property
+    def settles(self) -> int | None:
+        each = [settles(part) for part in self.parts]
+        return None if None in each else max(own for own in each if own is not None)
 
     def __call__(self, t: int) -> float:
         return math.prod(part(t) for part in self.parts)

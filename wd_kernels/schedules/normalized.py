@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
+from .composed import settles
 from .shapes import Schedule, opaque, where
 
 __all__ = ["NormalizedDecay", "normalized_weight_decay"]
@@ -89,6 +90,10 @@ class NormalizedDecay(Schedule):
     def __post_init__(self) -> None:
         where(self.schedule, 0)
         self._set(steps=getattr(self.schedule, "steps", None), restarts=getattr(self.schedule, "restarts", False))
+
+    @property
+    def settles(self) -> int | None:
+        return settles(self.schedule)
 
     def __call__(self, t: int) -> float:
         return self.schedule(t)

@@ -83,6 +83,11 @@ class Schedule(ABC):
     def __call__(self, t: int) -> float:
         """The multiplier of the step that follows `t` completed ones."""
 
+    @property
+    def settles(self) -> int | None:
+        """From which number of completed steps on it keeps its value; None: it never does."""
+        return getattr(self, "steps", None)
+
     def _set(self, **attributes: Any) -> None:
         """In the making: afterwards a schedule does not change."""
         for name, value in attributes.items():
@@ -122,6 +127,10 @@ class Constant(Schedule):
         if self.steps is not None:
             _count(self, "steps")
 
+    @property
+    def settles(self) -> int:
+        return 0
+
     def __call__(self, t: int) -> float:
         return self.value
 
@@ -157,6 +166,10 @@ class StepDrop(Schedule):
         _multiplier(self, "factor")
         if self.steps is not None:
             _count(self, "steps")
+
+    @property
+    def settles(self) -> int:
+        return max(self.milestones, default=0)
 
     def __call__(self, t: int) -> float:
         return float(self.factor ** sum(milestone <= t for milestone in self.milestones))

@@ -11,6 +11,7 @@ written before all of it has passed.
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 import weakref
@@ -28,8 +29,10 @@ from ..flat import buffers
 from ..flat.states import FlatStates
 from ..formats import Storage
 from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, origins, padded, write_segment
-from ..norms import Norms
+from ..live import Live, of_host, sources
+from ..norms import Bank, Norms
 from ..rules import MASTER, Hyper, Rule, State
+from ..schedules import stepping
 from ..schedules.stepping import Tick
 from ..sharding import is_sharded, local, shard_offset
 from ..validation import Extent, check_disjoint, label, read_counts
@@ -75,6 +78,7 @@ class TensorTable:
         counting: the device that counts the steps, where they may be skipped there; then `counts.steps` tells apart the
             parameters that have another history, which alone can have another count. None: the host does.
         norms: where the squares of gradients are added up, and what such a device has.
+        capturable: steps may be captured in graphs.
         buckets: the launches of a step.
         written: the parameters that this step writes.
         sharded: are some of the parameters DTensors?
@@ -88,11 +92,15 @@ class TensorTable:
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.controlled = False  # by the limits of the last step
         self.counting: torch.device | None = None
+        self.capturable = self.captures = False  # the latter of the step that is under way
+        self.lives: Sequence[Live] | None = None  # of that
         self.norms = Norms([], [], 0, None)
         self.history = torch.zeros(0, device=CPU)  # which parameters the last step had
         self._new_histories: dict[tuple[object, ...], float] = {}  # of this step
         self._known_row_keys: tuple[Keys | None, Tensor] = None, torch.zeros(0, 2, dtype=torch.int64, device=CPU)
         self.params: list[Tensor] = []
+        self.places: list[tuple[int, int]] = []
+        self.views: list[Tensor | None] = []
         self.sharded = False
         self.origins: Mapping[int, int] | None = None
         self.device_copies: dict[torch.device, Any] = {}
@@ -113,7 +121,7 @@ class TensorTable:
 
     def step(
         self, groups: list[dict[str, Any]], state: dict[Any, Any], hypers: Sequence[Hyper], ticks: Sequence[Tick],
-        limits: Limits | None = None,
+        limits: Limits | None = None, lives: Sequence[Live] | None = None,
     ) -> None:  # fmt: skip
         """Takes one step: brings the table up to date with the live tensors, launches, counts.
 
@@ -123,6 +131,7 @@ class TensorTable:
         Args:
             ticks: (dict, key, value), written when the step is taken and was not skipped (`control`).
             limits: what it makes of the norm of the gradients.
+            lives: what the device that counts reads of the groups by itself; None: nothing.
 
         Raises:
             TypeError, ValueError, RuntimeError: naming the parameter; nothing was written.
@@ -138,14 +147,18 @@ class TensorTable:
             raise RuntimeError("a step writes in place: it cannot be taken inside a torch.func transform")
         watch, self.watch = self.watch, None
         self.groups, self.state = groups, state
-        self._new_histories = {}
-        if (limits is not None or self.counting is not None) and self._move_counts(groups):
+        self._new_histories, self.lives = {}, lives
+        asked = limits is not None or lives is not None or self.counting is not None
+        if asked and self._move_counts(groups):
             watch = None
+        self.captures = self.counting is not None and backends.capturing(self.counting)
         if self.controlled and (limits is None or self.counting is not None):
             self.control.copy_(torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU))
         self.controlled = limits is not None and self.counting is None
         try:
             if watch is None or needs != self.needs or self._moved_in_memory():
+                if self.captures:
+                    raise _not_ready("the optimizer is new, or something of it was changed since its last step")
                 watch = self._start(needs)
             for tried in range(TRIES):
                 special = [i for i in self.special if i not in self.inspected]
@@ -184,16 +197,27 @@ class TensorTable:
         if known and self.written is None:
             self.written = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
         rows, asked, norms, prepared = None, None, self.norms, backends.Prepared([], None)
-        norms.limits = limits
+        norms.limits, norms.capturable = limits, self.capturable
         if limits is not None or norms.bank is not None:
-            self._check_limits(limits, ticks)
+            self._check_limits()
+        lives = self.lives
+        if norms.bank is not None:
+            lives = of_host(self.groups, hypers) if lives is None else lives
+            norms.lent = [t for own in lives for t in own.tensors.values()]
+            ticks = [*ticks, *self._follow_schedules(norms.bank, lives)]
+            if self.captures:
+                self._check_capture(ticks)
         if known and self.keys and self.launches is not None:
             prepared = self.launches
             if norms.bank is None:
                 rows = self.rule.rows(hypers, self.keys)
             else:
-                rows = self.rule.group_rows(hypers)
-                norms.inputs = {"groups": rows, "keys": self._row_keys(), "active": self.active.long()}
+                assert lives is not None
+                rows = self.rule.settings_rows(hypers, [own.base_lr for own in lives])
+                norms.inputs = {
+                    "settings": rows, "sources": sources(self.rule, lives, norms.bank), "keys": self._row_keys(),
+                    "active": self.active.long(),
+                }  # fmt: skip
         if limits is not None and norms.bank is None:
             device = self.buckets[0].spec.device if self.buckets else CPU
             measure = None if prepared.measure is None else partial(prepared.measure, self)
@@ -213,29 +237,59 @@ class TensorTable:
             counts=norms.bank is None,
         )
 
-    def _check_limits(self, limits: Limits | None, ticks: Sequence[Tick]) -> None:
+    def _check_limits(self) -> None:
         devices = list(dict.fromkeys(str(bucket.spec.device) for bucket in self.buckets))
         if len(devices) > 1:
             raise ValueError(
-                f"max_grad_norm, skip_nonfinite or a GradScaler's scale, of parameters on {' and '.join(devices)}: "
-                "what is decided of all gradients is known on one device; allowed is an optimizer for each"
+                "max_grad_norm, skip_nonfinite, a GradScaler's scale or capturable=True, of parameters on "
+                f"{' and '.join(devices)}: what is decided of all gradients is known on one device; allowed is an "
+                "optimizer for each"
             )
-        if self.counting is not None and limits is not None and limits.skips and ticks:
-            raise ValueError(
-                f"a schedule that is called, with skip_nonfinite or a GradScaler, on {self.counting}: whether it "
-                "counts a step is known there alone. schedule='from_lr' with an LR scheduler of torch can be had"
-            )
+
+    def _check_capture(self, ticks: Sequence[Tick]) -> None:
+        """What a graph's replays would do again, or not at all, does not belong in it."""
+        if self.puts:
+            raise _not_ready(f"{self._label(self.puts[0][0])} takes its first step, or has other states than before")
+        for i, found in self.inspected.items():
+            if found is not None and (found.gapped is not None or found.known.grad_copy is not None):
+                raise RuntimeError(
+                    f"{self._label(i)} or its gradient lies otherwise in memory than what is stepped, which is a copy: "
+                    "such a step cannot be captured in a graph; pass contiguous tensors"
+                )
+        if ticks:
+            raise _not_ready("a schedule, or its schedule_step, is another one than in the last step")
+
+    def _label(self, i: int) -> str:
+        g, k = self.places[i]
+        return label(self.groups[g], g, k)
+
+    def _follow_schedules(self, bank: Bank, lives: Sequence[Live]) -> list[Tick]:
+        """What the groups are to show of schedules that the device counts."""
+        ticks: list[Tick] = []
+        self.norms.scheduled = False
+        for g, (group, own) in enumerate(zip(self.groups, lives, strict=True)):
+            if own.schedule is None:
+                continue
+            self.norms.scheduled = True
+            steps, eta = bank.views[g]
+            if group.get("schedule_step") is not steps:
+                if not self.captures:
+                    steps.fill_(stepping.check(group, f"param group {g}"))
+                ticks += ((group, "schedule_step", steps), (group, "eta", eta))
+        return ticks
+
+    def counts_on(self, groups: Sequence[Mapping[str, Any]]) -> torch.device | None:
+        """The device that could count the steps of these groups: that of their gradients, if its backend can."""
+        for p in chain.from_iterable(group["params"] for group in groups):
+            if isinstance(p, Tensor) and p.grad is not None:
+                device = local(p).device
+                return device if self.resolve(Spec(device, (), ())).counts_there else None
+        return self.counting
 
     def _move_counts(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Steps are counted where the gradients are, if that can be; True: from now on elsewhere than before."""
-        for p in chain.from_iterable(group["params"] for group in groups):
-            if isinstance(p, Tensor) and p.grad is not None:
-                device: torch.device | None = local(p).device
-                if not self.resolve(Spec(local(p).device, (), ())).counts_there:
-                    device = None
-                moved, self.counting = device != self.counting, device
-                return moved
-        return False
+        before, self.counting = self.counting, self.counts_on(groups)
+        return before != self.counting
 
     def _follow(self, watch: Watch, found: Changes) -> None:
         """Brings the table up to date with what a step has found."""
@@ -321,7 +375,12 @@ class TensorTable:
                 group["params"] = list(group["params"])
         watch = Watch(self.groups, ("step", *(state.name for state in self.states)))
         self.generation = buffers.generation()
+        goes_on = bool(self.norms.captured)
+        if goes_on:
+            self._check_captured(watch)
+            watch.views = self.views
         self.params, n = watch.params, len(watch.params)
+        self.places, self.views = watch.places, watch.views
         self.sharded = any(map(is_sharded, self.params))
         self.known: list[Known | None] = [None] * n
         self.range_of: list[tuple[int, int, int, int]] = [FlatRange.NOWHERE] * n
@@ -329,9 +388,12 @@ class TensorTable:
         self.memory_of: dict[int, list[weakref.ref[Tensor]]] = {}  # by these numbers
         self.memory: list[weakref.ref[Tensor]] = []  # flat, where segments lie: others may lie there once it dies
         steps, active = (torch.zeros(n, dtype=torch.float32, device=CPU) for _ in range(2))
-        self.counts = Counts(steps, active, torch.zeros(n, dtype=torch.uint8, device=CPU))
+        if goes_on:
+            steps.copy_(self.counts.steps)
+        else:
+            self.history = torch.zeros(n, device=CPU)
+        self.counts: Counts = Counts(steps, active, torch.zeros(n, dtype=torch.uint8, device=CPU))
         self._group_of = [g for g, _ in watch.places]
-        self.history = torch.zeros(n, device=CPU)
         self.beside = max((len(states) + storage.parts(states) for states, storage in needs), default=0)
         self.own_segments = Segments.empty(n, self.beside)
         if any(type(t) is not Tensor for t in (self.control, self.own_segments.moving)):
@@ -339,14 +401,25 @@ class TensorTable:
                 f"the optimizer's own tensors would be {type(self.own_segments.moving).__name__}s: a step reads memory "
                 "and cannot run under FakeTensorMode or another tensor mode, nor with an optimizer made under one"
             )
-        self.norms = Norms(self.params, self._group_of, len(self.groups), self.counting)
-        self.special = [i for i, own in enumerate(watch.expected) if own[Expected.KIND] == Kind.SPECIAL]
+        if not goes_on:
+            self.norms = Norms(self.params, self._group_of, len(self.groups), self.counting)
+        self.special: list[int] = [i for i, own in enumerate(watch.expected) if own[Expected.KIND] == Kind.SPECIAL]
         self.inspected, self.puts = {}, []
         self.buckets = []
         self.keys = self.written = None
         self._publish(watch)
         self.needs = needs
         return watch
+
+    def _check_captured(self, watch: Watch) -> None:
+        """Graphs count in the memory of this table, by its parameters and groups."""
+        same = len(watch.params) == len(self.params) and all(map(operator.is_, watch.params, self.params))
+        bank = self.norms.bank
+        if not (same and watch.places == self.places and bank is not None and bank.device == self.counting):
+            raise RuntimeError(
+                "groups, parameters or their device were changed after a step was captured in a graph, whose replays "
+                "would step what was there: call end_captures() when no graph is replayed any more, and capture again"
+            )
 
     def _publish(self, watch: Watch) -> None:
         """Writes down what the next step compares, and what launches step."""
@@ -357,7 +430,8 @@ class TensorTable:
         self.own_segments = Segments(self.own_segments.moving, self.own_segments.places, numels)
         flat = {own[FlatRange.BUFFER] for own in ranges} - {0}
         self.memory = [ref for number in flat for ref in self.memory_of[number]]
-        self.segments = self.runs = self.own_segments
+        self.runs: Segments = self.own_segments
+        self.segments = self.runs
         self.ranges: Tensor | None = None
         firsts = [*(b.first for b in self.buckets), sum(len(b.members) for b in self.buckets)]
         if self.memory and native.C is not None:
@@ -539,6 +613,12 @@ class TensorTable:
                 self.own_segments.places[segment, Place.ORIGIN] = origin
                 self.own_segments.places[segment, Place.OUTPUT] = self.norms.sum_of(i).data_ptr()
             watch.expected[i][Expected.SEGMENT] = segment
+
+
+def _not_ready(why: str) -> RuntimeError:
+    return RuntimeError(
+        f"a step is captured in a graph, and {why}: take one outside of the graph first, with the same parameters"
+    )
 
 
 def _differs(before: tuple[Any, Any, Any], watch: Watch, i: int) -> bool:

@@ -1,0 +1,149 @@
+"""What a device reads of an optimizer's groups by itself: numbers, tensors that lie there, schedules as tables.
+
+It makes the rows of a step of them (csrc/layout.h, `Begin`), so that nobody waits for it, and what is captured in a
+graph follows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import CPU
+from .norms import Bank
+from .rules import Hyper, Rule, at_least_zero
+from .schedules import Schedule, stepping
+from .schedules.shapes import named
+from .schedules.tables import can_be_tabled
+
+__all__ = ["LIVE", "Live", "of_host", "read", "sources"]
+
+#: The hyperparameters that may be tensors on the device.
+LIVE = ("lr", "eta", "weight_decay", "betas", "eps")
+#: What is checked in the place of one: every hyperparameter may be it.
+STAND_IN = 0.5
+
+
+class Live(NamedTuple):
+    """Of one group.
+
+    Attributes:
+        tensors: by the names of `Rule.settings`, of one element each.
+        base_lr: where eta is lr over it; else 0.
+        schedule: what eta is looked up of, by a count on the device; None: nothing.
+    """
+
+    tensors: Mapping[str, Tensor]
+    base_lr: float
+    schedule: Schedule | None
+
+
+def of_host(groups: Sequence[Mapping[str, Any]], hypers: Sequence[Hyper]) -> list[Live]:
+    """Of groups whose numbers the host has read, and whose schedules it has followed."""
+    return [Live({}, _base_lr(group, g), None) for g, group in enumerate(groups[: len(hypers)])]
+
+
+def read(
+    rule: Rule, groups: Sequence[dict[str, Any]], device: torch.device, default: str, capturable: bool
+) -> tuple[list[Hyper], list[Live]]:
+    """The checked hyperparameters of groups; in the place of what `device` reads by itself, a number that it does not.
+
+    Args:
+        default: the decay mode of groups that name none.
+        capturable: tensors are not read here.
+
+    Raises:
+        KeyError, TypeError, ValueError: naming the hyperparameter and the group.
+    """
+    plain, lives = [], []
+    for g, group in enumerate(groups):
+        where = f"param group {g}"
+        tensors, numbers = _tensors(rule, group, device, where) if capturable else ({}, {})
+        schedule = group.get("schedule")
+        if schedule is None or stepping.follows_lr(group):
+            if stepping.follows_lr(group) and group.get("eta", 1.0) != 1:
+                raise ValueError(f"eta={group['eta']} in {where} with schedule='from_lr', which sets it: allowed is 1")
+            schedule = None
+        else:
+            _check_schedule(group, capturable, device, where)
+            tensors, numbers = {k: t for k, t in tensors.items() if k != "eta"}, {**numbers, "eta": 1.0}
+        plain.append({**group, **numbers} if numbers else group)
+        lives.append(Live(tensors, _base_lr(group, g), schedule))
+    return rule.hypers(plain, default=default), lives
+
+
+def sources(rule: Rule, lives: Sequence[Live], bank: Bank) -> Tensor:
+    """Where settings lie on the device, and the tables of schedules: int64 [groups, settings + 3]."""
+    words = []
+    for own in lives:
+        at = [0] * len(rule.settings)
+        for name, tensor in own.tensors.items():
+            at[rule.settings.index(name)] = tensor.data_ptr() + (tensor.dtype == torch.float64)
+        table = (0, 0, 0)
+        if own.schedule is not None:
+            values, endless = bank.table(own.schedule)
+            table = values.data_ptr(), values.shape[1], int(endless)
+        words.append((*at, *table))
+    return torch.tensor(words, dtype=torch.int64, device=CPU).view(len(words), len(rule.settings) + 3)
+
+
+def _base_lr(group: Mapping[str, Any], g: int) -> float:
+    return at_least_zero("base_lr", group["base_lr"], f"param group {g}") if stepping.follows_lr(group) else 0.0
+
+
+def _tensors(
+    rule: Rule, group: Mapping[str, Any], device: torch.device, where: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a group by the names of settings, and numbers to be checked in their places."""
+    tensors, numbers = {}, dict[str, Any]()
+    parts = {own.name: own.parts for own in rule.hyperparameters}
+    for key, value in group.items():
+        each = value if isinstance(value, (tuple, list)) and key in parts and parts[key] else (value,)
+        if key not in ("lr", "eta", *parts) or not any(isinstance(item, Tensor) for item in each):
+            continue
+        if key not in LIVE:
+            raise TypeError(
+                f"{key} of {where} is a tensor, in an optimizer with capturable=True: allowed is a number. Tensors may "
+                f"be {', '.join(own for own in LIVE if own in ('lr', 'eta', *parts))}"
+            )
+        names = parts.get(key) or (key,)
+        numbers[key] = tuple(STAND_IN if isinstance(item, Tensor) else item for item in each)
+        numbers[key] = numbers[key] if parts.get(key) else STAND_IN
+        for k, (name, item) in enumerate(zip(names, each, strict=True)):
+            if isinstance(item, Tensor):
+                tensors[name] = _checked(item, f"{key}[{k}]" if len(names) > 1 else key, device, where)
+    return tensors, numbers
+
+
+def _checked(t: Tensor, name: str, device: torch.device, where: str) -> Tensor:
+    what = f"{name} of {where}, in an optimizer with capturable=True, is a tensor"
+    if t.device != device:
+        raise ValueError(
+            f"{what} on {t.device}, and the parameters are on {device}: the step reads it there; allowed are numbers "
+            "and tensors on that device"
+        )
+    if t.dtype not in (torch.float32, torch.float64) or t.numel() != 1:
+        raise ValueError(
+            f"{what} of {t.dtype} and shape {tuple(t.shape)}: allowed are numbers, and one float32 or float64"
+        )
+    return t.detach()
+
+
+def _check_schedule(group: Mapping[str, Any], capturable: bool, device: torch.device, where: str) -> None:
+    why = "capturable=True" if capturable else f"skip_nonfinite or a GradScaler, on {device}"
+    schedule = group["schedule"]
+    if not can_be_tabled(schedule):
+        raise ValueError(
+            f"schedule={named(schedule)} in {where} is Python code, with {why}: what may be skipped or captured is "
+            "counted on the device, which cannot call it. Allowed are those of wd_kernels.schedules and what derives "
+            "from their Schedule, which become tables there, and schedule='from_lr' with an LR scheduler of torch"
+        )
+    if group.get("show_lr"):
+        raise ValueError(
+            f"show_lr=True in {where} with {why}: what the schedule makes of lr is known on the device alone; allowed "
+            "is False"
+        )
+    stepping.check({**group, "schedule_step": 0}, where)

@@ -1,0 +1,64 @@
+"""Schedules as tables, for a device that counts by itself: what cannot call Python looks up eta."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .composed import Product, Sequential
+from .normalized import NormalizedDecay
+from .shapes import Schedule
+
+__all__ = ["LONGEST", "ScheduleTable", "can_be_tabled", "tabled"]
+
+#: Steps of the table of a schedule that never settles, since it restarts for ever.
+LONGEST = 2**20
+
+
+class ScheduleTable(NamedTuple):
+    """What a schedule is in every step.
+
+    Attributes:
+        values: float64 [2, steps], of eta and of what multiplies the weight decay; the last ones hold from there on.
+        endless: they do not: the schedule goes on.
+    """
+
+    values: Tensor
+    endless: bool
+
+
+def can_be_tabled(schedule: object) -> bool:
+    """Is it made of `Schedule` alone, which are functions of the completed steps and nothing else?"""
+    if isinstance(schedule, (Sequential, Product)):
+        return all(map(can_be_tabled, schedule.parts))
+    if isinstance(schedule, NormalizedDecay):
+        return can_be_tabled(schedule.schedule)
+    return isinstance(schedule, Schedule)
+
+
+def tabled(schedule: Schedule) -> ScheduleTable:
+    """The table of a schedule.
+
+    Raises:
+        ValueError: it gives no finite number >= 0.
+
+    Example:
+        >>> from wd_kernels.schedules import Warmup
+        >>> tabled(Warmup(4))
+        ScheduleTable(values=tensor([[0.2500, 0.5000, 0.7500, 1.0000, 1.0000],
+                [1.0000, 1.0000, 1.0000, 1.0000, 1.0000]], dtype=torch.float64), endless=False)
+    """
+    settles = schedule.settles
+    steps = range(LONGEST if settles is None else settles + 1)
+    factor: Any = getattr(schedule, "decay_factor", None)
+    rows = [[schedule(t) for t in steps], [1.0 if factor is None else factor(t) for t in steps]]
+    values = torch.tensor(rows, dtype=torch.float64, device="cpu")
+    for name, row in zip(("schedule", "schedule.decay_factor"), values, strict=True):
+        wrong = ~((row >= 0) & (row < math.inf))
+        if wrong.any():
+            t = int(wrong.nonzero()[0])
+            raise ValueError(f"{name}({t})={float(row[t])} of {schedule!r}: allowed are finite numbers >= 0")
+    return ScheduleTable(values, settles is None)
