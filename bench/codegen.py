@@ -243,7 +243,7 @@ def compiled_before(kernel: Before, target: str) -> Any:
         function, rule = triton_begin.begin_kernel, kernel.of
         constants = {
             "group": getattr(triton_begin, f"group_{rule.name}"), "count": getattr(triton_begin, f"count_{rule.name}"),
-            "own": len(rule.own), "group_scalars": len(rule.group_scalars), "count_scalars": len(rule.count_scalars),
+            "of_rule": len(rule.own), "group_scalars": len(rule.group_scalars), "count_scalars": len(rule.count_scalars),
             "grad_scale_at": rule.scalars.index("grad_scale"),
         }  # fmt: skip
         floats = dict.fromkeys(("grad_scale", "found_inf", "steps", "fresh"), "*fp32")
@@ -312,7 +312,7 @@ def cost_before(kernel: Before, target: str, ptx: Path | None = None) -> Cost | 
     _write(kernel, target, made, ptx)
     if kernel.what == "begin":
         used = disassembly.usage_of(asm) if backend == "cuda" else (0, 0, 0)
-        assert used[1] == used[2] == 0, f"{kernel} on {target} has a stack: {used}"
+        assert used[1] == 0, f"{kernel} on {target} has a stack: {used}"
         return None
     if target == "gfx1100":
         return None

@@ -136,9 +136,6 @@ def test_a_missing_key(rule: str) -> None:
 def test_flags_of_what_is_not_supported(rule: str) -> None:
     with pytest.raises(ValueError, match="differentiable=True is not supported"):
         build(rule, parameters(), differentiable=True)
-    if rule == "adamw":
-        with pytest.raises(ValueError, match=mentions("capturable=True is not supported yet", "allowed is False")):
-            build(rule, parameters(), capturable=True)
 
 
 # Backends -------------------------------------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ class Norms:
         scheduled: some of the groups look up their eta on the device.
         capturable: steps may be captured there, in the graph of a device that counts.
         captured: what the graphs read and write in which steps were captured.
+        captured_at: where parameters and states of these lie, by position.
         lent: tensors of groups that the device reads.
         inputs: what a device is sent that begins a step: "settings" float64 [groups, settings] (`Rule.settings_rows`),
             "sources" int64 (`live.sources`), "keys" int64 [rows, 2] (of each row its group, and a parameter that has
@@ -152,6 +153,7 @@ class Norms:
         self.limits: Limits | None = None
         self.scheduled = self.capturable = False
         self.captured: list[Any] = []
+        self.captured_at: dict[int, list[int]] = {}
         self.lent: list[Tensor] = []
         self.inputs: dict[str | int, Tensor] = {}
         self._found = torch.zeros(2, dtype=torch.float64, device=CPU)
@@ -239,6 +241,11 @@ class Norms:
         bank.totals.zero_()
         bank.sums.zero_()
         bank.clean = True
+
+    def end_captures(self) -> None:
+        """No graph is replayed any more."""
+        self.captured.clear()
+        self.captured_at.clear()
 
     @property
     def found(self) -> Tensor:

@@ -200,7 +200,7 @@ class DecoupledOptimizer(Optimizer):
         Until then all memory that they read and write is kept, and what would leave them behind is an error: loading a
         state, other groups.
         """
-        self._table.norms.captured.clear()
+        self._table.norms.end_captures()
 
     def _refuse_captured(self, what: str) -> None:
         if self._table.norms.captured:

@@ -70,10 +70,10 @@ WD_HOST_DEVICE inline void sum_squares(const Launch& launch, int64_t block, int6
 }
 
 // A setting of a group: the number, or what lies where its source says.
-WD_HOST_DEVICE inline double setting(double number, int64_t source) {
-  if (source == 0) return number;
-  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
-  return source % 2 != 0 ? *memory<const double>(at(source - 1), 0) : double(*memory<const float>(at(source), 0));
+WD_HOST_DEVICE inline double setting(double number, void* source) {
+  if (source == nullptr) return number;
+  if (reinterpret_cast<uintptr_t>(source) % 2 == 0) return double(*memory<float>(source, 0));
+  return *memory<double>(static_cast<char*>(source) - 1, 0);
 }
 
 // One block of lanes.
@@ -88,14 +88,15 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
     found[lane] = 0;
     for (int g = lane; g < of.of_groups; g += kThreads) {
       const int64_t* const sources = of.sources + int64_t(g) * (width + kSourceWords);
+      void* const* const addresses = reinterpret_cast<void* const*>(sources);
       double own[width];
       WD_UNROLL
-      for (int k = 0; k < width; ++k) own[k] = setting(of.settings[int64_t(g) * width + k], sources[k]);
+      for (int k = 0; k < width; ++k) own[k] = setting(of.settings[int64_t(g) * width + k], addresses[k]);
       Group group = {own[kLr], own[kEta], 0, own[kWeightDecay], int(own[kDecayMode]), own + kOwnSettings};
       if (sources[width + kTable] != 0) {
         const int64_t steps = of.schedule_steps[g], length = sources[width + kTableLength];
         const int64_t at = steps < length ? steps : length - 1;
-        const double* const table = memory<const double>(reinterpret_cast<void*>(sources[width + kTable]), 0);
+        const double* const table = memory<double>(addresses[width + kTable], 0);
         group.eta = table[at];
         group.weight_decay = group.weight_decay * table[length + at];
         if (sources[width + kEndless] != 0 && steps >= length) found[lane] |= kPast;

@@ -207,23 +207,15 @@ def setting(settings, sources, group, k, width, there):
     return tl.where(double, from_double, tl.where(single, from_single.to(tl.float64), number))
 
 
-@triton.jit(do_not_specialize=["copies", "slots", "of_groups", "of_rows", "of_params", "scheduled"])
-def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings, sources, keys, active, steps, fresh,
-                 schedule_steps, etas, groups, rows, clips, control, found, copies, slots, of_groups, of_rows,
-                 of_params, scheduled, group: tl.constexpr, count: tl.constexpr, own: tl.constexpr,
-                 group_scalars: tl.constexpr, count_scalars: tl.constexpr, grad_scale_at: tl.constexpr):  # fmt: skip
-    """Begins a step: decides on the norm of the gradients, makes the rows, counts (csrc/layout.h, `Begin`).
-
-    One program. Compile-time arguments: the rule's functions of groups and of counts, how many settings it has of its
-    own, how many scalars a row has that depend on the group and on the count (a seed follows), which of them the clip
-    of a group multiplies.
-    """
+@triton.jit
+def make_groups(settings, sources, schedule_steps, etas, groups, of_groups, group: tl.constexpr, of_rule: tl.constexpr,
+                group_scalars: tl.constexpr):  # fmt: skip
+    """What groups give to rows, and their etas. Returns whether an lr is not 0, and a schedule beyond its table."""
     group_width: tl.constexpr = group_scalars + 1
-    width: tl.constexpr = group_scalars + count_scalars + 1
-    of_settings: tl.constexpr = OWN + own
+    of_settings: tl.constexpr = OWN + of_rule
     lane = tl.arange(0, 128)
-    moves = tl.full((), 0, tl.int32)  # any lr that is not 0?
-    past = tl.full((), 0, tl.int32)  # any schedule beyond its table?
+    moves = tl.full((), 0, tl.int32)
+    past = tl.full((), 0, tl.int32)
     for first in range(0, of_groups, 128):
         g = first + lane
         there = g < of_groups
@@ -233,9 +225,9 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
         mode = setting(settings, sources, g, DECAY, of_settings, there)
         base_lr = setting(settings, sources, g, BASE_LR, of_settings, there)
         seed = setting(settings, sources, g, SEED, of_settings, there)
-        of_rule = ()
-        for i in tl.static_range(own):
-            of_rule += (setting(settings, sources, g, OWN + i, of_settings, there),)
+        settings_of_rule = ()
+        for i in tl.static_range(of_rule):
+            settings_of_rule += (setting(settings, sources, g, OWN + i, of_settings, there),)
         of_schedule = sources + g * (of_settings + SOURCES) + of_settings
         table = tl.load(of_schedule, mask=there, other=0)
         length = tl.load(of_schedule + 1, mask=there, other=0)
@@ -248,13 +240,30 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
         follows = base_lr != 0.0
         eta = tl.where(follows, lr / tl.where(follows, base_lr, 1.0), eta)
         a = tl.where(follows, lr, eta * lr)
-        part = group(lr, eta, a, lam, mode, of_rule)
+        part = group(lr, eta, a, lam, mode, settings_of_rule)
         for i in tl.static_range(group_scalars):
             tl.store(groups + g * group_width + i, part[i], mask=there)
         tl.store(groups + g * group_width + group_scalars, seed, mask=there)
         tl.store(etas + g, eta, mask=there)
         moves = tl.maximum(moves, tl.reduce(tl.where(there & (lr != 0.0), 1, 0), 0, larger))
         past = tl.maximum(past, tl.reduce(tl.where(tabled & (endless != 0) & (t >= length), 1, 0), 0, larger))
+    return moves, past
+
+
+@triton.jit(do_not_specialize=["copies", "slots", "of_groups", "of_rows", "of_params", "scheduled"])
+def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings, sources, keys, active, steps, fresh,
+                 schedule_steps, etas, groups, rows, clips, control, found, copies, slots, of_groups, of_rows,
+                 of_params, scheduled, group: tl.constexpr, count: tl.constexpr, of_rule: tl.constexpr,
+                 group_scalars: tl.constexpr, count_scalars: tl.constexpr, grad_scale_at: tl.constexpr):  # fmt: skip
+    """Begins a step: decides on the norm of the gradients, makes the rows, counts (csrc/layout.h, `Begin`).
+
+    One program. Compile-time arguments: the rule's functions of groups and of counts, how many settings it has of its
+    own, how many scalars a row has that depend on the group and on the count (a seed follows), which of them the clip
+    of a group multiplies.
+    """
+    group_width: tl.constexpr = group_scalars + 1
+    width: tl.constexpr = group_scalars + count_scalars + 1
+    moves, past = make_groups(settings, sources, schedule_steps, etas, groups, of_groups, group, of_rule, group_scalars)
     scale = tl.load(grad_scale).to(tl.float64)
     measures = tl.load(limits) != 0
     max_norm = tl.load(limits + 1)
@@ -297,25 +306,26 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
             of_group = clip_of(tl.sqrt(value_of(totals + g * SUM_WORDS)) / scale, own)
         tl.store(clips + g, of_group)
     tl.debug_barrier()
+    lane = tl.arange(0, 128)
     for first in range(0, of_rows, 128):
         row = first + lane
         there = row < of_rows
-        g = tl.load(keys + 2 * row, mask=there, other=0)
+        of = tl.load(keys + 2 * row, mask=there, other=0)
         param = tl.load(keys + 2 * row + 1, mask=there, other=0)
         t = tl.load(steps + param, mask=there, other=0.0).to(tl.int64) + 1
         new = tl.load(fresh + param, mask=there, other=0.0) != 0.0
         known = ()
         for i in tl.static_range(group_scalars):
-            value = tl.load(groups + g * group_width + i, mask=there, other=0.0)
+            value = tl.load(groups + of * group_width + i, mask=there, other=0.0)
             if i == grad_scale_at:
-                value = value * tl.load(clips + g, mask=there, other=0.0)
+                value = value * tl.load(clips + of, mask=there, other=0.0)
             known += (value,)
         of_count = count(known, t, new)
         for i in tl.static_range(group_scalars):
             tl.store(rows + row * width + i, known[i], mask=there)
         for i in tl.static_range(count_scalars):
             tl.store(rows + row * width + group_scalars + i, of_count[i], mask=there)
-        seed = tl.load(groups + g * group_width + group_scalars, mask=there, other=0.0)
+        seed = tl.load(groups + of * group_width + group_scalars, mask=there, other=0.0)
         tl.store(rows + row * width + (width - 1), seed, mask=there)
     tl.debug_barrier()
     counted = tl.where(skip == 0, of_params, 0)
@@ -328,7 +338,6 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
         tl.store(fresh + param, tl.full((128,), 0.0, tl.float32), mask=there & stepped)
     counted = tl.where((scheduled != 0) & (skip == 0) & (moves != 0), of_groups, 0)
     for first in range(0, counted, 128):
-        g = first + lane
-        there = g < counted
-        before = tl.load(schedule_steps + g, mask=there, other=0)
-        tl.store(schedule_steps + g, before + 1, mask=there)
+        at = first + lane
+        seen = tl.load(schedule_steps + at, mask=at < counted, other=0)
+        tl.store(schedule_steps + at, seen + 1, mask=at < counted)

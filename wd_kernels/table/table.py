@@ -169,6 +169,8 @@ class TensorTable:
                 if found is None:
                     watch = self._start(needs)
                 elif found.done:
+                    if self.captures:
+                        self._note_captured()
                     self.keys = found.keys or None
                     watch.forget_inspections(self.inspected)
                     self.watch = watch
@@ -259,6 +261,28 @@ class TensorTable:
         if ticks:
             raise _not_ready("a schedule, or its schedule_step, is another one than in the last step")
 
+    def _note_captured(self) -> None:
+        """A graph has the addresses of this step: they are kept, and are to stay those of the parameters."""
+        for i, on in enumerate(self.active.tolist()):
+            if on:
+                own = self.tensors(i)
+                roles = [own.theta.detach(), *own.states.values(), *own.scales.values()]
+                roles += [] if own.master is None else [own.master]
+                self.norms.captured.append(roles)
+                self.norms.captured_at[i] = [t.data_ptr() for t in roles]
+
+    def _check_still_there(self, watch: Watch, i: int, f: Finding) -> None:
+        """Raises where a parameter of a captured step has other memory by now, or another count."""
+        captured = self.norms.captured_at.get(i)
+        if captured is not None:
+            now = [f.theta.data_ptr(), *(t.data_ptr() for t in f.memory)]
+            if sorted(now) != sorted(captured) or watch.views[i] is not f.own.get("step"):
+                raise RuntimeError(
+                    f"{self._label(i)}, a state of it or its step count is another tensor than when a step was "
+                    "captured in a graph, whose replays would step that one: write into it, or call end_captures() "
+                    "when no graph is replayed any more"
+                )
+
     def _label(self, i: int) -> str:
         g, k = self.places[i]
         return label(self.groups[g], g, k)
@@ -313,6 +337,14 @@ class TensorTable:
     def _part_histories(self) -> None:
         """Another set of parameters than in the last step is stepped: these have another history from now on."""
         pairs = list(zip(self.counts.steps.tolist(), self.active.tolist(), strict=True))
+        first_of: dict[float, int] = {}
+        for i in self.norms.captured_at:
+            one = first_of.setdefault(pairs[i][0], i)
+            if pairs[one][1] != pairs[i][1]:
+                raise RuntimeError(
+                    f"of {self._label(one)} and {self._label(i)}, which a captured graph steps with one count, one "
+                    "alone has a gradient: give both or none, or call end_captures() when no graph is replayed any more"
+                )
         numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}  # few, whatever came before
         self.counts.steps.copy_(torch.tensor([numbers[pair] for pair in pairs], dtype=torch.float32, device=CPU))
         self.history = self.active.clone()
@@ -452,6 +484,8 @@ class TensorTable:
         counts = self._counts_elsewhere(watch, odd)
         found = {i: self._inspect_one(watch, i, grad, counts.get(i)) for i, grad in grads.items() if grad is not None}
         self.inspected.update(found)
+        for i, f in found.items():
+            self._check_still_there(watch, i, f)
         if any(self._moved(i, f) for i, f in found.items()):
             self._check_overlaps(watch, found)
         special = {spec: self.resolve(spec).needs_tensors for spec in {f.known.spec for f in found.values()}}
