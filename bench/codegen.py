@@ -243,12 +243,14 @@ def compiled_before(kernel: Before, target: str) -> Any:
         function, rule = triton_begin.begin_kernel, kernel.of
         constants = {
             "group": getattr(triton_begin, f"group_{rule.name}"), "count": getattr(triton_begin, f"count_{rule.name}"),
-            "of_rule": len(rule.own), "group_scalars": len(rule.group_scalars), "count_scalars": len(rule.count_scalars),
-            "grad_scale_at": rule.scalars.index("grad_scale"),
+            "of_rule": len(rule.own), "group_scalars": len(rule.group_scalars),
+            "count_scalars": len(rule.count_scalars), "grad_scale_at": rule.scalars.index("grad_scale"),
         }  # fmt: skip
-        floats = dict.fromkeys(("grad_scale", "found_inf", "steps", "fresh"), "*fp32")
-        words = dict.fromkeys(("sums", "totals", "slots_of", "sources", "keys", "active", "schedule_steps"), "*i64")
-        names = function.arg_names[:19]
+        floats = dict.fromkeys(("grad_scale", "found_inf", "steps", "fresh", "loss"), "*fp32")
+        words = dict.fromkeys(
+            ("sums", "totals", "slots_of", "sources", "keys", "active", "schedule_steps", "spikes_seen"), "*i64"
+        )
+        names = function.arg_names[:22]
         pointers = {name: {**floats, **words}.get(name, "*fp64") for name in names}
         numbers = ("copies", "slots", "of_groups", "of_rows", "of_params", "scheduled")
     signature = {**pointers, **dict.fromkeys(numbers, "i32"), **dict.fromkeys(constants, "constexpr")}

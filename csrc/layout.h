@@ -112,6 +112,9 @@ struct Begin {
   double* clips;  // of each group
   Control* control;
   double* found;  // the norm, and whether the step is skipped
+  double* last;   // [2, kBlock]: norms and losses, by which spikes are told, in rings
+  int64_t* seen;  // [2]: how many each has been given
+  const float* loss;
   int32_t copies, slots, of_groups, of_rows, of_params, scheduled;
 };
 
@@ -132,6 +135,14 @@ enum SettingWord : int {
 enum SourceWord : int { kTable = 0, kTableLength = 1, kEndless = 2, kSourceWords = 3 };
 
 // Of the limits of a step.
-enum LimitWord : int { kMeasures = 0, kMaxNorm = 1, kSkipNonfinite = 2, kOwnLimits = 3 };
+enum LimitWord : int {
+  kMeasures = 0,
+  kMaxNorm = 1,
+  kSkipNonfinite = 2,
+  kSigma = 3,   // infinite: no step is skipped for a spike
+  kWindow = 4,  // how many of the rings are used
+  kHasLoss = 5,
+  kOwnLimits = 6
+};
 
 }  // namespace wd

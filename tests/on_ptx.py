@@ -137,11 +137,13 @@ def _memory_of_squares(table: Table, bank: Bank, bucket: Bucket, tables: list[Te
 
 #: Of the tensors that a step is begun with, those that are written.
 WRITTEN = (
-    "sums", "totals", "steps", "fresh", "schedule_steps", "etas", "groups", "rows", "clips", "control", "found",
+    "sums", "totals", "steps", "fresh", "schedule_steps", "etas", "groups", "rows", "clips", "control", "found", "last",
+    "seen",
 )  # fmt: skip
 BEGIN = (
     "sums", "totals", "slots_of", "limits", "grad_scale", "found_inf", "settings", "sources", "keys", "active", "steps",
-    "fresh", "schedule_steps", "etas", "groups", "rows", "clips", "control", "found",
+    "fresh", "schedule_steps", "etas", "groups", "rows", "clips", "control", "found", "last",
+    "seen", "loss",
 )  # fmt: skip
 
 
@@ -224,7 +226,7 @@ class TritonOnPTX(OnPTX, Triton):
         kernel = codegen.Before("begin", rule.name)
 
         def run(programs: int, arguments: tuple[Any, ...]) -> None:
-            tensors, numbers, constants = list(arguments[:19]), list(arguments[19:25]), arguments[25:]
+            tensors, numbers, constants = list(arguments[:22]), list(arguments[22:28]), arguments[28:]
             position, widths = rule.scalars.index("grad_scale"), (len(rule.group_scalars), len(rule.count_scalars))
             assert constants == (rule.name, rule.name, len(rule.own), *widths, position)
             self._run(kernel, programs, tensors, numbers, _memory_of_begin(tensors, norms, bank))
@@ -372,6 +374,6 @@ class CUDAOnPTX(OnPTX, CUDA):
         sums_, _, _, _, _, _, settings, _, keys, active, *_ = tensors
         sizes = (*sums_.shape[:2], settings.shape[0], keys.shape[0], active.numel(), int(scheduled))
         assert sums_.shape[2] == sums.WORDS
-        begin = struct.pack("<19Q6i", *(t.data_ptr() for t in tensors), *sizes)
+        begin = struct.pack("<22Q6i", *(t.data_ptr() for t in tensors), *sizes)
         memory = _memory_of_begin(tensors, norms, bank)
         self.reports.append(ptx.launch(kernel, 1, [begin], memory, threads=THREADS))

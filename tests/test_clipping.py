@@ -534,11 +534,13 @@ def test_what_is_found_is_a_copy() -> None:
 def test_gradient_release_refuses() -> None:
     model = nn.Linear(2, 2)
     opt = wd_kernels.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match="max_grad_norm or skip_nonfinite of the optimizer with gradient release"):
+    with pytest.raises(
+        ValueError, match="max_grad_norm, skip_nonfinite or skip_spikes of the optimizer with gradient release"
+    ):
         wd_kernels.release_gradients(model, opt)
     opt.max_grad_norm = None
     opt.param_groups[0]["max_grad_norm"] = 1.0
-    with pytest.raises(ValueError, match="max_grad_norm or skip_nonfinite in param group 0 with gradient release"):
+    with pytest.raises(ValueError, match="skip_nonfinite or skip_spikes in param group 0 with gradient release"):
         wd_kernels.release_gradients(model, opt)
     del opt.param_groups[0]["max_grad_norm"]
     release = wd_kernels.release_gradients(model, opt)

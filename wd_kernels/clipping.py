@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from . import sums
-from .rules import flag, norm_limit
+from .reference import BLOCK, block_sums
+from .rules import flag, norm_limit, scalar
 
-__all__ = ["Asked", "Clipping", "Decision", "Limits", "clip_of", "decide"]
+__all__ = ["Asked", "Clipping", "Decision", "Limits", "Window", "clip_of", "decide"]
 
 
 class Limits(NamedTuple):
@@ -30,6 +31,9 @@ class Limits(NamedTuple):
         scale: what the loss was multiplied by, as torch.amp.GradScaler has left it; None: by nothing.
         found_inf: not 0 where somebody else has found an infinity or a NaN; None: nobody has looked.
         own: the groups' own limits, NaN where one has none; None: none has.
+        sigma: a norm or a loss that many deviations above the mean of the last ones skips the step; infinite: none.
+        window: of so many.
+        loss: of this step; None: none is given.
     """
 
     measures: bool
@@ -38,18 +42,59 @@ class Limits(NamedTuple):
     scale: Any
     found_inf: Any
     own: tuple[float, ...] | None
+    sigma: float = math.inf
+    window: int = 1
+    loss: Any = None
 
-    @property
-    def skips(self) -> bool:
-        """May the step be skipped?"""
-        return self.skip_nonfinite or self.found_inf is not None
-
-    def numbers(self, device: torch.device) -> tuple[float, float]:
-        """Scale and infinities as numbers, where a step of tensors on `device` is decided on the host."""
+    def numbers(self, device: torch.device) -> tuple[float, float, float]:
+        """Scale, infinities and loss (NaN: none) as numbers, where a step of tensors on `device` is decided here."""
         scale = 1.0 if self.scale is None else _number("grad_scale", self.scale, device)
         if not 0.0 < scale < math.inf:
             raise ValueError(f"grad_scale={scale} of the optimizer: allowed are finite numbers > 0")
-        return scale, 0.0 if self.found_inf is None else _number("found_inf", self.found_inf, device)
+        found_inf = 0.0 if self.found_inf is None else _number("found_inf", self.found_inf, device)
+        return scale, found_inf, math.nan if self.loss is None else _number("latest_loss", self.loss, device)
+
+
+class Window(NamedTuple):
+    """The last norms and losses, of which the next are told whether they are spikes.
+
+    Attributes:
+        values: float64 [2, reference.BLOCK], a ring for each of the two.
+        seen: int64 [2], how many each has been given.
+    """
+
+    values: Tensor
+    seen: Tensor
+
+    @classmethod
+    def empty(cls) -> Window:
+        made = torch.zeros(2, BLOCK, dtype=torch.float64, device="cpu")
+        return cls(made, torch.zeros(2, dtype=torch.int64, device="cpu"))
+
+    def on(self, device: torch.device) -> Window:
+        return Window(self.values.to(device), self.seen.to(device))
+
+    def is_spike(self, which: int, x: float, sigma: float, window: int) -> bool:
+        """Is `x` more than `sigma` deviations above the mean of the last `window`? With less than half of them: no."""
+        n = min(int(self.seen[which]), window)
+        if n < max(2, window // 2):
+            return False
+        there = torch.arange(BLOCK, device="cpu") < n
+        values = self.values[which].to("cpu")
+        mean = float(block_sums(torch.where(there, values, 0.0))) / n
+        off = torch.where(there, values - mean, 0.0)
+        deviation = math.sqrt(float(block_sums(off * off)) / (n - 1))
+        return not x - mean <= sigma * deviation
+
+    def spiked(self, norm: float, loss: float | None, sigma: float, window: int) -> bool:
+        """Is one of the two a spike? Finite ones are remembered, whatever they are: a new level is none for ever."""
+        given = [(which, x) for which, x in enumerate((norm, loss)) if x is not None]
+        found = [self.is_spike(which, x, sigma, window) for which, x in given]
+        for which, x in given:
+            if math.isfinite(x):
+                self.values[which, int(self.seen[which]) % window] = x
+                self.seen[which] += 1
+        return any(found)
 
 
 class Asked(NamedTuple):
@@ -60,6 +105,7 @@ class Asked(NamedTuple):
         plans: of the CPU backend, whose gradients are squared.
         group_of: int64 [slots], whose group each of them is.
         grad_scale: where the scalar is in a row that takes the clip of its group in.
+        last: what spikes are told by, if `sigma` is finite.
         between: called when this process's gradients are added up; adds others'.
     """
 
@@ -74,6 +120,11 @@ class Asked(NamedTuple):
     scale: float
     found_inf: float
     own: tuple[float, ...] | None
+    last: Window
+    sigma: float
+    window: int
+    has_loss: bool
+    loss: float
 
 
 class Decision(NamedTuple):
@@ -113,7 +164,11 @@ def decide(asked: Asked) -> Decision:
         for g, limit in enumerate(own):
             clips[g] = clip if math.isnan(limit) else clip_of(norm_of([group == g for group in groups]), limit)
     nonfinite = asked.sums is not None and not math.isfinite(norm)
-    return Decision(norm, bool(asked.found_inf) or (asked.skip_nonfinite and nonfinite), clip, clips)
+    skip = bool(asked.found_inf) or (asked.skip_nonfinite and nonfinite)
+    if asked.sigma != math.inf:
+        loss = asked.loss if asked.has_loss else None
+        skip |= asked.last.spiked(norm, loss, asked.sigma, asked.window)
+    return Decision(norm, skip, clip, clips)
 
 
 @dataclass
@@ -122,36 +177,58 @@ class Clipping:
 
     Attributes:
         max_norm, skip_nonfinite: as in `Limits`; None: no norm is asked for.
+        sigma, window: likewise; None: spikes are not asked for.
         last: what the last step was asked for; None: nothing.
     """
 
     max_norm: float | None = None
     skip_nonfinite: bool = False
+    sigma: float | None = None
+    window: int = 128
     last: Limits | None = None
 
     @property
     def asked(self) -> bool:
         """Does the optimizer look at gradients by itself?"""
-        return self.max_norm is not None or self.skip_nonfinite
+        return self.max_norm is not None or self.skips
 
-    def of_step(self, own: Sequence[float | None], grad_scale: Any, found_inf: Any) -> Limits | None:
+    @property
+    def skips(self) -> bool:
+        """May it skip a step by itself?"""
+        return self.skip_nonfinite or self.sigma is not None
+
+    def of_step(self, own: Sequence[float | None], grad_scale: Any, found_inf: Any, loss: Any) -> Limits | None:
         """What a step is to do; None: as if there was nothing of this.
 
         Args:
             own: the groups' own limits.
             grad_scale, found_inf: what torch.amp.GradScaler has left: None, or tensors of one element.
+            loss: None, or what spikes are told by beside the norm.
         """
         limited = own.count(None) != len(own)
         if not limited and not self.asked and grad_scale is None and found_inf is None:
             return None
         limits = tuple(math.nan if limit is None else limit for limit in own) if limited else None
         max_norm = math.inf if self.max_norm is None else self.max_norm
-        return Limits(limited or self.asked, max_norm, self.skip_nonfinite, grad_scale, found_inf, limits)
+        limits_of = Limits(limited or self.asked, max_norm, self.skip_nonfinite, grad_scale, found_inf, limits)
+        return limits_of if self.sigma is None else limits_of._replace(sigma=self.sigma, window=self.window, loss=loss)
 
-    def set(self, max_norm: Any, skip_nonfinite: Any, where: str) -> None:
+    def set(
+        self, max_grad_norm: Any, skip_nonfinite: Any, skip_spikes: Any, spike_window: Any, where: str
+    ) -> None:  # fmt: skip
         """Takes settings, checked."""
-        self.max_norm = norm_limit(max_norm, where)
+        self.max_norm = norm_limit(max_grad_norm, where)
         self.skip_nonfinite = flag("skip_nonfinite", skip_nonfinite, where)
+        number = None if skip_spikes is None else scalar("skip_spikes", skip_spikes, where)
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(
+                f"skip_spikes={skip_spikes!r} in {where}: allowed are None and finite numbers > 0, the deviations "
+                "above the mean from which on a norm or a loss is a spike (6 is OLMo's)"
+            )
+        whole = isinstance(spike_window, int) and not isinstance(spike_window, bool)
+        if not whole or not 2 <= spike_window <= BLOCK:
+            raise ValueError(f"spike_window={spike_window!r} in {where}: allowed are whole numbers from 2 to {BLOCK}")
+        self.sigma, self.window = number, spike_window
 
 
 def _number(name: str, value: Any, device: torch.device) -> float:

@@ -104,9 +104,9 @@ def release_gradients(
             raise ValueError(f"{name}={value!r}: allowed are numbers > 0, or None")
     groups = optimizer.param_groups
     own = next((g for g, group in enumerate(groups) if group.get("max_grad_norm") is not None), None)
-    if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite or own is not None:
+    if optimizer._clipping.asked or own is not None:
         what = "of the optimizer" if own is None else f"in param group {own}"
-        raise ValueError(f"max_grad_norm or skip_nonfinite {what} with gradient release: {RELEASED}")
+        raise ValueError(f"max_grad_norm, skip_nonfinite or skip_spikes {what} with gradient release: {RELEASED}")
     if optimizer._capturable:
         raise ValueError(
             "capturable=True of the optimizer with gradient release, whose blocks are stepped by hooks of the backward "

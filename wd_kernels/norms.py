@@ -7,6 +7,7 @@ the rows, counts), and every bucket. csrc/layout.h has the same under `Begin`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import sums
-from .clipping import Asked, Limits
+from .clipping import Asked, Limits, Window
 from .rules import Rule
 from .schedules import Schedule
 from .schedules.tables import ScheduleTable, tabled
@@ -43,7 +44,7 @@ class Bank:
         schedule_steps: int64 [groups], the steps that schedules have seen, and float64 [groups], what they made of eta.
         views: of each group, of one element each, those two as the group shows them.
         control, found: float64 [2].
-        one, zero: float32 [1]: the scale of a loss that has none, and no infinities found.
+        one, zero, no_loss: float32 [1]: what stands for a scale, for infinities found, for a loss, where there is none.
         clean: the sums are empty.
     """
 
@@ -61,6 +62,7 @@ class Bank:
     found: Tensor
     one: Tensor
     zero: Tensor
+    no_loss: Tensor
     clean: bool = True
     rows: Tensor | None = None
     groups: Tensor | None = None
@@ -89,6 +91,7 @@ class Bank:
             found=f64(2),
             one=f32(1) + 1,
             zero=f32(1),
+            no_loss=f32(1),
         )
 
     def rows_for(self, n: int, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -129,6 +132,7 @@ class Norms:
         reductions: (process group, the slots that are summed over it), in an order that all processes share.
         bank: what a device has, where that decides; else None.
         limits: what this step makes of the norm.
+        window: what spikes are told by, on the device that decides.
         scheduled: some of the groups look up their eta on the device.
         capturable: steps may be captured there, in the graph of a device that counts.
         captured: what the graphs read and write in which steps were captured.
@@ -152,6 +156,7 @@ class Norms:
         self.bank = None if device is None else Bank.of(device, len(params), [group for group, _ in slots], groups)
         self.limits: Limits | None = None
         self.scheduled = self.capturable = False
+        self.window = Window.empty()
         self.captured: list[Any] = []
         self.captured_at: dict[int, list[int]] = {}
         self.lent: list[Tensor] = []
@@ -184,7 +189,7 @@ class Norms:
             plans, measure: what adds up squares: of native code, and else.
             position: of "grad_scale" in a row.
         """
-        scale, found_inf = limits.numbers(device)
+        scale, found_inf, loss = limits.numbers(device)
         steps = [own for own in (measure,) if own is not None]
         steps += [partial(sum_over, group, self.sums, slots) for group, slots in self.reductions]
 
@@ -204,15 +209,21 @@ class Norms:
             scale=scale,
             found_inf=found_inf,
             own=limits.own,
+            last=self.window,
+            sigma=limits.sigma,
+            window=limits.window,
+            has_loss=limits.loss is not None,
+            loss=loss,
         )
 
     def limit_words(self) -> Tensor:
-        """This step's limits as a device reads them: float64 [3 + groups]."""
+        """This step's limits as a device reads them: float64 [6 + groups] (csrc/layout.h, `LimitWord`)."""
         none = [float("nan")] * self.groups
-        words = [0.0, float("inf"), 0.0, *none]
+        words = [0.0, float("inf"), 0.0, float("inf"), 1.0, 0.0, *none]
         if self.limits is not None:
             own = self.limits
-            words = [float(own.measures), own.max_norm, float(own.skip_nonfinite), *(own.own or none)]
+            spikes = (own.sigma, float(own.window), float(own.loss is not None))
+            words = [float(own.measures), own.max_norm, float(own.skip_nonfinite), *spikes, *(own.own or none)]
         return torch.tensor(words, dtype=torch.float64, device=CPU)
 
     def reduce(self, bank: Bank) -> None:
@@ -238,6 +249,13 @@ class Norms:
         bank.found[:1] = sums.values(total[None]).sqrt() / scale
         if limits.skip_nonfinite:
             bank.found[1:] = (bank.found[1:] != 0) | ~bank.found[:1].isfinite()
+        if limits.sigma != math.inf:  # reads what the device has: as rare as such a process
+            here, loss = self.window.on(CPU), limits.numbers(bank.device)[2]
+            given = None if limits.loss is None else loss
+            if here.spiked(float(bank.found[0]), given, limits.sigma, limits.window):
+                bank.found[1:] = 1
+            for of_device, own in zip(self.window, here, strict=True):
+                of_device.copy_(own)
         bank.totals.zero_()
         bank.sums.zero_()
         bank.clean = True

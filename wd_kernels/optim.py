@@ -88,6 +88,10 @@ class AdamW(DecoupledOptimizer):
             measures it: :attr:`grad_norm`. A group may have its own, and is then clipped by its own norm alone.
         skip_nonfinite: a step whose gradients have an infinity or a NaN leaves parameters, states, step counts and
             schedules as they are: :attr:`skipped`.
+        skip_spikes: so does one whose norm, or loss where there is one, is more than so many standard deviations above
+            the mean of the last `spike_window` (2 to 1024), once half of these are known; 6 is OLMo's. The loss is what
+            the closure of :meth:`step` returns, or ``opt.latest_loss = loss.detach()`` before each step, the same in
+            all processes; nobody waits for it. Norms and losses of skipped steps count too, if they are finite.
         backend: "auto", "cpu", "triton", "cuda" or "reference"; all give the same bits. One that is not there is an
             error.
         foreach, fused: tolerated, and kept in the groups, for torch's callers: there is one implementation. With
@@ -138,6 +142,8 @@ class AdamW(DecoupledOptimizer):
         seed: int = 0,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: float | None = None,
+        spike_window: int = 128,
         backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -145,7 +151,7 @@ class AdamW(DecoupledOptimizer):
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, max_grad_norm, skip_nonfinite, capturable,
+            params, backend, max_grad_norm, skip_nonfinite, skip_spikes, spike_window, capturable,
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, show_lr=show_lr,
             state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
@@ -182,7 +188,7 @@ class SGDW(DecoupledOptimizer):
         decay: the form of weight decay; "metric_proximal" is "proximal" with :math:`\eta\alpha\lambda`.
         form: "torch" or "paper".
         eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
-        max_grad_norm, skip_nonfinite, backend, foreach, fused, capturable,
+        max_grad_norm, skip_nonfinite, skip_spikes, spike_window, backend, foreach, fused, capturable,
         differentiable: as in :class:`AdamW`.
 
     Raises:
@@ -225,6 +231,8 @@ class SGDW(DecoupledOptimizer):
         seed: int = 0,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: float | None = None,
+        spike_window: int = 128,
         backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -232,7 +240,7 @@ class SGDW(DecoupledOptimizer):
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, max_grad_norm, skip_nonfinite, capturable,
+            params, backend, max_grad_norm, skip_nonfinite, skip_spikes, spike_window, capturable,
             lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, decay=decay, form=form, eta=eta, schedule=schedule, base_lr=base_lr,
             show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
@@ -265,7 +273,7 @@ class AdagradW(DecoupledOptimizer):
         maximize: ascend.
         decay: the form of weight decay.
         eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
-        max_grad_norm, skip_nonfinite, backend, foreach, fused, capturable,
+        max_grad_norm, skip_nonfinite, skip_spikes, spike_window, backend, foreach, fused, capturable,
         differentiable: as in :class:`AdamW`.
 
     Raises:
@@ -308,13 +316,15 @@ class AdagradW(DecoupledOptimizer):
         seed: int = 0,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: float | None = None,
+        spike_window: int = 128,
         backend: BackendName = "auto",
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, max_grad_norm, skip_nonfinite, capturable,
+            params, backend, max_grad_norm, skip_nonfinite, skip_spikes, spike_window, capturable,
             lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize, decay=decay, eta=eta,
             schedule=schedule, base_lr=base_lr, show_lr=show_lr, state_dtype=state_dtype,

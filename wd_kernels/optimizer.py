@@ -47,6 +47,8 @@ class DecoupledOptimizer(Optimizer):
     rule: Rule
     _warned_of_scheduler = False
     release: Any = None  # a GradientRelease, while there is one
+    #: The loss of the next step, for `skip_spikes`: a number or a tensor of one element, the same in all processes.
+    latest_loss: Any = None
 
     def __init__(
         self,
@@ -54,6 +56,8 @@ class DecoupledOptimizer(Optimizer):
         backend: str,
         max_grad_norm: float | None,
         skip_nonfinite: bool,
+        skip_spikes: float | None,
+        spike_window: int,
         capturable: bool,
         **defaults: Any,
     ) -> None:
@@ -70,7 +74,7 @@ class DecoupledOptimizer(Optimizer):
         if defaults["schedule"] is not None and defaults["eta"] != 1:
             raise ValueError(f"eta={defaults['eta']!r} with a schedule, which sets it: allowed is one of them")
         self._clipping = Clipping()
-        self._clipping.set(max_grad_norm, skip_nonfinite, "the arguments")
+        self._clipping.set(max_grad_norm, skip_nonfinite, skip_spikes, spike_window, "the arguments")
         super().__init__(params, defaults)
         self._check_overlaps(0)
         self._new_table()
@@ -113,27 +117,30 @@ class DecoupledOptimizer(Optimizer):
         else:
             with table.lock, plain_tensors(table.sharded):
                 given, ticks, lives = self.__dict__, list[stepping.Tick](), None
-                counts_there = table.capturable or self._clipping.skip_nonfinite or given.get("found_inf") is not None
+                counts_there = table.capturable or self._clipping.skips or given.get("found_inf") is not None
                 device = table.counts_on(groups) if counts_there else None
                 if device is None:
                     hypers = self.rule.hypers(groups, default=self.defaults["decay"])
                 else:
                     mode = self.defaults["decay"]
                     hypers, lives = live.read(self.rule, groups, device, mode, table.capturable)
-                limits = self._limits(hypers)
+                limits = self._limits(hypers, loss)
                 if device is None:
                     hypers, ticks = stepping.follow(groups, hypers)
                 self._clipping.last = None  # of a step that fails nothing is known
                 table.step(groups, self.state, hypers, ticks, limits, lives)
                 self._clipping.last = table.norms.limits
+                if self.latest_loss is not None:
+                    self.latest_loss = None
         if ticks and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
         return loss
 
-    def _limits(self, hypers: Sequence[Hyper]) -> Limits | None:
+    def _limits(self, hypers: Sequence[Hyper], loss: Any) -> Limits | None:
         """What this step makes of the norm of the gradients, and of what torch.amp.GradScaler has left here."""
         given, own = self.__dict__, [settings[0].max_grad_norm for settings in hypers]
-        return self._clipping.of_step(own, given.get("grad_scale"), given.get("found_inf"))
+        loss = loss if self.latest_loss is None else self.latest_loss
+        return self._clipping.of_step(own, given.get("grad_scale"), given.get("found_inf"), loss)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -151,7 +158,7 @@ class DecoupledOptimizer(Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        self._set_limits(value, self.skip_nonfinite)
+        self._set_limits(max_grad_norm=value)
 
     @property
     def skip_nonfinite(self) -> bool:
@@ -160,14 +167,37 @@ class DecoupledOptimizer(Optimizer):
 
     @skip_nonfinite.setter
     def skip_nonfinite(self, value: bool) -> None:
-        self._set_limits(self.max_grad_norm, value)
+        self._set_limits(skip_nonfinite=value)
 
-    def _set_limits(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
-        asked = Clipping()
-        asked.set(max_grad_norm, skip_nonfinite, "the optimizer")
+    @property
+    def skip_spikes(self) -> float | None:
+        """So many deviations above the mean of the last ones a norm or a loss skips the step. It may be set between."""
+        return self._clipping.sigma
+
+    @skip_spikes.setter
+    def skip_spikes(self, value: float | None) -> None:
+        self._set_limits(skip_spikes=value)
+
+    @property
+    def spike_window(self) -> int:
+        """How many of the last norms and losses are looked at; another number forgets those that were seen."""
+        return self._clipping.window
+
+    @spike_window.setter
+    def spike_window(self, value: int) -> None:
+        before = self.spike_window
+        self._set_limits(spike_window=value)
+        if value != before:
+            self._table.window.seen.zero_()
+
+    def _set_limits(self, **changes: Any) -> None:
+        names = ("max_grad_norm", "skip_nonfinite", "skip_spikes", "spike_window")
+        settings = {name: getattr(self, name) for name in names} | changes
+        asked = Clipping(last=self._clipping.last)
+        asked.set(**settings, where="the optimizer")
         if asked.asked and self.release is not None:
-            raise RuntimeError(f"max_grad_norm={max_grad_norm!r}, skip_nonfinite={skip_nonfinite!r}: {RELEASED}")
-        self._clipping.max_norm, self._clipping.skip_nonfinite = asked.max_norm, asked.skip_nonfinite
+            raise RuntimeError(f"{', '.join(f'{name}={value!r}' for name, value in changes.items())}: {RELEASED}")
+        self._clipping = asked
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -424,7 +454,8 @@ class DecoupledOptimizer(Optimizer):
         self._handed_over = [own["step"] for own in packed["state"].values() if isinstance(own, dict) and "step" in own]
         packed["backend"] = self.backend
         packed["_capturable"] = self._capturable
-        packed["clipping"] = {"max_norm": self.max_grad_norm, "skip_nonfinite": self.skip_nonfinite}
+        own = self._clipping
+        packed["clipping"] = {name: getattr(own, name) for name in ("max_norm", "skip_nonfinite", "sigma", "window")}
         return packed
 
     def __setstate__(self, state: dict[str, Any]) -> None:

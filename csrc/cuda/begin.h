@@ -17,6 +17,23 @@ WD_HOST_DEVICE inline void add_to(int64_t* at, int64_t digit) {
 #endif
 }
 
+// The sum of 8 neighbours, and of what all lanes have in `sums`, which sums[0] is then: of all lanes, together.
+template <class T>
+WD_HOST_DEVICE inline T sum_of_neighbours(const T* x) {
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
+template <class T>
+WD_HOST_DEVICE inline void add_halves(T* sums) {
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    WD_SYNC();
+    WD_EACH_LANE(lane) {
+      if (lane < half) sums[lane] = sums[lane] + sums[lane + half];
+    }
+  }
+  WD_SYNC();
+}
+
 // Adds the squares of the gradients of one chunk to the sum that its place names; `copies` of the sums, `stride` words
 // apart, are added to by turns.
 template <class T, class G>
@@ -51,15 +68,9 @@ WD_HOST_DEVICE inline void sum_squares(const Launch& launch, int64_t block, int6
       }
       WD_UNROLL
       for (int e = 0; e < kNeighbours; ++e) x[e] = x[e] * x[e];
-      sums[lane] = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+      sums[lane] = sum_of_neighbours(x);
     }
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-      WD_SYNC();
-      WD_EACH_LANE(lane) {
-        if (lane < half) sums[lane] = sums[lane] + sums[lane + half];
-      }
-    }
-    WD_SYNC();
+    add_halves(sums);
     WD_EACH_LANE(lane) {
       const Summand summand = summand_of(double(sums[0]));
       const int64_t digit = lane == 0 ? summand.digits[0] : lane == 1 ? summand.digits[1] : summand.digits[2];
@@ -79,8 +90,8 @@ WD_HOST_DEVICE inline double setting(double number, void* source) {
 // One block of lanes.
 template <class Rule>
 WD_HOST_DEVICE inline void begin_step(const Begin& of) {
-  WD_SHARED double clip;
-  WD_SHARED bool skip, moves;
+  WD_SHARED double norm, clip, mean, sums[kThreads];
+  WD_SHARED bool skip, moves, spike;
   WD_SHARED int found[kThreads];  // what a lane has seen: an lr that is not 0, a schedule beyond its table
   constexpr int width = kOwnSettings + Rule::kOwn, kMoves = 1, kPast = 2;
   constexpr int group_width = offsetof(Rule, t) / sizeof(double) + 1;
@@ -142,13 +153,53 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
   WD_SYNC();
   WD_EACH_LANE(lane) {
     if (lane == 0) {
-      const double norm = measures ? norm_of(of.of_groups) : double(__builtin_nan(""));
+      norm = measures ? norm_of(of.of_groups) : double(__builtin_nan(""));
+      spike = false;
+    }
+  }
+  WD_SYNC();
+  // Is the norm, or the loss, more than sigma deviations above the mean of the last ones?
+  const double sigma = of.limits[kSigma];
+  const auto window = int64_t(of.limits[kWindow]);
+  const int given = sigma == __builtin_inf() ? 0 : of.limits[kHasLoss] != 0 ? 2 : 1;
+  for (int which = 0; which < given; ++which) {
+    const double* const ring = of.last + which * kBlock;
+    const int64_t seen = of.seen[which], n = seen < window ? seen : window;
+    for (int pass = 0; pass < 2; ++pass) {
+      WD_EACH_LANE(lane) {
+        double x[kNeighbours];
+        WD_UNROLL
+        for (int k = 0; k < kNeighbours; ++k) {
+          const int i = lane * kNeighbours + k;
+          const double value = i < n ? ring[i] : 0, off = i < n ? value - mean : 0;
+          x[k] = pass == 0 ? value : off * off;
+        }
+        sums[lane] = sum_of_neighbours(x);
+      }
+      add_halves(sums);
+      WD_EACH_LANE(lane) {
+        if (lane == 0 && pass == 0) mean = sums[0] / double(n);
+        if (lane == 0 && pass == 1) {
+          const double x = which == 0 ? norm : double(*of.loss), deviation = root(sums[0] / double(n - 1));
+          if (n >= (window < 4 ? 2 : window / 2) && !(x - mean <= sigma * deviation)) spike = true;
+          if (x - x == 0) {
+            of.last[which * kBlock + seen % window] = x;
+            of.seen[which] = seen + 1;
+          }
+        }
+      }
+      WD_SYNC();
+    }
+  }
+  WD_EACH_LANE(lane) {
+    if (lane == 0) {
       clip = measures ? clip_of(norm_of(of.of_groups + 1), of.limits[kMaxNorm]) : 1;
       const bool finite = norm - norm == 0;
-      int seen = 0;
-      for (int k = 0; k < kThreads; ++k) seen |= found[k];
-      moves = (seen & kMoves) != 0;
-      skip = *of.found_inf != 0 || (measures && of.limits[kSkipNonfinite] != 0 && !finite) || (seen & kPast) != 0;
+      int all = 0;
+      for (int k = 0; k < kThreads; ++k) all |= found[k];
+      moves = (all & kMoves) != 0;
+      skip =
+          *of.found_inf != 0 || (measures && of.limits[kSkipNonfinite] != 0 && !finite) || (all & kPast) != 0 || spike;
       *of.control = {1 / scale, double(skip)};
       of.found[0] = norm;
       of.found[1] = double(skip);

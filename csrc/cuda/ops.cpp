@@ -118,7 +118,7 @@ void squares_(int64_t given, const Tensor chunks, const Tensor places, const Ten
 // Begins a step on a device: `Begin` of layout.h, where `tensors` are its pointers, in order.
 void begin_(int64_t given, int64_t rule, bool scheduled, std::vector<Tensor> tensors) {
   STD_TORCH_CHECK(given == token(), "cuda_begin_ is for this package alone");
-  STD_TORCH_CHECK(tensors.size() == 19, "cuda_begin_: 19 tensors");
+  STD_TORCH_CHECK(tensors.size() == 22, "cuda_begin_: 22 tensors");
   const void* entry = begin_of(rule);
   const int32_t device = tensors[0].get_device_index();
   size_t at = 0;
@@ -139,7 +139,8 @@ void begin_(int64_t given, int64_t rule, bool scheduled, std::vector<Tensor> ten
              schedule_steps = next("schedule_steps", ScalarType::Long, 1), etas = next("etas", ScalarType::Double, 1),
              groups = next("groups", ScalarType::Double, 2), rows = next("rows", ScalarType::Double, 2),
              clips = next("clips", ScalarType::Double, 1), control = next("control", ScalarType::Double, 1),
-             found = next("found", ScalarType::Double, 1);
+             found = next("found", ScalarType::Double, 1), last = next("last", ScalarType::Double, 2),
+             seen = next("seen", ScalarType::Long, 1), loss = next("loss", ScalarType::Float, 1);
   const int64_t n = settings.size(0), width = settings.size(1);
   STD_TORCH_CHECK(sources.size(0) == n && sources.size(1) == width + kSourceWords && schedule_steps.numel() == n &&
                       etas.numel() == n && groups.size(0) == n && width > kOwnSettings,
@@ -150,6 +151,8 @@ void begin_(int64_t given, int64_t rule, bool scheduled, std::vector<Tensor> ten
                       fresh.numel() == active.numel() && grad_scale.numel() == 1 && found_inf.numel() == 1 &&
                       control.numel() == 2 && found.numel() == 2 && groups.size(1) <= rows.size(1),
                   "cuda_begin_: the tensors do not belong together");
+  STD_TORCH_CHECK(last.size(0) == 2 && last.size(1) == kBlock && seen.numel() == 2 && loss.numel() == 1,
+                  "cuda_begin_: what spikes are told by");
   const auto pointer = [](const Tensor& tensor) { return tensor.mutable_data_ptr(); };
   const Begin what = {static_cast<int64_t*>(pointer(sums)),
                       static_cast<int64_t*>(pointer(totals)),
@@ -170,6 +173,9 @@ void begin_(int64_t given, int64_t rule, bool scheduled, std::vector<Tensor> ten
                       static_cast<double*>(pointer(clips)),
                       static_cast<Control*>(pointer(control)),
                       static_cast<double*>(pointer(found)),
+                      static_cast<double*>(pointer(last)),
+                      static_cast<int64_t*>(pointer(seen)),
+                      static_cast<const float*>(pointer(loss)),
                       int32_t(sums.size(0)),
                       int32_t(sums.size(1)),
                       int32_t(n),

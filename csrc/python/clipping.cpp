@@ -18,6 +18,33 @@ namespace {
 #include "../formats.h"
 #include "../sums.h"
 
+// The sum of a block of doubles, as it is added up everywhere: 8 neighbours, then halves.
+double sum_of_block(const double* x) {
+  constexpr int neighbours = 8, groups = kBlock / neighbours;
+  double sums[groups];
+  for (int k = 0; k < groups; ++k) {
+    const double* const g = x + k * neighbours;
+    sums[k] = ((g[0] + g[1]) + (g[2] + g[3])) + ((g[4] + g[5]) + (g[6] + g[7]));
+  }
+  for (int half = groups / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) sums[k] = sums[k] + sums[k + half];
+  return sums[0];
+}
+
+// Is `x` more than sigma deviations above the mean of the last `window`, of which `seen` were given? With less than
+// half of them: no. A finite one is remembered.
+bool is_spike(double* ring, int64_t* seen, int64_t window, double sigma, double x) {
+  const int64_t n = std::min(*seen, window);
+  double values[kBlock] = {}, off[kBlock] = {};
+  std::copy(ring, ring + n, values);
+  const double mean = sum_of_block(values) / double(n);
+  for (int64_t i = 0; i < n; ++i) off[i] = (values[i] - mean) * (values[i] - mean);
+  const double deviation = std::sqrt(sum_of_block(off) / double(n - 1));
+  const bool found = n >= std::max<int64_t>(2, window / 2) && !(x - mean <= sigma * deviation);
+  if (std::isfinite(x)) ring[(*seen)++ % window] = x;
+  return found;
+}
+
 void require(bool fine, const char* what) {
   if (!fine) throw std::runtime_error(what);
 }
@@ -39,13 +66,20 @@ bool Clipping::calls(PyObject* tuple) {
 
 Clipping::Clipping(PyObject* tuple, View& view) : view_(view), asked_(tuple != Py_None) {
   if (!asked_) return;
-  PyObject *sums, *plans, *group_of, *found, *between, *own_limits;
-  long long grad_scale;
-  int skip_nonfinite;
+  PyObject *sums, *plans, *group_of, *found, *between, *own_limits, *values, *seen;
+  long long grad_scale, window;
+  int skip_nonfinite, has_loss;
   double found_inf;
-  if (!PyArg_ParseTuple(tuple, "OO!OOLOdpddO", &sums, &PyList_Type, &plans, &group_of, &found, &grad_scale, &between,
-                        &max_norm_, &skip_nonfinite, &scale_, &found_inf, &own_limits))
+  if (!PyArg_ParseTuple(tuple, "OO!OOLOdpddO(OO)dLpd", &sums, &PyList_Type, &plans, &group_of, &found, &grad_scale,
+                        &between, &max_norm_, &skip_nonfinite, &scale_, &found_inf, &own_limits, &values, &seen,
+                        &sigma_, &window, &has_loss, &loss_))
     throw std::runtime_error("a Python error is set");
+  const Memory rings = memory_of(values, "values", "float64", kBlock), counts = memory_of(seen, "seen", "int64", 0);
+  require(rings.rows == 2 && counts.rows == 2 && window > 0 && window <= kBlock, "spikes");
+  rings_ = rings.as<double>();
+  seen_ = counts.as<int64_t>();
+  window_ = window;
+  has_loss_ = has_loss != 0;
   skip_nonfinite_ = skip_nonfinite != 0;
   found_inf_ = found_inf != 0;
   grad_scale_ = grad_scale;
@@ -106,7 +140,11 @@ void Clipping::decide(PyObject* rows) const {
       clips[g] =
           std::isnan(own_limits_[g]) ? clip : clip_of(std::sqrt(sum_of(of_groups[g].words)) / scale_, own_limits_[g]);
   }
-  const bool skip = found_inf_ || (skip_nonfinite_ && !finite);
+  bool skip = found_inf_ || (skip_nonfinite_ && !finite);
+  if (!std::isinf(sigma_)) {
+    skip |= is_spike(rings_, seen_, window_, sigma_, found_[0]);
+    if (has_loss_) skip |= is_spike(rings_ + kBlock, seen_ + 1, window_, sigma_, loss_);
+  }
   found_[1] = skip;
   *view_.control = {1 / scale_, double(skip)};
   if (sums_ == nullptr || rows == Py_None) return;

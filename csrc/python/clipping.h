@@ -33,7 +33,9 @@ class Clipping {
   const int64_t* group_of_ = nullptr;
   double* found_ = nullptr;
   double max_norm_ = 0, scale_ = 1;
-  bool skip_nonfinite_ = false, found_inf_ = false;
+  bool skip_nonfinite_ = false, found_inf_ = false, has_loss_ = false;
+  double *rings_ = nullptr, sigma_ = 0, loss_ = 0;
+  int64_t *seen_ = nullptr, window_ = 1;
   std::vector<double> own_limits_;  // of each group; NaN: it has none
 };
 

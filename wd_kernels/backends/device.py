@@ -60,10 +60,11 @@ def arguments(norms: Norms, bank: Bank, there: There) -> list[Tensor]:
     limits = norms.limits
     scale = bank.given(limits.scale if limits else None, bank.one, "grad_scale")
     found_inf = bank.given(limits.found_inf if limits else None, bank.zero, "found_inf")
+    loss = bank.given(limits.loss if limits else None, bank.no_loss, "latest_loss")
     return [
         bank.sums, bank.totals, bank.slots_of, there["limits"], scale, found_inf, there["settings"], there["sources"],
         there["keys"], there["active"], bank.steps, bank.fresh, bank.schedule_steps, bank.etas, there["groups"],
-        there["rows"], bank.clips, bank.control, bank.found,
+        there["rows"], bank.clips, bank.control, bank.found, norms.window.values, norms.window.seen, loss,
     ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import sums
-from .triton_kernels import MOVING_WORDS, OUTPUT, larger, pointer, sums_of_blocks, widen
+from .triton_kernels import MOVING_WORDS, OUTPUT, block_sum, larger, pointer, sums_of_blocks, widen
 
 DIGITS = tl.constexpr(sums.DIGITS)
 INFINITIES = tl.constexpr(sums.INFINITIES)
@@ -18,6 +18,7 @@ NANS = tl.constexpr(sums.NANS)
 SUM_WORDS = tl.constexpr(sums.WORDS)
 LR, ETA, WEIGHT_DECAY, DECAY, BASE_LR, SEED, OWN = (tl.constexpr(k) for k in range(7))
 SOURCES = tl.constexpr(3)
+OWN_LIMITS = tl.constexpr(6)
 
 
 @triton.jit
@@ -117,6 +118,24 @@ def clip_of(norm, max_norm):
     clip = max_norm / (norm + 1e-6)
     clip = tl.where(clip > 1.0, 1.0, clip)
     return tl.where(max_norm == float("inf"), 1.0, clip)
+
+
+@triton.jit
+def is_spike(ring, seen, window, sigma, x):
+    """Is x more than sigma deviations above the mean of the last ones? A finite one is remembered."""
+    given = tl.load(seen)
+    n = tl.minimum(given, window)
+    i = tl.arange(0, 1024)
+    values = tl.load(ring + i, mask=i < n, other=0.0)
+    mean = block_sum(values, 1024) / tl.maximum(n, 1).to(tl.float64)
+    off = tl.where(i < n, values - mean, 0.0)
+    deviation = tl.sqrt(block_sum(off * off, 1024) / tl.maximum(n - 1, 1).to(tl.float64))
+    near = x - mean <= sigma * deviation
+    tl.debug_barrier()
+    at = tl.where(x - x == 0.0, given % window, -1)
+    tl.store(ring + at, x, mask=at >= 0)
+    tl.store(seen, given + 1, mask=at >= 0)
+    return (n >= tl.maximum(window // 2, 2)) & (near == 0)
 
 
 @triton.jit
@@ -252,9 +271,10 @@ def make_groups(settings, sources, schedule_steps, etas, groups, of_groups, grou
 
 @triton.jit(do_not_specialize=["copies", "slots", "of_groups", "of_rows", "of_params", "scheduled"])
 def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings, sources, keys, active, steps, fresh,
-                 schedule_steps, etas, groups, rows, clips, control, found, copies, slots, of_groups, of_rows,
-                 of_params, scheduled, group: tl.constexpr, count: tl.constexpr, of_rule: tl.constexpr,
-                 group_scalars: tl.constexpr, count_scalars: tl.constexpr, grad_scale_at: tl.constexpr):  # fmt: skip
+                 schedule_steps, etas, groups, rows, clips, control, found, last, spikes_seen, loss, copies, slots,
+                 of_groups, of_rows, of_params, scheduled, group: tl.constexpr, count: tl.constexpr,
+                 of_rule: tl.constexpr, group_scalars: tl.constexpr, count_scalars: tl.constexpr,
+                 grad_scale_at: tl.constexpr):  # fmt: skip
     """Begins a step: decides on the norm of the gradients, makes the rows, counts (csrc/layout.h, `Begin`).
 
     One program. Compile-time arguments: the rule's functions of groups and of counts, how many settings it has of its
@@ -267,7 +287,7 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
     scale = tl.load(grad_scale).to(tl.float64)
     measures = tl.load(limits) != 0
     max_norm = tl.load(limits + 1)
-    own_limits = limits + 3
+    own_limits = limits + OWN_LIMITS
     norm = tl.full((), float("nan"), tl.float64)
     clip = tl.full((), 1.0, tl.float64)
     word = tl.arange(0, 128)
@@ -292,8 +312,15 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
         tl.debug_barrier()
         norm = tl.sqrt(value_of(totals + of_groups * SUM_WORDS)) / scale
         clip = clip_of(tl.sqrt(value_of(totals + (of_groups + 1) * SUM_WORDS)) / scale, max_norm)
+    spike = tl.full((), 0, tl.int1)
+    sigma = tl.load(limits + 3)
+    if sigma < float("inf"):
+        window = tl.load(limits + 4).to(tl.int64)
+        spike = is_spike(last, spikes_seen, window, sigma, norm)
+        if tl.load(limits + 5) != 0.0:
+            spike = spike | is_spike(last + 1024, spikes_seen + 1, window, sigma, tl.load(loss).to(tl.float64))
     nonfinite = norm - norm != 0.0
-    unwanted = (tl.load(found_inf) != 0.0) | (measures & (tl.load(limits + 2) != 0.0) & nonfinite) | (past != 0)
+    unwanted = (tl.load(found_inf) != 0.0) | (measures & (tl.load(limits + 2) != 0.0) & nonfinite) | (past != 0) | spike
     skip = tl.where(unwanted, 1, 0)
     tl.store(control, 1.0 / scale)
     tl.store(control + 1, skip.to(tl.float64))

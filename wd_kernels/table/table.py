@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, native
-from ..clipping import Limits
+from ..clipping import Limits, Window
 from ..flat import buffers
 from ..flat.states import FlatStates
 from ..formats import Storage
@@ -81,6 +81,7 @@ class TensorTable:
         capturable: steps may be captured in graphs.
         buckets: the launches of a step.
         written: the parameters that this step writes.
+        window: what spikes are told by.
         sharded: are some of the parameters DTensors?
         origins: of parameters, by id, where they are some of an optimizer's; None: they are all.
         inspected: what was inspected in this step, by position; it holds the memory of its tensors.
@@ -95,6 +96,7 @@ class TensorTable:
         self.capturable = self.captures = False  # the latter of the step that is under way
         self.lives: Sequence[Live] | None = None  # of that
         self.norms = Norms([], [], 0, None)
+        self.window = Window.empty()
         self.history = torch.zeros(0, device=CPU)  # which parameters the last step had
         self._new_histories: dict[tuple[object, ...], float] = {}  # of this step
         self._known_row_keys: tuple[Keys | None, Tensor] = None, torch.zeros(0, 2, dtype=torch.int64, device=CPU)
@@ -435,6 +437,7 @@ class TensorTable:
             )
         if not goes_on:
             self.norms = Norms(self.params, self._group_of, len(self.groups), self.counting)
+            self.window = self.norms.window = self.window.on(CPU if self.counting is None else self.counting)
         self.special: list[int] = [i for i, own in enumerate(watch.expected) if own[Expected.KIND] == Kind.SPECIAL]
         self.inspected, self.puts = {}, []
         self.buckets = []
