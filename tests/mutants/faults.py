@@ -274,6 +274,149 @@ CLIPPING = [
     ),
 ]
 
+CAPTURE = [
+    *_of(
+        "csrc/cuda/begin.h",
+        "capture spikes",
+        ("cuda: a tensor of float64 is read as float32", "% 2 == 0) return double", "% 2 >= 0) return double"),
+        ("cuda: a schedule past its table goes on", "!= 0 && steps >= length) found", "!= 0 && false) found"),
+        ("cuda: the weight decay of a schedule stays", "group.weight_decay * table[length + at]", "group.weight_decay"),
+        ("cuda: eta that follows lr multiplies it", "own[kBaseLr] != 0 ? group.lr : group.eta", "group.eta"),
+        ("cuda: a skipped step is counted by schedules", "moves && !skip) of.sch", "moves) of.sch"),
+        ("cuda: a step that freezes all is counted", "of.scheduled != 0 && moves &&", "of.scheduled != 0 &&"),
+        ("cuda: a spike is not skipped", "(all & kPast) != 0 || spike;", "(all & kPast) != 0;"),
+        ("cuda: a spike is told by too few", "n >= (window < 4 ? 2 : window / 2) && !(x", "!(x"),
+        ("cuda: what is not finite is remembered", "          if (x - x == 0) {\n", "          {\n"),
+    ),
+    *_of(
+        "csrc/rules.h",
+        "capture",
+        ("rows: proximal steps are not scaled", "scale = 1 / (1 + eta * lambda);", "scale = 1;"),
+        ("rows: the identity is a metric like any other", "of.mode == 4 ? of.a : of.eta", "of.eta"),
+        (
+            "rows: the lr sits outside the buffer",
+            "const bool inside = paper && momentum != 0;",
+            "const bool inside = false;",
+        ),
+        ("rows: eta 0 freezes nothing", "return lr == 0 || eta == 0 ? 1 : 0;", "return lr == 0 ? 1 : 0;"),
+        (
+            "rows: all decay is slowed",
+            "fixed_decay = DecayScalars(of.mode, of.weight_decay, of.eta, 0).decay;",
+            "fixed_decay = 0;",
+        ),
+    ),
+    *_of(
+        "csrc/python/clipping.cpp",
+        "spikes",
+        ("spikes: the deviation is that of all", "sum_of_block(off) / double(n - 1)", "sum_of_block(off) / double(n)"),
+        ("spikes: half a window is not waited for", "n >= std::max<int64_t>(2, window / 2) && !(x", "n >= 2 && !(x"),
+        ("spikes: a loss is not looked at", "if (has_loss_) skip |=", "if (false) skip |="),
+        ("spikes: of a NaN nothing is told", "!(x - mean <= sigma * deviation)", "x - mean > sigma * deviation"),
+    ),
+    *_of(
+        "wd_kernels/backends/triton_begin.py",
+        "capture spikes",
+        ("triton: a tensor of float64 is not read", "tl.where(double, from_double,", "tl.where(double, number,"),
+        (
+            "triton: the weight decay of a schedule stays",
+            "lam = tl.where(tabled, lam * tl.load",
+            "lam = tl.where(tabled, lam + 0 * tl.load",
+        ),
+        ("triton: eta that follows lr multiplies it", "a = tl.where(follows, lr, eta * lr)", "a = eta * lr"),
+        (
+            "triton: a skipped step is counted by schedules",
+            "(scheduled != 0) & (skip == 0) & (moves",
+            "(scheduled != 0) & (moves",
+        ),
+        (
+            "triton: a schedule past its table goes on",
+            "tabled & (endless != 0) & (t >= length)",
+            "tabled & (endless != 0) & (t < 0)",
+        ),
+        ("triton: a spike is not skipped", "| (past != 0) | spike", "| (past != 0)"),
+        (
+            "triton: a nesterov step without momentum",
+            "tl.where(nesterov, momentum, 1.0)",
+            "tl.where(nesterov, 1.0, 1.0)",
+        ),
+    ),
+    *_of(
+        "wd_kernels/live.py",
+        "capture",
+        ("live: a tensor elsewhere is read", "    if t.device != device:", "    if False:"),
+        ("live: float64 is not told", " + (tensor.dtype == torch.float64)", ""),
+        ("live: any schedule is a table", "if not can_be_tabled(schedule):", "if False:"),
+    ),
+    *_of(
+        "wd_kernels/schedules/tables.py",
+        "capture",
+        ("tables: a schedule never settles", "LONGEST if settles is None else settles + 1", "LONGEST"),
+        ("tables: the last value is missing", "settles + 1)", "settles or 1)"),
+        ("tables: parts may be any function", "return all(map(can_be_tabled, schedule.parts))", "return True"),
+    ),
+    *_of(
+        "wd_kernels/table/table.py",
+        "capture",
+        (
+            "capture: a first step is captured",
+            "        if self.puts:\n            raise",
+            "        if False:\n            raise",
+        ),
+        (
+            "capture: a copied gradient is captured",
+            "found.gapped is not None or found.known.grad_copy",
+            "False and found.known.grad_copy",
+        ),
+        ("capture: graphs are forgotten", "        goes_on = bool(self.norms.captured)\n", "        goes_on = False\n"),
+        ("capture: histories begin anew", "            steps.copy_(self.counts.steps)\n", "            pass\n"),
+        ("capture: other memory is stepped", "if sorted(now) != sorted(captured) or watch", "if watch"),
+        ("capture: counts part", "if pairs[one][1] != pairs[i][1]:", "if False:"),
+        (
+            "capture: a schedule_step that was set is not taken",
+            'steps.fill_(stepping.check(group, f"param group {g}"))',
+            "pass",
+        ),
+    ),
+    *_of(
+        "wd_kernels/backends/device_copy.py",
+        "capture",
+        (
+            "capture: memory is written again",
+            "(here, there), self._reserved = self._reserved, None",
+            "here, there = self._reserved",
+        ),
+    ),
+    *_of(
+        "wd_kernels/backends/device.py",
+        "capture",
+        (
+            "capture: of the host's counts",
+            "    if norms is None or norms.bank is None or not norms.capturable:\n",
+            "    if False:\n",
+        ),
+        (
+            "capture: of a norm that others have a part in",
+            "    if norms.measures and norms.reductions:\n",
+            "    if False:\n",
+        ),
+    ),
+    *_of(
+        "wd_kernels/optimizer.py",
+        "capture spikes",
+        ("capture: a state is loaded", '        self._refuse_captured("a state is loaded")\n', ""),
+        ("spikes: a loss is told twice", "                    self.latest_loss = None\n", "                    pass\n"),
+    ),
+    *_of(
+        "wd_kernels/state_dict.py",
+        "capture",
+        (
+            "capture: a saved schedule_step is the device's",
+            'if isinstance(group.get("schedule_step"), Tensor):',
+            "if False:",
+        ),
+    ),
+]
+
 CPU_EPILOGUES = _of(
     "csrc/cpu/mover.inc",
     "epilogues",
@@ -913,7 +1056,6 @@ BACKENDS = [
     *_of(
         "wd_kernels/backends/device.py",
         "triton movers",
-        ("gpu: a step can be captured in a graph", "    _refuse_capture(device)", "    pass"),
         ("gpu: one launch for a bucket without elements", " and chunks[b.index].words.numel()]", "]"),
     ),
     *_of(
@@ -1039,9 +1181,9 @@ DEVICE_COPY = _of(
     ),
     (
         "device copy: what failed to be sent is noted as sent",
-        "        lines = [-(-part.numel()",
+        '        to_device = self.device.type != "cpu"\n',
         "        self._sent.update({k: part.view(torch.int64).clone() for k, part in parts.items()})\n"
-        "        lines = [-(-part.numel()",
+        '        to_device = self.device.type != "cpu"\n',
     ),
 )
 
@@ -1920,6 +2062,7 @@ FAULTS: tuple[Fault, ...] = (
     *CPU_MOVER,
     *CPU_EPILOGUES,
     *CLIPPING,
+    *CAPTURE,
     *CUDA_CHUNK,
     *CUDA_EPILOGUES,
     *STOCHASTIC,
