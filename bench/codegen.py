@@ -252,7 +252,7 @@ def compiled_before(kernel: Before, target: str) -> Any:
         )
         names = function.arg_names[:22]
         pointers = {name: {**floats, **words}.get(name, "*fp64") for name in names}
-        numbers = ("copies", "slots", "of_groups", "of_rows", "of_params", "scheduled")
+        numbers = ("copies", "slots", "of_groups", "of_rows", "of_params")
     signature = {**pointers, **dict.fromkeys(numbers, "i32"), **dict.fromkeys(constants, "constexpr")}
     names = function.arg_names
     assert list(signature) == names, names

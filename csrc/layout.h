@@ -105,8 +105,8 @@ struct Begin {
   const int64_t* active;    // of each parameter: has it a gradient?
   float* steps;             // and these are counted
   float* fresh;             // 1 until a step that makes a state of it is taken
-  int64_t* schedule_steps;  // of each group, completed
-  double* etas;             // of each group in this step
+  int64_t* schedule_steps;  // of each group with a table, completed
+  double* etas;             // of each group with a table, in the last step that was counted
   double* groups;           // the first scalars of a row, and its last, of each group
   double* rows;
   double* clips;  // of each group
@@ -115,7 +115,7 @@ struct Begin {
   double* last;   // [2, kBlock]: norms and losses, by which spikes are told, in rings
   int64_t* seen;  // [2]: how many each has been given
   const float* loss;
-  int32_t copies, slots, of_groups, of_rows, of_params, scheduled;
+  int32_t copies, slots, of_groups, of_rows, of_params;
 };
 
 // The settings of a group, in float64; those of the rule follow. A source is an address: of a float64 where it is odd,
@@ -142,7 +142,8 @@ enum LimitWord : int {
   kSigma = 3,   // infinite: no step is skipped for a spike
   kWindow = 4,  // how many of the rings are used
   kHasLoss = 5,
-  kOwnLimits = 6
+  kHasOwn = 6,  // some group has a limit of its own
+  kOwnLimits = 7
 };
 
 }  // namespace wd

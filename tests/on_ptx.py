@@ -226,7 +226,7 @@ class TritonOnPTX(OnPTX, Triton):
         kernel = codegen.Before("begin", rule.name)
 
         def run(programs: int, arguments: tuple[Any, ...]) -> None:
-            tensors, numbers, constants = list(arguments[:22]), list(arguments[22:28]), arguments[28:]
+            tensors, numbers, constants = list(arguments[:22]), list(arguments[22:27]), arguments[27:]
             position, widths = rule.scalars.index("grad_scale"), (len(rule.group_scalars), len(rule.count_scalars))
             assert constants == (rule.name, rule.name, len(rule.own), *widths, position)
             self._run(kernel, programs, tensors, numbers, _memory_of_begin(tensors, norms, bank))
@@ -367,13 +367,13 @@ class CUDAOnPTX(OnPTX, CUDA):
         self.reports.append(ptx.launch(kernel, chunks.numel(), [launch, copies, stride], memory, threads=THREADS))
 
     def _begin(
-        self, norms: Norms, bank: Bank, token: int, rule: int, scheduled: bool, tensors: list[Tensor]
+        self, norms: Norms, bank: Bank, token: int, rule: int, tensors: list[Tensor]
     ) -> None:  # fmt: skip
         assert token == self.token
         kernel = cuda_before(self.target, codegen.Before("begin", list(RULES)[rule]))
         sums_, _, _, _, _, _, settings, _, keys, active, *_ = tensors
-        sizes = (*sums_.shape[:2], settings.shape[0], keys.shape[0], active.numel(), int(scheduled))
+        sizes = (*sums_.shape[:2], settings.shape[0], keys.shape[0], active.numel())
         assert sums_.shape[2] == sums.WORDS
-        begin = struct.pack("<22Q6i", *(t.data_ptr() for t in tensors), *sizes)
+        begin = struct.pack("<22Q5i4x", *(t.data_ptr() for t in tensors), *sizes)
         memory = _memory_of_begin(tensors, norms, bank)
         self.reports.append(ptx.launch(kernel, 1, [begin], memory, threads=THREADS))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -340,6 +342,9 @@ def test_bad_settings() -> None:
     later("weight_decay", torch.ones(2), ValueError, "weight_decay of param group 0", "shape (2,)")
     betas = (0.9, torch.tensor(0.9, device=meta))
     later("betas", betas, ValueError, "betas[1] of param group 0", "a tensor on meta")
+    later("betas", (0.9, 0.9, torch.tensor(0.9)), TypeError, "betas=", "param group 0", "expected a pair")
+    later("capturable", False, ValueError, "capturable=False in param group 0", "all groups have")
+    later("max_grad_norm", torch.tensor(1.0), TypeError, "max_grad_norm of param group 0 is a tensor", "a number")
     later("eta", 0.5, ValueError, "eta=0.5 in param group 0 with schedule='from_lr'", schedule="from_lr")
     wrong(
         ValueError, "schedule=", "param group 0 is Python code, with capturable=True", "from_lr", schedule=lambda t: 1.0
@@ -420,6 +425,213 @@ def test_schedules_are_counted_where_steps_are_skipped() -> None:
     assert opt.state_dict()["param_groups"][0]["schedule_step"] == 4
 
 
+# Lives of groups and schedules on a device, beside the reference ------------------------------------------------------
+
+
+def same_lives(live: Callable[[str], tuple[list[Tensor], Any]], *backends: str) -> Any:
+    """What `live` does with a backend has the reference's bits, also in what is saved of groups. The last optimizer."""
+    params, opt = live("reference")
+    expected, groups = snapshot(params, opt), opt.state_dict()["param_groups"]
+    for backend in backends or ("cpu", "triton"):
+        params, opt = live(backend)
+        assert_same_snapshots(snapshot(params, opt), expected)
+        assert opt.state_dict()["param_groups"] == groups
+    return opt
+
+
+def made(backend: str, number: int = 3, **options: Any) -> tuple[list[Tensor], Any]:
+    params = make_params([Piece((5,)), Piece((7,)), Piece((3,))][:number], f32, f32)
+    return params, wd_kernels.AdamW(params, lr=0.1, weight_decay=0.1, backend=backend, **options)
+
+
+def give(params: list[Tensor], on: tuple[int, ...], value: float = 1.0) -> None:
+    for k, p in enumerate(params):
+        p.grad = torch.full_like(p, value * (k + 1)) if on[k] else None
+
+
+def test_a_row_follows_who_has_its_count() -> None:
+    """Of two with one count, one is left alone in the next steps: it is its own count that goes on."""
+
+    def life(backend: str) -> tuple[list[Tensor], Any]:
+        params, opt = made(backend, skip_nonfinite=True)
+        for on in ((0, 1, 1), (0, 1, 0), (0, 1, 0), (0, 1, 0)):
+            give(params, on)
+            opt.step()
+        return params, opt
+
+    def fewer(backend: str) -> tuple[list[Tensor], Any]:
+        params, opt = made(backend, skip_nonfinite=True)
+        for _ in range(2):
+            give(params, (1, 1, 1))
+            opt.step()
+            opt.param_groups[0]["params"] = params[:1]
+            for p in params[1:]:
+                opt.state.pop(p, None)
+        return params[:1], opt
+
+    same_lives(life)
+    same_lives(fewer)
+
+
+def test_steps_without_gradients_count_for_schedules() -> None:
+    def life(backend: str) -> tuple[list[Tensor], Any]:
+        params, opt = made(backend, 1, schedule=Warmup(8), skip_nonfinite=True)
+        for on in (1, 0, 0, 1, 0):
+            give(params, (on,))
+            opt.step()
+        return params, opt
+
+    assert int(same_lives(life).param_groups[0]["schedule_step"]) == 5
+
+
+def test_a_schedule_that_comes_and_goes() -> None:
+    """Its count stays while it is away, eta stays what it was, and what somebody has set stands."""
+    warmup = Warmup(8)
+
+    def away(backend: str) -> tuple[list[Tensor], Any]:
+        params = make_params([Piece((5,)), Piece((7,))], f32, f32)
+        groups = [{"params": [p]} for p in params]
+        opt = wd_kernels.AdamW(groups, lr=0.1, schedule=warmup, skip_nonfinite=True, backend=backend)
+        for step in range(6):
+            give(params, (1, 1))
+            opt.param_groups[1]["schedule"] = None if step in (1, 2, 3) else warmup
+            if step == 4:
+                opt.param_groups[0]["schedule_step"] = 1
+            opt.step()
+        return params, opt
+
+    def by_hand(backend: str) -> tuple[list[Tensor], Any]:
+        params, opt = made(backend, 1, schedule=Warmup(10), skip_nonfinite=True)
+        for step in range(4):
+            give(params, (1,))
+            if step == 1:
+                opt.param_groups[0]["eta"] = 0.9  # a schedule sets it
+            if step == 2:
+                opt.param_groups[0]["schedule"] = None
+            opt.step()
+        return params, opt
+
+    def from_lr(backend: str) -> tuple[list[Tensor], Any]:
+        params, opt = made(backend, 1, schedule=Warmup(2), skip_nonfinite=True)
+        for step in range(6):
+            give(params, (1,))
+            if step == 3:
+                opt.param_groups[0].update(schedule="from_lr", base_lr=0.1)
+            if step > 3:
+                opt.param_groups[0]["lr"] = 0.1 / step
+            opt.step()
+        return params, opt
+
+    def not_counted(backend: str) -> tuple[list[Tensor], Any]:
+        params, opt = made(backend, 1, schedule=Warmup(8), skip_nonfinite=True)
+        for value in (1.0, math.nan):
+            give(params, (1,), value)
+            opt.step()
+        return params, opt
+
+    same_lives(away)
+    same_lives(by_hand)
+    same_lives(from_lr)
+    assert same_lives(not_counted).state_dict()["param_groups"][0]["eta"] == 0.125
+
+
+def test_what_is_saved_of_a_schedule_is_a_number() -> None:
+    params, opt = made("triton", 1, schedule=Warmup(8), skip_nonfinite=True)
+    give(params, (1,))
+    opt.step()
+    group = opt.param_groups[0]
+    assert isinstance(group["schedule_step"], Tensor)
+    again = pickle.loads(pickle.dumps(opt)).param_groups[0]
+    assert (again["schedule_step"], again["eta"]) == (1, 0.125)
+    shown, group["schedule_step"] = group["schedule_step"], 5
+    saved = opt.state_dict()["param_groups"][0]
+    assert (saved["schedule_step"], saved["eta"]) == (5, 0.125)
+    params[0].grad = torch.ones(5).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert int(shown) == 1  # of a step that fails nothing is written
+    give(params, (1,))
+    opt.step()
+    assert int(group["schedule_step"]) == 6
+    for _ in range(5):
+        group["schedule"] = Cosine(20)
+        opt.step()
+    assert len(opt._table.norms.bank.tables) == 1
+
+
+def test_what_was_found_is_of_the_last_step() -> None:
+    for backend in ("reference", "triton"):
+        params, opt = made(backend, 1, skip_nonfinite=True)
+        give(params, (1,), math.nan)
+        opt.step()
+        assert bool(opt.skipped)
+        opt.skip_nonfinite = False
+        params[0].grad = None
+        opt.step()
+        assert not bool(opt.skipped)
+
+
+@pytest.mark.parametrize("engine", engine_params(tuple(OWN)), indirect=True)
+def test_what_a_graph_would_not_follow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = graphs_of(engine, monkeypatch)
+    (p,) = make_params([Piece((1500,))], f32, f32, device=engine.device)
+    p.grad = torch.ones_like(p)
+    own: dict[str, Any] = {"lr": 0.1, "capturable": True, "backend": engine.backend}
+    opt = wd_kernels.SGDW([p], schedule=Warmup(50), skip_spikes=3.0, **own)
+
+    def refused(*parts: str) -> None:
+        before = snapshot([p], opt)
+        with pytest.raises(RuntimeError, match=mentions(*parts)), graphs.capture():
+            opt.step()
+        assert_same_snapshots(snapshot([p], opt), before)
+
+    for value in (1.0, torch.tensor(1.0, device="meta")):
+        opt.latest_loss = torch.tensor(1.0, device=engine.device)
+        opt.step()
+        opt.latest_loss = value
+        refused("latest_loss=", "captured", f"allowed are tensors on {engine.device}")
+    opt.latest_loss = None
+    opt.step()
+    opt.grad_scale = 2.0
+    refused("grad_scale=2.0", "captured", "allowed are tensors")
+    del opt.grad_scale
+    opt.step()
+    opt.param_groups[0]["schedule"] = Cosine(100)
+    refused("a schedule, or its schedule_step, is another one", "take one outside")
+    opt.step()
+    with graphs.capture():
+        opt.step()
+    for name, value in (("max_grad_norm", 2.0), ("skip_spikes", 2.0), ("spike_window", 8), ("skip_nonfinite", True)):
+        with pytest.raises(RuntimeError, match=mentions(f"{name} is set", "captured", "end_captures()")):
+            setattr(opt, name, value)
+    assert opt.spike_window == 128
+    opt.end_captures()
+    opt.spike_window = 8
+
+
+def test_a_kernel_is_there_before_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bringing one to the device is no affair of a capture."""
+    engine = next(e for e in MIRRORED if e.form == "on_cpu")
+    engine.provide(monkeypatch)
+    graphs = graphs_of(engine, monkeypatch)
+    p = nn.Parameter(torch.ones(5))
+    p.grad = torch.ones(5)
+    opt = wd_kernels.AdamW([p], capturable=True, backend="cuda")
+    opt.step()
+    opt.max_grad_norm = 1.0
+    with (
+        pytest.raises(RuntimeError, match=mentions("a kernel of it is not on cpu yet", "take one outside")),
+        graphs.capture(),
+    ):
+        opt.step()
+    assert float(opt.state[p]["step"]) == 1
+    opt.step()
+    with graphs.capture() as graph:
+        opt.step()
+    graph.replay()
+    assert float(opt.state[p]["step"]) == 3
+
+
 # Schedules as tables --------------------------------------------------------------------------------------------------
 
 TABLED: list[Schedule] = [
@@ -436,6 +648,7 @@ ENDLESS: list[Schedule] = [
 @pytest.mark.parametrize("schedule", [*TABLED, *ENDLESS], ids=repr)
 def test_tables_are_what_schedules_give(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "LONGEST", 50)
+    tables._known.cache_clear()
     assert can_be_tabled(schedule)
     values, endless = tabled(schedule)
     steps = values.shape[1]
@@ -457,6 +670,20 @@ def test_a_step_past_an_endless_table_is_skipped(monkeypatch: pytest.MonkeyPatch
         skipped.append(bool(opt.skipped))
     assert skipped == [False] * 3 + [True] * 2
     assert float(opt.state[p]["step"]) == 3
+
+
+class Falling(Schedule):
+    """Somebody's own, which says that it has an end, and goes on."""
+
+    steps = 3
+
+    def __call__(self, t: int) -> float:
+        return 1 / (1 + t)
+
+
+def test_a_schedule_that_does_not_keep_its_value_is_no_table() -> None:
+    with pytest.raises(ValueError, match=mentions("settles at step 3", "0.25 there and 0.2 at 4", "keep its value")):
+        tabled(Falling())
 
 
 class Rising(Schedule):

@@ -130,6 +130,16 @@ def test_it_is_set_between_steps() -> None:
     assert opt._table.window.seen.tolist() == [2, 0]  # another table, the same window
 
 
+def test_an_optimizer_that_is_made_in_inference_mode() -> None:
+    p = nn.Parameter(torch.ones(3))
+    with torch.inference_mode():
+        opt = wd_kernels.AdamW([p], skip_spikes=6.0)
+    p.grad = torch.ones(3)
+    opt.step()
+    opt.spike_window = 8
+    assert opt.spike_window == 8
+
+
 def test_bad_input() -> None:
     p = nn.Parameter(torch.ones(3))
     for wrong in (0, -1.0, math.inf, math.nan):
@@ -142,10 +152,13 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=mentions("spike_window=0 in the optimizer", "allowed are")):
         opt.spike_window = 0
     p.grad = torch.ones(3)
-    opt.latest_loss = torch.ones(2)
-    with pytest.raises(TypeError, match=mentions("latest_loss=", "a number, or a tensor of one element")):
-        opt.step()
-    assert not opt.state
+    for backend in ("cpu", "triton"):
+        opt = wd_kernels.AdamW([p], skip_spikes=6.0, backend=backend)
+        for loss in (torch.ones(2), "a"):
+            opt.latest_loss = loss
+            with pytest.raises(TypeError, match=mentions("latest_loss=", "a number, or a tensor of one element")):
+                opt.step()
+            assert not opt.state
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=mentions("skip_spikes", "gradient release")):
         wd_kernels.release_gradients(model, wd_kernels.AdamW(model.parameters(), skip_spikes=6.0))

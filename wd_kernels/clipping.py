@@ -18,7 +18,7 @@ from . import sums
 from .reference import BLOCK, block_sums
 from .rules import flag, norm_limit, scalar
 
-__all__ = ["Asked", "Clipping", "Decision", "Limits", "Window", "clip_of", "decide"]
+__all__ = ["Asked", "Clipping", "Decision", "Limits", "Window", "clip_of", "decide", "number"]
 
 
 class Limits(NamedTuple):
@@ -48,11 +48,11 @@ class Limits(NamedTuple):
 
     def numbers(self, device: torch.device) -> tuple[float, float, float]:
         """Scale, infinities and loss (NaN: none) as numbers, where a step of tensors on `device` is decided here."""
-        scale = 1.0 if self.scale is None else _number("grad_scale", self.scale, device)
+        scale = 1.0 if self.scale is None else number("grad_scale", self.scale, device)
         if not 0.0 < scale < math.inf:
             raise ValueError(f"grad_scale={scale} of the optimizer: allowed are finite numbers > 0")
-        found_inf = 0.0 if self.found_inf is None else _number("found_inf", self.found_inf, device)
-        return scale, found_inf, math.nan if self.loss is None else _number("latest_loss", self.loss, device)
+        found_inf = 0.0 if self.found_inf is None else number("found_inf", self.found_inf, device)
+        return scale, found_inf, math.nan if self.loss is None else number("latest_loss", self.loss, device)
 
 
 class Window(NamedTuple):
@@ -68,8 +68,9 @@ class Window(NamedTuple):
 
     @classmethod
     def empty(cls) -> Window:
-        made = torch.zeros(2, BLOCK, dtype=torch.float64, device="cpu")
-        return cls(made, torch.zeros(2, dtype=torch.int64, device="cpu"))
+        with torch.inference_mode(False):
+            made = torch.zeros(2, BLOCK, dtype=torch.float64, device="cpu")
+            return cls(made, torch.zeros(2, dtype=torch.int64, device="cpu"))
 
     def on(self, device: torch.device) -> Window:
         return Window(self.values.to(device), self.seen.to(device))
@@ -219,8 +220,8 @@ class Clipping:
         """Takes settings, checked."""
         self.max_norm = norm_limit(max_grad_norm, where)
         self.skip_nonfinite = flag("skip_nonfinite", skip_nonfinite, where)
-        number = None if skip_spikes is None else scalar("skip_spikes", skip_spikes, where)
-        if number is not None and not 0 < number < math.inf:
+        sigma = None if skip_spikes is None else scalar("skip_spikes", skip_spikes, where)
+        if sigma is not None and not 0 < sigma < math.inf:
             raise ValueError(
                 f"skip_spikes={skip_spikes!r} in {where}: allowed are None and finite numbers > 0, the deviations "
                 "above the mean from which on a norm or a loss is a spike (6 is OLMo's)"
@@ -228,10 +229,11 @@ class Clipping:
         whole = isinstance(spike_window, int) and not isinstance(spike_window, bool)
         if not whole or not 2 <= spike_window <= BLOCK:
             raise ValueError(f"spike_window={spike_window!r} in {where}: allowed are whole numbers from 2 to {BLOCK}")
-        self.sigma, self.window = number, spike_window
+        self.sigma, self.window = sigma, spike_window
 
 
-def _number(name: str, value: Any, device: torch.device) -> float:
+def number(name: str, value: Any, device: torch.device) -> float:
+    """What an optimizer was given, as devices have it; an error names it."""
     if isinstance(value, Tensor) and value.device.type not in ("cpu", device.type):
         raise ValueError(
             f"{name} of the optimizer is a tensor on {value.device}, and its parameters are on {device}: allowed are "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .layout import CPU
 from .norms import Bank
-from .rules import Hyper, Rule, at_least_zero
+from .rules import Hyper, Rule, at_least_zero, pair
 from .schedules import Schedule, stepping
 from .schedules.shapes import named
 from .schedules.tables import can_be_tabled
@@ -23,6 +23,8 @@ __all__ = ["LIVE", "Live", "of_host", "read", "sources"]
 
 #: The hyperparameters that may be tensors on the device.
 LIVE = ("lr", "eta", "weight_decay", "betas", "eps")
+#: Of these the host wants to know the number.
+READ_HERE = ("max_grad_norm", "base_lr", "seed")
 #: What is checked in the place of one: every hyperparameter may be it.
 STAND_IN = 0.5
 
@@ -47,13 +49,14 @@ def of_host(groups: Sequence[Mapping[str, Any]], hypers: Sequence[Hyper]) -> lis
 
 
 def read(
-    rule: Rule, groups: Sequence[dict[str, Any]], device: torch.device, default: str, capturable: bool
+    rule: Rule, groups: Sequence[dict[str, Any]], device: torch.device, default: str, capturable: bool, captures: bool
 ) -> tuple[list[Hyper], list[Live]]:
     """The checked hyperparameters of groups; in the place of what `device` reads by itself, a number that it does not.
 
     Args:
         default: the decay mode of groups that name none.
-        capturable: tensors are not read here.
+        capturable: tensors are not read here, but for those on the CPU, where the device is another.
+        captures: nor are these.
 
     Raises:
         KeyError, TypeError, ValueError: naming the hyperparameter and the group.
@@ -61,7 +64,12 @@ def read(
     plain, lives = [], []
     for g, group in enumerate(groups):
         where = f"param group {g}"
-        tensors, numbers = _tensors(rule, group, device, where) if capturable else ({}, {})
+        tensors, numbers = _tensors(rule, group, device, captures, where) if capturable else ({}, {})
+        if capturable and not group.get("capturable", True):
+            raise ValueError(
+                f"capturable={group['capturable']!r} in {where}, of an optimizer with capturable=True: allowed is what "
+                "all groups have"
+            )
         schedule = group.get("schedule")
         if schedule is None or stepping.follows_lr(group):
             if stepping.follows_lr(group) and group.get("eta", 1.0) != 1:
@@ -95,25 +103,31 @@ def _base_lr(group: Mapping[str, Any], g: int) -> float:
 
 
 def _tensors(
-    rule: Rule, group: Mapping[str, Any], device: torch.device, where: str
+    rule: Rule, group: Mapping[str, Any], device: torch.device, captures: bool, where: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a group by the names of settings, and numbers to be checked in their places."""
     tensors, numbers = {}, dict[str, Any]()
     parts = {own.name: own.parts for own in rule.hyperparameters}
-    for key, value in group.items():
-        each = value if isinstance(value, (tuple, list)) and key in parts and parts[key] else (value,)
-        if key not in ("lr", "eta", *parts) or not any(isinstance(item, Tensor) for item in each):
+
+    def is_there(item: Any) -> bool:
+        readable = isinstance(item, Tensor) and item.device.type == "cpu" != device.type and not captures
+        return isinstance(item, Tensor) and not readable
+
+    for key in ("lr", "eta", *parts, *READ_HERE):
+        value = group.get(key)
+        names = parts.get(key) or (key,)
+        each = pair(key, value, where) if len(names) > 1 and value is not None else (value,)
+        if not any(map(is_there, each)):
             continue
         if key not in LIVE:
             raise TypeError(
                 f"{key} of {where} is a tensor, in an optimizer with capturable=True: allowed is a number. Tensors may "
                 f"be {', '.join(own for own in LIVE if own in ('lr', 'eta', *parts))}"
             )
-        names = parts.get(key) or (key,)
-        numbers[key] = tuple(STAND_IN if isinstance(item, Tensor) else item for item in each)
-        numbers[key] = numbers[key] if parts.get(key) else STAND_IN
+        stand_ins = tuple(STAND_IN if is_there(item) else item for item in each)
+        numbers[key] = stand_ins if len(names) > 1 else stand_ins[0]
         for k, (name, item) in enumerate(zip(names, each, strict=True)):
-            if isinstance(item, Tensor):
+            if is_there(item):
                 tensors[name] = _checked(item, f"{key}[{k}]" if len(names) > 1 else key, device, where)
     return tensors, numbers
 

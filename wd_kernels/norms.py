@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import sums
-from .clipping import Asked, Limits, Window
+from .clipping import Asked, Limits, Window, number
 from .rules import Rule
 from .schedules import Schedule
 from .schedules.tables import ScheduleTable, tabled
@@ -114,11 +114,10 @@ class Bank:
         """What torch.amp.GradScaler has left, float32 [1] on the device, without waiting for it."""
         if value is None:
             return otherwise
-        if not isinstance(value, Tensor):
-            return torch.full((1,), float(value), dtype=torch.float32, device=self.device)
-        if value.numel() != 1:
-            raise ValueError(f"{name} of the optimizer has shape {tuple(value.shape)}: allowed is one element")
-        return value.detach().reshape(1).to(device=self.device, dtype=torch.float32, non_blocking=True)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            return torch.full((1,), number(name, value, self.device), dtype=torch.float32, device=self.device)
+        there = value.detach().reshape(1).to(device=self.device, dtype=torch.float32, non_blocking=True)
+        return there if there.data_ptr() % 16 == 0 else there.clone()  # Triton would compile for it
 
 
 class Norms:
@@ -133,7 +132,9 @@ class Norms:
         bank: what a device has, where that decides; else None.
         limits: what this step makes of the norm.
         window: what spikes are told by, on the device that decides.
-        scheduled: some of the groups look up their eta on the device.
+        schedules: (group, table) of those that look up their eta on the device.
+        lrs: of all groups, numbers or tensors.
+        counts: (where the device counts for a schedule, what the group has been set to), written when a step begins.
         capturable: steps may be captured there, in the graph of a device that counts.
         captured: what the graphs read and write in which steps were captured.
         captured_at: where parameters and states of these lie, by position.
@@ -155,7 +156,10 @@ class Norms:
         self.sums = torch.zeros(len(slots), sums.WORDS, dtype=torch.int64, device=CPU)
         self.bank = None if device is None else Bank.of(device, len(params), [group for group, _ in slots], groups)
         self.limits: Limits | None = None
-        self.scheduled = self.capturable = False
+        self.capturable = False
+        self.schedules: list[tuple[int, ScheduleTable]] = []
+        self.lrs: list[float | Tensor] = []
+        self.counts: list[tuple[Tensor, int]] = []
         self.window = Window.empty()
         self.captured: list[Any] = []
         self.captured_at: dict[int, list[int]] = {}
@@ -217,13 +221,14 @@ class Norms:
         )
 
     def limit_words(self) -> Tensor:
-        """This step's limits as a device reads them: float64 [6 + groups] (csrc/layout.h, `LimitWord`)."""
+        """This step's limits as a device reads them: float64 [7 + groups] (csrc/layout.h, `LimitWord`)."""
         none = [float("nan")] * self.groups
-        words = [0.0, float("inf"), 0.0, float("inf"), 1.0, 0.0, *none]
+        words = [0.0, float("inf"), 0.0, float("inf"), 1.0, 0.0, 0.0, *none]
         if self.limits is not None:
             own = self.limits
             spikes = (own.sigma, float(own.window), float(own.loss is not None))
-            words = [float(own.measures), own.max_norm, float(own.skip_nonfinite), *spikes, *(own.own or none)]
+            words = [float(own.measures), own.max_norm, float(own.skip_nonfinite), *spikes, float(own.own is not None)]
+            words += own.own or none
         return torch.tensor(words, dtype=torch.float64, device=CPU)
 
     def reduce(self, bank: Bank) -> None:
@@ -236,11 +241,34 @@ class Norms:
         bank.sums.zero_()
         bank.sums[0] = total
 
-    def begin_without_gradients(self, bank: Bank, limits: Limits) -> None:
-        """What a step of a process finds that steps nothing: others wait for its sums."""
+    def set_schedule_steps(self) -> None:
+        """What groups have been set to is what the device counts on from."""
+        for steps, value in self.counts:
+            steps.fill_(value)
+
+    def begin_without_gradients(self, bank: Bank, limits: Limits | None) -> None:
+        """What a step of a process finds that steps nothing: others wait for its sums, and schedules count it."""
+        self.set_schedule_steps()
+        bank.found[0].fill_(math.nan)
+        bank.found[1].zero_()
+        if limits is not None:
+            self._decide_without_gradients(bank, limits)
+        for g, (values, endless) in self.schedules:
+            if endless:
+                bank.found[1:] = (bank.found[1:] != 0) | (bank.schedule_steps[g] >= values.shape[1])
+        moves = [lr != 0 for lr in self.lrs]
+        counts = (bank.found[1] == 0) & any(move for move in moves if isinstance(move, bool))
+        for move in moves:
+            if isinstance(move, Tensor):
+                counts = counts | ((bank.found[1] == 0) & move.reshape(()))
+        for g, (values, _) in self.schedules:
+            eta = values[0][bank.schedule_steps[g].clamp(max=values.shape[1] - 1)]
+            bank.etas[g] = torch.where(counts, eta, bank.etas[g])
+            bank.schedule_steps[g] += counts
+
+    def _decide_without_gradients(self, bank: Bank, limits: Limits) -> None:
         bank.found[1:] = bank.given(limits.found_inf, bank.zero, "found_inf") != 0
         if not limits.measures:
-            bank.found[0].fill_(float("nan"))
             return
         bank.sums.zero_()
         self.reduce(bank)

@@ -123,7 +123,8 @@ class DecoupledOptimizer(Optimizer):
                     hypers = self.rule.hypers(groups, default=self.defaults["decay"])
                 else:
                     mode = self.defaults["decay"]
-                    hypers, lives = live.read(self.rule, groups, device, mode, table.capturable)
+                    captures = table.capturable and backends.capturing(device)
+                    hypers, lives = live.read(self.rule, groups, device, mode, table.capturable, captures)
                 limits = self._limits(hypers, loss)
                 if device is None:
                     hypers, ticks = stepping.follow(groups, hypers)
@@ -185,9 +186,8 @@ class DecoupledOptimizer(Optimizer):
 
     @spike_window.setter
     def spike_window(self, value: int) -> None:
-        before = self.spike_window
-        self._set_limits(spike_window=value)
-        if value != before:
+        if value != self.spike_window:
+            self._set_limits(spike_window=value)
             self._table.window.seen.zero_()
 
     def _set_limits(self, **changes: Any) -> None:
@@ -197,6 +197,7 @@ class DecoupledOptimizer(Optimizer):
         asked.set(**settings, where="the optimizer")
         if asked.asked and self.release is not None:
             raise RuntimeError(f"{', '.join(f'{name}={value!r}' for name, value in changes.items())}: {RELEASED}")
+        self._refuse_captured(f"{next(iter(changes))} is set")
         self._clipping = asked
 
     @property
@@ -227,8 +228,8 @@ class DecoupledOptimizer(Optimizer):
     def end_captures(self) -> None:
         """Tells that no graph is replayed any more in which steps were captured (`capturable=True`).
 
-        Until then all memory that they read and write is kept, and what would leave them behind is an error: loading a
-        state, other groups.
+        Until then the optimizer keeps all memory that they read and write, so it must be kept itself, and what would
+        leave them behind is an error: loading a state, other groups, other limits.
         """
         self._table.norms.end_captures()
 
@@ -453,6 +454,7 @@ class DecoupledOptimizer(Optimizer):
         # multiprocessing hands these to the process that it starts, which is after this has returned.
         self._handed_over = [own["step"] for own in packed["state"].values() if isinstance(own, dict) and "step" in own]
         packed["backend"] = self.backend
+        packed["param_groups"] = [state_dicts.with_own_schedule(group) for group in packed["param_groups"]]
         packed["_capturable"] = self._capturable
         own = self._clipping
         packed["clipping"] = {name: getattr(own, name) for name in ("max_norm", "skip_nonfinite", "sigma", "window")}

@@ -34,7 +34,7 @@ from .schedules.stepping import follows_lr
 from .sharding import check_sharding, local, sharded_like
 from .validation import check_type, conform_state, label, read_counts, step_count, without_memory
 
-__all__ = ["export", "load", "settle", "with_own_counts"]
+__all__ = ["export", "load", "settle", "with_own_counts", "with_own_schedule"]
 
 HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would step: the live group's stay
 STORED = ("state_dtype", "stochastic_rounding", "master_weights")  # so do these
@@ -64,6 +64,17 @@ def settle(rule: Rule, group: dict[str, Any], default: str) -> None:
             del group[key]
 
 
+def with_own_schedule(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with numbers in the place of what a device counts of its schedule, and shows there."""
+    own = dict(group)
+    if own.get("schedule") is not None and not follows_lr(own):
+        if isinstance(own.get("schedule_step"), Tensor):
+            own["schedule_step"] = stepping.check(own, "a param group")
+        if isinstance(own.get("eta"), Tensor):
+            own["eta"] = float(own["eta"])
+    return own
+
+
 def with_own_counts(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """The state with copies of the step counts: a view would carry the table's whole vector into a pickle."""
     own: dict[Any, Any] = defaultdict(dict)
@@ -84,10 +95,7 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
     stepped = set(state) if rule.torch.counts_steps else _stepped(state)
     groups = []
     for packed_group in packed["param_groups"]:
-        group = dict(packed_group)
-        if isinstance(group.get("schedule_step"), Tensor):  # a device counts, and shows eta
-            group["schedule_step"] = stepping.check(group, "a param group")
-            group["eta"] = float(group.get("eta", 1.0))
+        group = with_own_schedule(packed_group)
         settle(rule, group, default)
         if group.get("schedule") is not None:
             group["schedule"] = named(group["schedule"])

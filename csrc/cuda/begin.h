@@ -115,7 +115,6 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
       if (own[kBaseLr] != 0) group.eta = group.lr / own[kBaseLr];
       group.a = own[kBaseLr] != 0 ? group.lr : group.eta * group.lr;
       if (group.lr != 0) found[lane] |= kMoves;
-      of.etas[g] = group.eta;
       Rule row = {};
       row.group(group);
       double scalars[width_of<Rule>()];
@@ -237,8 +236,14 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
       of.steps[i] = of.steps[i] + 1;
       of.fresh[i] = 0;
     }
-    for (int g = lane; g < of.of_groups; g += kThreads)
-      if (of.scheduled != 0 && moves && !skip) of.schedule_steps[g] += 1;
+    for (int g = lane; g < of.of_groups; g += kThreads) {
+      const int64_t* const of_schedule = of.sources + int64_t(g) * (width + kSourceWords) + width;
+      if (of_schedule[kTable] == 0 || !moves || skip) continue;
+      const int64_t steps = of.schedule_steps[g], length = of_schedule[kTableLength];
+      const double* const table = memory<double>(reinterpret_cast<void* const*>(of_schedule)[kTable], 0);
+      of.etas[g] = table[steps < length ? steps : length - 1];
+      of.schedule_steps[g] = steps + 1;
+    }
   }
 }
 

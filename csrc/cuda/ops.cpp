@@ -116,7 +116,7 @@ void squares_(int64_t given, const Tensor chunks, const Tensor places, const Ten
 }
 
 // Begins a step on a device: `Begin` of layout.h, where `tensors` are its pointers, in order.
-void begin_(int64_t given, int64_t rule, bool scheduled, std::vector<Tensor> tensors) {
+void begin_(int64_t given, int64_t rule, std::vector<Tensor> tensors) {
   STD_TORCH_CHECK(given == token(), "cuda_begin_ is for this package alone");
   STD_TORCH_CHECK(tensors.size() == 22, "cuda_begin_: 22 tensors");
   const void* entry = begin_of(rule);
@@ -180,8 +180,7 @@ void begin_(int64_t given, int64_t rule, bool scheduled, std::vector<Tensor> ten
                       int32_t(sums.size(1)),
                       int32_t(n),
                       int32_t(rows.size(0)),
-                      int32_t(active.numel()),
-                      int32_t(scheduled)};
+                      int32_t(active.numel())};
   const Device current(device);
   const char* wrong = launch_begin(entry, what, current.stream());
   STD_TORCH_CHECK(wrong == nullptr, "a step on cuda:", device, " could not be begun: ", wrong);
@@ -222,7 +221,7 @@ WD_EXPANDED(STABLE_TORCH_LIBRARY_FRAGMENT, WD_NAMESPACE, m) {
   m.def(
       "cuda_squares_(int token, Tensor chunks, Tensor places, Tensor moving, int chunk_size, int param, int grad, int "
       "copies, int stride) -> ()");
-  m.def("cuda_begin_(int token, int rule, bool scheduled, Tensor[] tensors) -> ()");
+  m.def("cuda_begin_(int token, int rule, Tensor[] tensors) -> ()");
   m.def("cuda_load_squares(int device, int param, int grad) -> str");
   m.def("cuda_load_begin(int device, int rule) -> str");
   m.def("cuda_built() -> str");

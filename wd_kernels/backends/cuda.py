@@ -13,7 +13,7 @@ from ..formats import arithmetic_dtype, format_of
 from ..layout import Bucket, Spec, Table, native_kernel
 from ..norms import Bank, Norms
 from ..rules import Rule, code_of
-from .device import OnDevice, arguments
+from .device import OnDevice, arguments, refuse_loading
 from .device_copy import There
 
 __all__ = ["CUDA"]
@@ -73,6 +73,7 @@ class CUDA(OnDevice):
         """Brings a kernel to a device, where a failure leaves every tensor as it was."""
         key = (device, str(which))
         if key not in self._loaded:
+            refuse_loading(device)
             wrong = load(device.index or 0, *which)
             if wrong:
                 raise RuntimeError(f"a CUDA kernel cannot be loaded on {device}: {wrong}")
@@ -97,5 +98,5 @@ class CUDA(OnDevice):
 
     def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:
         self._load(bank.device, self.ops.cuda_load_begin, code_of(rule))
-        given = self.token, code_of(rule), norms.scheduled, arguments(norms, bank, there)
+        given = self.token, code_of(rule), arguments(norms, bank, there)
         return partial(self.ops.cuda_begin_.default, *given)

@@ -17,7 +17,7 @@ from ..rules import Rule
 from .device_copy import DeviceCopy, There, chunk_size
 from .prepared import Prepared
 
-__all__ = ["OnDevice", "arguments", "capturing", "current", "machine"]
+__all__ = ["OnDevice", "arguments", "capturing", "current", "machine", "refuse_loading"]
 
 
 @cache
@@ -40,6 +40,15 @@ def capturing(device: torch.device) -> bool:
         return False
     with current(device):
         return torch.cuda.is_current_stream_capturing()
+
+
+def refuse_loading(device: torch.device) -> None:
+    """Raises where a kernel would be brought to a device within a capture."""
+    if capturing(device):
+        raise RuntimeError(
+            f"a step is captured in a graph, and a kernel of it is not on {device} yet: take one outside of the graph "
+            "first, with the same dtypes and the same limits"
+        )
 
 
 def _check_capture(norms: Norms | None) -> None:
@@ -119,6 +128,7 @@ class OnDevice(ABC):
         there["control"] = bank.control
         begin = self.begin(table.rule, norms, bank, there)
         squares = []
+        norms.set_schedule_steps()
         if norms.measures:
             for bucket in buckets:
                 tables: There = there

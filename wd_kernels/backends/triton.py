@@ -12,7 +12,7 @@ import torch
 from ..layout import BLOCK, Bucket, Spec, Table
 from ..norms import Bank, Norms
 from ..rules import Rule
-from .device import OnDevice, arguments, current, machine
+from .device import OnDevice, arguments, current, machine, refuse_loading
 from .device_copy import There
 
 __all__ = ["OLDEST", "Triton", "block", "interpreted", "options", "version"]
@@ -175,7 +175,7 @@ class Triton(OnDevice):
         kernels = _begin()
         own = (
             *arguments(norms, bank, there), *bank.sums.shape[:2], len(bank.clips), there["rows"].shape[0],
-            bank.steps.numel(), int(norms.scheduled), getattr(kernels, f"group_{rule.name}"),
+            bank.steps.numel(), getattr(kernels, f"group_{rule.name}"),
             getattr(kernels, f"count_{rule.name}"), len(rule.own), len(rule.group_scalars), len(rule.count_scalars),
             rule.scalars.index("grad_scale"),
         )  # fmt: skip
@@ -193,6 +193,7 @@ class Triton(OnDevice):
         if interpreted():
             return partial(kernel[programs,], *arguments, **how)
         if (device, *key) not in self._compiled:  # and loaded here, where a failure leaves every tensor as it was
+            refuse_loading(device)
             with current(device):
                 _load(kernel.warmup(*arguments, grid=(1,), **how))
             self._compiled.add((device, *key))

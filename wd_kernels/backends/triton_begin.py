@@ -18,7 +18,7 @@ NANS = tl.constexpr(sums.NANS)
 SUM_WORDS = tl.constexpr(sums.WORDS)
 LR, ETA, WEIGHT_DECAY, DECAY, BASE_LR, SEED, OWN = (tl.constexpr(k) for k in range(7))
 SOURCES = tl.constexpr(3)
-OWN_LIMITS = tl.constexpr(6)
+OWN_LIMITS = tl.constexpr(7)
 
 
 @triton.jit
@@ -227,9 +227,9 @@ def setting(settings, sources, group, k, width, there):
 
 
 @triton.jit
-def make_groups(settings, sources, schedule_steps, etas, groups, of_groups, group: tl.constexpr, of_rule: tl.constexpr,
+def make_groups(settings, sources, schedule_steps, groups, of_groups, group: tl.constexpr, of_rule: tl.constexpr,
                 group_scalars: tl.constexpr):  # fmt: skip
-    """What groups give to rows, and their etas. Returns whether an lr is not 0, and a schedule beyond its table."""
+    """What groups give to rows. Returns whether an lr is not 0, and a schedule beyond its table."""
     group_width: tl.constexpr = group_scalars + 1
     of_settings: tl.constexpr = OWN + of_rule
     lane = tl.arange(0, 128)
@@ -263,16 +263,15 @@ def make_groups(settings, sources, schedule_steps, etas, groups, of_groups, grou
         for i in tl.static_range(group_scalars):
             tl.store(groups + g * group_width + i, part[i], mask=there)
         tl.store(groups + g * group_width + group_scalars, seed, mask=there)
-        tl.store(etas + g, eta, mask=there)
         moves = tl.maximum(moves, tl.reduce(tl.where(there & (lr != 0.0), 1, 0), 0, larger))
         past = tl.maximum(past, tl.reduce(tl.where(tabled & (endless != 0) & (t >= length), 1, 0), 0, larger))
     return moves, past
 
 
-@triton.jit(do_not_specialize=["copies", "slots", "of_groups", "of_rows", "of_params", "scheduled"])
+@triton.jit(do_not_specialize=["copies", "slots", "of_groups", "of_rows", "of_params"])
 def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings, sources, keys, active, steps, fresh,
                  schedule_steps, etas, groups, rows, clips, control, found, last, spikes_seen, loss, copies, slots,
-                 of_groups, of_rows, of_params, scheduled, group: tl.constexpr, count: tl.constexpr,
+                 of_groups, of_rows, of_params, group: tl.constexpr, count: tl.constexpr,
                  of_rule: tl.constexpr, group_scalars: tl.constexpr, count_scalars: tl.constexpr,
                  grad_scale_at: tl.constexpr):  # fmt: skip
     """Begins a step: decides on the norm of the gradients, makes the rows, counts (csrc/layout.h, `Begin`).
@@ -283,7 +282,7 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
     """
     group_width: tl.constexpr = group_scalars + 1
     width: tl.constexpr = group_scalars + count_scalars + 1
-    moves, past = make_groups(settings, sources, schedule_steps, etas, groups, of_groups, group, of_rule, group_scalars)
+    moves, past = make_groups(settings, sources, schedule_steps, groups, of_groups, group, of_rule, group_scalars)
     scale = tl.load(grad_scale).to(tl.float64)
     measures = tl.load(limits) != 0
     max_norm = tl.load(limits + 1)
@@ -326,14 +325,16 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
     tl.store(control + 1, skip.to(tl.float64))
     tl.store(found, norm)
     tl.store(found + 1, skip.to(tl.float64))
-    for g in range(of_groups):
-        own = tl.load(own_limits + g)
-        of_group = clip
-        if measures & (own == own):
-            of_group = clip_of(tl.sqrt(value_of(totals + g * SUM_WORDS)) / scale, own)
-        tl.store(clips + g, of_group)
-    tl.debug_barrier()
     lane = tl.arange(0, 128)
+    for first in range(0, of_groups, 128):
+        tl.store(clips + first + lane, tl.full((128,), 0.0, tl.float64) + clip, mask=first + lane < of_groups)
+    if measures & (tl.load(limits + 6) != 0.0):
+        tl.debug_barrier()
+        for g in range(of_groups):
+            own = tl.load(own_limits + g)
+            if own == own:
+                tl.store(clips + g, clip_of(tl.sqrt(value_of(totals + g * SUM_WORDS)) / scale, own))
+    tl.debug_barrier()
     for first in range(0, of_rows, 128):
         row = first + lane
         there = row < of_rows
@@ -363,8 +364,13 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
         before = tl.load(steps + param, mask=there & stepped, other=0.0)
         tl.store(steps + param, before + 1.0, mask=there & stepped)
         tl.store(fresh + param, tl.full((128,), 0.0, tl.float32), mask=there & stepped)
-    counted = tl.where((scheduled != 0) & (skip == 0) & (moves != 0), of_groups, 0)
+    counted = tl.where((skip == 0) & (moves != 0), of_groups, 0)
     for first in range(0, counted, 128):
         at = first + lane
-        seen = tl.load(schedule_steps + at, mask=at < counted, other=0)
-        tl.store(schedule_steps + at, seen + 1, mask=at < counted)
+        of_schedule = sources + at * (OWN + of_rule + SOURCES) + (OWN + of_rule)
+        table = tl.load(of_schedule, mask=at < counted, other=0)
+        length = tl.load(of_schedule + 1, mask=at < counted, other=0)
+        seen = tl.load(schedule_steps + at, mask=table != 0, other=0)
+        value = table.to(tl.pointer_type(tl.float64)) + tl.minimum(seen, length - 1)
+        tl.store(etas + at, tl.load(value, mask=table != 0, other=0.0), mask=table != 0)
+        tl.store(schedule_steps + at, seen + 1, mask=table != 0)

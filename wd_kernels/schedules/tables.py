@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from .shapes import Schedule
 
 __all__ = ["LONGEST", "ScheduleTable", "can_be_tabled", "tabled"]
 
-#: Steps of the table of a schedule that never settles, since it restarts for ever.
+#: Steps of the longest table: of a schedule that never settles, since it restarts for ever, or does so later.
 LONGEST = 2**20
 
 
@@ -40,10 +41,10 @@ def can_be_tabled(schedule: object) -> bool:
 
 
 def tabled(schedule: Schedule) -> ScheduleTable:
-    """The table of a schedule.
+    """The table of a schedule; the last ones that were asked for are remembered, by what they are.
 
     Raises:
-        ValueError: it gives no finite number >= 0.
+        ValueError: it gives no finite number >= 0, or does not keep its value when it says so.
 
     Example:
         >>> from wd_kernels.schedules import Warmup
@@ -51,8 +52,17 @@ def tabled(schedule: Schedule) -> ScheduleTable:
         ScheduleTable(values=tensor([[0.2500, 0.5000, 0.7500, 1.0000, 1.0000],
                 [1.0000, 1.0000, 1.0000, 1.0000, 1.0000]], dtype=torch.float64), endless=False)
     """
+    try:
+        hash(schedule)
+    except TypeError:
+        return _made(schedule, LONGEST)
+    return _known(schedule, LONGEST)
+
+
+def _made(schedule: Schedule, longest: int) -> ScheduleTable:
     settles = schedule.settles
-    steps = range(LONGEST if settles is None else settles + 1)
+    endless = settles is None or settles >= longest
+    steps = range(longest if settles is None or endless else settles + 1)
     factor: Any = getattr(schedule, "decay_factor", None)
     rows = [[schedule(t) for t in steps], [1.0 if factor is None else factor(t) for t in steps]]
     values = torch.tensor(rows, dtype=torch.float64, device="cpu")
@@ -61,4 +71,14 @@ def tabled(schedule: Schedule) -> ScheduleTable:
         if wrong.any():
             t = int(wrong.nonzero()[0])
             raise ValueError(f"{name}({t})={float(row[t])} of {schedule!r}: allowed are finite numbers >= 0")
-    return ScheduleTable(values, settles is None)
+    for later in (1, 2, 3, 10, 1000) if settles is not None and not endless else ():
+        value = schedule(steps[-1] + later)
+        if value != values[0, -1]:
+            raise ValueError(
+                f"{schedule!r} settles at step {settles}, by its `settles` (or `steps`), and is "
+                f"{float(values[0, -1])} there and {value} at {steps[-1] + later}: from there on it must keep its value"
+            )
+    return ScheduleTable(values, endless)
+
+
+_known = lru_cache(maxsize=4)(_made)

@@ -99,7 +99,7 @@ class TensorTable:
         self.window = Window.empty()
         self.history = torch.zeros(0, device=CPU)  # which parameters the last step had
         self._new_histories: dict[tuple[object, ...], float] = {}  # of this step
-        self._known_row_keys: tuple[Keys | None, Tensor] = None, torch.zeros(0, 2, dtype=torch.int64, device=CPU)
+        self._known_row_keys: tuple[Keys | None, Tensor] | None = None  # and what they were made of is the same
         self.params: list[Tensor] = []
         self.places: list[tuple[int, int]] = []
         self.views: list[Tensor | None] = []
@@ -176,7 +176,7 @@ class TensorTable:
                     self.keys = found.keys or None
                     watch.forget_inspections(self.inspected)
                     self.watch = watch
-                    if self.norms.bank is not None and limits is not None and work.rows is None:
+                    if self.norms.bank is not None and work.rows is None:
                         self.norms.begin_without_gradients(self.norms.bank, limits)
                     return
                 else:
@@ -197,8 +197,8 @@ class TensorTable:
 
         Other threads may run while many elements are stepped, unless they keep exchanging what is to be stepped.
         """
-        known = self.keys is not None and self.launches is not None
-        if known and self.written is None:
+        laid_out = self.keys is not None and self.launches is not None
+        if laid_out and self.written is None:
             self.written = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
         rows, asked, norms, prepared = None, None, self.norms, backends.Prepared([], None)
         norms.limits, norms.capturable = limits, self.capturable
@@ -210,8 +210,15 @@ class TensorTable:
             norms.lent = [t for own in lives for t in own.tensors.values()]
             ticks = [*ticks, *self._follow_schedules(norms.bank, lives)]
             if self.captures:
-                self._check_capture(ticks)
-        if known and self.keys and self.launches is not None:
+                self._check_capture(norms.bank, limits, lives, ticks)
+            norms.lrs = [own.tensors.get("lr", lr) for (_, lr, _, _), own in zip(hypers, lives, strict=True)]
+            norms.schedules = [
+                (g, norms.bank.table(own.schedule)) for g, own in enumerate(lives) if own.schedule is not None
+            ]
+            if not norms.captured:  # graphs have the tables of their schedules
+                known = {id(own.schedule) for own in lives}
+                norms.bank.tables = {key: table for key, table in norms.bank.tables.items() if key in known}
+        if laid_out and self.keys and self.launches is not None:
             prepared = self.launches
             if norms.bank is None:
                 rows = self.rule.rows(hypers, self.keys)
@@ -250,8 +257,18 @@ class TensorTable:
                 "optimizer for each"
             )
 
-    def _check_capture(self, ticks: Sequence[Tick]) -> None:
+    def _check_capture(
+        self, bank: Bank, limits: Limits | None, lives: Sequence[Live], ticks: Sequence[Tick]
+    ) -> None:  # fmt: skip
         """What a graph's replays would do again, or not at all, does not belong in it."""
+        given = {} if limits is None else {"grad_scale": limits.scale, "found_inf": limits.found_inf}
+        given |= {} if limits is None else {"latest_loss": limits.loss}
+        for name, value in given.items():
+            if value is not None and not (isinstance(value, Tensor) and value.device == bank.device):
+                raise RuntimeError(
+                    f"{name}={value!r} of the optimizer, in a step that is captured in a graph, which would have this "
+                    f"number in every replay: allowed are tensors on {bank.device}"
+                )
         if self.puts:
             raise _not_ready(f"{self._label(self.puts[0][0])} takes its first step, or has other states than before")
         for i, found in self.inspected.items():
@@ -260,7 +277,8 @@ class TensorTable:
                     f"{self._label(i)} or its gradient lies otherwise in memory than what is stepped, which is a copy: "
                     "such a step cannot be captured in a graph; pass contiguous tensors"
                 )
-        if ticks:
+        new = any(own.schedule is not None and id(own.schedule) not in bank.tables for own in lives)
+        if ticks or new:
             raise _not_ready("a schedule, or its schedule_step, is another one than in the last step")
 
     def _note_captured(self) -> None:
@@ -292,16 +310,26 @@ class TensorTable:
     def _follow_schedules(self, bank: Bank, lives: Sequence[Live]) -> list[Tick]:
         """What the groups are to show of schedules that the device counts."""
         ticks: list[Tick] = []
-        self.norms.scheduled = False
+        self.norms.counts = []
         for g, (group, own) in enumerate(zip(self.groups, lives, strict=True)):
-            if own.schedule is None:
-                continue
-            self.norms.scheduled = True
             steps, eta = bank.views[g]
+            schedule = group.get("schedule")
+            if own.schedule is None and schedule is not None and not stepping.follows_lr(group):
+                continue  # the host follows it
+            if own.schedule is None:  # it may have had one, whose last values stay
+                ticks += [
+                    (group, key, view.item())
+                    for key, view in (("schedule_step", steps), ("eta", eta))
+                    if group.get(key) is view
+                ]
+                continue
             if group.get("schedule_step") is not steps:
-                if not self.captures:
-                    steps.fill_(stepping.check(group, f"param group {g}"))
-                ticks += ((group, "schedule_step", steps), (group, "eta", eta))
+                self.norms.counts.append((steps, stepping.check(group, f"param group {g}")))
+            ticks += [
+                (group, key, view)
+                for key, view in (("schedule_step", steps), ("eta", eta))
+                if group.get(key) is not view
+            ]
         return ticks
 
     def counts_on(self, groups: Sequence[Mapping[str, Any]]) -> torch.device | None:
@@ -338,6 +366,7 @@ class TensorTable:
 
     def _part_histories(self) -> None:
         """Another set of parameters than in the last step is stepped: these have another history from now on."""
+        self._known_row_keys = None
         pairs = list(zip(self.counts.steps.tolist(), self.active.tolist(), strict=True))
         first_of: dict[float, int] = {}
         for i in self.norms.captured_at:
@@ -354,14 +383,15 @@ class TensorTable:
 
     def _history(self, *of: object) -> float:
         """What stands for a history that began in this step."""
+        self._known_row_keys = None
         if of not in self._new_histories:
             self._new_histories[of] = float(self.counts.steps.max()) + 1
         return self._new_histories[of]
 
     def _row_keys(self) -> Tensor:
         """Of each row its group, and a parameter that has its count: int64 [rows, 2]."""
-        known, words = self._known_row_keys
-        if known != self.keys:
+        known, words = self._known_row_keys or (None, None)
+        if words is None or known != self.keys:
             each = zip(self._group_of, self.counts.steps.tolist(), self.active.tolist(), strict=True)
             of = {(g, int(history) + 1): i for i, (g, history, on) in enumerate(each) if on}
             pairs = [(g, of[g, history]) for g, history, _ in self.keys or ()]
@@ -428,6 +458,7 @@ class TensorTable:
             self.history = torch.zeros(n, device=CPU)
         self.counts: Counts = Counts(steps, active, torch.zeros(n, dtype=torch.uint8, device=CPU))
         self._group_of = [g for g, _ in watch.places]
+        self._known_row_keys = None
         self.beside = max((len(states) + storage.parts(states) for states, storage in needs), default=0)
         self.own_segments = Segments.empty(n, self.beside)
         if any(type(t) is not Tensor for t in (self.control, self.own_segments.moving)):
