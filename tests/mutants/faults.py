@@ -282,8 +282,12 @@ CAPTURE = [
         ("cuda: a schedule past its table goes on", "!= 0 && steps >= length) found", "!= 0 && false) found"),
         ("cuda: the weight decay of a schedule stays", "group.weight_decay * table[length + at]", "group.weight_decay"),
         ("cuda: eta that follows lr multiplies it", "own[kBaseLr] != 0 ? group.lr : group.eta", "group.eta"),
-        ("cuda: a skipped step is counted by schedules", "moves && !skip) of.sch", "moves) of.sch"),
-        ("cuda: a step that freezes all is counted", "of.scheduled != 0 && moves &&", "of.scheduled != 0 &&"),
+        (
+            "cuda: a skipped step is counted by schedules",
+            "== 0 || !moves || skip) continue;",
+            "== 0 || !moves) continue;",
+        ),
+        ("cuda: a step that freezes all is counted", "== 0 || !moves || skip) continue;", "== 0 || skip) continue;"),
         ("cuda: a spike is not skipped", "(all & kPast) != 0 || spike;", "(all & kPast) != 0;"),
         ("cuda: a spike is told by too few", "n >= (window < 4 ? 2 : window / 2) && !(x", "!(x"),
         ("cuda: what is not finite is remembered", "          if (x - x == 0) {\n", "          {\n"),
@@ -325,8 +329,8 @@ CAPTURE = [
         ("triton: eta that follows lr multiplies it", "a = tl.where(follows, lr, eta * lr)", "a = eta * lr"),
         (
             "triton: a skipped step is counted by schedules",
-            "(scheduled != 0) & (skip == 0) & (moves",
-            "(scheduled != 0) & (moves",
+            "counted = tl.where((skip == 0) & (moves",
+            "counted = tl.where((moves",
         ),
         (
             "triton: a schedule past its table goes on",
@@ -350,7 +354,7 @@ CAPTURE = [
     *_of(
         "wd_kernels/schedules/tables.py",
         "capture",
-        ("tables: a schedule never settles", "LONGEST if settles is None else settles + 1", "LONGEST"),
+        ("tables: a schedule never settles", "longest if settles is None or endless else settles + 1", "longest"),
         ("tables: the last value is missing", "settles + 1)", "settles or 1)"),
         ("tables: parts may be any function", "return all(map(can_be_tabled, schedule.parts))", "return True"),
     ),
@@ -373,9 +377,29 @@ CAPTURE = [
         ("capture: counts part", "if pairs[one][1] != pairs[i][1]:", "if False:"),
         (
             "capture: a schedule_step that was set is not taken",
-            'steps.fill_(stepping.check(group, f"param group {g}"))',
+            'self.norms.counts.append((steps, stepping.check(group, f"param group {g}")))',
             "pass",
         ),
+    ),
+    *_of(
+        "wd_kernels/table/table.py",
+        "capture",
+        (
+            "rows: of who had the count before",
+            'from now on."""\n        self._known_row_keys = None\n',
+            'from now on."""\n',
+        ),
+        (
+            "schedules: eta that somebody sets stands",
+            "                if group.get(key) is not view\n",
+            '                if key == "schedule_step" and group.get(key) is not view\n',
+        ),
+        ("capture: a new schedule's table is made in it", "if ticks or new:", "if ticks:"),
+    ),
+    *_of(
+        "wd_kernels/norms.py",
+        "capture",
+        ("schedules: a step without gradients is not counted", "bank.schedule_steps[g] += counts", "pass"),
     ),
     *_of(
         "wd_kernels/backends/device_copy.py",
@@ -411,7 +435,7 @@ CAPTURE = [
         "capture",
         (
             "capture: a saved schedule_step is the device's",
-            'if isinstance(group.get("schedule_step"), Tensor):',
+            'if isinstance(own.get("schedule_step"), Tensor):',
             "if False:",
         ),
     ),
