@@ -1,6 +1,7 @@
 """Clipping by the norm of all gradients and a step: ours, in the step, and torch's two calls, in turns. Prints a table.
 
 python bench/clipping.py [> bench/results/clipping.txt]
+python bench/clipping.py --device cuda [> bench/results/clipping-gpu.txt]     # and both in CUDA graphs
 
 Bytes of an AdamW step in float32: 28 an element; ours reads the gradients once more (32), torch's clip_grad_norm_ also
 rewrites them (40).
@@ -8,9 +9,10 @@ rewrites them (40).
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
 from typing import Any
@@ -28,15 +30,15 @@ CASES = {
 MAX_NORM = 1.0
 
 
-def parameters(tensors: int, elements: int, dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    made = [torch.nn.Parameter(torch.randn(elements).to(dtype)) for _ in range(tensors)]
+def parameters(tensors: int, elements: int, dtype: torch.dtype, device: str) -> list[torch.nn.Parameter]:
+    made = [torch.nn.Parameter(torch.randn(elements, device=device).to(dtype)) for _ in range(tensors)]
     for p in made:
         p.grad = torch.randn_like(p)
     return made
 
 
-def sides(make: Callable[[], list[torch.nn.Parameter]]) -> dict[str, Callable[[], object]]:
-    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
+def sides(make: Callable[[], list[torch.nn.Parameter]], graphs: bool) -> dict[str, Callable[[], object]]:
+    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "capturable": graphs}
     theirs = make()
     torchs = torch.optim.AdamW(theirs, fused=True, **options)
     clipping = wd_kernels.AdamW(make(), max_grad_norm=MAX_NORM, **options)
@@ -46,24 +48,62 @@ def sides(make: Callable[[], list[torch.nn.Parameter]]) -> dict[str, Callable[[]
         torch.nn.utils.clip_grad_norm_(theirs, MAX_NORM)
         torchs.step()
 
-    return {"torch": clip_and_step, "ours": clipping.step, "torch, step": torchs.step, "ours, step": plain.step}
+    found: dict[str, Callable[[], object]] = {
+        "torch": clip_and_step, "ours": clipping.step, "torch, step": torchs.step, "ours, step": plain.step,
+    }  # fmt: skip
+    if graphs:
+        found |= {"torch, graph": captured(clip_and_step), "ours, graph": captured(clipping.step)}
+    return found
 
 
-def main() -> None:
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a CUDA graph of a step, after some outside of it."""
+    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def seconds(step: Callable[[], object], device: str) -> float:
+    """Of one step; on a GPU of several, until the last one is done."""
+    steps = 10 if device == "cuda" else 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rehearse", action="store_true", help="tiny tensors, few rounds: it checks this program")
+    arguments = parser.parse_args(argv)
+    device, graphs = arguments.device, arguments.device == "cuda"
     versions = ", ".join(f"{key} {value}" for key, value in internals.versions_here().items())
-    print(f"{date.today()}; {versions}\nAdamW, median ms (quartiles): clip and step, and a step alone\n")
-    names = ("torch", "ours", "torch, step", "ours, step")
+    where = f"; {torch.cuda.get_device_name()}" if graphs else ""
+    print(f"{date.today()}; {versions}{where}\nAdamW, median ms (quartiles): clip and step, and a step alone\n")
+    names = ["torch", "ours", "torch, step", "ours, step", *(["torch, graph", "ours, graph"] if graphs else [])]
     print(f"{'tensors':>14}  {'':<8}  " + "  ".join(f"{name:>22}" for name in names) + "  clip and step, torch / ours")
-    for (tensors, elements, dtype), rounds in CASES.items():
-        own = sides(partial(parameters, tensors, elements, dtype))
+    for (tensors, elements, dtype), most in CASES.items():
+        rounds = 2 if arguments.rehearse else most
+        elements = min(elements, 100) if arguments.rehearse else elements
+        own = sides(partial(parameters, tensors, elements, dtype, device), graphs)
         times: dict[str, list[float]] = {name: [] for name in names}
         for t in range(rounds + 2):
             for name in names:
-                start = time.perf_counter()
-                own[name]()
-                times[name] += [1e3 * (time.perf_counter() - start)] * (t >= 2)
+                times[name] += [1e3 * seconds(own[name], device)] * (t >= 2)
         quartiles = {name: statistics.quantiles(times[name], n=4) for name in names}
-        cells = [f"{q[1]:.2f} ({q[0]:.2f} to {q[2]:.2f})" for q in quartiles.values()]
+        cells = [f"{q[1]:.3g} ({q[0]:.3g} to {q[2]:.3g})" for q in quartiles.values()]
         ratio = quartiles["torch"][1] / quartiles["ours"][1]
         size = f"{elements >> 20}Mi" if elements % (1 << 20) == 0 else str(elements)
         kind = str(dtype).removeprefix("torch.")

@@ -5,7 +5,8 @@
     python bench/gpu.py --out DIR --only tune                        # launch parameters, into DIR/tune.json and .txt
     python bench/gpu.py --out DIR --rehearse                         # on the CPU with tiny tensors
 
-DIR then has gpu.json (everything, written after every case), gpu.txt (the tables), tests.txt and peers.png. Each part
+DIR then has gpu.json (everything, written after every case), gpu.txt (the tables), tests.txt, clipping.txt and
+peers.png. Each part
 has a budget of time; what fails is said in the report and ends nothing else. bench/report.py keeps gpu.json.
 """
 
@@ -32,8 +33,9 @@ sys.path.insert(0, str(ROOT))  # nothing need be installed; the package is impor
 
 BUILD = (sys.executable, "setup.py", "build_ext", "--inplace")
 TESTS = (sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-vv", "-p", "no:cacheprovider", "tests")
-PARTS = ("build", "tests", "copy", "steps", "plots")
-SECONDS = {"build": 100.0, "tests": 220.0, "steps": 200.0}
+CLIPPING = (sys.executable, "-u", "bench/clipping.py")
+PARTS = ("build", "tests", "copy", "clipping", "steps", "plots")
+SECONDS = {"build": 100.0, "tests": 220.0, "clipping": 50.0, "steps": 200.0}
 
 
 def run(arguments: Sequence[str], seconds: float, path: Path) -> tuple[int | None, str, str]:
@@ -74,6 +76,13 @@ def run_tests(seconds: float, path: Path, arguments: Sequence[str] = TESTS) -> d
     return {**counts, "says": ", ".join([*says, how])}
 
 
+def measure_clipping(seconds: float, path: Path, rehearse: bool) -> dict[str, Any]:
+    """Clip and step, in graphs too, beside torch; its table into a file."""
+    how = ("--rehearse",) if rehearse else ("--device", "cuda")
+    status, says, text = run((*CLIPPING, *how), seconds, path)
+    return {"says": says if status == 0 else f"FAILED: {says}: {(text.splitlines() or ['no output'])[-1]}"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the parts, prints the tables last; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -108,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts: dict[str, Callable[[], Any]] = {
         "build": lambda: built,
         "tests": lambda: run_tests(left("tests"), out / "tests.txt"),
+        "clipping": lambda: measure_clipping(left("clipping"), out / "clipping.txt", arguments.rehearse),
         "copy": lambda: gpu_parts.copy_bandwidth(device, 1 << 20 if arguments.rehearse else 4 << 30),
     }
     for part in (part for part in parts if part in asked):

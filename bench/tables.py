@@ -69,7 +69,11 @@ def heading(report: Report) -> list[tuple[str, str]]:
         rows.append(("processor", f"{figures.device(report)}, {machine.get('cpu', {}).get('count', '?')} cores"))
     rows += [(name, machine[name]) for name in ("device", "memory", "driver") if name in machine]
     rows += machine.get("wd_kernels", {}).items()
-    rows += [(part, report[part]["says"]) for part in ("build", "tests", "copy") if "says" in report.get(part, {})]
+    rows += [
+        (part, report[part]["says"])
+        for part in ("build", "tests", "copy", "clipping")
+        if "says" in report.get(part, {})
+    ]
     if (rate := copy_rate(report)) is not None:
         rows.append(("copy", f"{rate:.0f} GB/s read and written, IQR {iqr(report['copy']['gb_per_s']):.0f}"))
     if of_gpu(report):
