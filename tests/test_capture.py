@@ -254,6 +254,33 @@ def test_other_memory_than_a_graph_has_is_refused(engine: Engine, monkeypatch: p
 
 
 @pytest.mark.parametrize("engine", engine_params(tuple(OWN)), indirect=True)
+def test_torchs_schedulers_move_a_tensor(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the decay with it, where eta follows. A tensor for each group: torch writes into what it finds."""
+
+    def train(backend: str, device: Any, graphs: Any) -> dict[str, Tensor]:
+        params = make_params([Piece((5,)), Piece((1500,))], f32, f32, device=device)
+        groups = [{"params": [p], "lr": torch.tensor(0.1, device=device)} for p in params]
+        opt = wd_kernels.AdamW(
+            groups, weight_decay=0.1, decay="independent", schedule="from_lr", capturable=True, backend=backend
+        )
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 10)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        scheduler.step()
+        if graphs is not None:
+            with graphs.capture() as graph:
+                opt.step()
+        for _ in range(6):
+            opt.step() if graphs is None else graph.replay()
+            scheduler.step()
+        return snapshot(params, opt)
+
+    found = train(engine.backend, engine.device, graphs_of(engine, monkeypatch))
+    assert_same_snapshots(found, train("reference", "cpu", None))
+
+
+@pytest.mark.parametrize("engine", engine_params(tuple(OWN)), indirect=True)
 def test_what_would_leave_a_graph_behind_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     params, opt, graph = simple(engine, graphs_of(engine, monkeypatch))
     saved, before = opt.state_dict(), snapshot(params, opt)
@@ -597,6 +624,9 @@ def test_what_a_graph_would_not_follow(engine: Engine, monkeypatch: pytest.Monke
     del opt.grad_scale
     opt.step()
     opt.param_groups[0]["schedule"] = Cosine(100)
+    refused("a schedule, or its schedule_step, is another one", "take one outside")
+    opt.step()
+    opt.param_groups[0]["schedule"] = None
     refused("a schedule, or its schedule_step, is another one", "take one outside")
     opt.step()
     with graphs.capture():

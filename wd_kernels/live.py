@@ -72,8 +72,9 @@ def read(
             )
         schedule = group.get("schedule")
         if schedule is None or stepping.follows_lr(group):
-            if stepping.follows_lr(group) and group.get("eta", 1.0) != 1:
-                raise ValueError(f"eta={group['eta']} in {where} with schedule='from_lr', which sets it: allowed is 1")
+            eta = group.get("eta", 1.0)
+            if stepping.follows_lr(group) and ((captures and isinstance(eta, Tensor)) or eta != 1):
+                raise ValueError(f"eta={eta!r} in {where} with schedule='from_lr', which sets it: allowed is 1")
             schedule = None
         else:
             _check_schedule(group, capturable, device, where)

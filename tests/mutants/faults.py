@@ -391,8 +391,8 @@ CAPTURE = [
         ),
         (
             "schedules: eta that somebody sets stands",
-            "                if group.get(key) is not view\n",
-            '                if key == "schedule_step" and group.get(key) is not view\n',
+            "(group, key, view) for key, view in shown.items() if group.get(key) is not view]",
+            '(group, "schedule_step", steps)] if group.get("schedule_step") is not steps else []',
         ),
         ("capture: a new schedule's table is made in it", "if ticks or new:", "if ticks:"),
     ),

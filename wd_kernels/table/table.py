@@ -316,20 +316,14 @@ class TensorTable:
             schedule = group.get("schedule")
             if own.schedule is None and schedule is not None and not stepping.follows_lr(group):
                 continue  # the host follows it
-            if own.schedule is None:  # it may have had one, whose last values stay
-                ticks += [
-                    (group, key, view.item())
-                    for key, view in (("schedule_step", steps), ("eta", eta))
-                    if group.get(key) is view
-                ]
+            shown = {"schedule_step": steps, "eta": eta}
+            if own.schedule is None:  # it may have had one, whose last values stay; within a capture nothing is read
+                left = [(key, view) for key, view in shown.items() if group.get(key) is view]
+                ticks += [(group, key, None if self.captures else view.item()) for key, view in left]
                 continue
-            if group.get("schedule_step") is not steps:
+            ticks += [(group, key, view) for key, view in shown.items() if group.get(key) is not view]
+            if group.get("schedule_step") is not steps and not self.captures:
                 self.norms.counts.append((steps, stepping.check(group, f"param group {g}")))
-            ticks += [
-                (group, key, view)
-                for key, view in (("schedule_step", steps), ("eta", eta))
-                if group.get(key) is not view
-            ]
         return ticks
 
     def counts_on(self, groups: Sequence[Mapping[str, Any]]) -> torch.device | None:
