@@ -86,6 +86,9 @@ def read(
 
 def sources(rule: Rule, lives: Sequence[Live], bank: Bank) -> Tensor:
     """Where settings lie on the device, and the tables of schedules: int64 [groups, settings + 3]."""
+    width = len(rule.settings) + 3
+    if not any(own.tensors or own.schedule is not None for own in lives):
+        return torch.zeros(len(lives), width, dtype=torch.int64, device=CPU)
     words = []
     for own in lives:
         at = [0] * len(rule.settings)
@@ -96,7 +99,7 @@ def sources(rule: Rule, lives: Sequence[Live], bank: Bank) -> Tensor:
             values, endless = bank.table(own.schedule)
             table = values.data_ptr(), values.shape[1], int(endless)
         words.append((*at, *table))
-    return torch.tensor(words, dtype=torch.int64, device=CPU).view(len(words), len(rule.settings) + 3)
+    return torch.tensor(words, dtype=torch.int64, device=CPU).view(len(words), width)
 
 
 def _base_lr(group: Mapping[str, Any], g: int) -> float:
