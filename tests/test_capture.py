@@ -626,6 +626,14 @@ def test_what_a_graph_would_not_follow(engine: Engine, monkeypatch: pytest.Monke
     opt.param_groups[0]["schedule"] = Cosine(100)
     refused("a schedule, or its schedule_step, is another one", "take one outside")
     opt.step()
+    opt.state[p]["step"] = torch.tensor(7.0, device=engine.device)
+    if engine.device.type != "cpu":
+        refused("the step count of parameter 0 of group 0 is another tensor", "take one outside")
+    opt.step()
+    opt.param_groups[0]["params"].append(nn.Parameter(torch.ones(3, device=engine.device)))
+    refused("groups or parameters are others", "take one outside")
+    del opt.param_groups[0]["params"][-1]
+    opt.step()
     opt.param_groups[0]["schedule"] = None
     refused("a schedule, or its schedule_step, is another one", "take one outside")
     opt.step()
@@ -714,6 +722,26 @@ class Falling(Schedule):
 def test_a_schedule_that_does_not_keep_its_value_is_no_table() -> None:
     with pytest.raises(ValueError, match=mentions("settles at step 3", "0.25 there and 0.2 at 4", "keep its value")):
         tabled(Falling())
+
+
+class Scaled(Warmup):
+    """Equal, by the fields that Warmup has, to one that is another."""
+
+    factor = 1.0
+
+    def __call__(self, t: int) -> float:
+        return self.factor * super().__call__(t)
+
+
+def test_tables_of_what_derives_from_ours() -> None:
+    one, other = Scaled(2), Scaled(2)
+    object.__setattr__(other, "factor", 3.0)
+    assert one == other
+    assert [tabled(own).values[0].tolist() for own in (one, other)] == [[0.5, 1.0, 1.0], [1.5, 3.0, 3.0]]
+    with pytest.raises(ValueError, match=mentions("settles at step 1000000000", "allowed is one below")):
+        tabled(Cosine(10**9))
+    long = tabled(Warmup(2**20 + 5))
+    assert (long.values.shape[1], long.endless) == (2**20 + 6, False)
 
 
 class Rising(Schedule):

@@ -19,6 +19,7 @@ import wd_kernels
 from wd_kernels import __main__ as program
 from wd_kernels import native
 from wd_kernels.backends import BACKENDS, FallbackWarning, cuda, resolve
+from wd_kernels.clipping import Window
 from wd_kernels.formats import format_of
 from wd_kernels.layout import Spec
 from wd_kernels.norms import Bank
@@ -133,12 +134,16 @@ def begin(which: int = -1, other: Any = None, rule: int = 0, token: int | None =
     """A step of two parameters of one group that measures nothing; tensor `which` is another."""
     ops, cpu = on_cpu.operators(), torch.device("cpu")
     bank = Bank.of(cpu, 2, [0], 1)
-    rows = bank.rows_for(1, WIDTH)
-    limits, group = torch.tensor([0.0, math.inf, 0.0, math.nan], dtype=f64), torch.ones(1, len(ADAMW.group_scalars) + 1)
+    rows, groups = bank.rows_for(1, ADAMW)
+    limits = torch.tensor([0.0, math.inf, 0.0, math.inf, 1.0, 0.0, 0.0, math.nan], dtype=f64)
+    settings = torch.full((1, len(ADAMW.settings)), 0.5, dtype=f64)
+    settings[0, ADAMW.settings.index("eta")], settings[0, ADAMW.settings.index("base_lr")] = 1.0, 0.0
+    sources, window = torch.zeros(1, len(ADAMW.settings) + 3, dtype=torch.int64), Window.empty()
     keys, active = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([1, 0])
     tensors = [
-        bank.sums, bank.totals, bank.slots_of, limits, bank.one, bank.zero, group.double() / 2, keys, active,
-        bank.steps, bank.fresh, rows, bank.clips, bank.control, bank.found,
+        bank.sums, bank.totals, bank.slots_of, limits, bank.one, bank.zero, settings, sources, keys, active, bank.steps,
+        bank.fresh, bank.schedule_steps, bank.etas, groups, rows, bank.clips, bank.control, bank.found, *window,
+        bank.no_loss,
     ]  # fmt: skip
     if which >= 0:
         tensors[which] = other
@@ -153,10 +158,13 @@ def begin(which: int = -1, other: Any = None, rule: int = 0, token: int | None =
         (2, torch.zeros(3, dtype=torch.int64), "the tensors do not belong together"),
         (3, torch.zeros(4), "limits must be a contiguous tensor of 1 dimensions on the device that steps"),
         (4, torch.ones(2), "the tensors do not belong together"),
-        (8, torch.ones(3, dtype=torch.int64), "the tensors do not belong together"),
-        (9, torch.zeros(2, dtype=f64), "steps must be a contiguous"),
-        (11, torch.zeros(1, 2 * WIDTH, dtype=f64)[:, ::2], "rows must be a contiguous"),
-        (11, torch.zeros(2, WIDTH, dtype=f64), "the tensors do not belong together"),
+        (7, torch.zeros(1, 3, dtype=torch.int64), "the tensors of groups do not belong together"),
+        (9, torch.ones(3, dtype=torch.int64), "the tensors do not belong together"),
+        (10, torch.zeros(2, dtype=f64), "steps must be a contiguous"),
+        (13, torch.zeros(2, dtype=f64), "the tensors of groups do not belong together"),
+        (15, torch.zeros(1, 2 * WIDTH, dtype=f64)[:, ::2], "rows must be a contiguous"),
+        (15, torch.zeros(2, WIDTH, dtype=f64), "the tensors do not belong together"),
+        (19, torch.zeros(2, 1000, dtype=f64), "what spikes are told by"),
     ],
 )
 def test_bad_arguments_of_the_begin_of_a_step(which: int, other: Any, message: str) -> None:

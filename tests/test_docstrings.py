@@ -22,7 +22,8 @@ OWN = [
     )
 ]  # fmt: skip
 OWN += [
-    f"wd_kernels.schedules.{name}" for name in ("composed", "drawing", "normalized", "published", "reporting", "shapes")
+    f"wd_kernels.schedules.{name}"
+    for name in ("composed", "drawing", "normalized", "published", "reporting", "shapes", "tables")
 ]
 # A program, the libraries, and what only a machine with Triton can import.
 NOT_IMPORTED = (

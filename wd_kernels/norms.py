@@ -172,7 +172,8 @@ class Norms:
                 known = members.setdefault(id(process_group), (process_group, []))[1]
                 if slot not in known:
                     known.append(slot)
-        self.reductions = [(own, torch.tensor(slots, device=CPU)) for own, slots in members.values()]
+        there = CPU if device is None else device
+        self.reductions = [(own, torch.tensor(slots, device=there)) for own, slots in members.values()]
 
     @property
     def measures(self) -> bool:
@@ -237,7 +238,7 @@ class Norms:
             return
         total = bank.sums.sum(0)
         for group, slots in self.reductions:
-            sum_over(group, total, slots.to(total.device))
+            sum_over(group, total, slots)
         bank.sums.zero_()
         bank.sums[0] = total
 
@@ -262,7 +263,7 @@ class Norms:
             if isinstance(move, Tensor):
                 counts = counts | ((bank.found[1] == 0) & move.reshape(()))
         for g, (values, _) in self.schedules:
-            eta = values[0][bank.schedule_steps[g].clamp(max=values.shape[1] - 1)]
+            eta = values[0][bank.schedule_steps[g].clamp(0, values.shape[1] - 1)]
             bank.etas[g] = torch.where(counts, eta, bank.etas[g])
             bank.schedule_steps[g] += counts
 
@@ -290,6 +291,8 @@ class Norms:
 
     def end_captures(self) -> None:
         """No graph is replayed any more."""
+        if self.bank is not None and self.captured and self.bank.device.type != "cpu":
+            torch.get_device_module(self.bank.device).synchronize(self.bank.device)  # the last replay may be under way
         self.captured.clear()
         self.captured_at.clear()
 

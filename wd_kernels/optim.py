@@ -95,8 +95,8 @@ class AdamW(DecoupledOptimizer):
         backend: "auto", "cpu", "triton", "cuda" or "reference"; all give the same bits. One that is not there is an
             error.
         foreach, fused: tolerated, and kept in the groups, for torch's callers: there is one implementation. With
-            ``fused=True``, `max_grad_norm` or `skip_nonfinite`, torch.amp.GradScaler leaves unscaling and skipping to
-            the step, as with torch's fused classes.
+            ``fused=True``, `max_grad_norm`, `skip_nonfinite`, `skip_spikes` or `capturable`, torch.amp.GradScaler
+            leaves unscaling and skipping to the step, as with torch's fused classes.
         capturable: on a GPU, steps can be captured in CUDA graphs after one outside of them: step counts, schedules
             (those of :mod:`wd_kernels.schedules`), and lr, eta, weight_decay, betas, eps where they are tensors on the
             parameters' device (float32 or float64), are read and counted there, so that a replay has what they are

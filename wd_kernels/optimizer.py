@@ -98,7 +98,7 @@ class DecoupledOptimizer(Optimizer):
         Raises:
             TypeError, ValueError, RuntimeError: naming the parameter or the hyperparameter; nothing was written.
         """
-        loss = None
+        loss, lives = None, None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -116,7 +116,7 @@ class DecoupledOptimizer(Optimizer):
             ticks = self.release.finish()
         else:
             with table.lock, plain_tensors(table.sharded):
-                given, ticks, lives = self.__dict__, list[stepping.Tick](), None
+                given, ticks = self.__dict__, list[stepping.Tick]()
                 counts_there = table.capturable or self._clipping.skips or given.get("found_inf") is not None
                 device = table.counts_on(groups) if counts_there else None
                 if device is None:
@@ -133,7 +133,7 @@ class DecoupledOptimizer(Optimizer):
                 self._clipping.last = table.norms.limits
                 if self.latest_loss is not None:
                     self.latest_loss = None
-        if ticks and not self._warned_of_scheduler:
+        if (ticks or lives) and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
         return loss
 

@@ -87,6 +87,11 @@ WD_HOST_DEVICE inline double setting(double number, void* source) {
   return *memory<double>(static_cast<char*>(source) - 1, 0);
 }
 
+// Where a schedule's table has so many completed steps.
+WD_HOST_DEVICE inline int64_t place_in(int64_t steps, int64_t length) {
+  return steps < 0 ? 0 : steps < length ? steps : length - 1;
+}
+
 // One block of lanes.
 template <class Rule>
 WD_HOST_DEVICE inline void begin_step(const Begin& of) {
@@ -106,7 +111,7 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
       Group group = {own[kLr], own[kEta], 0, own[kWeightDecay], int(own[kDecayMode]), own + kOwnSettings};
       if (sources[width + kTable] != 0) {
         const int64_t steps = of.schedule_steps[g], length = sources[width + kTableLength];
-        const int64_t at = steps < length ? steps : length - 1;
+        const int64_t at = place_in(steps, length);
         const double* const table = memory<double>(addresses[width + kTable], 0);
         group.eta = table[at];
         group.weight_decay = group.weight_decay * table[length + at];
@@ -153,7 +158,7 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
   WD_EACH_LANE(lane) {
     if (lane == 0) {
       norm = measures ? norm_of(of.of_groups) : double(__builtin_nan(""));
-      spike = false;
+      spike = false, mean = 0;
     }
   }
   WD_SYNC();
@@ -241,7 +246,7 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
       if (of_schedule[kTable] == 0 || !moves || skip) continue;
       const int64_t steps = of.schedule_steps[g], length = of_schedule[kTableLength];
       const double* const table = memory<double>(reinterpret_cast<void* const*>(of_schedule)[kTable], 0);
-      of.etas[g] = table[steps < length ? steps : length - 1];
+      of.etas[g] = table[place_in(steps, length)];
       of.schedule_steps[g] = steps + 1;
     }
   }

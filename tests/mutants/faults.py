@@ -243,7 +243,7 @@ CLIPPING = [
     *_of(
         "wd_kernels/backends/device.py",
         "clipping",
-        ("bank: sums of a step that failed stay", "if not bank.clean:", "if False:"),
+        ("bank: sums of a step that failed stay", "if not bank.clean or capturing(bank.device):", "if False:"),
     ),
     *_of(
         "csrc/cuda/begin.h",
@@ -354,7 +354,7 @@ CAPTURE = [
     *_of(
         "wd_kernels/schedules/tables.py",
         "capture",
-        ("tables: a schedule never settles", "longest if settles is None or endless else settles + 1", "longest"),
+        ("tables: a schedule never settles", "longest if settles is None else settles + 1", "longest"),
         ("tables: the last value is missing", "settles + 1)", "settles or 1)"),
         ("tables: parts may be any function", "return all(map(can_be_tabled, schedule.parts))", "return True"),
     ),

@@ -136,7 +136,7 @@ class OnDevice(ABC):
                     words, places, moving = there[f"whole {bucket.index}"], there["whole places"], there["whole moving"]
                     tables = {bucket.index: words, "places": places, "moving": moving}
                 squares.append(self.squares(table, bank, bucket, sizes[bucket.index], tables))
-            if not bank.clean:  # a step came to nothing
+            if not bank.clean or capturing(bank.device):  # a step came to nothing, now or between replays
                 bank.sums.zero_()
             bank.clean = False
             for launch in squares:

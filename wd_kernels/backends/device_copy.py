@@ -74,8 +74,9 @@ class DeviceCopy:
         """Makes sure that there is memory for a step of such parts that is captured: none is to be asked for then."""
         size = _size(parts)
         if self._reserved is None or self._reserved[0].numel() < size:
-            here = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu")
-            self._reserved = here, torch.empty_like(here, device=self.device)
+            with torch.inference_mode(False):  # the capture may be outside of it
+                here = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu")
+                self._reserved = here, torch.empty_like(here, device=self.device)
 
     def capture(self, parts: Mapping[str | int, Tensor]) -> There:
         """All parts, in a step that is captured: every replay copies them again, from memory that nobody else has."""

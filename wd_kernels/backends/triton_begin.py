@@ -253,7 +253,7 @@ def make_groups(settings, sources, schedule_steps, groups, of_groups, group: tl.
         endless = tl.load(of_schedule + 2, mask=there, other=0)
         tabled = table != 0
         t = tl.load(schedule_steps + g, mask=there, other=0)
-        at = table.to(tl.pointer_type(tl.float64)) + tl.minimum(t, length - 1)
+        at = table.to(tl.pointer_type(tl.float64)) + tl.maximum(tl.minimum(t, length - 1), 0)
         eta = tl.where(tabled, tl.load(at, mask=tabled, other=0.0), eta)
         lam = tl.where(tabled, lam * tl.load(at + length, mask=tabled, other=0.0), lam)
         follows = base_lr != 0.0
@@ -371,6 +371,6 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
         table = tl.load(of_schedule, mask=at < counted, other=0)
         length = tl.load(of_schedule + 1, mask=at < counted, other=0)
         seen = tl.load(schedule_steps + at, mask=table != 0, other=0)
-        value = table.to(tl.pointer_type(tl.float64)) + tl.minimum(seen, length - 1)
+        value = table.to(tl.pointer_type(tl.float64)) + tl.maximum(tl.minimum(seen, length - 1), 0)
         tl.store(etas + at, tl.load(value, mask=table != 0, other=0.0), mask=table != 0)
         tl.store(schedule_steps + at, seen + 1, mask=table != 0)

@@ -178,6 +178,8 @@ def moved_beside(groups: Sequence[Mapping[str, Any]]) -> int | None:
         first = group.get("initial_lr")
         if first is None or group.get("schedule") is None or follows_lr(group) or group.get("show_lr"):
             continue
+        if isinstance(group["lr"], Tensor):  # it may be on a device, which nobody is to wait for
+            continue
         if scalar("lr", group["lr"], "a param group") not in (0.0, scalar("initial_lr", first, "a param group")):
             return i
     return None

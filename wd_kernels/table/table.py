@@ -169,6 +169,8 @@ class TensorTable:
                 work = self._work(hypers, ticks, tried, limits)
                 found = watch.step(groups, state, work)
                 if found is None:
+                    if self.captures:
+                        raise _not_ready("groups or parameters are others than in its last step")
                     watch = self._start(needs)
                 elif found.done:
                     if self.captures:
@@ -388,9 +390,11 @@ class TensorTable:
         if words is None or known != self.keys:
             each = zip(self._group_of, self.counts.steps.tolist(), self.active.tolist(), strict=True)
             of = {(g, int(history) + 1): i for i, (g, history, on) in enumerate(each) if on}
-            pairs = [(g, of[g, history]) for g, history, _ in self.keys or ()]
+            found = [of.get((g, history)) for g, history, _ in self.keys or ()]
+            pairs = [(key[0], i or 0) for key, i in zip(self.keys or (), found, strict=True)]
             words = torch.tensor(pairs, dtype=torch.int64, device=CPU).view(-1, 2)
-            self._known_row_keys = self.keys, words
+            # A history that began in this step is not among the keys yet: they are found anew before it is taken.
+            self._known_row_keys = (self.keys, words) if None not in found else None
         return words
 
     # What a backend reads (layout.Table) ------------------------------------------------------------------------------
@@ -568,6 +572,8 @@ class TensorTable:
                 kept[i] = step
         found = {i: 1.0 for i, step in kept.items() if step is watch.views[i]}
         others = {i: step for i, step in kept.items() if i not in found and step.numel() == 1}
+        if others and self.captures:
+            raise _not_ready(f"the step count of {self._label(next(iter(others)))} is another tensor than before")
         return found | read_counts(others)
 
     def _inspect_one(self, watch: Watch, i: int, grad: Tensor, count: float | None) -> Finding:
@@ -679,7 +685,8 @@ class TensorTable:
 
 def _not_ready(why: str) -> RuntimeError:
     return RuntimeError(
-        f"a step is captured in a graph, and {why}: take one outside of the graph first, with the same parameters"
+        f"a step is captured in a graph, and {why}: take one outside of the graph first, with the same "
+        "parameters, after zero_grad() and a backward pass: nothing of this one was computed"
     )
 
 
