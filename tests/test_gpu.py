@@ -503,6 +503,53 @@ def test_a_capture_is_refused(backend: str, gpu: None) -> None:
     twins.assert_same()
 
 
+def test_a_whole_loop_in_a_graph(backend: str, gpu: None) -> None:
+    """Loss, backward pass with gradients of the graph's own, scaler, step: its replays are the steps, to the bit."""
+
+    def loop(graphed: bool) -> dict[str, Tensor]:
+        params = make_params([Piece((5,)), Piece((70_000,))], f32, f32, device=DEVICE)
+        x = [torch.zeros_like(p) for p in params]
+        lr = torch.tensor(0.1, device=DEVICE)
+        opt = wd_kernels.AdamW(
+            params, lr=lr, weight_decay=0.1, capturable=True, max_grad_norm=1.0, skip_spikes=6.0,
+            schedule=wd_kernels.schedules.Warmup(6), backend=backend,
+        )  # fmt: skip
+        scaler = torch.amp.GradScaler("cuda", init_scale=8.0, growth_interval=3)
+
+        def step() -> None:
+            scaler.scale(sum((p * own).sum() for p, own in zip(params, x, strict=True))).backward()  # type: ignore[arg-type]
+            scaler.step(opt)
+            scaler.update()
+
+        found, graph, side = {}, torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        for number in range(10):
+            for k, own in enumerate(x):
+                own.copy_(gradient(Piece(tuple(own.shape)), f32, 10 * number + k, DEVICE))
+            if number == 6:
+                x[1][7] = float("inf")
+            lr.fill_(0.1 / (1 + number))
+            if graphed and number == 3:
+                opt.zero_grad()
+                with torch.cuda.graph(graph):
+                    step()
+            if graphed and number >= 3:
+                graph.replay()
+            else:
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    opt.zero_grad()
+                    step()
+                torch.cuda.current_stream().wait_stream(side)
+            found |= {f"{number} {name}": t for name, t in snapshot(params, opt).items()}
+            found |= {f"{number} norm": opt.grad_norm.cpu(), f"{number} skipped": opt.skipped.cpu()}
+            found[f"{number} scale"] = torch.tensor(scaler.get_scale())
+        return found
+
+    expected, found = loop(False), loop(True)
+    assert_same(found, expected)
+    assert [bool(expected[f"{number} skipped"]) for number in range(10)] == [number == 6 for number in range(10)]
+
+
 # Memory that moves ----------------------------------------------------------------------------------------------------
 
 
