@@ -66,12 +66,14 @@ def test_the_root_of_amd(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(found, peculiar_run(case, "reference"))
 
 
-def test_a_step_in_a_graph_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whether_a_graph_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "current", lambda device: nullcontext())
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        with pytest.raises(RuntimeError, match="cannot be captured") if capturing else nullcontext():
-            device._refuse_capture(torch.device("cuda", 0))
+        assert device.capturing(torch.device("cuda", 0)) is capturing
+        assert not device.capturing(torch.device("cpu"))
+        with pytest.raises(RuntimeError, match="not on cuda:0 yet") if capturing else nullcontext():
+            device.refuse_loading(torch.device("cuda", 0))
 
 
 def test_a_gpu_that_triton_cannot_use_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

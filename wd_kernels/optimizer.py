@@ -116,9 +116,9 @@ class DecoupledOptimizer(Optimizer):
             ticks = self.release.finish()
         else:
             with table.lock, plain_tensors(table.sharded):
-                given, ticks = self.__dict__, list[stepping.Tick]()
-                counts_there = table.capturable or self._clipping.skips or given.get("found_inf") is not None
-                device = table.counts_on(groups) if counts_there else None
+                clipping, ticks = self._clipping, list[stepping.Tick]()
+                skips = clipping.skip_nonfinite or clipping.sigma is not None or "found_inf" in self.__dict__
+                device = table.counts_on(groups) if skips or table.capturable else None
                 if device is None:
                     hypers = self.rule.hypers(groups, default=self.defaults["decay"])
                 else:
