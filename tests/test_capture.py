@@ -420,12 +420,14 @@ def test_it_changes_nothing_where_nothing_is_captured(rule: str, backend: str) -
     assert group == other
 
 
-def test_a_step_that_freezes_all_is_not_counted() -> None:
+@pytest.mark.parametrize("engine", engine_params(tuple(OWN)), indirect=True)
+def test_a_step_that_freezes_all_is_not_counted(engine: Engine) -> None:
     """As torch's distributed checkpoints take one: schedules begin after it, on a device too."""
-    p = nn.Parameter(torch.ones(3))
-    p.grad = torch.ones(3)
-    lr = torch.tensor(0.0)
-    opt = wd_kernels.AdamW([p], lr=lr, schedule=Warmup(4), capturable=True, backend="triton", weight_decay=0.0)
+    p = nn.Parameter(torch.ones(3, device=engine.device))
+    p.grad = torch.ones_like(p)
+    lr = torch.tensor(0.0, device=engine.device)
+    own: dict[str, Any] = {"capturable": True, "backend": engine.backend, "weight_decay": 0.0}
+    opt = wd_kernels.AdamW([p], lr=lr, schedule=Warmup(4), **own)
     opt.step()
     assert (int(opt.param_groups[0]["schedule_step"]), p.tolist()) == (0, [1.0] * 3)
     lr.fill_(0.4)
@@ -434,12 +436,14 @@ def test_a_step_that_freezes_all_is_not_counted() -> None:
     assert p.tolist() == pytest.approx([0.9] * 3)  # by 0.25 * 0.4
 
 
-def test_schedules_are_counted_where_steps_are_skipped() -> None:
+@pytest.mark.parametrize("engine", engine_params(tuple(OWN)), indirect=True)
+def test_schedules_are_counted_where_steps_are_skipped(engine: Engine) -> None:
     """Without capturable, too; and the host goes on where the device was."""
-    p = nn.Parameter(torch.ones(3))
-    opt = wd_kernels.AdamW([p], lr=0.4, schedule=Warmup(4), skip_nonfinite=True, backend="triton", weight_decay=0.0)
+    p = nn.Parameter(torch.ones(3, device=engine.device))
+    own: dict[str, Any] = {"skip_nonfinite": True, "backend": engine.backend, "weight_decay": 0.0}
+    opt = wd_kernels.AdamW([p], lr=0.4, schedule=Warmup(4), **own)
     for value in (1.0, math.nan, 1.0):
-        p.grad = torch.full((3,), value)
+        p.grad = torch.full_like(p, value)
         opt.step()
     assert int(opt.param_groups[0]["schedule_step"]) == 2
     assert float(opt.param_groups[0]["eta"]) == 0.5
@@ -697,11 +701,12 @@ def test_tables_are_what_schedules_give(schedule: Schedule, monkeypatch: pytest.
         assert values[:, min(t, steps - 1)].tolist() == [schedule(t), factor(t)]
 
 
-def test_a_step_past_an_endless_table_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", engine_params(tuple(OWN)), indirect=True)
+def test_a_step_past_an_endless_table_is_skipped(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "LONGEST", 3)
-    p = nn.Parameter(torch.ones(3))
-    p.grad = torch.ones(3)
-    opt = wd_kernels.SGDW([p], lr=0.1, schedule=WarmRestarts(2), capturable=True, backend="triton")
+    p = nn.Parameter(torch.ones(3, device=engine.device))
+    p.grad = torch.ones_like(p)
+    opt = wd_kernels.SGDW([p], lr=0.1, schedule=WarmRestarts(2), capturable=True, backend=engine.backend)
     skipped = []
     for _ in range(5):
         opt.step()
