@@ -437,6 +437,18 @@ def test_a_step_that_freezes_all_is_not_counted(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("engine", engine_params(tuple(OWN)), indirect=True)
+@pytest.mark.parametrize("name", ["lr", "eta"])
+def test_lr_0_and_eta_0_freeze_whatever_the_gradients(name: str, engine: Engine) -> None:
+    p = nn.Parameter(torch.ones(3, device=engine.device))
+    p.grad = torch.full_like(p, math.inf)
+    own: dict[str, Any] = {"capturable": True, "backend": engine.backend, "weight_decay": 0.1, "decay": "independent"}
+    opt = wd_kernels.AdamW([p], **{"lr": 0.1, **own, name: torch.tensor(0.0, device=engine.device)})
+    opt.step()
+    assert p.tolist() == [1.0] * 3
+    assert not opt.state[p]["exp_avg"].isfinite().any()
+
+
+@pytest.mark.parametrize("engine", engine_params(tuple(OWN)), indirect=True)
 def test_schedules_are_counted_where_steps_are_skipped(engine: Engine) -> None:
     """Without capturable, too; and the host goes on where the device was."""
     p = nn.Parameter(torch.ones(3, device=engine.device))
