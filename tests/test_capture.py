@@ -220,6 +220,10 @@ def test_steps_between_replays(engine: Engine, monkeypatch: pytest.MonkeyPatch) 
         opt.step()
     second.replay()
     first.replay()
+    kept, params[1].grad = params[1].grad, torch.ones_like(params[1]).to_sparse()
+    with pytest.raises(RuntimeError, match=mentions("parameter 1 of", "sparse")):
+        opt.step()  # the next one starts anew, and knows who has which count
+    params[1].grad = kept
     opt.step()
 
     expected = make_params([Piece((5,)), Piece((1500,)), Piece((3,))], f32, f32)
