@@ -110,6 +110,17 @@ def test_worked_by_hand() -> None:
     assert not opt.skipped
 
 
+def test_half_a_window_is_waited_for() -> None:
+    p = nn.Parameter(torch.zeros(1))
+    opt = wd_kernels.SGDW([p], lr=1.0, weight_decay=0.5, skip_spikes=2.0, spike_window=8)
+    skipped = []
+    for norm in (3.0, 3.1, 100.0, 3.0, 3.1, 1000.0):
+        p.grad = torch.tensor([norm])
+        opt.step()
+        skipped.append(bool(opt.skipped))
+    assert skipped == [False] * 5 + [True]
+
+
 def test_it_is_set_between_steps() -> None:
     p = nn.Parameter(torch.ones(1))
     opt = wd_kernels.SGDW([p], lr=0.1, weight_decay=0.5, skip_spikes=2.0, spike_window=4)
