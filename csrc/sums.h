@@ -4,6 +4,12 @@
 //
 // Include inside the namespace of one instruction set (see cpu/mover.inc), after formats.h; it needs layout.h.
 
+// Of a block's 1024 elements neighbours are added up first: 8 at once.
+template <class T>
+WD_HOST_DEVICE inline T sum_neighbours(const T* x) {
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
 // Where a summand is added: three digits from one on, or one to a count.
 struct Summand {
   int word, words;

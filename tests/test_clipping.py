@@ -692,10 +692,11 @@ def test_sums_are_the_references() -> None:
     assert sum(w << 32 * k for k, w in enumerate(carried)) == sum(int(w) << 32 * k for k, w in enumerate(words[:68]))
 
 
-def test_parameters_on_two_devices_are_refused() -> None:
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"capturable": True, "backend": "triton"}], ids=str)
+def test_parameters_on_two_devices_are_refused(options: dict[str, Any]) -> None:
     """There is one device here: another is written into the table."""
     p = nn.Parameter(torch.ones(3))
-    opt = wd_kernels.AdamW([p], lr=0.1, weight_decay=0.1, max_grad_norm=1.0)
+    opt = wd_kernels.AdamW([p], lr=0.1, weight_decay=0.1, **options)
     p.grad = torch.ones(3)
     opt.step()
     (bucket,) = opt._table.buckets

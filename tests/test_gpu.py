@@ -517,7 +517,8 @@ def test_a_whole_loop_in_a_graph(backend: str, gpu: None) -> None:
         scaler = torch.amp.GradScaler("cuda", init_scale=8.0, growth_interval=3)
 
         def step() -> None:
-            scaler.scale(sum((p * own).sum() for p, own in zip(params, x, strict=True))).backward()  # type: ignore[arg-type]
+            losses = [(p * own).sum() for p, own in zip(params, x, strict=True)]
+            scaler.scale(torch.stack(losses).sum()).backward()
             scaler.step(opt)
             scaler.update()
 

@@ -96,10 +96,10 @@ def life(features: frozenset[str], backend: str, graphs: Any, mesh: Any = None) 
             here = local(grad)
             here.copy_(own.to(dtype) if mesh is None else own.chunk(mesh.size())[mesh.get_local_rank()].to(dtype))
         if "release" in features:
-            sum(
-                (local(p) * local(g)).sum() if mesh is None else (p * g).sum().to_local()
-                for p, g in zip(params, grads, strict=True)
-            ).backward()  # type: ignore[union-attr]
+            products = [p * grad for p, grad in zip(params, grads, strict=True)]
+            torch.stack(
+                [local(product.sum()) if mesh is None else product.sum().to_local() for product in products]
+            ).sum().backward()
         else:
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad

@@ -25,6 +25,8 @@ __all__ = ["LIVE", "Live", "of_host", "read", "sources"]
 LIVE = ("lr", "eta", "weight_decay", "betas", "eps")
 #: Of these the host wants to know the number.
 READ_HERE = ("max_grad_norm", "base_lr", "seed")
+#: After the sources of settings: a table's address, its length, and whether it goes on (csrc/layout.h, `SourceWord`).
+OF_TABLE = 3
 #: What is checked in the place of one: every hyperparameter may be it.
 STAND_IN = 0.5
 
@@ -85,8 +87,8 @@ def read(
 
 
 def sources(rule: Rule, lives: Sequence[Live], bank: Bank) -> Tensor:
-    """Where settings lie on the device, and the tables of schedules: int64 [groups, settings + 3]."""
-    width = len(rule.settings) + 3
+    """Where settings lie on the device, and the tables of schedules: int64 [groups, settings + those of a table]."""
+    width = len(rule.settings) + OF_TABLE
     if not any(own.tensors or own.schedule is not None for own in lives):
         return torch.zeros(len(lives), width, dtype=torch.int64, device=CPU)
     words = []

@@ -17,12 +17,7 @@ WD_HOST_DEVICE inline void add_to(int64_t* at, int64_t digit) {
 #endif
 }
 
-// The sum of 8 neighbours, and of what all lanes have in `sums`, which sums[0] is then: of all lanes, together.
-template <class T>
-WD_HOST_DEVICE inline T sum_of_neighbours(const T* x) {
-  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-}
-
+// The sum of what all lanes have in `sums`, which sums[0] is then: of all lanes, together.
 template <class T>
 WD_HOST_DEVICE inline void add_halves(T* sums) {
   for (int half = kThreads / 2; half > 0; half /= 2) {
@@ -68,7 +63,7 @@ WD_HOST_DEVICE inline void sum_squares(const Launch& launch, int64_t block, int6
       }
       WD_UNROLL
       for (int e = 0; e < kNeighbours; ++e) x[e] = x[e] * x[e];
-      sums[lane] = sum_of_neighbours(x);
+      sums[lane] = sum_neighbours(x);
     }
     add_halves(sums);
     WD_EACH_LANE(lane) {
@@ -178,7 +173,7 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
           const double value = i < n ? ring[i] : 0, off = i < n ? value - mean : 0;
           x[k] = pass == 0 ? value : off * off;
         }
-        sums[lane] = sum_of_neighbours(x);
+        sums[lane] = sum_neighbours(x);
       }
       add_halves(sums);
       WD_EACH_LANE(lane) {

@@ -22,10 +22,7 @@ namespace {
 double sum_of_block(const double* x) {
   constexpr int neighbours = 8, groups = kBlock / neighbours;
   double sums[groups];
-  for (int k = 0; k < groups; ++k) {
-    const double* const g = x + k * neighbours;
-    sums[k] = ((g[0] + g[1]) + (g[2] + g[3])) + ((g[4] + g[5]) + (g[6] + g[7]));
-  }
+  for (int k = 0; k < groups; ++k) sums[k] = sum_neighbours(x + k * neighbours);
   for (int half = groups / 2; half > 0; half /= 2)
     for (int k = 0; k < half; ++k) sums[k] = sums[k] + sums[k + half];
   return sums[0];
