@@ -2,6 +2,7 @@ r"""The step for who brings their own state: lists of tensors, or flat buffers. 
 
     adamw_       sgdw_       adagradw_        lists of parameters, gradients and states
     adamw_flat_  sgdw_flat_  adagradw_flat_   one flat buffer each, such as a shard of a ZeRO-style partition
+    accumulate_                               gradients of several backward passes, and the norm of their sum
 
 They do what the classes do, to the bit, in every decay mode and through every backend, and remember nothing:
 the caller keeps the states and counts the steps. Each is an operator of torch.ops too (`torch_ops.py`), with the
@@ -18,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import native
+from . import accumulation, native
 from .backends import BackendName
 from .rules import TORCHS_DECAY, DecayMode, Form, StochasticRounding, check_chosen, pair
 from .torch_ops import OPERATORS, Role
 from .torch_ops import step as step_now
 from .validation import is_plain
 
-__all__ = ["adagradw_", "adagradw_flat_", "adamw_", "adamw_flat_", "sgdw_", "sgdw_flat_"]
+__all__ = ["accumulate_", "adagradw_", "adagradw_flat_", "adamw_", "adamw_flat_", "sgdw_", "sgdw_flat_"]
 
 Number: TypeAlias = float | Tensor
 Tensors: TypeAlias = Sequence[Tensor]
@@ -323,6 +324,45 @@ def adagradw_flat_(
 
 def _maybe(t: Tensor | None) -> Role:
     return [] if t is None else [t]
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def accumulate_(
+    accumulators: Tensors, grads: Tensors, *, new: bool | Sequence[bool] = False, backend: BackendName = "auto"
+) -> Tensor:
+    """Adds gradients to accumulators, in place, in one launch a dtype: accumulator = accumulator + grad, rounded once.
+
+    Args:
+        accumulators: float32, float64 or complex, in any dense layout, on one device; flat buffers are lists of one.
+        grads: one for each, of its shape: of its dtype, or 16-bit beside float32. They are read.
+        new: what lies in the accumulators is nothing yet, and they become the gradients: of all, or of each.
+        backend: as for :class:`wd_kernels.AdamW`.
+
+    Returns:
+        The norm of all accumulators as they are then, float64 [], on their device, without waiting for it: the root of
+        the exact sum of the squares of blocks, as `max_grad_norm` has it. `grad_factor=` of the steps takes what clips.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument and the index; nothing was written.
+
+    Example:
+        >>> import torch
+        >>> from wd_kernels.functional import accumulate_
+        >>> total = torch.empty(2)
+        >>> norm = accumulate_([total], [torch.tensor([3.0, 1.0], dtype=torch.bfloat16)], new=True)
+        >>> accumulate_([total], [torch.tensor([0.0, 3.0], dtype=torch.bfloat16)]), total
+        (tensor(5., dtype=torch.float64), tensor([3., 4.]))
+    """
+    roles = {"accumulators": accumulators, "grads": grads}
+    for name, given in roles.items():
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"{name} in accumulate_ is a {type(given).__name__}: expected a list of tensors")
+    n = len(accumulators)
+    each = new if isinstance(new, bool) else list(map(bool, new))
+    for name, length in (("grads", len(grads)), ("new", n if isinstance(each, bool) else len(each))):
+        if length != n:
+            raise ValueError(f"{name} in accumulate_ has {length} entries: accumulators has {n}, and each needs one")
+    return accumulation.accumulate(list(accumulators), list(grads), each, backend)
 
 
 def _rounding(stochastic: Any, seed: int) -> tuple[Any, int]:

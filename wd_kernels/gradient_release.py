@@ -132,6 +132,8 @@ class GradientRelease:
         clip_value: float | None,
         clip_block_norm: float | None,
     ) -> None:
+        if optimizer._accumulators.full:
+            raise RuntimeError("gradients are accumulated that no step has taken: call step() before they are released")
         self._optimizer = weakref.ref(optimizer)  # which has this
         self._clip_value, self._clip_block_norm = clip_value, clip_block_norm
         self._lock = threading.RLock()

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +23,37 @@ from .schedules import Schedule
 from .schedules.tables import ScheduleTable, tabled
 from .sharding import sharded_over, sum_over
 
-__all__ = ["Bank", "Norms"]
+__all__ = ["Accumulated", "Bank", "Norms", "empty_sums", "slots"]
 
 CPU = torch.device("cpu")  # whatever the default device
 #: The exact sums of squares lie there so often: chunks add to them by turns, so that few wait for each other.
 COPIES = 32
+
+
+def empty_sums(n: int, device: torch.device) -> Tensor:
+    """So many exact sums, in as many copies as few chunks wait for each other: int64 [copies, n, sums.WORDS]."""
+    return torch.zeros(max(1, COPIES // max(n, 1)), n, sums.WORDS, dtype=torch.int64, device=device)
+
+
+def slots(params: Sequence[Tensor], group_of: Sequence[int]) -> tuple[list[int], dict[tuple[Any, ...], int]]:
+    """Of each parameter the sum that its squares go to; of each of these (the group, the ids of `sharded_over`)."""
+    kinds = [(group, tuple(map(id, sharded_over(p)))) for group, p in zip(group_of, params, strict=True)]
+    known = {kind: slot for slot, kind in enumerate(dict.fromkeys(kinds))}
+    return [known[kind] for kind in kinds], known
+
+
+class Accumulated(NamedTuple):
+    """What a step has in the place of gradients.
+
+    Attributes:
+        gradients: of each parameter, in order; None: it has none.
+        slot_of, sums: what their squares have been added to, [copies, slots, sums.WORDS], and which of these each
+            parameter's; None: they were not, or may have been changed since.
+    """
+
+    gradients: list[Tensor | None]
+    slot_of: list[int] | None
+    sums: Tensor | None
 
 
 @dataclass
@@ -71,7 +97,6 @@ class Bank:
     @classmethod
     def of(cls, device: torch.device, params: int, group_of_slot: Sequence[int], groups: int) -> Bank:
         """An empty one. `group_of_slot`: whose group each sum is, in order."""
-        copies, slots = max(1, COPIES // max(len(group_of_slot), 1)), len(group_of_slot)
         firsts = [sum(own < group for own in group_of_slot) for group in range(groups + 1)]
         make = partial(torch.zeros, device=device)
         f32, f64, i64 = (partial(make, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.int64))
@@ -80,7 +105,7 @@ class Bank:
             device=device,
             steps=f32(params),
             fresh=f32(params),
-            sums=i64(copies, slots, sums.WORDS),
+            sums=empty_sums(len(group_of_slot), device),
             totals=i64(groups + 2, sums.WORDS),
             slots_of=torch.tensor(firsts, dtype=torch.int64, device=device),
             clips=f64(groups),
@@ -131,6 +156,7 @@ class Norms:
         reductions: (process group, the slots that are summed over it), in an order that all processes share.
         bank: what a device has, where that decides; else None.
         limits: what this step makes of the norm.
+        measured: what the squares of this step's gradients add up to, where that is known: int64 [slots, sums.WORDS].
         window: what spikes are told by, on the device that decides.
         schedules: (group, table) of those that look up their eta on the device.
         lrs: of all groups, numbers or tensors.
@@ -147,15 +173,14 @@ class Norms:
     def __init__(
         self, params: Sequence[Tensor], group_of: Sequence[int], groups: int, device: torch.device | None
     ) -> None:
-        over = [sharded_over(p) for p in params]
-        kinds = [(group, tuple(map(id, own))) for group, own in zip(group_of, over, strict=True)]
-        slots = {kind: slot for slot, kind in enumerate(dict.fromkeys(kinds))}
         self.groups = groups
-        self.slot_of = [slots[kind] for kind in kinds]
-        self.group_of = torch.tensor([group for group, _ in slots], dtype=torch.int64, device=CPU)
-        self.sums = torch.zeros(len(slots), sums.WORDS, dtype=torch.int64, device=CPU)
-        self.bank = None if device is None else Bank.of(device, len(params), [group for group, _ in slots], groups)
+        self.slot_of, known = slots(params, group_of)
+        of_slots = [group for group, _ in known]
+        self.group_of = torch.tensor(of_slots, dtype=torch.int64, device=CPU)
+        self.sums = torch.zeros(len(known), sums.WORDS, dtype=torch.int64, device=CPU)
+        self.bank = None if device is None else Bank.of(device, len(params), of_slots, groups)
         self.limits: Limits | None = None
+        self.measured: Tensor | None = None
         self.capturable = False
         self.schedules: list[tuple[int, ScheduleTable]] = []
         self.lrs: list[float | Tensor] = []
@@ -167,18 +192,23 @@ class Norms:
         self.inputs: dict[str | int, Tensor] = {}
         self._found = torch.zeros(2, dtype=torch.float64, device=CPU)
         members: dict[int, tuple[Any, list[int]]] = {}
-        for slot, own in zip(self.slot_of, over, strict=True):
-            for process_group in own:
-                known = members.setdefault(id(process_group), (process_group, []))[1]
-                if slot not in known:
-                    known.append(slot)
+        for slot, p in zip(self.slot_of, params, strict=True):
+            for process_group in sharded_over(p):
+                own = members.setdefault(id(process_group), (process_group, []))[1]
+                if slot not in own:
+                    own.append(slot)
         there = CPU if device is None else device
-        self.reductions = [(own, torch.tensor(slots, device=there)) for own, slots in members.values()]
+        self.reductions = [(group, torch.tensor(own, device=there)) for group, own in members.values()]
 
     @property
     def measures(self) -> bool:
         """Is the norm of this step's gradients wanted?"""
         return self.limits is not None and self.limits.measures
+
+    def take(self, accumulated: Accumulated | None) -> None:
+        """What a step has in the place of gradients may have its squares added up already."""
+        known = accumulated is not None and accumulated.sums is not None and accumulated.slot_of == self.slot_of
+        self.measured = accumulated.sums.sum(0) if known and self.measures else None  # type: ignore[union-attr]
 
     def sum_of(self, i: int) -> Tensor:
         """What the squares of a parameter's gradient are added to: int64 [sums.WORDS]; of copies, the first."""
@@ -195,7 +225,9 @@ class Norms:
             position: of "grad_scale" in a row.
         """
         scale, found_inf, loss = limits.numbers(device)
-        steps = [own for own in (measure,) if own is not None]
+        steps: list[Callable[[], object]] = [own for own in (measure,) if own is not None]
+        if self.measured is not None:
+            plans, steps = [], [partial(self.sums.copy_, self.measured)]
         steps += [partial(sum_over, group, self.sums, slots) for group, slots in self.reductions]
 
         def between() -> None:

@@ -17,9 +17,11 @@ from torch.optim.optimizer import ParamsT
 
 from . import backends, live, master_weights, memory_report, native
 from . import state_dict as state_dicts
+from .accumulation import Accumulators
 from .caller import warn
 from .clipping import Clipping, Limits
 from .flat.states import FlatGradients
+from .norms import Accumulated
 from .rules import FLAG, LIMIT, Hyper, Rule, check_chosen, flag, pair, state_dtype_word
 from .schedules import stepping
 from .schedules.shapes import named
@@ -75,6 +77,7 @@ class DecoupledOptimizer(Optimizer):
             raise ValueError(f"eta={defaults['eta']!r} with a schedule, which sets it: allowed is one of them")
         self._clipping = Clipping()
         self._clipping.set(max_grad_norm, skip_nonfinite, skip_spikes, spike_window, "the arguments")
+        self._accumulators = Accumulators()
         super().__init__(params, defaults)
         self._check_overlaps(0)
         self._new_table()
@@ -116,26 +119,39 @@ class DecoupledOptimizer(Optimizer):
             ticks = self.release.finish()
         else:
             with table.lock, plain_tensors(table.sharded):
-                clipping, ticks = self._clipping, list[stepping.Tick]()
-                skips = clipping.skip_nonfinite or clipping.sigma is not None or "found_inf" in self.__dict__
-                device = table.counts_on(groups) if skips or table.capturable else None
-                if device is None:
-                    hypers = self.rule.hypers(groups, default=self.defaults["decay"])
-                else:
-                    mode = self.defaults["decay"]
-                    captures = table.capturable and backends.capturing(device)
-                    hypers, lives = live.read(self.rule, groups, device, mode, table.capturable, captures)
-                limits = self._limits(hypers, loss)
-                if device is None:
-                    hypers, ticks = stepping.follow(groups, hypers)
-                self._clipping.last = None  # of a step that fails nothing is known
-                table.step(groups, self.state, hypers, ticks, limits, lives)
-                self._clipping.last = table.norms.limits
-                if self.latest_loss is not None:
-                    self.latest_loss = None
+                try:
+                    if self._accumulators.full:
+                        table.accumulated = self._take_accumulated(groups)
+                    ticks, lives = self._take_step(groups, loss)
+                finally:
+                    table.accumulated = None
         if (ticks or lives) and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
         return loss
+
+    def _take_step(
+        self, groups: list[dict[str, Any]], loss: Any
+    ) -> tuple[Sequence[stepping.Tick], list[live.Live] | None]:
+        clipping, table, mode, lives = self._clipping, self._table, self.defaults["decay"], None
+        skips = clipping.skip_nonfinite or clipping.sigma is not None or "found_inf" in self.__dict__
+        device = table.counts_on(groups) if skips or table.capturable else None
+        ticks: Sequence[stepping.Tick] = ()
+        if device is None:
+            hypers = self.rule.hypers(groups, default=mode)
+        else:
+            captures = table.capturable and backends.capturing(device)
+            hypers, lives = live.read(self.rule, groups, device, mode, table.capturable, captures)
+        limits = self._limits(hypers, loss)
+        if device is None:
+            hypers, ticks = stepping.follow(groups, hypers)
+        self._clipping.last = None  # of a step that fails nothing is known
+        table.step(groups, self.state, hypers, ticks, limits, lives)
+        self._clipping.last = table.norms.limits
+        if self._accumulators.full:
+            self._accumulators.clear()
+        if self.latest_loss is not None:
+            self.latest_loss = None
+        return ticks, lives
 
     def _limits(self, hypers: Sequence[Hyper], loss: Any) -> Limits | None:
         """What this step makes of the norm of the gradients, and of what torch.amp.GradScaler has left here."""
@@ -150,7 +166,8 @@ class DecoupledOptimizer(Optimizer):
         Where nobody has asked for it, the scaler unscales by itself, and so do those who clip by themselves (Lightning
         refuses to clip for an optimizer that says True).
         """
-        return bool(self.defaults.get("fused")) or self._table.capturable or self._clipping.asked
+        asked = self._clipping.asked or bool(self._accumulators.full)
+        return bool(self.defaults.get("fused")) or self._table.capturable or asked
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -225,6 +242,90 @@ class DecoupledOptimizer(Optimizer):
             return torch.tensor(False, device="cpu")
         return norms.found[1] != 0
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def accumulate(self) -> None:
+        """Adds the gradients of all parameters to accumulators in float32, and drops them: `step()` takes these.
+
+        accumulator = accumulator + g, or g where nothing is in it yet: float32 for 16-bit and float32 parameters, of
+        the parameter's dtype for float64 and complex ones, of its layout and sharding. It is a launch for every
+        (device, dtype), which also adds up the squares of the sums, so that `max_grad_norm` needs no other pass.
+        `p.grad` becomes None; flat gradients (`flatten_`) become zeros, where they lie. What is left in `p.grad` when
+        `step()` is called is added first: the last micro-batch may be left to it. A step, taken or skipped, empties the
+        accumulators; their memory stays until `discard_accumulated()`. Checkpoints do not have them.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: naming the parameter; nothing was added.
+
+        Example:
+            >>> import torch, wd_kernels
+            >>> w = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+            >>> opt = wd_kernels.SGDW([w], lr=1.0)
+            >>> for micro_batch in (1.0, 0.00390625, 0.00390625):  # in bfloat16 the latter would be lost
+            ...     (w * micro_batch).sum().backward()
+            ...     opt.accumulate()
+            >>> [t.tolist() for t in opt.accumulated_grads.values()], w.grad
+            ([[1.0078125, 1.0078125]], None)
+            >>> opt.step()
+        """
+        if self.release is not None:
+            raise RuntimeError(
+                "accumulate() while gradients are released: they are stepped as they come. Allowed is "
+                "`with release.accumulating():`, which adds them up in p.grad"
+            )
+        table = self._table
+        if table.lock._is_owned():  # type: ignore[attr-defined]
+            raise RuntimeError("accumulate() was called within a step of the same optimizer: it cannot be taken there")
+        with table.lock, plain_tensors(True):
+            self._add_gradients(self.param_groups)
+
+    def _add_gradients(self, groups: Sequence[dict[str, Any]]) -> None:
+        if not self._accumulators.add(groups, self.backend):
+            return
+        params = [p for group in groups for p in group["params"]]
+        if not self._flat_gradients.zero_(params):
+            for p in params:
+                p.grad = None
+        self._accumulators.note_zeros(params)
+
+    def _take_accumulated(self, groups: Sequence[dict[str, Any]]) -> Accumulated:
+        """What a step has in the place of gradients: those that are left are added first."""
+        given = self.__dict__
+        if given.get("found_inf") is not None or given.get("grad_scale") is not None:
+            self._check_scaled(given.get("grad_scale"), given.get("found_inf"))
+        self._add_gradients(groups)
+        return self._accumulators.in_place_of_gradients(groups)
+
+    def _check_scaled(self, scale: Any, found_inf: Any) -> None:
+        """Raises where a GradScaler does not know of gradients that were accumulated."""
+        if scale is None:
+            raise RuntimeError(
+                "gradients are accumulated, which a GradScaler's unscale_() has not unscaled: leave it out. The step "
+                "unscales them, and max_grad_norm clips them"
+            )
+        if not self.skip_nonfinite:
+            raise RuntimeError(
+                "gradients are accumulated, in which a GradScaler does not look for infinities: allowed is "
+                "skip_nonfinite=True, which does"
+            )
+        if not isinstance(found_inf, Tensor):
+            raise RuntimeError(
+                "all gradients are accumulated, and a GradScaler wants to see some: leave the last micro-batch's to "
+                "step(), which adds them"
+            )
+
+    @property
+    def accumulated_grads(self) -> dict[Tensor, Tensor]:
+        """What `accumulate()` has added up since the last step, by parameter: to be summed over processes, say.
+
+        They may be written. Since nobody knows when, norms take a pass of their own once they were asked for.
+        """
+        self._accumulators.lent = True
+        return {p: self._accumulators.of[p] for p in self._accumulators.full}
+
+    def discard_accumulated(self) -> None:
+        """Forgets what `accumulate()` has added up, and frees the memory."""
+        self._accumulators = Accumulators()
+
     def end_captures(self) -> None:
         """Tells that no graph is replayed any more in which steps were captured (`capturable=True`).
 
@@ -252,6 +353,11 @@ class DecoupledOptimizer(Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. Flat gradients that are kept are zeroed in one go."""
+        if self._accumulators.full:
+            raise RuntimeError(
+                "zero_grad() while gradients are accumulated that no step has taken: accumulate() has dropped those of "
+                "its micro-batch already. Call step(), or discard_accumulated() to lose them"
+            )
         if self.release is not None:
             self.release.zero_grad()
         if set_to_none or not self._flat_gradients.zero_([p for group in self.param_groups for p in group["params"]]):
@@ -466,6 +572,7 @@ class DecoupledOptimizer(Optimizer):
         self.__dict__.setdefault("_capturable", False)
         clipping = self.__dict__.pop("clipping", {})
         self.__dict__.setdefault("_clipping", Clipping(**clipping))
+        self.__dict__.setdefault("_accumulators", Accumulators())
         self.defaults = {**stepping.DEFAULTS, **self.defaults}
         self.defaults.pop("schedule_step", None)  # version 0.1 had it there
         for group in self.param_groups:

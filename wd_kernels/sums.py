@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["WORDS", "add", "value", "values"]
 
 DIGITS, INFINITIES, NANS, WORDS = 68, 68, 69, 70
+MASK = 0xFFFFFFFF  # a digit's largest value
 _ONE = 1 << 1074  # a digit of 1, in units of the lowest
 
 
@@ -55,24 +56,29 @@ def value(words: Tensor) -> float:
 
 def values(words: Tensor) -> Tensor:
     """The same of many sums, int64 [n, WORDS] to float64 [n], on whatever device they are, without waiting for it."""
-    nothing = words.new_zeros(len(words))
-    top, second, third, rest, place = (nothing.clone() for _ in range(5))
-    carry, one_below, two_below, below = (nothing.clone() for _ in range(4))
-    for k in range(DIGITS):
-        word = words[:, k] + carry
-        digit, carry = word & 0xFFFFFFFF, word >> 32
-        there = digit != 0
-        now, before = (digit, one_below, two_below, below), (top, second, third, rest)
-        top, second, third, rest = (torch.where(there, *own) for own in zip(now, before, strict=True))
-        place = torch.where(there, k, place)
-        below, two_below, one_below = below | two_below, one_below, digit
+    digits = words[:, :DIGITS]
+    digits = (digits & MASK) + _one_up(digits >> 32)  # below 2^33
+    digits = (digits & MASK) + _one_up(digits >> 32)  # 2^32 at most: what is that carries 1, through any that are MASK
+    places = torch.arange(DIGITS, device=words.device)
+    ends = torch.where(digits != MASK, places, -1).cummax(1).values  # the last up to here that carries nothing on
+    carried = (digits > MASK).long().gather(1, ends.clamp(min=0)) * (ends >= 0)
+    digits = (digits + _one_up(carried)) & MASK
+    place = torch.where(digits != 0, places, 0).amax(1, keepdim=True)
+    at = place - torch.arange(3, device=words.device)
+    top, second, third = (digits.gather(1, at.clamp(min=0)) * (at >= 0)).unbind(1)
+    rest = ((digits != 0) & (places < place - 2)).any(1)
     upper = ((top << 21) | (second >> 11)).double()
-    lower = (((second & 0x7FF) << 33) | (third << 1) | (rest != 0)).double()
-    exponent = 32 * place - 1139
+    lower = (((second & 0x7FF) << 33) | (third << 1) | rest).double()
+    exponent = 32 * place[:, 0] - 1139
     first = exponent.clamp(-1000, 1000)
     found = (upper * 2.0**44 + lower) * _power_of_2(first) * _power_of_2(exponent - first)
     found = torch.where(words[:, INFINITIES] != 0, math.inf, found)
     return torch.where(words[:, NANS] != 0, math.nan, found)
+
+
+def _one_up(carried: Tensor) -> Tensor:
+    """Each to the next digit; nothing comes out of the last."""
+    return torch.nn.functional.pad(carried[:, :-1], (1, 0))
 
 
 def _power_of_2(n: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ struct Kernel {
   void (*step_chunks)(const Kernel& kernel, const Launch& launch, int64_t first, int64_t last);
   // Adds the squares of their gradients to the exact sums at their places' kOutput.
   void (*sum_squares)(const Kernel& kernel, const Launch& launch, int64_t first, int64_t last);
+  // Adds the gradients to what lies in the place of parameters, in the arithmetic type, and the squares of that
+  // likewise. Where a segment's row is not 0, nothing is there yet.
+  void (*accumulate)(const Kernel& kernel, const Launch& launch, int64_t first, int64_t last);
 };
 
 // The kernel for a rule with its states, an epilogue, and the format of every role (parameter, gradient, states,

@@ -144,6 +144,10 @@ void sum_squares(const Plan& plan, int64_t elements) {
   if (elements != 0) on_threads(plan.kernel.sum_squares, plan, plan.launch, elements);
 }
 
+void accumulate(const Plan& plan, int64_t elements) {
+  if (elements != 0) on_threads(plan.kernel.accumulate, plan, plan.launch, elements);
+}
+
 void be_serial() { serial = true; }
 
 }  // namespace cpu

@@ -27,8 +27,10 @@ void run(const Plan& plan, const double* rows, int64_t elements);
 // Throws unless what every segment's squares are added to is one of so many rows of exact sums.
 void check_sums(const Plan& plan, const int64_t* sums, int64_t rows);
 
-// Adds the squares of the gradients to them. Nothing here fails.
+// Adds the squares of the gradients to them; or the gradients to what lies in the place of parameters, and its squares.
+// Nothing here fails.
 void sum_squares(const Plan& plan, int64_t elements);
+void accumulate(const Plan& plan, int64_t elements);
 
 // From now on in this process no second thread takes part: those of OpenMP did not come along in a fork.
 void be_serial();

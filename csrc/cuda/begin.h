@@ -29,10 +29,31 @@ WD_HOST_DEVICE inline void add_halves(T* sums) {
   WD_SYNC();
 }
 
-// Adds the squares of the gradients of one chunk to the sum that its place names; `copies` of the sums, `stride` words
+// Neighbours of a lane, added to those that lie there, unless these are nothing yet; `x` is the sum.
+template <class T>
+WD_HOST_DEVICE inline void add_neighbours(T* at, T* x, int count, bool nothing_yet, bool whole) {
+  constexpr int width = 16 / sizeof(T);
+  if (whole) {
+    WD_UNROLL
+    for (int k = 0; k < kNeighbours; k += width) {
+      Vector<T, width> total = {};
+      if (!nothing_yet) total = read<Vector<T, width>>(at + k);
+      WD_UNROLL
+      for (int e = 0; e < width; ++e) total.element[e] = x[k + e] = nothing_yet ? x[k + e] : total.element[e] + x[k + e];
+      write(at + k, total);
+    }
+  } else {
+    WD_UNROLL
+    for (int e = 0; e < kNeighbours; ++e)
+      if (e < count) at[e] = x[e] = nothing_yet ? x[e] : at[e] + x[e];
+  }
+}
+
+// Adds the squares of the gradients of one chunk to the sum that its place names, or the gradients to what lies in the
+// place of the parameter, where the segment's row is 0, and the squares of that; `copies` of the sums, `stride` words
 // apart, are added to by turns.
-template <class T, class G>
-WD_HOST_DEVICE inline void sum_squares(const Launch& launch, int64_t block, int64_t copies, int64_t stride) {
+template <class T, class G, bool kAccumulates>
+WD_HOST_DEVICE inline void sum_gradients(const Launch& launch, int64_t block, int64_t copies, int64_t stride) {
   const int64_t chunk = launch.chunks[block];
   void* const* place = reinterpret_cast<void* const*>(launch.places) + (chunk & 0xffffffff) * launch.place_words;
   const Moving& moving = launch.moving[chunk & 0xffffffff];
@@ -42,6 +63,7 @@ WD_HOST_DEVICE inline void sum_squares(const Launch& launch, int64_t block, int6
   const int count = rest < launch.chunk_size ? int(rest) : launch.chunk_size;
   const auto* const grad = memory<typename G::Memory>(moving.grad, begin);
   int64_t* const sum = memory<int64_t>(place[kOutput], block % copies * stride);
+  T* const total = kAccumulates ? memory<T>(place[address_word(kParam)], begin) : nullptr;
 
   WD_SHARED T sums[kThreads];
   constexpr int width = 16 / sizeof(typename G::Memory), accesses = larger(kNeighbours / width, 1);
@@ -50,7 +72,8 @@ WD_HOST_DEVICE inline void sum_squares(const Launch& launch, int64_t block, int6
     WD_EACH_LANE(lane) {
       const int begin = from + lane * kNeighbours;
       T x[kNeighbours];
-      if (moving.aligned && from + kBlock <= count) {
+      const bool whole = moving.aligned && from + kBlock <= count;
+      if (whole) {
         WD_UNROLL
         for (int k = 0; k < accesses; ++k) {
           const auto g = read<VectorOf<G, width>>(grad + begin + k * width);
@@ -61,6 +84,7 @@ WD_HOST_DEVICE inline void sum_squares(const Launch& launch, int64_t block, int6
         WD_UNROLL
         for (int e = 0; e < kNeighbours; ++e) x[e] = begin + e < count ? T(G::load(grad + begin + e)) : T(0);
       }
+      if constexpr (kAccumulates) add_neighbours(total + begin, x, count - begin, moving.row != 0, whole);
       WD_UNROLL
       for (int e = 0; e < kNeighbours; ++e) x[e] = x[e] * x[e];
       sums[lane] = sum_neighbours(x);
@@ -247,14 +271,20 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
   }
 }
 
-// `Of<T, G>::entry()` for the format of a gradient beside a parameter that is stepped in T; null where there is none.
-template <template <class, class> class Of>
-const void* find_squares(int64_t param, int64_t grad) {
-  if (param == kFloat64) return grad == kFloat64 ? Of<double, Float64>::entry() : nullptr;
-  if (grad == kFloat32) return Of<float, Float32>::entry();
-  if (grad == kBFloat16) return Of<float, BFloat16>::entry();
-  if (grad == kFloat16) return Of<float, Float16>::entry();
+// `Of<T, G, accumulates>::entry()` for the format of a gradient beside a parameter that is stepped in T, or what it is
+// added to; null where there is none.
+template <template <class, class, bool> class Of, bool accumulates>
+const void* find_sum_of(int64_t param, int64_t grad) {
+  if (param == kFloat64) return grad == kFloat64 ? Of<double, Float64, accumulates>::entry() : nullptr;
+  if (grad == kFloat32) return Of<float, Float32, accumulates>::entry();
+  if (grad == kBFloat16) return Of<float, BFloat16, accumulates>::entry();
+  if (grad == kFloat16) return Of<float, Float16, accumulates>::entry();
   return nullptr;
+}
+
+template <template <class, class, bool> class Of>
+const void* find_sum(int64_t param, int64_t grad, bool accumulates) {
+  return accumulates ? find_sum_of<Of, true>(param, grad) : find_sum_of<Of, false>(param, grad);
 }
 
 // `Of<Rule>::entry()` for a rule by its number: rows are the same whatever its states.

@@ -31,14 +31,14 @@ struct Step {
   static const void* entry() { return reinterpret_cast<const void*>(&step_kernel<Rule, P, G, S, E>); }
 };
 
-template <class T, class G>
+template <class T, class G, bool kAccumulates>
 __global__ void __launch_bounds__(kThreads) squares_kernel(const Launch launch, int64_t copies, int64_t stride) {
-  sum_squares<T, G>(launch, blockIdx.x, copies, stride);
+  sum_gradients<T, G, kAccumulates>(launch, blockIdx.x, copies, stride);
 }
 
-template <class T, class G>
+template <class T, class G, bool kAccumulates>
 struct Squares {
-  static const void* entry() { return reinterpret_cast<const void*>(&squares_kernel<T, G>); }
+  static const void* entry() { return reinterpret_cast<const void*>(&squares_kernel<T, G, kAccumulates>); }
 };
 
 template <class Rule>
@@ -59,7 +59,9 @@ const Kernel* find(int64_t rule, int64_t variant, int64_t epilogue, const int64_
   return find_kernel<Step>(rule, variant, epilogue, formats, roles);
 }
 
-const void* find_squares(int64_t param, int64_t grad) { return find_squares<Squares>(param, grad); }
+const void* find_squares(int64_t param, int64_t grad, bool accumulates) {
+  return find_sum<Squares>(param, grad, accumulates);
+}
 
 const void* find_begin(int64_t rule) { return find_begin<BeginStep>(rule); }
 

@@ -19,9 +19,9 @@ struct Step {
 using SumSquares = void (*)(const Launch& launch, int64_t block, int64_t copies, int64_t stride);
 using BeginStep = void (*)(const Begin& begin);
 
-template <class T, class G>
+template <class T, class G, bool kAccumulates>
 struct Squares {
-  static const void* entry() { return reinterpret_cast<const void*>(&sum_squares<T, G>); }
+  static const void* entry() { return reinterpret_cast<const void*>(&sum_gradients<T, G, kAccumulates>); }
 };
 
 template <class Rule>
@@ -31,7 +31,9 @@ struct BeginOf {
 
 }  // namespace
 
-const void* find_squares(int64_t param, int64_t grad) { return find_squares<Squares>(param, grad); }
+const void* find_squares(int64_t param, int64_t grad, bool accumulates) {
+  return find_sum<Squares>(param, grad, accumulates);
+}
 
 const void* find_begin(int64_t rule) { return find_begin<BeginOf>(rule); }
 

@@ -86,8 +86,8 @@ void step_(int64_t given, const Tensor chunks, const Tensor places, const Tensor
   STD_TORCH_CHECK(wrong == nullptr, "a step on cuda:", device, " could not be launched: ", wrong);
 }
 
-const void* squares_of(int64_t param, int64_t grad) {
-  const void* entry = find_squares(param, grad);
+const void* squares_of(int64_t param, int64_t grad, bool accumulates) {
+  const void* entry = find_squares(param, grad, accumulates);
   STD_TORCH_CHECK(entry != nullptr, "there is no CUDA kernel that adds up squares of these storage formats");
   return entry;
 }
@@ -99,12 +99,13 @@ const void* begin_of(int64_t rule) {
 }
 
 // Adds the squares of the gradients of one bucket to the exact sums that its places name; `copies` of these, `stride`
-// words apart, are added to by turns. param, grad: their FormatCode.
+// words apart, are added to by turns. param, grad: their FormatCode. If it `accumulates`, gradients are added to what lies
+// in the place of parameters, and the squares are of that.
 void squares_(int64_t given, const Tensor chunks, const Tensor places, const Tensor moving, int64_t chunk_size,
-              int64_t param, int64_t grad, int64_t copies, int64_t stride) {
+              int64_t param, int64_t grad, bool accumulates, int64_t copies, int64_t stride) {
   STD_TORCH_CHECK(given == token(), "cuda_squares_ is for this package alone: it reads whatever its addresses name");
   const int32_t device = chunks.get_device_index();
-  const void* entry = squares_of(param, grad);
+  const void* entry = squares_of(param, grad, accumulates);
   const Launch what =
       check_table("cuda_squares_", chunks, places, moving, chunk_size, kState,
                   [&](const Tensor& tensor) { return is_here(tensor) && tensor.get_device_index() == device; });
@@ -197,8 +198,8 @@ std::string load_on(int64_t device, int64_t rule, int64_t variant, int64_t epilo
   return load_entry(device, known(rule, variant, epilogue, formats)->entry);
 }
 
-std::string load_squares_on(int64_t device, int64_t param, int64_t grad) {
-  return load_entry(device, squares_of(param, grad));
+std::string load_squares_on(int64_t device, int64_t param, int64_t grad, bool accumulates) {
+  return load_entry(device, squares_of(param, grad, accumulates));
 }
 
 std::string load_begin_on(int64_t device, int64_t rule) { return load_entry(device, begin_of(rule)); }
@@ -219,10 +220,10 @@ WD_EXPANDED(STABLE_TORCH_LIBRARY_FRAGMENT, WD_NAMESPACE, m) {
       "int epilogue, int[] formats, Tensor rows) -> ()");
   m.def("cuda_load(int device, int rule, int variant, int epilogue, int[] formats) -> str");
   m.def(
-      "cuda_squares_(int token, Tensor chunks, Tensor places, Tensor moving, int chunk_size, int param, int grad, int "
-      "copies, int stride) -> ()");
+      "cuda_squares_(int token, Tensor chunks, Tensor places, Tensor moving, int chunk_size, int param, int grad, bool "
+      "accumulates, int copies, int stride) -> ()");
   m.def("cuda_begin_(int token, int rule, Tensor[] tensors) -> ()");
-  m.def("cuda_load_squares(int device, int param, int grad) -> str");
+  m.def("cuda_load_squares(int device, int param, int grad, bool accumulates) -> str");
   m.def("cuda_load_begin(int device, int rule) -> str");
   m.def("cuda_built() -> str");
 }

@@ -189,6 +189,14 @@ bool check_flat(PyObject* param, PyObject* grad, View& view, int64_t i, const Ex
   return true;
 }
 
+// What a parameter is stepped with, a new reference: its gradient, or what the step was given in the place of these.
+PyObject* gradient_of(const View& view, PyObject* param, int64_t i) {
+  if (view.gradients == nullptr) return grad_of(param);
+  PyObject* const given = PyList_GetItem(view.gradients, Py_ssize_t(i));
+  Py_XINCREF(given);
+  return given;
+}
+
 }  // namespace
 
 bool check(View& view, PyObject* groups, PyObject* state, PyObject* keep, Changes* found) {
@@ -210,7 +218,7 @@ bool check(View& view, PyObject* groups, PyObject* state, PyObject* keep, Change
     PyObject* const param = view.params[size_t(i)];
     bool now = e.inspected != kWithoutGradient, fine = e.inspected != kNotYet;
     if (e.inspected == kNotYet && e.kind != kSpecial && compared(param)) {
-      PyObject* const grad = grad_of(param);
+      PyObject* const grad = gradient_of(view, param, i);
       if (grad == nullptr) return false;
       now = grad != Py_None;
       if (!now)

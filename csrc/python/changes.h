@@ -95,6 +95,7 @@ struct View {
   PyObject* names[kMaxRoles] = {};  // of a state dictionary: "step", and the states
   std::vector<Held> handles;
   PyObject *owners = nullptr, *hold = nullptr;
+  PyObject* gradients = nullptr;  // borrowed: what the step under way has in the place of gradients; null: nothing
 
   View() = default;
   View(const View&) = delete;

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "uninterrupted.h"
+
 namespace wd {
 namespace {
 
@@ -122,12 +124,20 @@ Launches::Launches(PyObject* launches, PyObject* rows) : launches_(launches) {
   }
 }
 
-void Launches::check_sums(const int64_t* sums, int64_t rows) const {
-  for (const Counted& own : plans_) cpu::check_sums(*own.plan, sums, rows);
+void Launches::check_sums(const int64_t* sums, int64_t rows, bool accumulates) const {
+  for (const Counted& own : plans_) {
+    cpu::check_sums(*own.plan, sums, rows);
+    require(!accumulates || own.plan->kernel.sizes[kParam] >= kScaled * int64_t(sizeof(float)),
+            "gradients are added to float32 or float64");
+  }
 }
 
 void Launches::sum_squares() const {
   for (const Counted& own : plans_) cpu::sum_squares(*own.plan, own.elements);
+}
+
+void Launches::accumulate() const {
+  for (const Counted& own : plans_) cpu::accumulate(*own.plan, own.elements);
 }
 
 void Launches::run_plans() const {
@@ -165,6 +175,25 @@ PyObject* launch(PyObject*, PyObject* args) {
     Insist insist;
     all.run_plans();
     if (!all.run_others(insist, all.elements() > 0) || !insist.restore()) return nullptr;
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* add_up(PyObject*, PyObject* args) {
+  PyObject *plans, *rows, *sums;
+  int accumulates, others;
+  if (!PyArg_ParseTuple(args, "O!OOpp", &PyList_Type, &plans, &rows, &sums, &accumulates, &others)) return nullptr;
+  return guarded([&]() -> PyObject* {
+    const Launches all(plans, rows);
+    const Memory words = memory_of(sums, "sums", "int64", kSumWords);
+    all.check_sums(words.as<const int64_t>(), words.rows, accumulates != 0);
+    {
+      const Unlocked meanwhile_others_run(others != 0 && all.elements() >= kLong);
+      if (accumulates != 0)
+        all.accumulate();
+      else
+        all.sum_squares();
+    }
     Py_RETURN_NONE;
   });
 }

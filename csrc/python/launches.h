@@ -53,11 +53,14 @@ class Launches {
   // Elements that plans step.
   int64_t elements() const { return elements_; }
 
-  // Throws unless what plans add squares to are so many exact sums.
-  void check_sums(const int64_t* sums, int64_t rows) const;
+  // Throws unless what plans add squares to are so many exact sums, and what they add gradients to can take these.
+  void check_sums(const int64_t* sums, int64_t rows, bool accumulates = false) const;
 
   // Adds the squares of all gradients to them. Needs no lock of the interpreter's, and does not fail.
   void sum_squares() const;
+
+  // Adds the gradients to what lies in the place of parameters, and the squares of that to the sums; likewise.
+  void accumulate() const;
 
   // Runs the plans. Needs no lock of the interpreter's, and does not fail.
   void run_plans() const;
@@ -86,6 +89,9 @@ PyObject* insist_on(PyObject* module, PyObject* functions);
 PyObject* plan(PyObject* module, PyObject* args);
 // launch(launches, rows): all of them.
 PyObject* launch(PyObject* module, PyObject* args);
+// add_up(plans, rows, sums, accumulates, others): the squares of all gradients, or, if it `accumulates`, of what these
+// are added to; `others`: other threads may run meanwhile, as long as somebody holds the memory of all tensors.
+PyObject* add_up(PyObject* module, PyObject* args);
 PyObject* instruction_set(PyObject* module, PyObject* none);
 PyObject* rules(PyObject* module, PyObject* none);
 PyObject* be_serial(PyObject* module, PyObject* none);

@@ -25,11 +25,12 @@ struct Work {
   int others;          // are there other threads of Python?
   PyObject* clipping;  // None, or what is asked of the norm of the gradients
   int counts;          // does the host count the steps?
+  PyObject* gradients;  // None, or a list of what is stepped in the place of gradients
 
   explicit Work(PyObject* tuple) {
-    if (!PyArg_ParseTuple(tuple, "OO!O!OOO!O!O!pOp", &increment, &PyList_Type, &written, &PyList_Type, &launches,
+    if (!PyArg_ParseTuple(tuple, "OO!O!OOO!O!O!pOpO", &increment, &PyList_Type, &written, &PyList_Type, &launches,
                           &ready, &rows, &PyList_Type, &copies, &PyList_Type, &puts, &PyList_Type, &ticks, &others,
-                          &clipping, &counts))
+                          &clipping, &counts, &gradients))
       throw std::runtime_error("a Python error is set");
   }
 };
@@ -172,8 +173,25 @@ Outcome launch_all(View& view, PyObject* groups, PyObject* state, const Work& wo
   return others.run_others(insist, begun) ? Outcome::done : Outcome::failed;
 }
 
+// A view has them for the time of a step.
+class Gradients {
+ public:
+  Gradients(View& view, PyObject* gradients) : view_(view) {
+    if (gradients == Py_None) return;
+    if (!PyList_Check(gradients)) throw std::runtime_error("gradients are a list");
+    view_.gradients = gradients;
+  }
+  Gradients(const Gradients&) = delete;
+  Gradients& operator=(const Gradients&) = delete;
+  ~Gradients() { view_.gradients = nullptr; }
+
+ private:
+  View& view_;
+};
+
 PyObject* checked_step(View& view, PyObject* groups, PyObject* state, PyObject* tuple) {
   const Work work(tuple);
+  const Gradients gradients(view, work.gradients);
   const bool held = work.ready != Py_None || work.others != 0 || Clipping::calls(work.clipping);
   const Reference keep(held ? PyList_New(0) : nullptr);
   if (PyErr_Occurred()) return nullptr;
@@ -228,6 +246,7 @@ PyMethodDef methods[] = {
     {"step_lists", step_lists, METH_VARARGS, "A step of lists of tensors."},
     {"plan", plan, METH_VARARGS, "A launch on the CPU."},
     {"launch", launch, METH_VARARGS, "launch(launches, rows)"},
+    {"add_up", add_up, METH_VARARGS, "add_up(plans, rows, sums, accumulates, others)"},
     {"instruction_set", instruction_set, METH_NOARGS, "instruction_set() -> str"},
     {"rules", rules, METH_NOARGS, "rules() -> str"},
     {"insist", insist_on, METH_O,

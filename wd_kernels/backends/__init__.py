@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..layout import Bucket, Spec, Table
 from . import cpu, cuda, reference, triton
-from .device import capturing
+from .device import ACCUMULATED, capturing
 from .prepared import Launch, Prepared, launch
 
 __all__ = [
+    "ACCUMULATED",
     "BACKENDS",
     "NAMES",
     "Backend",
@@ -21,6 +22,7 @@ __all__ = [
     "FallbackWarning",
     "Launch",
     "Prepared",
+    "add_up",
     "capturing",
     "check",
     "launch",
@@ -50,6 +52,13 @@ class Backend(Protocol):
 
     def prepare(self, table: Table, buckets: list[Bucket]) -> Prepared:
         """The launches that step the buckets in place."""
+
+    def add_up(self, table: Table, buckets: list[Bucket], sums: Tensor, accumulates: bool) -> None:
+        """Adds the squares of all gradients to the exact sums that places name, [copies, slots, sums.WORDS].
+
+        If it `accumulates`, parameters are what gradients are added to, in the arithmetic dtype, where a segment's row
+        is 0; where it is 1, they become the gradients; the squares are of that.
+        """
 
 
 BACKENDS: dict[str, Backend] = {
@@ -120,6 +129,12 @@ def prepare(table: Table) -> Prepared:
     measures = [own.measure for own in of_backend if own.measure is not None]
     squares = tuple(plan for own in of_backend for plan in own.squares)
     return Prepared(plans, _ready(others), _measure(measures), squares)
+
+
+def add_up(table: Table, sums: Tensor, accumulates: bool) -> None:
+    """The same of all buckets, each through its backend; the caller holds the memory of all tensors meanwhile."""
+    for backend in dict.fromkeys(bucket.backend for bucket in table.buckets):
+        backend.add_up(table, [bucket for bucket in table.buckets if bucket.backend is backend], sums, accumulates)
 
 
 def _ready(each: list[Callable[[Table, Tensor], list[Launch]]]) -> Callable[[Table, Tensor], list[Launch]] | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 
 import torch
+from torch import Tensor
 
 from .. import native
 from ..layout import Bucket, Spec, Table, cut, cut_whole, native_kernel
@@ -78,3 +80,8 @@ class CPU:
                 plan = native.C.plan(words, whole.places, whole.moving, table.control, CHUNK, *kernel)
             squares.append(plan)
         return Prepared(plans, None, squares=tuple(squares))
+
+    def add_up(self, table: Table, buckets: list[Bucket], sums: Tensor, accumulates: bool) -> None:
+        rows = torch.zeros(2, len(table.rule.scalars), dtype=torch.float64, device="cpu")
+        plans, others = self.prepare(table, buckets).plans, threading.active_count() > 1
+        native.C.add_up(plans, rows, sums[0], accumulates, others)

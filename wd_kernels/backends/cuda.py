@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import native
 from ..formats import arithmetic_dtype, format_of
@@ -87,13 +88,15 @@ class CUDA(OnDevice):
             there["control"], size, *kernel, there["rows"],
         )  # fmt: skip
 
-    def squares(self, table: Table, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+    def squares(
+        self, sums: Tensor, bucket: Bucket, size: int, there: There, accumulates: bool = False
+    ) -> Callable[[], None]:
         param, grad = bucket.spec.formats[:2]
-        formats = format_of(arithmetic_dtype(param.dtype)).code, grad.code
-        self._load(bucket.spec.device, self.ops.cuda_load_squares, *formats)
+        which = format_of(arithmetic_dtype(param.dtype)).code, grad.code, accumulates
+        self._load(bucket.spec.device, self.ops.cuda_load_squares, *which)
         return partial(
             self.ops.cuda_squares_.default, self.token, there[bucket.index], there["places"], there["moving"], size,
-            *formats, len(bank.sums), bank.sums.stride(0),
+            *which, len(sums), sums.stride(0),
         )  # fmt: skip
 
     def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:

@@ -17,7 +17,13 @@ from ..rules import Rule
 from .device_copy import DeviceCopy, There, chunk_size
 from .prepared import Prepared
 
-__all__ = ["OnDevice", "arguments", "capturing", "current", "machine", "refuse_loading"]
+__all__ = ["ACCUMULATED", "OnDevice", "arguments", "capturing", "current", "machine", "refuse_loading"]
+
+
+ACCUMULATED = (
+    "gradients are accumulated by accumulate() within a capture of a graph, whose replays would not know which are the "
+    "first: add them up in p.grad, with a backward pass for each micro-batch in the graph"
+)
 
 
 @cache
@@ -120,6 +126,21 @@ class OnDevice(ABC):
 
         return Prepared([], ready)
 
+    def add_up(self, table: Table, buckets: list[Bucket], sums: Tensor, accumulates: bool) -> None:
+        for device in dict.fromkeys(bucket.spec.device for bucket in buckets):
+            if capturing(device):
+                raise RuntimeError(ACCUMULATED)
+            size = partial(chunk_size, processors=machine(device)[0])
+            own = [bucket for bucket in buckets if bucket.spec.device == device]
+            chunks = {bucket.index: cut(table, bucket, size) for bucket in own}
+            parts: There = {"places": table.segments.places, "moving": table.segments.moving}
+            parts |= {index: cut_into.words for index, cut_into in chunks.items()}
+            there = table.device_copies.setdefault(device, DeviceCopy(device)).update(parts)
+            own = [bucket for bucket in own if chunks[bucket.index].words.numel()]
+            sizes = {bucket.index: chunks[bucket.index].size for bucket in own}
+            for launch in [self.squares(sums, b, sizes[b.index], there, accumulates) for b in own]:
+                launch()
+
     def _begun(
         self, table: Table, norms: Norms, bank: Bank, buckets: list[Bucket], sizes: Mapping[int, int], there: There
     ) -> Callable[[], None]:
@@ -130,15 +151,17 @@ class OnDevice(ABC):
         squares = []
         norms.set_schedule_steps()
         if norms.measures:
-            for bucket in buckets:
+            for bucket in buckets if norms.measured is None else ():
                 tables: There = there
                 if "whole places" in there:
                     words, places, moving = there[f"whole {bucket.index}"], there["whole places"], there["whole moving"]
                     tables = {bucket.index: words, "places": places, "moving": moving}
-                squares.append(self.squares(table, bank, bucket, sizes[bucket.index], tables))
+                squares.append(self.squares(bank.sums, bucket, sizes[bucket.index], tables))
             if not bank.clean or capturing(bank.device):  # a step came to nothing, now or between replays
                 bank.sums.zero_()
             bank.clean = False
+            if norms.measured is not None:
+                bank.sums[0] = norms.measured
             for launch in squares:
                 launch()
             norms.reduce(bank)
@@ -154,8 +177,13 @@ class OnDevice(ABC):
         """The launch of a bucket, whose chunks have `size` elements; its kernel is on the device when this returns."""
 
     @abstractmethod
-    def squares(self, table: Table, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
-        """The launch that adds up the squares of its gradients; likewise."""
+    def squares(
+        self, sums: Tensor, bucket: Bucket, size: int, there: There, accumulates: bool = False
+    ) -> Callable[[], None]:
+        """The launch that adds up the squares of its gradients, or of what it adds these to; likewise.
+
+        `sums`: int64 [copies, slots, sums.WORDS]; places name those of the first copy.
+        """
 
     @abstractmethod
     def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference, sums
-from ..layout import Bucket, Spec, Table
+from .. import reference
+from .. import sums as exact
+from ..layout import Bucket, Place, Spec, Table
 from .prepared import Prepared
 
 __all__ = ["Reference"]
@@ -32,9 +33,19 @@ class Reference:
                 for i in bucket.members:
                     if table.active[i]:
                         squares = reference.squares(table.tensors(i).grad, bucket.spec.formats[0].dtype)
-                        sums.add(table.norms.sum_of(i), squares)
+                        exact.add(table.norms.sum_of(i), squares)
 
         return Prepared([], lambda table, rows: [self._step(table, bucket, rows) for bucket in buckets], measure)
+
+    def add_up(self, table: Table, buckets: list[Bucket], sums: Tensor, accumulates: bool) -> None:
+        for bucket in buckets:
+            for segment, i in enumerate(bucket.members, bucket.first):
+                own = table.tensors(i)
+                if accumulates:
+                    own.theta.copy_(own.grad) if own.row else own.theta.add_(own.grad)
+                squares = reference.squares(own.theta if accumulates else own.grad, bucket.spec.formats[0].dtype)
+                at = int(table.segments.places[segment, Place.OUTPUT]) - sums.data_ptr()
+                exact.add(sums[0, at // sums.stride(1) // sums.itemsize], squares)
 
     def _step(self, table: Table, bucket: Bucket, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What is to be copied where: all of it is computed before any of it is written."""

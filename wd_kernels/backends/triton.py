@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..layout import BLOCK, Bucket, Spec, Table
 from ..norms import Bank, Norms
@@ -162,13 +163,15 @@ class Triton(OnDevice):
         key = (table.rule.name, spec)
         return self._launch(kernels.step_kernel, key, spec.device, chunks.numel(), own_arguments, how)
 
-    def squares(self, table: Table, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
+    def squares(
+        self, sums: Tensor, bucket: Bucket, size: int, there: There, accumulates: bool = False
+    ) -> Callable[[], None]:
         chunks, grad, device = there[bucket.index], bucket.spec.formats[1], bucket.spec.device
         own = (
-            chunks, there["places"], there["moving"], there["places"].shape[1], size, len(bank.sums),
-            bank.sums.stride(0), grad.code, SQUARED,
+            chunks, there["places"], there["moving"], there["places"].shape[1], size, len(sums), sums.stride(0),
+            grad.code, accumulates, SQUARED,
         )  # fmt: skip
-        key = ("squares", grad.code)
+        key = ("squares", grad.code, accumulates)
         return self._launch(_begin().squares_kernel, key, device, chunks.numel(), own, self._how("squares", device))
 
     def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:

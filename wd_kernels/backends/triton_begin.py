@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 
 from .. import sums
-from .triton_kernels import MOVING_WORDS, OUTPUT, block_sum, larger, pointer, sums_of_blocks, widen
+from .triton_kernels import (
+    ADDRESSES,
+    FLOAT32,
+    FLOAT64,
+    MOVING_WORDS,
+    OUTPUT,
+    block_sum,
+    larger,
+    pointer,
+    sums_of_blocks,
+    widen,
+)
 
 DIGITS = tl.constexpr(sums.DIGITS)
 INFINITIES = tl.constexpr(sums.INFINITIES)
@@ -41,25 +52,41 @@ def add_summands(sum, x):
 
 
 @triton.jit
-def sum_squares(grad, offset, count, sum, format: tl.constexpr, rows: tl.constexpr, full: tl.constexpr):
+def added(at, lanes, mask, x, there):
+    """The sum of x and what lies there, if anything does; it is written there."""
+    before = tl.load(at + lanes, mask=there if mask is None else mask & there, other=0.0)
+    total = tl.where(there, before + x, x)
+    tl.store(at + lanes, total, mask=mask)
+    return total
+
+
+@triton.jit
+def sum_gradients(grad, total, offset, count, sum, there, format: tl.constexpr, accumulates: tl.constexpr,
+                  rows: tl.constexpr, full: tl.constexpr):  # fmt: skip
     """Adds the squares of `count` neighbours, so many blocks at most; `full`: all of them, and aligned."""
+    mask = None
     if full:
         at = tl.multiple_of(grad + offset, 16)
-        x = widen(tl.load(at + tl.arange(0, rows * 1024)), format)
-        square = x * x
+        lanes = tl.arange(0, rows * 1024)
     else:
+        at = grad + offset
         lanes = tl.arange(0, 8 * rows)[:, None] * 128 + tl.arange(0, 128)[None, :]
-        x = widen(tl.load(grad + offset + lanes, mask=lanes < count), format)
-        square = tl.where(lanes < count, x * x, 0.0)
+        mask = lanes < count
+    x = widen(tl.load(at + lanes, mask=mask), format)
+    if accumulates:
+        to = tl.multiple_of(total + offset, 16) if full else total + offset
+        x = added(to, lanes, mask, x, there)
+    square = x * x if full else tl.where(lanes < count, x * x, 0.0)
     add_summands(sum, sums_of_blocks(square, rows, 1024).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["place_words", "copies", "stride"])
 def squares_kernel(chunks, places, moving, place_words, chunk_size, copies, stride, format: tl.constexpr,
-                   rows: tl.constexpr):  # fmt: skip
+                   accumulates: tl.constexpr, rows: tl.constexpr):  # fmt: skip
     """Adds the squares of the gradients of one chunk to the exact sum that its place names.
 
-    `copies` of the sums, `stride` words apart, are added to by turns.
+    If it `accumulates`, the gradients are added to what lies in the place of the parameter, where the segment's row is
+    0, and the squares are of that. `copies` of the sums, `stride` words apart, are added to by turns.
     """
     chunk = tl.load(chunks + tl.program_id(0))
     place = places + (chunk & 0xFFFFFFFF) * place_words
@@ -70,13 +97,17 @@ def squares_kernel(chunks, places, moving, place_words, chunk_size, copies, stri
     count = tl.where(begin >= numel, 0, tl.minimum(numel - begin, chunk_size).to(tl.int32))
     grad = pointer(tl.load(moved), format) + begin
     sum = tl.load(place + OUTPUT).to(tl.pointer_type(tl.int64)) + (tl.program_id(0) % copies).to(tl.int64) * stride
+    total, there = grad, aligned
+    if accumulates:
+        total = pointer(tl.load(place + ADDRESSES), FLOAT64 if format == FLOAT64 else FLOAT32) + begin
+        there = tl.load(moved + 2) == 0
     done = 0
     if aligned:
         done = count - count % (1024 * rows)
         for offset in range(0, done, 1024 * rows):
-            sum_squares(grad, offset, 1024 * rows, sum, format, rows, True)
+            sum_gradients(grad, total, offset, 1024 * rows, sum, there, format, accumulates, rows, True)
     for offset in range(done, count, 1024):
-        sum_squares(grad, offset, count - offset, sum, format, 1, False)
+        sum_gradients(grad, total, offset, count - offset, sum, there, format, accumulates, 1, False)
 
 
 @triton.jit

@@ -86,6 +86,7 @@ class Work(NamedTuple):
         others: there are other threads of Python.
         clipping: what is asked of the norm of the gradients, where the host decides.
         counts: the host counts the steps.
+        gradients: what is stepped in the place of gradients, by position; None: these.
     """
 
     increment: Callable[[list[Tensor]], object]
@@ -99,6 +100,7 @@ class Work(NamedTuple):
     others: bool
     clipping: Asked | None
     counts: bool
+    gradients: list[Tensor | None] | None
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from ..validation import (
 )
 from .changes import device_code, dtype_code
 
-__all__ = ["ONE", "Lists", "examine", "step_alike"]
+__all__ = ["ONE", "Lists", "examine", "held", "step_alike"]
 
 Roles = Sequence[list[Tensor]]
 #: A control whose gradient factor is 1, and which skips nothing.
@@ -124,7 +124,7 @@ class Lists:
         if spec is not None and self._gather(spec):
             self.buckets.append(Bucket(spec, _resolve(backend, spec), 0, 0, self.order))
         else:
-            self.roles = _held(label, roles)
+            self.roles = held(label, roles)
             examine(label, states, self.roles)
             self._sort(backend)
 
@@ -182,7 +182,7 @@ class Lists:
         return Tensors.of(theta.detach(), grad, beside, int(row), int(origin))
 
 
-def _held(label: Callable[[int, int], str], roles: Roles) -> list[list[Tensor]]:
+def held(label: Callable[[int, int], str], roles: Roles) -> list[list[Tensor]]:
     """Views of tensors, which keep their memory, whatever others do to them meanwhile."""
     held = []
     for role, own in enumerate(roles):

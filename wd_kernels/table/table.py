@@ -30,7 +30,7 @@ from ..flat.states import FlatStates
 from ..formats import Storage
 from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, origins, padded, write_segment
 from ..live import Live, of_host, sources
-from ..norms import Bank, Norms
+from ..norms import Accumulated, Bank, Norms
 from ..rules import MASTER, Hyper, Rule, State
 from ..schedules import stepping
 from ..schedules.stepping import Tick
@@ -85,6 +85,7 @@ class TensorTable:
         sharded: are some of the parameters DTensors?
         origins: of parameters, by id, where they are some of an optimizer's; None: they are all.
         inspected: what was inspected in this step, by position; it holds the memory of its tensors.
+        accumulated: what the step under way has in the place of gradients; None: these.
     """
 
     def __init__(self, rule: Rule, resolve: Callable[[Spec], Any]) -> None:
@@ -116,6 +117,7 @@ class TensorTable:
         self.keys: Keys | None = None
         self.written: list[Tensor] | None = None
         self.inspected: dict[int, Finding | None] = {}
+        self.accumulated: Accumulated | None = None
         self.puts: list[tuple[int, Tensor, Any, dict[str, Any], dict[str, Any]]] = []
         _tables.add(self)
 
@@ -204,6 +206,7 @@ class TensorTable:
             self.written = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
         rows, asked, norms, prepared = None, None, self.norms, backends.Prepared([], None)
         norms.limits, norms.capturable = limits, self.capturable
+        norms.take(self.accumulated)
         if limits is not None or norms.bank is not None:
             self._check_limits()
         lives = self.lives
@@ -248,6 +251,7 @@ class TensorTable:
             others=tried < PATIENCE and threading.active_count() > 1,
             clipping=asked,
             counts=norms.bank is None,
+            gradients=None if self.accumulated is None else self.accumulated.gradients,
         )
 
     def _check_limits(self) -> None:
@@ -263,6 +267,8 @@ class TensorTable:
         self, bank: Bank, limits: Limits | None, lives: Sequence[Live], ticks: Sequence[Tick]
     ) -> None:  # fmt: skip
         """What a graph's replays would do again, or not at all, does not belong in it."""
+        if self.accumulated is not None:
+            raise RuntimeError(backends.ACCUMULATED)
         given = {} if limits is None else {"grad_scale": limits.scale, "found_inf": limits.found_inf}
         given |= {} if limits is None else {"latest_loss": limits.loss}
         for name, value in given.items():
@@ -305,6 +311,9 @@ class TensorTable:
                     "when no graph is replayed any more"
                 )
 
+    def _gradient(self, i: int, p: Tensor) -> Tensor | None:
+        return p.grad if self.accumulated is None else self.accumulated.gradients[i]
+
     def _label(self, i: int) -> str:
         g, k = self.places[i]
         return label(self.groups[g], g, k)
@@ -330,8 +339,8 @@ class TensorTable:
 
     def counts_on(self, groups: Sequence[Mapping[str, Any]]) -> torch.device | None:
         """The device that could count the steps of these groups: that of their gradients, if its backend can."""
-        for p in chain.from_iterable(group["params"] for group in groups):
-            if isinstance(p, Tensor) and p.grad is not None:
+        for i, p in enumerate(chain.from_iterable(group["params"] for group in groups)):
+            if isinstance(p, Tensor) and self._gradient(i, p) is not None:
                 device = local(p).device
                 return device if self.resolve(Spec(device, (), ())).counts_there else None
         return self.counting
@@ -415,9 +424,10 @@ class TensorTable:
         if found is not None:
             beside = dict(zip((*known.spec.states, *known.spec.parts), found.memory, strict=True))
             return Tensors.of(found.theta, found.grad, beside, row, origin)
-        assert p.grad is not None
+        grad = self._gradient(i, p)
+        assert grad is not None
         beside = {name: local(self.state[p][name]) for name in (*known.spec.states, *known.spec.parts)}
-        return Tensors.of(local(p), local(p.grad), beside, row, origin)
+        return Tensors.of(local(p), local(grad), beside, row, origin)
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
         if self.ranges is None:
@@ -511,7 +521,7 @@ class TensorTable:
     @torch.no_grad()
     def _inspect(self, watch: Watch, odd: Sequence[int]) -> None:
         """Inspects the given parameters, and lays out anew what they changed. Writes nothing of the optimizer."""
-        grads = {i: self.params[i].grad for i in odd}
+        grads = {i: self._gradient(i, self.params[i]) for i in odd}
         self.inspected.update(dict.fromkeys(odd))
         counts = self._counts_elsewhere(watch, odd)
         found = {i: self._inspect_one(watch, i, grad, counts.get(i)) for i, grad in grads.items() if grad is not None}
@@ -605,7 +615,7 @@ class TensorTable:
 
     def _drop_missing_gradients(self, watch: Watch) -> None:
         """Nothing is held of flat parameters without a gradient; the check says when it is back."""
-        for i in [i for i in watch.flat if self.params[i].grad is None]:
+        for i in [i for i in watch.flat if self._gradient(i, self.params[i]) is None]:
             del watch.flat[i]
             watch.expected[i][Expected.KIND] = Kind.ORDINARY
 
