@@ -202,7 +202,7 @@ FORMATS_OF_GRADIENTS = (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)
 
 @dataclass(frozen=True)
 class Before:
-    """A kernel that is run before a step: "squares", of gradients in a format, or "begin", of a rule."""
+    """A kernel that is run before a step: "squares", "accumulate", of gradients in a format, or "begin", of a rule."""
 
     what: str
     name: str
@@ -220,7 +220,8 @@ class Before:
 
 def before() -> list[Before]:
     """All of them."""
-    return [*(Before("squares", fmt.name) for fmt in FORMATS_OF_GRADIENTS), *(Before("begin", rule) for rule in RULES)]
+    sums = [Before(what, fmt.name) for what in ("squares", "accumulate") for fmt in FORMATS_OF_GRADIENTS]
+    return [*sums, *(Before("begin", rule) for rule in RULES)]
 
 
 def compiled_before(kernel: Before, target: str) -> Any:
@@ -235,8 +236,9 @@ def compiled_before(kernel: Before, target: str) -> Any:
     backend, architecture, warp = TARGETS[target]
     constants: dict[str, Any]
     numbers: tuple[str, ...]
-    if kernel.what == "squares":
-        function, constants = triton_begin.squares_kernel, {"format": kernel.of.code, "rows": own.SQUARED}
+    if kernel.what != "begin":
+        constants = {"format": kernel.of.code, "accumulates": kernel.what == "accumulate", "rows": own.SQUARED}
+        function = triton_begin.squares_kernel
         pointers: dict[str, str] = dict.fromkeys(("chunks", "places", "moving"), "*i64")
         numbers = ("place_words", "chunk_size", "copies", "stride")
     else:
@@ -257,12 +259,13 @@ def compiled_before(kernel: Before, target: str) -> Any:
     names = function.arg_names
     assert list(signature) == names, names
     values = {(names.index(name),): value for name, value in constants.items()}
-    lines = [name for name in pointers if kernel.what == "squares"] + ["chunk_size"] * (kernel.what == "squares")
+    lines = [*pointers, "chunk_size"] if kernel.what != "begin" else []
+    name = "begin" if kernel.what == "begin" else "squares"
     aligned_by_16 = {(names.index(name),): [["tt.divisibility", 16]] for name in lines}
     return triton.compile(
         ASTSource(function, signature, values, aligned_by_16),
         target=GPUTarget(backend, architecture, warp),
-        options=own.options_before(kernel.what, warp, architecture if backend == "cuda" else None),
+        options=own.options_before(name, warp, architecture if backend == "cuda" else None),
     )  # fmt: skip
 
 
@@ -319,6 +322,8 @@ def cost_before(kernel: Before, target: str, ptx: Path | None = None) -> Cost | 
     if target == "gfx1100":
         return None
     size = kernel.of.dtype.itemsize
+    if kernel.what == "accumulate":  # is read and written too
+        size += 2 * arithmetic_dtype(kernel.of.dtype).itemsize
     moved = 4096 // threads * size
     found = disassembly.nvidia(asm, threads) if backend == "cuda" else disassembly.amd(asm, target, warp, False, moved)
     elements = 4096 // threads * max(round(found.moved / moved), 1)

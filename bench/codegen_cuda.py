@@ -70,7 +70,8 @@ def name_before(kernel: Before) -> str:
         rule = kernel.of
         asked = "".join(", false" for state in rule.states if state.asked_by)
         return f"wd::cuda::{rule.title}<double{asked}>"
-    return f"{'double' if kernel.of == formats.FLOAT64 else 'float'}, wd::cuda::{_FORMATS[kernel.of]}"
+    accumulates = str(kernel.what == "accumulate").lower()
+    return f"{'double' if kernel.of == formats.FLOAT64 else 'float'}, wd::cuda::{_FORMATS[kernel.of]}, {accumulates}"
 
 
 def parts(text: str, begin: str, kernel: str = "step_kernel") -> dict[str, str]:

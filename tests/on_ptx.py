@@ -121,17 +121,26 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket, together: int) -> N
         )
 
 
-def _memory_of_squares(table: Table, bank: Bank, bucket: Bucket, tables: list[Tensor]) -> ptx.Memory:
-    """What adding up squares may touch: gradients are read, sums are added to."""
+def _sum_of(bucket: Bucket, accumulates: bool) -> codegen.Before:
+    return codegen.Before("accumulate" if accumulates else "squares", bucket.spec.formats[1].name)
+
+
+def _memory_of_squares(
+    table: Table, sums: Tensor, bucket: Bucket, tables: list[Tensor], accumulates: bool
+) -> ptx.Memory:
+    """What adding up squares may touch: gradients are read, sums are added to, and what gradients are added to."""
     memory = ptx.Memory()
     for i in bucket.members:
         if table.active[i]:
             grad, place = table.tensors(i).grad, place_of(table.tensors(i).theta)
             padded = -(-grad.numel() // PADDING) * PADDING if place is not None else grad.numel()
             memory.add("gradient", grad.data_ptr(), padded * grad.element_size(), grad.element_size())
+            theta = table.tensors(i).theta
+            if accumulates:
+                memory.add("accumulator", theta.data_ptr(), theta.nbytes, theta.element_size(), writable=True)
     for name, tensor in zip(("chunks", "places", "moving"), tables, strict=True):
         memory.add(name, tensor.data_ptr(), tensor.nbytes, 8)
-    memory.add("sums", bank.sums.data_ptr(), bank.sums.nbytes, 8, writable=True, atomic=True)
+    memory.add("sums", sums.data_ptr(), sums.nbytes, 8, writable=True, atomic=True)
     return memory
 
 
@@ -210,17 +219,20 @@ class TritonOnPTX(OnPTX, Triton):
         )
         return self._patched(names, lambda: super(TritonOnPTX, self).launch(table, bucket, size, there))
 
-    def squares(self, table: Table, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
-        kernel = codegen.Before("squares", bucket.spec.formats[1].name)
+    def squares(
+        self, table: Table, sums: Tensor, bucket: Bucket, size: int, there: There, accumulates: bool = False
+    ) -> Callable[[], None]:
+        kernel = _sum_of(bucket, accumulates)
 
         def run(programs: int, arguments: tuple[Any, ...]) -> None:
-            chunks, places, moving, *numbers, code, rows = arguments
-            assert (code, rows) == (kernel.of.code, triton_backend.SQUARED)
-            memory = _memory_of_squares(table, bank, bucket, [chunks, places, moving])
+            chunks, places, moving, *numbers, code, adds, rows = arguments
+            assert (code, adds, rows) == (kernel.of.code, accumulates, triton_backend.SQUARED)
+            memory = _memory_of_squares(table, sums, bucket, [chunks, places, moving], accumulates)
             self._run(kernel, programs, [chunks, places, moving], numbers, memory)
 
         names = SimpleNamespace(squares_kernel=_Run(run))
-        return self._patched(names, lambda: super(TritonOnPTX, self).squares(table, bank, bucket, size, there))
+        given = table, sums, bucket, size, there, accumulates
+        return self._patched(names, lambda: super(TritonOnPTX, self).squares(*given))
 
     def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:
         kernel = codegen.Before("begin", rule.name)
@@ -321,9 +333,11 @@ class CUDAOnPTX(OnPTX, CUDA):
         self._own = of(self.target, kernel_of(table.rule, bucket.spec)), table, bucket
         return super().launch(table, bucket, size, there)
 
-    def squares(self, table: Table, bank: Bank, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
-        self._squared = table, bank, bucket
-        return super().squares(table, bank, bucket, size, there)
+    def squares(
+        self, table: Table, sums: Tensor, bucket: Bucket, size: int, there: There, accumulates: bool = False
+    ) -> Callable[[], None]:
+        self._squared = table, sums, bucket
+        return super().squares(table, sums, bucket, size, there, accumulates)
 
     def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:
         self._begun_by = norms, bank
@@ -355,15 +369,15 @@ class CUDAOnPTX(OnPTX, CUDA):
         # The struct Launch of csrc/layout.h, by value.
         self.step(launch, lambda tables: [struct.pack("<5Qiii4x", *(t.data_ptr() for t in tables), *sizes)])
 
-    def _squares(self, table: Table, bank: Bank, bucket: Bucket, *given: Any) -> None:
-        token, chunks, places, moving, size, param, grad, copies, stride = given
+    def _squares(self, table: Table, sums: Tensor, bucket: Bucket, *given: Any) -> None:
+        token, chunks, places, moving, size, param, grad, accumulates, copies, stride = given
         assert token == self.token
         assert (param, grad) == (1 if bucket.spec.formats[0].dtype == torch.float64 else 2, bucket.spec.formats[1].code)
-        kernel = cuda_before(self.target, codegen.Before("squares", bucket.spec.formats[1].name))
+        kernel = cuda_before(self.target, _sum_of(bucket, accumulates))
         launch = struct.pack(
             "<5Qiii4x", *(t.data_ptr() for t in (chunks, places, moving)), 0, 0, places.shape[1], 0, size
         )
-        memory = _memory_of_squares(table, bank, bucket, [chunks, places, moving])
+        memory = _memory_of_squares(table, sums, bucket, [chunks, places, moving], accumulates)
         self.reports.append(ptx.launch(kernel, chunks.numel(), [launch, copies, stride], memory, threads=THREADS))
 
     def _begin(

@@ -9,7 +9,6 @@ values that it has in registers (numerics, section 7), so that clipping needs no
 
 from __future__ import annotations
 
-import math
 import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from . import sums as exact
 from .formats import FLOAT32, FLOAT64
 from .layout import CPU, PARAM, Moving, Place
 from .norms import Accumulated, empty_sums, slots
+from .reference import sqrt
 from .rules import RULES
 from .sharding import local, sharded_like
 from .table.lists import Lists, held
@@ -99,10 +99,7 @@ def accumulate(accumulators: list[Tensor], grads: list[Tensor], new: bool | list
     table = _Sums([accumulators, grads], new, lambda role, i: f"{('accumulators', 'grads')[role]}[{i}]", backend)
     sums = empty_sums(1, table.device)
     table.add_up(sums, None)
-    total = sums.sum(0)
-    if table.device.type == "cpu":
-        return torch.tensor(math.sqrt(exact.value(total[0])), dtype=torch.float64, device=CPU)
-    return exact.values(total).sqrt()[0]
+    return sqrt(exact.values(sums.sum(0)))[0]
 
 
 class Accumulators:

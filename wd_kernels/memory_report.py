@@ -71,8 +71,10 @@ class MemoryReport:
         )
 
 
-def report(rule: Rule, groups: Sequence[Mapping[str, Any]], default: str) -> MemoryReport:
-    """Of the groups of an optimizer whose own decay mode is `default`."""
+def report(
+    rule: Rule, groups: Sequence[Mapping[str, Any]], default: str, accumulators: Mapping[torch.Tensor, torch.Tensor]
+) -> MemoryReport:
+    """Of the groups of an optimizer whose own decay mode is `default`, with what it accumulates gradients in."""
     found: dict[str, tuple[dict[str, None], list[int]]] = {}
 
     def add(role: str, dtype: torch.dtype | None, ours: int, theirs: int) -> None:
@@ -96,6 +98,9 @@ def report(rule: Rule, groups: Sequence[Mapping[str, Any]], default: str) -> Mem
                 continue
             grad = here.dtype if p.grad is None else local(p.grad).dtype
             add("gradients", grad, n * grad.itemsize, n * grad.itemsize)
+            if p in accumulators:
+                total = local(accumulators[p])
+                add("accumulators", total.dtype, total.nbytes, 0)
             for state in settings.states:
                 dtype = settings.storage.state_dtype(state, here.dtype)
                 add(state.name, dtype, n * dtype.itemsize, own)

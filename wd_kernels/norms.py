@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import sums
 from .clipping import Asked, Limits, Window, number
+from .reference import sqrt
 from .rules import Rule
 from .schedules import Schedule
 from .schedules.tables import ScheduleTable, tabled
@@ -307,7 +308,7 @@ class Norms:
         self.reduce(bank)
         total = bank.sums.sum((0, 1))
         scale = bank.given(limits.scale, bank.one, "grad_scale").double()
-        bank.found[:1] = sums.values(total[None]).sqrt() / scale
+        bank.found[:1] = sqrt(sums.values(total[None])) / scale
         if limits.skip_nonfinite:
             bank.found[1:] = (bank.found[1:] != 0) | ~bank.found[:1].isfinite()
         if limits.sigma != math.inf:  # reads what the device has: as rare as such a process
@@ -340,4 +341,4 @@ class Norms:
         else:
             totals = torch.zeros(self.groups, sums.WORDS, dtype=torch.int64, device=CPU)
             totals.index_add_(0, self.group_of, self.sums)
-        return sums.values(totals).sqrt() * control[0]
+        return sqrt(sums.values(totals)) * control[0]

@@ -157,7 +157,10 @@ class DecoupledOptimizer(Optimizer):
         """What this step makes of the norm of the gradients, and of what torch.amp.GradScaler has left here."""
         given, own = self.__dict__, [settings[0].max_grad_norm for settings in hypers]
         loss = loss if self.latest_loss is None else self.latest_loss
-        return self._clipping.of_step(own, given.get("grad_scale"), given.get("found_inf"), loss)
+        limits = self._clipping.of_step(own, given.get("grad_scale"), given.get("found_inf"), loss)
+        if limits is not None and limits.found_inf is not None and self._table.accumulated is not None:
+            limits = limits._replace(measures=True, skip_nonfinite=True)  # who has found none has not seen all
+        return limits
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -296,16 +299,11 @@ class DecoupledOptimizer(Optimizer):
         return self._accumulators.in_place_of_gradients(groups)
 
     def _check_scaled(self, scale: Any, found_inf: Any) -> None:
-        """Raises where a GradScaler does not know of gradients that were accumulated."""
+        """Raises where a GradScaler would make no sense of gradients that were accumulated."""
         if scale is None:
             raise RuntimeError(
                 "gradients are accumulated, which a GradScaler's unscale_() has not unscaled: leave it out. The step "
                 "unscales them, and max_grad_norm clips them"
-            )
-        if not self.skip_nonfinite:
-            raise RuntimeError(
-                "gradients are accumulated, in which a GradScaler does not look for infinities: allowed is "
-                "skip_nonfinite=True, which does"
             )
         if not isinstance(found_inf, Tensor):
             raise RuntimeError(
@@ -500,7 +498,7 @@ class DecoupledOptimizer(Optimizer):
     def memory_report(self) -> memory_report.MemoryReport:
         """The bytes of parameters, gradients, states and masters in this process, beside torch's; `print` it.
 
-        Of all parameters, whether they have been stepped yet or not.
+        Of all parameters, whether they have been stepped yet or not; and of what `accumulate()` keeps.
 
         Example:
             >>> import torch, wd_kernels
@@ -516,7 +514,8 @@ class DecoupledOptimizer(Optimizer):
             step counts   float32        4         0.00               0.00
             total                    9,004         9.00               8.00
         """
-        return memory_report.report(self.rule, self.param_groups, self.defaults["decay"])
+        own = self._accumulators.of
+        return memory_report.report(self.rule, self.param_groups, self.defaults["decay"], own)
 
     def get_master_weights(self) -> dict[str | int, Tensor]:
         """Copies of all weights as they are stepped, by name: in float32, whatever 16-bit parameters have beside them.

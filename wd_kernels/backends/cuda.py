@@ -89,7 +89,7 @@ class CUDA(OnDevice):
         )  # fmt: skip
 
     def squares(
-        self, sums: Tensor, bucket: Bucket, size: int, there: There, accumulates: bool = False
+        self, table: Table, sums: Tensor, bucket: Bucket, size: int, there: There, accumulates: bool = False
     ) -> Callable[[], None]:
         param, grad = bucket.spec.formats[:2]
         which = format_of(arithmetic_dtype(param.dtype)).code, grad.code, accumulates

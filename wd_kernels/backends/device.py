@@ -138,7 +138,7 @@ class OnDevice(ABC):
             there = table.device_copies.setdefault(device, DeviceCopy(device)).update(parts)
             own = [bucket for bucket in own if chunks[bucket.index].words.numel()]
             sizes = {bucket.index: chunks[bucket.index].size for bucket in own}
-            for launch in [self.squares(sums, b, sizes[b.index], there, accumulates) for b in own]:
+            for launch in [self.squares(table, sums, b, sizes[b.index], there, accumulates) for b in own]:
                 launch()
 
     def _begun(
@@ -156,7 +156,7 @@ class OnDevice(ABC):
                 if "whole places" in there:
                     words, places, moving = there[f"whole {bucket.index}"], there["whole places"], there["whole moving"]
                     tables = {bucket.index: words, "places": places, "moving": moving}
-                squares.append(self.squares(bank.sums, bucket, sizes[bucket.index], tables))
+                squares.append(self.squares(table, bank.sums, bucket, sizes[bucket.index], tables))
             if not bank.clean or capturing(bank.device):  # a step came to nothing, now or between replays
                 bank.sums.zero_()
             bank.clean = False
@@ -178,7 +178,7 @@ class OnDevice(ABC):
 
     @abstractmethod
     def squares(
-        self, sums: Tensor, bucket: Bucket, size: int, there: There, accumulates: bool = False
+        self, table: Table, sums: Tensor, bucket: Bucket, size: int, there: There, accumulates: bool = False
     ) -> Callable[[], None]:
         """The launch that adds up the squares of its gradients, or of what it adds these to; likewise.
 

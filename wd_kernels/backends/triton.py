@@ -164,7 +164,7 @@ class Triton(OnDevice):
         return self._launch(kernels.step_kernel, key, spec.device, chunks.numel(), own_arguments, how)
 
     def squares(
-        self, sums: Tensor, bucket: Bucket, size: int, there: There, accumulates: bool = False
+        self, table: Table, sums: Tensor, bucket: Bucket, size: int, there: There, accumulates: bool = False
     ) -> Callable[[], None]:
         chunks, grad, device = there[bucket.index], bucket.spec.formats[1], bucket.spec.device
         own = (

@@ -54,10 +54,10 @@ def add_summands(sum, x):
 @triton.jit
 def added(at, lanes, mask, x, there):
     """The sum of x and what lies there, if anything does; it is written there."""
-    before = tl.load(at + lanes, mask=there if mask is None else mask & there, other=0.0)
-    total = tl.where(there, before + x, x)
-    tl.store(at + lanes, total, mask=mask)
-    return total
+    if there:
+        x = tl.load(at + lanes, mask=mask) + x
+    tl.store(at + lanes, x, mask=mask)
+    return x
 
 
 @triton.jit
