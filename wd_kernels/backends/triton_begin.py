@@ -52,16 +52,17 @@ def add_summands(sum, x):
 
 
 @triton.jit
-def added(at, lanes, mask, x, there):
+def added(at, lanes, mask, x, new):
     """The sum of x and what lies there, if anything does; it is written there."""
-    if there:
-        x = tl.load(at + lanes, mask=mask) + x
-    tl.store(at + lanes, x, mask=mask)
-    return x
+    loaded = tl.broadcast_to(new, lanes.shape) == 0  # no branch: gradients and sums are on their way together
+    before = tl.load(at + lanes, mask=loaded if mask is None else mask & loaded, other=0.0)
+    total = tl.where(loaded, before + x, x)
+    tl.store(at + lanes, total, mask=mask)
+    return total
 
 
 @triton.jit
-def sum_gradients(grad, total, offset, count, sum, there, format: tl.constexpr, accumulates: tl.constexpr,
+def sum_gradients(grad, total, offset, count, sum, new, format: tl.constexpr, accumulates: tl.constexpr,
                   rows: tl.constexpr, full: tl.constexpr):  # fmt: skip
     """Adds the squares of `count` neighbours, so many blocks at most; `full`: all of them, and aligned."""
     mask = None
@@ -75,7 +76,7 @@ def sum_gradients(grad, total, offset, count, sum, there, format: tl.constexpr, 
     x = widen(tl.load(at + lanes, mask=mask), format)
     if accumulates:
         to = tl.multiple_of(total + offset, 16) if full else total + offset
-        x = added(to, lanes, mask, x, there)
+        x = added(to, lanes, mask, x, new)
     square = x * x if full else tl.where(lanes < count, x * x, 0.0)
     add_summands(sum, sums_of_blocks(square, rows, 1024).to(tl.float64))
 
@@ -97,17 +98,17 @@ def squares_kernel(chunks, places, moving, place_words, chunk_size, copies, stri
     count = tl.where(begin >= numel, 0, tl.minimum(numel - begin, chunk_size).to(tl.int32))
     grad = pointer(tl.load(moved), format) + begin
     sum = tl.load(place + OUTPUT).to(tl.pointer_type(tl.int64)) + (tl.program_id(0) % copies).to(tl.int64) * stride
-    total, there = grad, aligned
+    total, new = grad, numel
     if accumulates:
         total = pointer(tl.load(place + ADDRESSES), FLOAT64 if format == FLOAT64 else FLOAT32) + begin
-        there = tl.load(moved + 2) == 0
+        new = tl.load(moved + 2)
     done = 0
     if aligned:
         done = count - count % (1024 * rows)
         for offset in range(0, done, 1024 * rows):
-            sum_gradients(grad, total, offset, 1024 * rows, sum, there, format, accumulates, rows, True)
+            sum_gradients(grad, total, offset, 1024 * rows, sum, new, format, accumulates, rows, True)
     for offset in range(done, count, 1024):
-        sum_gradients(grad, total, offset, count - offset, sum, there, format, accumulates, 1, False)
+        sum_gradients(grad, total, offset, count - offset, sum, new, format, accumulates, 1, False)
 
 
 @triton.jit
