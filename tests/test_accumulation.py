@@ -79,6 +79,7 @@ def test_every_engine_has_the_references_bits(engine: Engine, dtypes: tuple[torc
         assert norm.item() == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("engine", engine_params((*CPU, *SOURCES)), indirect=True)
 def test_what_is_no_number_stays_that(engine: Engine) -> None:
     """An infinity less another is a NaN, of a new one every bit stays, and the norm says so."""

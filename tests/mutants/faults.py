@@ -225,8 +225,8 @@ CLIPPING = [
         "clipping sharded",
         (
             "sums: of all groups in one place",
-            "kinds = [(group, tuple(map(id, own)))",
-            "kinds = [(0, tuple(map(id, own)))",
+            "kinds = [(group, tuple(map(id, sharded_over(p))))",
+            "kinds = [(0, tuple(map(id, sharded_over(p))))",
         ),
         (
             "norms: what others have found without gradients is unknown",
@@ -269,7 +269,7 @@ CLIPPING = [
             "1.0, tl.float32), mask=there & stepped)",
         ),
         ("triton: rows are not clipped", "if i == grad_scale_at:", "if i == -1:"),
-        ("triton: squares beyond the end", "square = tl.where(lanes < count, x * x, 0.0)", "square = x * x"),
+        ("triton: squares beyond the end", "else tl.where(lanes < count, x * x, 0.0)", "else x * x"),
         ("triton: a sum's carry is lost", "carry = word >> 32", "carry = word * 0"),
     ),
 ]
@@ -428,7 +428,7 @@ CAPTURE = [
         "wd_kernels/optimizer.py",
         "capture spikes",
         ("capture: a state is loaded", '        self._refuse_captured("a state is loaded")\n', ""),
-        ("spikes: a loss is told twice", "                    self.latest_loss = None\n", "                    pass\n"),
+        ("spikes: a loss is told twice", "            self.latest_loss = None\n", "            pass\n"),
     ),
     *_of(
         "wd_kernels/state_dict.py",
@@ -438,6 +438,76 @@ CAPTURE = [
             'if isinstance(own.get("schedule_step"), Tensor):',
             "if False:",
         ),
+    ),
+]
+
+ACCUMULATE = [
+    *_of(
+        "csrc/cpu/squares.inc",
+        "accumulation",
+        (
+            "accumulate: what is new is added to",
+            "add_block(total, block, n, moving.row != 0);",
+            "add_block(total, block, n, false);",
+        ),
+        ("accumulate: the squares are the gradient's", "        block = total;\n", ""),
+    ),
+    *_of(
+        "csrc/cuda/begin.h",
+        "accumulation",
+        ("cuda: what is new is added to", "count - begin, moving.row != 0, whole)", "count - begin, false, whole)"),
+        ("cuda: sums past the end are written", "      if (e < count) at[e]", "      at[e]"),
+    ),
+    *_of(
+        "csrc/python/changes.cpp",
+        "accumulation",
+        ("accumulate: gradients are stepped, not sums", "if (view.gradients == nullptr) return", "if (true) return"),
+    ),
+    *_of(
+        "wd_kernels/backends/triton_begin.py",
+        "accumulation",
+        (
+            "triton: what is new is added to",
+            "tl.broadcast_to(new, lanes.shape) == 0",
+            "tl.broadcast_to(new, lanes.shape) >= 0",
+        ),
+    ),
+    *_of(
+        "wd_kernels/accumulation.py",
+        "accumulation",
+        (
+            "accumulate: sums are those of the last pass",
+            "self._complete = len(having) == len(self.full)",
+            "self._complete = True",
+        ),
+        ("accumulate: who was lent them writes nothing", "self._complete and not self.lent and", "self._complete and"),
+        ("accumulate: sums of other groups", " and _same(params, self._params)\n", "\n"),
+        (
+            "accumulate: zeros are added",
+            "zeros is None or zeros[0] is not grad",
+            "True or zeros is None",
+        ),
+        ("accumulate: what is written again is zeros", " or zeros[1] != grad._version", ""),
+    ),
+    *_of(
+        "wd_kernels/norms.py",
+        "accumulation",
+        (
+            "accumulate: sums are not taken",
+            "self.measured = accumulated.sums.sum(0) if known",
+            "self.measured = None if known",
+        ),
+    ),
+    *_of(
+        "wd_kernels/optimizer.py",
+        "accumulation",
+        (
+            "accumulate: an infinity that a scaler has not seen",
+            "limits._replace(measures=True, skip_nonfinite=True)",
+            "limits",
+        ),
+        ("accumulate: what is left is stepped twice", "        self._add_gradients(groups)\n", ""),
+        ("accumulate: a step leaves the sums", "            self._accumulators.clear()\n", "            pass\n"),
     ),
 ]
 
@@ -2087,6 +2157,7 @@ FAULTS: tuple[Fault, ...] = (
     *CPU_EPILOGUES,
     *CLIPPING,
     *CAPTURE,
+    *ACCUMULATE,
     *CUDA_CHUNK,
     *CUDA_EPILOGUES,
     *STOCHASTIC,
