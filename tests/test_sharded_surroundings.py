@@ -187,6 +187,27 @@ def trains_fsdp1(use_orig_params: bool, rule: str) -> None:
     assert_alike(*found)
 
 
+def measures_fsdp1(use_orig_params: bool) -> None:
+    each: list[dict[str, Any]] = [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}, {"skip_spikes": 6.0}]
+    for limits in each:
+        model, opt = flat_sharded(use_orig_params, wd_kernels.AdamW, **limits)
+        model(torch.ones(2, WIDTH)).sum().backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(
+            ValueError, match=r"is a part that FullyShardedDataParallel has left .*\.clip_grad_norm_\(\)"
+        ):
+            opt.step()
+        assert all(map(torch.equal, model.parameters(), before))
+        model.clip_grad_norm_(1.0)
+        opt.max_grad_norm, opt.skip_nonfinite, opt.skip_spikes = None, False, None
+        opt.step()
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_has_no_norm_of_the_whole(use_orig_params: bool) -> None:
+    ranks.run(2, measures_fsdp1, use_orig_params)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_fsdp1(use_orig_params: bool, rule: str) -> None:

@@ -69,6 +69,11 @@ def local(t: Tensor) -> Tensor:
     return t.wait() if isinstance(t, arriving) else t
 
 
+def is_unmarked_shard(p: Tensor) -> bool:
+    """Is it an ordinary tensor, of which FSDP1 has left this process a part that other processes do not have?"""
+    return getattr(p, "_fsdp_flattened", False) and torch.distributed.get_world_size() > 1
+
+
 def shard_offset(p: Tensor) -> int:
     """How many elements of a sharded tensor come before this process's, where each shard is numbered in one piece.
 

@@ -34,7 +34,7 @@ from ..norms import Accumulated, Bank, Norms
 from ..rules import MASTER, Hyper, Rule, State
 from ..schedules import stepping
 from ..schedules.stepping import Tick
-from ..sharding import is_sharded, local, shard_offset
+from ..sharding import is_sharded, is_unmarked_shard, local, shard_offset
 from ..validation import Extent, check_disjoint, label, read_counts
 from . import memoryless
 from .changes import Changes, Counts, Expected, FlatRange, Inspected, Keys, Kind, Watch, Work, expect
@@ -255,6 +255,13 @@ class TensorTable:
         )
 
     def _check_limits(self) -> None:
+        if self.unmarked is not None and self.norms.measures:
+            raise ValueError(
+                f"{self._label(self.unmarked)} is a part that FullyShardedDataParallel has left this process: the norm of "
+                "its gradients, and what they are skipped for, would be this process's alone. Allowed are "
+                "model.clip_grad_norm_() before the step, with max_grad_norm=None, skip_nonfinite=False and "
+                "skip_spikes=None, and fully_shard, whose norms are those of the whole"
+            )
         devices = list(dict.fromkeys(str(bucket.spec.device) for bucket in self.buckets))
         if len(devices) > 1:
             raise ValueError(
@@ -454,6 +461,7 @@ class TensorTable:
         self.params, n = watch.params, len(watch.params)
         self.places, self.views = watch.places, watch.views
         self.sharded = any(map(is_sharded, self.params))
+        self.unmarked = next((i for i, p in enumerate(self.params) if is_unmarked_shard(p)), None)
         self.known: list[Known | None] = [None] * n
         self.range_of: list[tuple[int, int, int, int]] = [FlatRange.NOWHERE] * n
         self.numbers: dict[tuple[object, ...], int] = {}  # of sets of flat buffers
