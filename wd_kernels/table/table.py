@@ -257,8 +257,8 @@ class TensorTable:
     def _check_limits(self) -> None:
         if self.unmarked is not None and self.norms.measures:
             raise ValueError(
-                f"{self._label(self.unmarked)} is a part that FullyShardedDataParallel has left this process: the norm of "
-                "its gradients, and what they are skipped for, would be this process's alone. Allowed are "
+                f"{self._label(self.unmarked)} is a part that FullyShardedDataParallel has left this process: the norm "
+                "of its gradients, and what they are skipped for, would be this process's alone. Allowed are "
                 "model.clip_grad_norm_() before the step, with max_grad_norm=None, skip_nonfinite=False and "
                 "skip_spikes=None, and fully_shard, whose norms are those of the whole"
             )
