@@ -46,6 +46,7 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "own": ({"max_grad_norm": 3.0, "skip_nonfinite": True}, {"max_grad_norm": 0.5}, False),
     "measure": ({"max_grad_norm": math.inf}, {}, False),
     "scaled": ({}, {}, True),
+    "value": ({"max_grad_norm": 4.0, "max_grad_value": 0.01}, {"max_grad_value": 0.003}, True),
     "all": ({"max_grad_norm": 2.0, "skip_nonfinite": True}, {"max_grad_norm": 1.0}, True),
 }
 BODIES = [
