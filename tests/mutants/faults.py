@@ -292,8 +292,8 @@ BY_VALUE = [
         "clipping_by_value kernels",
         (
             "by value, triton: a NaN becomes the limit",
-            "return tl.where(tl.abs(g) > limit, clipped, g)",
-            "return tl.where(tl.abs(g) <= limit, g, clipped)",
+            "return tl.where(tl.abs(g) > limit, bits.to(g.dtype, bitcast=True), g)",
+            "return tl.where(tl.abs(g) <= limit, g, bits.to(g.dtype, bitcast=True))",
         ),
     ),
     *_of(
