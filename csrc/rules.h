@@ -62,8 +62,8 @@ struct AdamW {
   using Arithmetic = T;
   static constexpr int kStates = amsgrad ? 3 : 2;
   WD_HOST_DEVICE static constexpr bool is_signed(int state) { return state == 0; }
-  WD_SCALARS(frozen, grad_scale, l2, decay, metric, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, scaled_lr, t,
-             step_size, inv_sqrt_bias2, seed)
+  WD_SCALARS(frozen, grad_scale, grad_limit, l2, decay, metric, beta1, one_minus_beta1, beta2, one_minus_beta2, eps,
+             scaled_lr, t, step_size, inv_sqrt_bias2, seed)
 
   WD_HOST_DEVICE T operator()(T theta, T g, T* state) const {
     T &m = state[0], &v = state[1];
@@ -80,12 +80,12 @@ struct AdamW {
   }
 
   // What of a row in float64 depends on the group: `group_part` of its page. `kOwn`: how many settings it has itself.
-  static constexpr int kOwn = 4;
+  static constexpr int kOwn = 5;
   WD_HOST_DEVICE void group(const Group& of) {
     const DecayScalars found(of.mode, of.weight_decay, of.eta, of.a);
     frozen = of.frozen();
     l2 = found.l2, decay = found.decay, metric = found.metric;
-    beta1 = of.own[0], beta2 = of.own[1], eps = of.own[2], grad_scale = of.own[3];
+    beta1 = of.own[0], beta2 = of.own[1], eps = of.own[2], grad_scale = of.own[3], grad_limit = of.own[4];
     one_minus_beta1 = 1 - beta1, one_minus_beta2 = 1 - beta2;
     scaled_lr = found.scale * of.a;
   }
@@ -103,7 +103,7 @@ struct SGDW {
   using Arithmetic = T;
   static constexpr int kStates = momentum_buffer ? 1 : 0;
   WD_HOST_DEVICE static constexpr bool is_signed(int) { return true; }
-  WD_SCALARS(frozen, grad_scale, l2, decay, momentum, update_grad, update_buf, step_size, first_grad_coef,
+  WD_SCALARS(frozen, grad_scale, grad_limit, l2, decay, momentum, update_grad, update_buf, step_size, first_grad_coef,
              later_grad_coef, t, grad_coef, seed)
 
   WD_HOST_DEVICE T operator()(T, T g, T* state) const {
@@ -116,14 +116,14 @@ struct SGDW {
     }
   }
 
-  static constexpr int kOwn = 5;
+  static constexpr int kOwn = 6;
   WD_HOST_DEVICE void group(const Group& of) {
     const bool paper = of.own[0] != 0, nesterov = of.own[2] != 0;
     // The metric is the identity: "metric_proximal" is "proximal", with a in place of eta.
     const DecayScalars found(of.mode == 4 ? 3 : of.mode, of.weight_decay, of.mode == 4 ? of.a : of.eta, of.a);
     frozen = of.frozen();
     l2 = found.l2, decay = found.decay;
-    grad_scale = of.own[3], momentum = of.own[4];
+    grad_scale = of.own[3], grad_limit = of.own[4], momentum = of.own[5];
     update_grad = nesterov ? 1 : 0, update_buf = nesterov ? momentum : 1;
     const bool inside = paper && momentum != 0;  // the lr sits inside the buffer
     first_grad_coef = inside ? of.a : 1, later_grad_coef = inside ? of.a : 1 - of.own[1];
@@ -141,8 +141,8 @@ struct AdagradW {
   using Arithmetic = T;
   static constexpr int kStates = 1;
   WD_HOST_DEVICE static constexpr bool is_signed(int) { return false; }
-  WD_SCALARS(frozen, grad_scale, l2, eps, lr_decay, scaled_lr, fixed_decay, scaled_decay, scaled_metric, t, step_size,
-             decay, metric, seed)
+  WD_SCALARS(frozen, grad_scale, grad_limit, l2, eps, lr_decay, scaled_lr, fixed_decay, scaled_decay, scaled_metric, t,
+             step_size, decay, metric, seed)
 
   WD_HOST_DEVICE T operator()(T theta, T g, T* state) const {
     T& sum = state[0];
@@ -151,12 +151,12 @@ struct AdagradW {
     return (step_size * g + metric * theta) / (d + metric);
   }
 
-  static constexpr int kOwn = 3;
+  static constexpr int kOwn = 4;
   WD_HOST_DEVICE void group(const Group& of) {
     const DecayScalars found(of.mode, of.weight_decay, of.eta, of.a);
     frozen = of.frozen();
     l2 = found.l2;
-    lr_decay = of.own[0], eps = of.own[1], grad_scale = of.own[2];
+    lr_decay = of.own[0], eps = of.own[1], grad_scale = of.own[2], grad_limit = of.own[3];
     scaled_lr = found.scale * of.a;
     fixed_decay = DecayScalars(of.mode, of.weight_decay, of.eta, 0).decay;  // what lr_decay does not slow
     scaled_decay = found.decay - fixed_decay, scaled_metric = found.metric;
@@ -206,11 +206,38 @@ WD_HOST_DEVICE inline Draws draws_of_row(const double* row) {
   return Draws::of(uint64_t(row[offsetof(Rule, seed) / sizeof(T)]), uint64_t(row[offsetof(Rule, t) / sizeof(T)]));
 }
 
+// What is beyond a limit becomes it; NaN stays, as x86's min and max give their second operand then.
+template <class T>
+WD_HOST_DEVICE inline T at_most(T limit, T g) {
+  return limit < g ? limit : g;
+}
+
+template <class T>
+WD_HOST_DEVICE inline T at_least(T limit, T g) {
+  return limit > g ? limit : g;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // the same in one instruction each
+__device__ inline float at_most(float limit, float g) {
+  float found;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(found) : "f"(g), "f"(limit));
+  return found;
+}
+
+__device__ inline float at_least(float limit, float g) {
+  float found;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(found) : "f"(g), "f"(limit));
+  return found;
+}
+#endif
+
 // The step that all rules share: theta, g (which takes its factor) and states become what they are after it; returns
 // the update.
 template <class Rule, class T>
 WD_HOST_DEVICE inline T step(const Rule& rule, T& theta, T& g, T* state) {
   g = g * rule.grad_scale;
+  g = at_most(rule.grad_limit, g);
+  g = at_least(-rule.grad_limit, g);
   const T u = rule(theta, g + rule.l2 * theta, state);
   theta = theta - (rule.decay * theta + u);
   return u;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,6 +142,7 @@ def call_of(case: Case, roles: Sequence[Any], step: Any, overload: str = "defaul
     tensors = [role[0] for role in roles] if flat else [list(role) for role in roles]
     tensors += [None if flat else []] * (len(known.roles) - len(tensors))
     given = {"eps": 1e-8, "lr_decay": 0.0, "weight_decay": 0.1, "lr": 0.05, "eta": 1.0, "grad_factor": 1.0,
+             "max_grad_value": math.inf,
              "momentum": 0.0, "dampening": 0.0, "nesterov": False, "form": "torch", "backend": "auto",
             "stochastic_rounding": "states", "seed": 0,
              "step": step}  # fmt: skip

@@ -70,19 +70,19 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "plain": {"betas": (0.9, 0.95)},
         "amsgrad": {"amsgrad": True, "betas": (0.7, 0.6)},
         "far-end": {"betas": (0.4, 0.2), "eps": 1e-3},  # 1 - beta >= 1/2: lerp starts from y
-        "half": {"betas": (0.5, 0.5), "amsgrad": True, "maximize": True},
+        "half": {"betas": (0.5, 0.5), "amsgrad": True, "maximize": True, "max_grad_value": 0.75},
     },
     "sgdw": {
         "no-momentum": {"dampening": 0.4},
         "momentum": {"momentum": 0.9, "maximize": True},
-        "dampening": {"momentum": 0.8, "dampening": 0.3},
+        "dampening": {"momentum": 0.8, "dampening": 0.3, "max_grad_value": 0.6},
         "nesterov": {"momentum": 0.9, "nesterov": True},
         "paper": {"momentum": 0.9, "form": "paper"},
-        "paper-no-momentum": {"form": "paper", "maximize": True},
+        "paper-no-momentum": {"form": "paper", "maximize": True, "max_grad_value": 0.9},
     },
     "adagradw": {
         "plain": {"maximize": True},
-        "slowed": {"lr_decay": 0.3},
+        "slowed": {"lr_decay": 0.3, "max_grad_value": 1.1},
         "begun": {"initial_accumulator_value": 0.7, "eps": 1e-3, "lr_decay": 0.1},
     },
 }

@@ -362,6 +362,21 @@ def test_clipping(clip: dict[str, float]) -> None:
     same(released, ordinary)
 
 
+def test_limits_of_groups() -> None:
+    """A group's own limit is in its rows: as in ordinary steps."""
+    (a, released), (b, ordinary) = pair()
+    for opt in (released, ordinary):
+        opt.param_groups[0]["max_grad_value"] = 0.02
+    release_gradients(a, released)
+    for t in range(3):
+        for model, opt in ((a, released), (b, ordinary)):
+            opt.zero_grad()
+            backward(model, t)
+            assert model is a or max(float(p.grad.abs().max()) for p in b.parameters()) > 0.02
+            opt.step()
+    same(released, ordinary)
+
+
 def test_checkpoints_and_copies() -> None:
     """States, groups and counts are the optimizer's: saved and loaded in the middle, copied, kept when it ends."""
     (a, released), (b, ordinary) = pair()

@@ -42,11 +42,12 @@ def table() -> dict[tuple[str, str], str]:
 
 
 FEATURES = (
-    "clipping", "scaling", "skipping", "spikes", "capture", "release", "sharding", "formats", "flat", "accumulation",
-    "schedules",
+    "clipping", "by value", "scaling", "skipping", "spikes", "capture", "release", "sharding", "formats", "flat",
+    "accumulation", "schedules",
 )  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "clipping": {"max_grad_norm": 0.5},
+    "by value": {"max_grad_value": 0.015},
     "skipping": {"skip_nonfinite": True},
     "spikes": {"skip_spikes": 2.0, "spike_window": 4},
     "capture": {"capturable": True},

@@ -194,7 +194,7 @@ def power(x: float, t: int) -> float:
 
 OPTIONS = {
     "maximize": False, "amsgrad": False, "dampening": 0.0, "momentum": 0.0, "lr_decay": 0.0,
-    "initial_accumulator_value": 0.0,
+    "initial_accumulator_value": 0.0, "max_grad_value": math.inf,
 }  # fmt: skip
 EPS = {"adamw": 1e-8, "sgdw": 0.0, "adagradw": 1e-10}
 
@@ -215,7 +215,8 @@ def in_numpy(case: Case, theta: Tensor, grads: Sequence[Tensor]) -> list[np.ndar
         lr, eta, t = lr_of(step), eta_of(step), step + 1
         a = eta * (lr / (1 + (t - 1) * o["lr_decay"]))
         l2, decay, scale, metric = decay_scalars(o["decay"], WEIGHT_DECAY, eta, a, case.rule == "sgdw")
-        g = gradient.numpy().astype(kind) * kind(-1 if o["maximize"] else 1)
+        limit = kind(o["max_grad_value"])
+        g = np.clip(gradient.numpy().astype(kind) * kind(-1 if o["maximize"] else 1), -limit, limit)
         g = g + kind(l2) * x
         if case.rule == "adamw":
             beta1, beta2 = o["betas"]
@@ -269,7 +270,8 @@ def exactly(case: Case, theta: float, grads: Sequence[float]) -> Decimal:
     for step, gradient in enumerate(grads):
         lr, eta = Decimal(lr_of(step)), Decimal(eta_of(step))
         a = eta * lr / (1 + step * Decimal(o["lr_decay"]))
-        g = -Decimal(gradient) if o["maximize"] else Decimal(gradient)
+        limit = Decimal(o["max_grad_value"])
+        g = max(min(-Decimal(gradient) if o["maximize"] else Decimal(gradient), limit), -limit)
         if o["decay"] == "l2":
             g += lam * x
         d = one  # the metric of SGD

@@ -103,8 +103,8 @@ ADAMW_DECAY = {
 def test_adamw_row(decay: str) -> None:
     found = row("adamw", decay=decay)
     shared = {
-        "t": 2.0, "frozen": 0.0, "grad_scale": 1.0, "beta1": 0.5, "one_minus_beta1": 0.5, "beta2": 0.75,
-        "one_minus_beta2": 0.25, "inv_sqrt_bias2": 1.0 / math.sqrt(0.4375), "eps": 1e-6,
+        "t": 2.0, "frozen": 0.0, "grad_scale": 1.0, "grad_limit": math.inf, "beta1": 0.5, "one_minus_beta1": 0.5,
+        "beta2": 0.75, "one_minus_beta2": 0.25, "inv_sqrt_bias2": 1.0 / math.sqrt(0.4375), "eps": 1e-6,
     }  # fmt: skip
     assert found == {**shared, **ADAMW_DECAY[decay]}
 
@@ -178,8 +178,8 @@ def test_sgdw_row(decay: str, options: dict[str, Any], expected: dict[str, Any])
     found = row("sgdw", decay=decay, **options)
     where = SGDW_DECAY[decay]
     wanted = {
-        "t": 2.0, "frozen": 0.0, "grad_scale": 1.0, "momentum": 0.9, "l2": where["l2"], "decay": where["decay"],
-        "step_size": where["scale"] * 0.05 if expected["lr_outside"] else where["scale"],
+        "t": 2.0, "frozen": 0.0, "grad_scale": 1.0, "grad_limit": math.inf, "momentum": 0.9, "l2": where["l2"],
+        "decay": where["decay"], "step_size": where["scale"] * 0.05 if expected["lr_outside"] else where["scale"],
         **{k: v for k, v in expected.items() if k != "lr_outside"},
     }  # fmt: skip
     assert {k: found[k] for k in wanted} == wanted
@@ -224,7 +224,8 @@ ADAGRADW_DECAY = {
 def test_adagradw_row(decay: str) -> None:
     """What follows the learning rate falls with it, and nothing else does."""
     found = row("adagradw", t=3, decay=decay)
-    assert found == {"t": 3.0, "frozen": 0.0, "grad_scale": 1.0, "eps": 1e-6, **ADAGRADW_DECAY[decay]}
+    shared = {"t": 3.0, "frozen": 0.0, "grad_scale": 1.0, "grad_limit": math.inf, "eps": 1e-6}
+    assert found == {**shared, **ADAGRADW_DECAY[decay]}
     first, never = row("adagradw", t=1, decay=decay), row("adagradw", t=9, decay=decay, lr_decay=0.0)
     assert {**never, "t": 1.0} == first
     assert first["step_size"] == pytest.approx(1.5 * found["step_size"], rel=1e-15)

@@ -12,6 +12,7 @@ value makes it compile again; a tensor of another value does not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -48,6 +49,7 @@ def adamw_(
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
+    max_grad_value: Number | None = None,
     master_params: Tensors = (),
     exp_avg_scales: Tensors = (),
     exp_avg_sq_scales: Tensors = (),
@@ -71,6 +73,8 @@ def adamw_(
         lr, betas, eps, weight_decay, decay, eta, maximize: as for :class:`wd_kernels.AdamW`. Numbers, or CPU tensors of
             one element, which are read as float64: reading a device's would wait for it.
         grad_factor: gradients are multiplied by this first, in float64 with their sign: 1/scale, a clipping factor.
+        max_grad_value: then their elements are clamped to [-max_grad_value, max_grad_value]; None or infinite: they are
+            not.
         master_params: one for each, if any, of its shape and layout, beside 16-bit parameters. A float32 tensor is the
             master: it is stepped, and the parameter, wherever it lies, is written as its copy, which nothing reads.
             Beside bfloat16, an int16 or int8 tensor is what the parameter lacks of a float32, or of its upper 24 bits;
@@ -106,7 +110,7 @@ def adamw_(
         max_exp_avg_sq_scales,
     )
     check_chosen(weight_decay, decay, lr, "adamw_")
-    numbers = (step, lr, *pair("betas", betas, "adamw_"), eps, weight_decay, eta, grad_factor)
+    numbers = (step, lr, *pair("betas", betas, "adamw_"), eps, weight_decay, eta, grad_factor, max_grad_value)
     _run("adamw_", roles, numbers, (decay, maximize, backend, *_rounding(stochastic_rounding, seed)))
 
 
@@ -126,6 +130,7 @@ def adamw_flat_(
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
+    max_grad_value: Number | None = None,
     master_param: Tensor | None = None,
     exp_avg_scale: Tensor | None = None,
     exp_avg_sq_scale: Tensor | None = None,
@@ -150,7 +155,7 @@ def adamw_flat_(
         _maybe(max_exp_avg_sq_scale),
     ]
     check_chosen(weight_decay, decay, lr, "adamw_flat_")
-    numbers = (step, lr, *pair("betas", betas, "adamw_flat_"), eps, weight_decay, eta, grad_factor)
+    numbers = (step, lr, *pair("betas", betas, "adamw_flat_"), eps, weight_decay, eta, grad_factor, max_grad_value)
     _run("adamw_flat_", roles, numbers, (decay, maximize, backend, *_rounding(stochastic_rounding, seed)))
 
 
@@ -170,6 +175,7 @@ def sgdw_(
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
+    max_grad_value: Number | None = None,
     master_params: Tensors = (),
     momentum_buffer_scales: Tensors = (),
     backend: BackendName = "auto",
@@ -185,7 +191,7 @@ def sgdw_(
         step: the number of this step, from 1; or, in a CPU tensor, a number for every parameter. In step 1 the buffer
             takes the gradient undampened, as torch's does.
         lr, momentum, dampening, weight_decay, nesterov, decay, form, eta, maximize: as for :class:`wd_kernels.SGDW`.
-        grad_factor, master_params, backend, stochastic_rounding, seed: as for :func:`adamw_`.
+        grad_factor, max_grad_value, master_params, backend, stochastic_rounding, seed: as for :func:`adamw_`.
         momentum_buffer_scales: of buffers in int8, as exp_avg_scales there.
 
     Raises:
@@ -202,7 +208,7 @@ def sgdw_(
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 1.
     """
     roles = _lists("sgdw_", params, grads, momentum_buffers, master_params, momentum_buffer_scales)
-    numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
+    numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor, max_grad_value)
     _run("sgdw_", roles, numbers, (decay, form, nesterov, maximize, backend, *_rounding(stochastic_rounding, seed)))
 
 
@@ -222,6 +228,7 @@ def sgdw_flat_(
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
+    max_grad_value: Number | None = None,
     master_param: Tensor | None = None,
     momentum_buffer_scale: Tensor | None = None,
     backend: BackendName = "auto",
@@ -233,7 +240,7 @@ def sgdw_flat_(
     Arguments and errors as for :func:`sgdw_`, with one buffer in place of each list.
     """
     roles = [[param], [grad], _maybe(momentum_buffer), _maybe(master_param), _maybe(momentum_buffer_scale)]
-    numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor)
+    numbers = (step, lr, momentum, dampening, weight_decay, eta, grad_factor, max_grad_value)
     _run(
         "sgdw_flat_", roles, numbers, (decay, form, nesterov, maximize, backend, *_rounding(stochastic_rounding, seed))
     )
@@ -253,6 +260,7 @@ def adagradw_(
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
+    max_grad_value: Number | None = None,
     master_params: Tensors = (),
     state_sum_scales: Tensors = (),
     backend: BackendName = "auto",
@@ -267,7 +275,7 @@ def adagradw_(
             dtypes as for :func:`adamw_`.
         step: the number of this step, from 1; or, in a CPU tensor, a number for every parameter.
         lr, lr_decay, weight_decay, eps, decay, eta, maximize: as for :class:`wd_kernels.AdagradW`.
-        grad_factor, master_params, backend, stochastic_rounding, seed: as for :func:`adamw_`.
+        grad_factor, max_grad_value, master_params, backend, stochastic_rounding, seed: as for :func:`adamw_`.
         state_sum_scales: of sums in uint8, as exp_avg_scales there.
 
     Raises:
@@ -285,7 +293,7 @@ def adagradw_(
     2011, section 1.1.
     """
     roles = _lists("adagradw_", params, grads, state_sums, master_params, state_sum_scales)
-    numbers = (step, lr, lr_decay, eps, weight_decay, eta, grad_factor)
+    numbers = (step, lr, lr_decay, eps, weight_decay, eta, grad_factor, max_grad_value)
     _run("adagradw_", roles, numbers, (decay, maximize, backend, *_rounding(stochastic_rounding, seed)))
 
 
@@ -303,6 +311,7 @@ def adagradw_flat_(
     eta: Number = 1.0,
     maximize: bool = False,
     grad_factor: Number = 1.0,
+    max_grad_value: Number | None = None,
     master_param: Tensor | None = None,
     sum_scale: Tensor | None = None,
     backend: BackendName = "auto",
@@ -313,7 +322,7 @@ def adagradw_flat_(
 
     Arguments and errors as for :func:`adagradw_`, with one buffer in place of each list.
     """
-    numbers = (step, lr, lr_decay, eps, weight_decay, eta, grad_factor)
+    numbers = (step, lr, lr_decay, eps, weight_decay, eta, grad_factor, max_grad_value)
     _run(
         "adagradw_flat_",
         [[param], [grad], [sum], _maybe(master_param), _maybe(sum_scale)],
@@ -382,6 +391,8 @@ def _run(name: str, roles: list[Role], numbers: Sequence[Any], options: Sequence
 
     A call through torch's dispatcher into Python costs some 60 us, and more with every tensor.
     """
+    if numbers[-1] is None:  # the limit
+        numbers = (*numbers[:-1], math.inf)
     if not torch.compiler.is_compiling() and not _watched(roles):
         step_now(OPERATORS[name], roles, numbers, options)
         return

@@ -68,7 +68,8 @@ def release_gradients(
         optimizer: an optimizer of this package. Parameters of it that are not the model's are stepped by themselves.
         blocks: modules or lists of parameters that are stepped together. By default what fully_shard wraps, or else the
             entries of the outermost `nn.ModuleList`s and `nn.Sequential`s, and every other module that has parameters.
-        clip_value: clamps gradients to [-clip_value, clip_value] before a step.
+        clip_value: clamps gradients to [-clip_value, clip_value] before a step. The optimizer's `max_grad_value` does
+            so within it.
         clip_block_norm: scales the gradients of a block where their norm is larger.
         max_grad_norm: refused: the norm of all gradients is known when the last one is there, and the first are gone.
 

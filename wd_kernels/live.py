@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .layout import CPU
 from .norms import Bank
-from .rules import Hyper, Rule, at_least_zero, pair
+from .rules import LIMIT, VALUE, Hyper, Rule, at_least_zero, pair
 from .schedules import Schedule, stepping
 from .schedules.shapes import named
 from .schedules.tables import can_be_tabled
@@ -24,7 +24,7 @@ __all__ = ["LIVE", "Live", "of_host", "read", "sources"]
 #: The hyperparameters that may be tensors on the device.
 LIVE = ("lr", "eta", "weight_decay", "betas", "eps")
 #: Of these the host wants to know the number.
-READ_HERE = ("max_grad_norm", "base_lr", "seed")
+READ_HERE = (LIMIT, VALUE, "base_lr", "seed")
 #: After the sources of settings: a table's address, its length, and whether it goes on (csrc/layout.h, `SourceWord`).
 OF_TABLE = 3
 #: What is checked in the place of one: every hyperparameter may be it.

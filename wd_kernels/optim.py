@@ -86,6 +86,10 @@ class AdamW(DecoupledOptimizer):
             max_grad_norm / (norm + 1e-6), as ``clip_grad_norm_`` does, but gradients are read and not rewritten, and
             the norm has the same bits on every backend, with any number of threads. ``math.inf`` only
             measures it: :attr:`grad_norm`. A group may have its own, and is then clipped by its own norm alone.
+        max_grad_value: clamps the elements of the gradients to [-max_grad_value, max_grad_value], within the step, as
+            ``clip_grad_value_`` does, but gradients are read and not rewritten. It is the last thing that is done to
+            them: they are unscaled, and clipped by their norm, before. NaN stays. A group may have its own, which a
+            loaded state does not replace.
         skip_nonfinite: a step whose gradients have an infinity or a NaN leaves parameters, states, step counts and
             schedules as they are: :attr:`skipped`.
         skip_spikes: so does one whose norm, or loss where there is one, is more than so many standard deviations above
@@ -141,6 +145,7 @@ class AdamW(DecoupledOptimizer):
         master_weights: MasterWeights = False,
         seed: int = 0,
         max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: float | None = None,
         spike_window: int = 128,
@@ -155,7 +160,7 @@ class AdamW(DecoupledOptimizer):
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, show_lr=show_lr,
             state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
-            master_weights=master_weights, seed=seed, foreach=foreach, fused=fused,
+            master_weights=master_weights, seed=seed, max_grad_value=max_grad_value, foreach=foreach, fused=fused,
             differentiable=differentiable,
         )  # fmt: skip
 
@@ -188,7 +193,7 @@ class SGDW(DecoupledOptimizer):
         decay: the form of weight decay; "metric_proximal" is "proximal" with :math:`\eta\alpha\lambda`.
         form: "torch" or "paper".
         eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
-        max_grad_norm, skip_nonfinite, skip_spikes, spike_window, backend, foreach, fused, capturable,
+        max_grad_norm, max_grad_value, skip_nonfinite, skip_spikes, spike_window, backend, foreach, fused, capturable,
         differentiable: as in :class:`AdamW`.
 
     Raises:
@@ -230,6 +235,7 @@ class SGDW(DecoupledOptimizer):
         master_weights: MasterWeights = False,
         seed: int = 0,
         max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: float | None = None,
         spike_window: int = 128,
@@ -244,8 +250,8 @@ class SGDW(DecoupledOptimizer):
             lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, decay=decay, form=form, eta=eta, schedule=schedule, base_lr=base_lr,
             show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
-            master_weights=master_weights, seed=seed,
-            foreach=foreach, fused=fused, differentiable=differentiable,
+            master_weights=master_weights, seed=seed, max_grad_value=max_grad_value, foreach=foreach, fused=fused,
+            differentiable=differentiable,
         )  # fmt: skip
 
 
@@ -273,7 +279,7 @@ class AdagradW(DecoupledOptimizer):
         maximize: ascend.
         decay: the form of weight decay.
         eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
-        max_grad_norm, skip_nonfinite, skip_spikes, spike_window, backend, foreach, fused, capturable,
+        max_grad_norm, max_grad_value, skip_nonfinite, skip_spikes, spike_window, backend, foreach, fused, capturable,
         differentiable: as in :class:`AdamW`.
 
     Raises:
@@ -315,6 +321,7 @@ class AdagradW(DecoupledOptimizer):
         master_weights: MasterWeights = False,
         seed: int = 0,
         max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: float | None = None,
         spike_window: int = 128,
@@ -329,6 +336,6 @@ class AdagradW(DecoupledOptimizer):
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize, decay=decay, eta=eta,
             schedule=schedule, base_lr=base_lr, show_lr=show_lr, state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
-            master_weights=master_weights, seed=seed, foreach=foreach, fused=fused,
+            master_weights=master_weights, seed=seed, max_grad_value=max_grad_value, foreach=foreach, fused=fused,
             differentiable=differentiable,
         )  # fmt: skip

@@ -474,7 +474,8 @@ class DecoupledOptimizer(Optimizer):
         other form are carried over by the lr of the next step. Of what torch's class lacks, an absent key means what
         that does (`eta` 1, say); any other key that a saved group lacks keeps the live value. A momentum buffer without
         a step count counts as started. Narrower states are widened to this optimizer's `state_dtype`, which is exact.
-        How states are stored and rounded is the live group's; a `seed` that was saved, which 0 is not, is loaded.
+        How states are stored and rounded is the live group's, and so are limits of gradients; a `seed` that was saved,
+        which 0 is not, is loaded.
 
         Raises:
             ValueError, TypeError: naming what does not fit, or what was given instead of an optimizer's state; the

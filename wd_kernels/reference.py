@@ -236,6 +236,8 @@ def new_values(
     factor = torch.tensor(grad_factor, dtype=torch.float64, device="cpu").to(theta)
 
     g = g * (s.grad_scale * factor)
+    g = torch.where(g > s.grad_limit, s.grad_limit, g)  # NaN stays
+    g = torch.where(g < -s.grad_limit, -s.grad_limit, g)
     u, new = rule.equation(s, theta, g + s.l2 * theta, states)
     theta = theta - (s.decay * theta + u)
     return theta, g, u, new

@@ -27,7 +27,7 @@ from .caller import warn
 from .flat.buffers import place_of
 from .flat.states import FlatStates
 from .formats import MASTER_NAME, TILE, Storage, format_of, has_scales, is_steppable
-from .rules import FLAG, MASTER, RULES, STORAGE, Rule
+from .rules import FLAG, LIMIT, MASTER, RULES, VALUE, Rule
 from .schedules import stepping
 from .schedules.shapes import is_called, named
 from .schedules.stepping import follows_lr
@@ -38,7 +38,7 @@ __all__ = ["export", "load", "settle", "with_own_counts", "with_own_schedule"]
 
 HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would step: the live group's stay
 STORED = ("state_dtype", "stochastic_rounding", "master_weights")  # so do these
-LIVE = (*HOW, *STORED, "schedule", "show_lr", "max_grad_norm")  # what a loaded group does not replace
+LIVE = (*HOW, *STORED, "schedule", "show_lr", LIMIT, VALUE)  # what a loaded group does not replace
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 #: What lies beside parameters, of every rule: that of another one is kept in a loaded state, as it should lie.
 STATES = frozenset([MASTER_NAME, *scales.STATES, *scales.SCALES])
@@ -260,9 +260,10 @@ def _load_group(
     if theirs is not None and not is_called(schedule, str(theirs)):
         remarks.append(f"it has schedule={theirs}, this optimizer goes on with schedule={named(schedule)}")
     remarks += _load_lr(own, saved, loaded)
-    rounding = [{**STORAGE, **group}["stochastic_rounding"] for group in (saved, own)]
-    if "stochastic_rounding" in saved and rounding[0] != rounding[1]:
-        remarks.append(f"it has stochastic_rounding={rounding[0]!r}, this optimizer goes on with {rounding[1]!r}")
+    for key in ("stochastic_rounding", VALUE):
+        was, goes_on = (_plain({**rule.absent, **group}[key]) for group in (saved, own))
+        if key in saved and was != goes_on:
+            remarks.append(f"it has {key}={was!r}, this optimizer goes on with {goes_on!r}")
     group = {**own, **loaded}
     settle(rule, group, default)
     return group, remarks

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import backends, native
 from .layout import CPU, Moving
-from .rules import MASTER, RULES, STORAGE, Rule, State, scalar
+from .rules import MASTER, RULES, STORAGE, VALUE, Rule, State, scalar
 from .table.lists import ONE, Lists, examine, step_alike
 
 __all__ = ["OPERATORS", "Operator", "Role", "step"]
@@ -60,7 +60,7 @@ class Operator:
     @cached_property
     def numbers(self) -> tuple[str, ...]:
         own = [h.parts or (h.name,) for h in self.rule.hyperparameters if h.kind == "float" and not h.of_states]
-        return ("step", "lr", *chain(*own), "eta", "grad_factor")
+        return ("step", "lr", *chain(*own), "eta", "grad_factor", VALUE)
 
     @cached_property
     def options(self) -> dict[str, str]:

@@ -14,6 +14,9 @@ template <class Rule, class P, class G, class S>
 constexpr int resident() {
   constexpr int size = sizeof(typename P::Memory);
   if (Rule::kStates > 1) return size == 8 ? 4 : 8 - Rule::kStates - (P::kStochastic || S::kStochastic);
+#if __CUDA_ARCH__ >= 1000
+  if (Rule::kStates == 1 && S::kStochastic && size == 4) return 7;
+#endif
   if (Rule::kStates == 1) return size == 8 ? 6 : 8;
 #if __CUDA_ARCH__ >= 1000  // more bytes, and a compiler that needs fewer registers
   if (sizeof(typename P::Memory) + sizeof(typename G::Memory) == 4) return 16;

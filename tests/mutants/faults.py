@@ -64,8 +64,8 @@ RULES_H = _of(
     ("c++: lerp always from the new value", "near = w < T(0.5);", "near = w < T(0);"),
     (
         "c++: the gradient's factor also scales the l2 term",
-        "g = g * rule.grad_scale;\n  const T u = rule(theta, g + rule.l2 * theta, state);",
-        "const T u = rule(theta, (g + rule.l2 * theta) * rule.grad_scale, state);\n  g = g * rule.grad_scale;",
+        "const T u = rule(theta, g + rule.l2 * theta, state);",
+        "const T u = rule(theta, g + rule.grad_scale * (rule.l2 * theta), state);",
     ),
     (
         "c++: the second moment as a weighted sum, which rounds otherwise",
@@ -271,6 +271,49 @@ CLIPPING = [
         ("triton: rows are not clipped", "if i == grad_scale_at:", "if i == -1:"),
         ("triton: squares beyond the end", "else tl.where(lanes < count, x * x, 0.0)", "else x * x"),
         ("triton: a sum's carry is lost", "carry = word >> 32", "carry = word * 0"),
+    ),
+]
+
+BY_VALUE = [
+    *_of(
+        "csrc/rules.h",
+        "clipping_by_value kernels",
+        ("by value, c++: a NaN becomes the limit", "return limit < g ? limit : g;", "return g < limit ? g : limit;"),
+        ("by value, c++: what is negative is not clipped", "  g = at_least(-rule.grad_limit, g);\n", ""),
+        (
+            "by value, c++: gradients are clipped before their factor",
+            "  g = g * rule.grad_scale;\n  g = at_most(rule.grad_limit, g);\n  g = at_least(-rule.grad_limit, g);\n",
+            "  g = at_most(rule.grad_limit, g);\n  g = at_least(-rule.grad_limit, g);\n  g = g * rule.grad_scale;\n",
+        ),
+        ("by value, nvcc: a NaN becomes the limit", "min.NaN.f32", "min.f32"),
+    ),
+    *_of(
+        "wd_kernels/backends/triton_kernels.py",
+        "clipping_by_value kernels",
+        (
+            "by value, triton: a NaN becomes the limit",
+            "return tl.where(tl.abs(g) > limit, bits.to(g.dtype, bitcast=True), g)",
+            "return tl.where(tl.abs(g) <= limit, g, bits.to(g.dtype, bitcast=True))",
+        ),
+    ),
+    *_of(
+        "wd_kernels/backends/triton_begin.py",
+        "clipping capture",
+        (
+            "by value, triton: a device makes the limit of the momentum",
+            "own[3], own[4], own[5]",
+            "own[3], own[5], own[4]",
+        ),
+    ),
+    *_of(
+        "wd_kernels/state_dict.py",
+        "clipping_by_value",
+        ("by value: a saved limit is loaded", '"show_lr", LIMIT, VALUE)', '"show_lr", LIMIT)'),
+    ),
+    *_of(
+        "wd_kernels/functional.py",
+        "clipping_by_value functional",
+        ("by value: flat buffers are not clipped", "eta, grad_factor, max_grad_value)", "eta, grad_factor, None)", 1),
     ),
 ]
 
@@ -994,8 +1037,8 @@ REFERENCE = _of(
     ),
     (
         "reference: the gradients' factor is multiplied in after the l2 term",
-        "    g = g * (s.grad_scale * factor)\n    u, new = rule.equation(s, theta, g + s.l2 * theta, states)",
-        "    u, new = rule.equation(s, theta, (g + s.l2 * theta) * (s.grad_scale * factor), states)",
+        "u, new = rule.equation(s, theta, g + s.l2 * theta, states)",
+        "u, new = rule.equation(s, theta, g + s.l2 * theta * (s.grad_scale * factor), states)",
     ),
     (
         "reference: the decay is rounded into the weight before the update",
@@ -1454,7 +1497,7 @@ VALIDATION = _of(
 CHECKPOINT = _of(
     "wd_kernels/state_dict.py",
     "checkpoint schedules",
-    ("checkpoint: a saved schedule's name replaces the schedule", '"schedule", "show_lr", "max', '"show_lr", "max'),
+    ("checkpoint: a saved schedule's name replaces the schedule", '"schedule", "show_lr", L', '"show_lr", L'),
     ("checkpoint: lambda is loaded without its mode", 'loaded.pop("weight_decay", None)', "pass"),
     ("checkpoint: a decay of 0 is not loaded", '_is_zero(decay["weight_decay"])\n', "False\n"),
     (
@@ -2156,6 +2199,7 @@ FAULTS: tuple[Fault, ...] = (
     *CPU_MOVER,
     *CPU_EPILOGUES,
     *CLIPPING,
+    *BY_VALUE,
     *CAPTURE,
     *ACCUMULATE,
     *CUDA_CHUNK,

@@ -75,12 +75,13 @@ def options(formats: tuple[Any, ...], warp: int, capability: int | None) -> dict
     states = len(formats) - 2
     if capability is not None and states >= 2:
         param, grad, state = (fmt.dtype.itemsize for fmt in formats[:3])
+        copied = formats[0].part is not None and formats[0].part.dtype == torch.float32
         programs = 4 if param == 8 else 8 - states
         if any(fmt.stochastic for fmt in formats):
             full = param == state == 2 and capability >= (90 if states == 2 else 100)
             programs -= 3 if full and formats[0].part is not None and capability >= 100 else 2 if full else 1
             programs -= 1 if any(fmt.binades for fmt in formats) else 0
-        elif states == 2 and grad < param and capability < 90:
+        elif states == 2 and (grad < param or copied) and capability < 90:
             programs -= 1
         how["maxnreg"] = REGISTERS // (programs * THREADS) // 16 * 16
     return how

@@ -199,14 +199,14 @@ def frozen(lr, eta):
 @triton.jit
 def group_adamw(lr, eta, a, lam, mode, own):
     """The scalars of a row that depend on its group alone: `group_part` of the rule's page."""
-    beta1, beta2, eps, sign = own[0], own[1], own[2], own[3]
+    beta1, beta2, eps, sign, limit = own[0], own[1], own[2], own[3], own[4]
     l2, decay, scale, metric = decay_scalars(mode, lam, eta, a)
-    return frozen(lr, eta), sign, l2, decay, metric, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, scale * a
+    return frozen(lr, eta), sign, limit, l2, decay, metric, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, scale * a
 
 
 @triton.jit
 def group_sgdw(lr, eta, a, lam, mode, own):
-    paper, dampening, nesterov, sign, momentum = own[0] != 0.0, own[1], own[2] != 0.0, own[3], own[4]
+    paper, dampening, nesterov, sign, limit, momentum = own[0] != 0.0, own[1], own[2] != 0.0, own[3], own[4], own[5]
     metric = mode == 4.0  # the identity: proximal, with a in place of eta
     l2, decay, scale, _ = decay_scalars(tl.where(metric, 3.0, mode), lam, tl.where(metric, a, eta), a)
     inside = paper & (momentum != 0.0)  # the lr sits inside the buffer
@@ -214,33 +214,33 @@ def group_sgdw(lr, eta, a, lam, mode, own):
     later_grad_coef = tl.where(inside, a, 1.0 - dampening)
     step_size = tl.where(inside, scale, scale * a)
     update_grad, update_buf = tl.where(nesterov, 1.0, 0.0), tl.where(nesterov, momentum, 1.0)
-    return (frozen(lr, eta), sign, l2, decay, momentum, update_grad, update_buf, step_size, first_grad_coef,
+    return (frozen(lr, eta), sign, limit, l2, decay, momentum, update_grad, update_buf, step_size, first_grad_coef,
             later_grad_coef)  # fmt: skip
 
 
 @triton.jit
 def group_adagradw(lr, eta, a, lam, mode, own):
-    lr_decay, eps, sign = own[0], own[1], own[2]
+    lr_decay, eps, sign, limit = own[0], own[1], own[2], own[3]
     l2, decay, scale, metric = decay_scalars(mode, lam, eta, a)
     _, fixed_decay, _, _ = decay_scalars(mode, lam, eta, a * 0.0)
-    return frozen(lr, eta), sign, l2, eps, lr_decay, scale * a, fixed_decay, decay - fixed_decay, metric
+    return frozen(lr, eta), sign, limit, l2, eps, lr_decay, scale * a, fixed_decay, decay - fixed_decay, metric
 
 
 @triton.jit
 def count_adamw(group, t, fresh):
     """The scalars of a row that depend on t, from those that do not: `count_part` of the rule's page."""
-    beta1, beta2, scaled_lr = group[5], group[7], group[10]
+    beta1, beta2, scaled_lr = group[6], group[8], group[11]
     return t.to(tl.float64), scaled_lr / (1.0 - power(beta1, t)), 1.0 / tl.sqrt(1.0 - power(beta2, t))
 
 
 @triton.jit
 def count_sgdw(group, t, fresh):
-    return t.to(tl.float64), tl.where(fresh, group[8], group[9])
+    return t.to(tl.float64), tl.where(fresh, group[9], group[10])
 
 
 @triton.jit
 def count_adagradw(group, t, fresh):
-    lr_decay, scaled_lr, fixed_decay, scaled_decay, scaled_metric = group[4], group[5], group[6], group[7], group[8]
+    lr_decay, scaled_lr, fixed_decay, scaled_decay, scaled_metric = group[5], group[6], group[7], group[8], group[9]
     slowed = 1.0 + (t - 1).to(tl.float64) * lr_decay
     return t.to(tl.float64), scaled_lr / slowed, fixed_decay + scaled_decay / slowed, scaled_metric / slowed
 

@@ -2,7 +2,7 @@
 
 from .adagradw import ADAGRADW
 from .adamw import ADAMW
-from .rule import FLAG, LIMIT, MASTER, Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
+from .rule import FLAG, LIMIT, MASTER, VALUE, Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
 from .scalars import (
     DECAY_MODES,
     TORCHS_DECAY,
@@ -30,6 +30,7 @@ __all__ = [
     "SGDW",
     "STORAGE",
     "TORCHS_DECAY",
+    "VALUE",
     "DecayMode",
     "Form",
     "Hyper",

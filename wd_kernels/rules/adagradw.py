@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..reference import sqrt
-from .rule import Hyperparameter, Part, Rule, Settings, State, TorchTwin
-from .scalars import DECAY_MODES, at_least_zero, decay_scalars, flag, frozen, one_of
+from .rule import VALUE, Hyperparameter, Part, Rule, Settings, State, TorchTwin
+from .scalars import DECAY_MODES, at_least_zero, decay_scalars, flag, frozen, one_of, value_limit
 
 __all__ = ["ADAGRADW"]
 
@@ -25,15 +25,16 @@ def check(group: Mapping[str, Any], where: str) -> Settings:
             at_least_zero("lr_decay", group["lr_decay"], where),
             at_least_zero("eps", group["eps"], where),
             -1.0 if flag("maximize", group["maximize"], where) else 1.0,
+            value_limit(group[VALUE], where),
         ),
     )
 
 
 def group_part(settings: Settings, lr: float, eta: float, a: float) -> Part:
-    mode, lam, _, (lr_decay, eps, sign), *_ = settings
+    mode, lam, _, (lr_decay, eps, sign, limit), *_ = settings
     l2, decay, scale, metric = decay_scalars(mode, lam, eta, a)
     fixed_decay = decay_scalars(mode, lam, eta, 0.0)[1]  # what lr_decay does not slow
-    return frozen(lr, eta), sign, l2, eps, lr_decay, scale * a, fixed_decay, decay - fixed_decay, metric
+    return frozen(lr, eta), sign, limit, l2, eps, lr_decay, scale * a, fixed_decay, decay - fixed_decay, metric
 
 
 def count_part(group: Part, t: int, fresh: bool) -> Part:
@@ -63,9 +64,10 @@ ADAGRADW = Rule(
         Hyperparameter("initial_accumulator_value", of_states=True),
     ),
     states=(State("sum", "state_sums", initial="initial_accumulator_value", signed=False),),
-    own=("lr_decay", "eps", "sign"),
+    own=("lr_decay", "eps", "sign", "grad_limit"),
     group_scalars=(
-        "frozen", "grad_scale", "l2", "eps", "lr_decay", "scaled_lr", "fixed_decay", "scaled_decay", "scaled_metric",
+        "frozen", "grad_scale", "grad_limit", "l2", "eps", "lr_decay", "scaled_lr", "fixed_decay", "scaled_decay",
+        "scaled_metric",
     ),
     count_scalars=("t", "step_size", "decay", "metric"),
     check=check,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..reference import lerp, sqrt
-from .rule import Hyperparameter, Part, Rule, Settings, State, TorchTwin
-from .scalars import DECAY_MODES, at_least_zero, decay_scalars, flag, frozen, ipow, one_of, pair, scalar
+from .rule import VALUE, Hyperparameter, Part, Rule, Settings, State, TorchTwin
+from .scalars import DECAY_MODES, at_least_zero, decay_scalars, flag, frozen, ipow, one_of, pair, scalar, value_limit
 
 __all__ = ["ADAMW"]
 
@@ -31,18 +31,19 @@ def check(group: Mapping[str, Any], where: str) -> Settings:
             beta2,
             at_least_zero("eps", group["eps"], where),
             -1.0 if flag("maximize", group["maximize"], where) else 1.0,
+            value_limit(group[VALUE], where),
         ),
     )
 
 
 def group_part(settings: Settings, lr: float, eta: float, a: float) -> Part:
-    mode, lam, _, (beta1, beta2, eps, sign), *_ = settings
+    mode, lam, _, (beta1, beta2, eps, sign, limit), *_ = settings
     l2, decay, scale, metric = decay_scalars(mode, lam, eta, a)
-    return frozen(lr, eta), sign, l2, decay, metric, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, scale * a
+    return frozen(lr, eta), sign, limit, l2, decay, metric, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, scale * a
 
 
 def count_part(group: Part, t: int, fresh: bool) -> Part:
-    _, _, _, _, _, beta1, _, beta2, _, _, scaled_lr = group
+    _, _, _, _, _, _, beta1, _, beta2, _, _, scaled_lr = group
     bias1, inv_sqrt_bias2 = _biases.get((beta1, beta2, t)) or _bias(beta1, beta2, t)
     return t, scaled_lr / bias1, inv_sqrt_bias2
 
@@ -89,10 +90,10 @@ ADAMW = Rule(
         State("exp_avg_sq", "exp_avg_sqs", signed=False),
         State("max_exp_avg_sq", "max_exp_avg_sqs", asked_by="amsgrad", late=True, signed=False),
     ),
-    own=("beta1", "beta2", "eps", "sign"),
+    own=("beta1", "beta2", "eps", "sign", "grad_limit"),
     group_scalars=(
-        "frozen", "grad_scale", "l2", "decay", "metric", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps",
-        "scaled_lr",
+        "frozen", "grad_scale", "grad_limit", "l2", "decay", "metric", "beta1", "one_minus_beta1", "beta2",
+        "one_minus_beta2", "eps", "scaled_lr",
     ),
     count_scalars=("t", "step_size", "inv_sqrt_bias2"),
     check=check,

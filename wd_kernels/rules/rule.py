@@ -31,6 +31,8 @@ __all__ = ["MASTER", "Hyper", "Hyperparameter", "Part", "Rule", "Settings", "Sta
 FLAG = "decoupled_weight_decay"
 #: The key of a group whose gradients are clipped by their own norm.
 LIMIT = "max_grad_norm"
+#: And of one whose gradients are clipped by value: a setting of every rule, which a row has as `grad_limit`.
+VALUE = "max_grad_value"
 #: Of a group, whatever its rule.
 SETTINGS = ("lr", "eta", "weight_decay", "decay", "base_lr", "seed")
 MISSING = object()
@@ -158,7 +160,7 @@ class Rule:
         hyperparameters, states: in order.
         own: the names of `Settings.own`, in order.
         group_scalars, count_scalars: the names of a row's two parts. "frozen", "grad_scale", "l2", "decay" and "t"
-            are among them: movers read these.
+            are among them, and "grad_limit": movers read these.
         check: (group, where) to Settings, or an error that names the hyperparameter and the group.
         group_part: (settings, lr, eta, a) to the values of `group_scalars`.
         count_part: (group part, t, fresh) to the values of `count_scalars`.
@@ -194,8 +196,8 @@ class Rule:
         object.__setattr__(self, "keys", tuple(own.name for own in self.hyperparameters))
         flag = {FLAG: None} if self.torch.decoupled_flag else {}
         absent = {own.name: own.absent for own in self.hyperparameters if own.absent is not None}
-        object.__setattr__(self, "read", ("lr", "eta", *self.keys, *flag, *STORAGE, LIMIT))
-        object.__setattr__(self, "absent", {"eta": 1.0, **absent, **flag, **STORAGE, LIMIT: None})
+        object.__setattr__(self, "read", ("lr", "eta", *self.keys, *flag, *STORAGE, LIMIT, VALUE))
+        object.__setattr__(self, "absent", {"eta": 1.0, **absent, **flag, **STORAGE, LIMIT: None, VALUE: None})
 
     #: The names of a row's scalars: its two parts, then the seed.
     scalars: tuple[str, ...] = field(init=False)

@@ -24,6 +24,7 @@ __all__ = [
     "one_of",
     "pair",
     "scalar",
+    "value_limit",
 ]
 
 DecayMode: TypeAlias = Literal["l2", "lr_scaled", "independent", "proximal", "metric_proximal"]
@@ -131,6 +132,19 @@ def norm_limit(value: Any, where: str) -> float | None:
         raise ValueError(
             f"max_grad_norm={number} in {where}: allowed are numbers > 0, math.inf (the norm is measured, nothing is "
             "clipped) and None (neither)"
+        )
+    return number
+
+
+def value_limit(value: Any, where: str) -> float:
+    """The largest magnitude that an element of a gradient keeps: a number > 0; None is infinite: nothing is clipped.
+
+    Raises TypeError or ValueError naming the hyperparameter and the group.
+    """
+    number = math.inf if value is None else scalar("max_grad_value", value, where)
+    if not number > 0.0:
+        raise ValueError(
+            f"max_grad_value={number} in {where}: allowed are numbers > 0, and None or math.inf (nothing is clipped)"
         )
     return number
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-from .rule import Hyperparameter, Part, Rule, Settings, State, TorchTwin
-from .scalars import DECAY_MODES, at_least_zero, decay_scalars, finite, flag, frozen, one_of
+from .rule import VALUE, Hyperparameter, Part, Rule, Settings, State, TorchTwin
+from .scalars import DECAY_MODES, at_least_zero, decay_scalars, finite, flag, frozen, one_of, value_limit
 
 __all__ = ["FORMS", "SGDW", "Form"]
 
@@ -42,13 +42,14 @@ def check(group: Mapping[str, Any], where: str) -> Settings:
             dampening,
             nesterov,
             -1.0 if flag("maximize", group["maximize"], where) else 1.0,
+            value_limit(group[VALUE], where),
             momentum,
         ),
     )
 
 
 def group_part(settings: Settings, lr: float, eta: float, a: float) -> Part:
-    mode, lam, _, (paper, dampening, nesterov, sign, momentum), *_ = settings
+    mode, lam, _, (paper, dampening, nesterov, sign, limit, momentum), *_ = settings
     if mode == "metric_proximal":  # the metric is the identity: proximal, with a in place of eta
         l2, decay, scale, _ = decay_scalars("proximal", lam, a, a)
     else:
@@ -61,6 +62,7 @@ def group_part(settings: Settings, lr: float, eta: float, a: float) -> Part:
     return (
         frozen(lr, eta),
         sign,
+        limit,
         l2,
         decay,
         momentum,
@@ -108,10 +110,10 @@ SGDW = Rule(
         Hyperparameter("maximize", "bool"),
     ),
     states=(State("momentum_buffer", "momentum_buffers", asked_by="momentum", late=True, fresh=True),),
-    own=("paper", "dampening", "nesterov", "sign", "momentum"),
+    own=("paper", "dampening", "nesterov", "sign", "grad_limit", "momentum"),
     group_scalars=(
-        "frozen", "grad_scale", "l2", "decay", "momentum", "update_grad", "update_buf", "step_size", "first_grad_coef",
-        "later_grad_coef",
+        "frozen", "grad_scale", "grad_limit", "l2", "decay", "momentum", "update_grad", "update_buf", "step_size",
+        "first_grad_coef", "later_grad_coef",
     ),
     count_scalars=("t", "grad_coef"),
     check=check,
