@@ -12,7 +12,7 @@ import pytest
 import torch
 from bits import assert_same_bits
 from cases import CLASSES, bf16, c64, c128, f16, f32, f64, snapshot
-from engines import CPU, ENGINES, Engine, engine_params
+from engines import ENGINES, SOURCES, Engine, engine_params
 from torch import Tensor, nn
 
 import wd_kernels
@@ -249,7 +249,7 @@ def test_bad_limits(rule: str, value: Any, error: type[Exception], says: str) ->
     assert p.tolist() == [1.0] * 3
 
 
-@pytest.mark.parametrize("engine", engine_params(tuple(e for e in ENGINES if e not in CPU)[:1]), indirect=True)
+@pytest.mark.parametrize("engine", engine_params(SOURCES[:1]), indirect=True)
 def test_a_tensor_is_refused_where_a_device_reads(engine: Engine) -> None:
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
@@ -257,3 +257,21 @@ def test_a_tensor_is_refused_where_a_device_reads(engine: Engine) -> None:
     opt = wd_kernels.AdamW([p], capturable=True, max_grad_value=limit, backend=engine.backend)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="max_grad_value of param group 0 is a tensor, in an optimizer with capturable"):
         opt.step()
+
+
+@pytest.mark.parametrize("rule", TORCHS)
+@pytest.mark.parametrize("engine", engine_params(SOURCES), indirect=True)
+def test_a_device_makes_rows_with_limits(engine: Engine, rule: str) -> None:
+    options = {**TORCHS[rule][1], "lr": 0.05, "weight_decay": 0.1, "skip_nonfinite": True}
+    found = []
+    for backend in (engine.backend, "reference"):
+        params = [nn.Parameter(draw(f32, n, n)) for n in (5, 1500)]
+        groups = [{"params": [p], "max_grad_value": limit} for p, limit in zip(params, (0.25, None), strict=True)]
+        opt = CLASSES[rule](groups, backend=backend, **options)
+        for step in range(3):
+            for k, p in enumerate(params):
+                p.grad = draw(f32, p.numel(), 10 * step + k)
+            opt.step()
+        found.append(snapshot(params, opt))
+    for name in found[1]:
+        assert_same_bits(found[0][name], found[1][name], name)

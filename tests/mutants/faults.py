@@ -298,7 +298,7 @@ BY_VALUE = [
     ),
     *_of(
         "wd_kernels/backends/triton_begin.py",
-        "clipping capture",
+        "clipping_by_value clipping",
         (
             "by value, triton: a device makes the limit of the momentum",
             "own[3], own[4], own[5]",
