@@ -22,9 +22,10 @@ import pytest
 import torch
 from on_cpu import OnCPU
 
-from wd_kernels import native
+from wd_kernels import backends, native
 from wd_kernels.backends import BACKENDS
 from wd_kernels.layout import Spec
+from wd_kernels.table import lists
 
 __all__ = ["COMPILED", "CPU", "ENGINES", "GPU", "MIRRORED", "TEST_DEVICE", "Engine", "absent", "engine_params"]
 
@@ -65,6 +66,7 @@ class Engine:
             patch.setitem(BACKENDS, self.backend, kind(self.form, self.target))
         elif self.backend == "cuda" and (self.form == "on_cpu" or TEST_DEVICE == "cpu"):
             patch.setitem(BACKENDS, "cuda", OnCPU())
+        patch.setattr(lists, "_resolve", backends.resolve)  # remembers no other engine
         backend = BACKENDS[self.backend]
         if (why_not := backend.why_not()) is not None:
             pytest.skip(why_not)

@@ -44,8 +44,8 @@ class OfLaunches:
             patch.setattr(module, "capturing", lambda of: self.graph is not None)
 
     def _noted(self, prepare: Callable[..., Callable[[], None]]) -> Callable[..., Callable[[], None]]:
-        def prepared(*given: Any) -> Callable[[], None]:
-            go = prepare(*given)
+        def prepared(*given: Any, **how: Any) -> Callable[[], None]:
+            go = prepare(*given, **how)
             return lambda: go() if self.graph is None else self.graph.launches.append(go)
 
         return prepared

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from . import backends
 from . import sums as exact
+from .flat.buffers import attached
+from .flat.states import FlatGradients
 from .formats import FLOAT32, FLOAT64
-from .layout import CPU, PARAM, Moving, Place
-from .norms import Accumulated, empty_sums, slots
+from .layout import CPU, PARAM, Moving, Place, numel_of
+from .norms import Accumulated, empty_sums, reductions, slots
 from .reference import sqrt
 from .rules import RULES
-from .sharding import local, sharded_like
+from .sharding import is_sharded, local, same_sharding, sharded_like, sum_over
 from .table.lists import Lists, held
 from .validation import check_memory, check_parameter, label
 
@@ -44,22 +47,28 @@ class _Sums(Lists):
     """The table of accumulators and gradients, in the places of parameters and gradients.
 
     Args:
-        roles: accumulators and gradients, one for each.
+        accumulators, grads: one for each.
         new: of all or of each, whether nothing is in it yet.
         name: how errors call the i-th accumulator (role 0) or gradient (role 1).
         backend: by name.
     """
 
     def __init__(
-        self, roles: list[list[Tensor]], new: bool | list[bool], name: Callable[[int, int], str], backend: str
+        self,
+        accumulators: list[Tensor],
+        grads: list[Tensor],
+        new: bool | list[bool],
+        name: Callable[[int, int], str],
+        backend: str,
     ) -> None:
-        if threading.active_count() > 1 and sum(t.numel() for t in roles[PARAM] if isinstance(t, Tensor)) >= LONG:
+        roles, self.accumulators = [accumulators, grads], accumulators
+        if threading.active_count() > 1 and sum(numel_of(t) for t in accumulators if isinstance(t, Tensor)) >= LONG:
             roles = held(name, roles)
         super().__init__(CARRIER, (), (False, False), name, roles, backend)
         if any(bucket.spec.formats[PARAM] not in (FLOAT32, FLOAT64) for bucket in self.buckets):
-            narrow = next(i for i, t in enumerate(roles[PARAM]) if t.dtype not in (torch.float32, *OWN_DTYPES))
+            narrow = next(i for i, t in enumerate(accumulators) if t.dtype not in (torch.float32, *OWN_DTYPES))
             raise TypeError(
-                f"{name(PARAM, narrow)} has dtype {roles[PARAM][narrow].dtype}: gradients are added up in "
+                f"{name(PARAM, narrow)} has dtype {accumulators[narrow].dtype}: gradients are added up in "
                 f"{', '.join(map(str, (torch.float32, *OWN_DTYPES)))}"
             )
         devices = list(dict.fromkeys(bucket.spec.device for bucket in self.buckets))
@@ -75,31 +84,49 @@ class _Sums(Lists):
         own = torch.tensor(values, dtype=torch.int64, device=CPU)
         return own if isinstance(self.order, range) else own[list(self.order)]
 
-    def add_up(self, sums: Tensor, of_slot: Sequence[int] | None) -> None:
+    def add_up(self, sums: Tensor, of_slot: Sequence[int] | None, then: Sequence[Callable[[], object]] = ()) -> None:
         """Adds the gradients, and the squares of what accumulators are then to exact sums.
 
         Args:
             sums: int64 [copies, slots, sums.WORDS], on the device.
             of_slot: of each, which of them its squares are added to; None: the first.
+            then: done as soon as that is launched, whatever a signal's handler raises meanwhile.
         """
         stride = sums.stride(1) * sums.itemsize
         output = self.segments.places[:, Place.OUTPUT]
         output.fill_(sums.data_ptr())
         if of_slot is not None:
             output += self._in_order(of_slot) * stride
-        torch.autograd.graph.increment_version(self.roles[PARAM])
-        with torch.no_grad():
-            backends.add_up(self, sums, accumulates=True)
+        launches, rows = backends.add_up(self, sums)
+        torch.autograd.graph.increment_version(self.accumulators)
+        backends.launch([*launches, *then], rows)
+
+
+def _refuse_modes() -> None:
+    made = torch.zeros(0, device=CPU)
+    if type(made) is not Tensor:
+        raise RuntimeError(
+            f"what gradients are added up with would be a {type(made).__name__}: that needs memory, and cannot be "
+            "under FakeTensorMode or another tensor mode"
+        )
 
 
 def accumulate(accumulators: list[Tensor], grads: list[Tensor], new: bool | list[bool], backend: str) -> Tensor:
     """Adds gradients to a caller's accumulators; the norm of these (`functional.accumulate_`)."""
     if not accumulators:
         return torch.zeros((), dtype=torch.float64, device=CPU)
-    table = _Sums([accumulators, grads], new, lambda role, i: f"{('accumulators', 'grads')[role]}[{i}]", backend)
-    sums = empty_sums(1, table.device)
-    table.add_up(sums, None)
-    return sqrt(exact.values(sums.sum(0)))[0]
+    _refuse_modes()
+    table = _Sums(accumulators, grads, new, lambda role, i: f"{('accumulators', 'grads')[role]}[{i}]", backend)
+    of_slot, known = None, {(0, ()): 0}
+    if any(map(is_sharded, accumulators)):
+        of_slot, known = slots(accumulators, [0] * len(accumulators))
+    sums = empty_sums(len(known), table.device)
+    table.add_up(sums, of_slot)
+    total = sums.sum(0)
+    if of_slot is not None:
+        for group, rows in reductions(accumulators, of_slot, table.device):
+            sum_over(group, total, rows)
+    return sqrt(exact.values(total.sum(0, keepdim=True)))[0]
 
 
 class Accumulators:
@@ -118,21 +145,27 @@ class Accumulators:
         self._params: list[Tensor] = []
         self._slot_of: list[int] = []
         self._sums: Tensor | None = None
-        self._zeros: dict[Tensor, tuple[Tensor, int]] = {}  # gradients that nobody has written since they were added
         self._complete = False  # the sums are those of all that is in them
         self._device_copies: dict[torch.device, Any] = {}
+        self._flat = FlatGradients()
 
-    def add(self, groups: Sequence[Mapping[str, Any]], backend: str) -> bool:
-        """Adds the gradients of all parameters that have one; False: none has.
+    def add(self, groups: Sequence[dict[str, Any]], backend: str) -> None:
+        """Adds the gradients of all parameters that have one, and drops them; flat ones become zeros.
 
         Raises:
             TypeError, ValueError, RuntimeError: naming the parameter; nothing was written.
         """
+        for group in groups:
+            if not isinstance(group["params"], (list, tuple)):
+                group["params"] = list(group["params"])
         places = [(g, k, p) for g, group in enumerate(groups) for k, p in enumerate(group["params"])]
         params = [p for _, _, p in places]
-        having = [i for i, p in enumerate(params) if isinstance(p, Tensor) and self._has_gradient(p)]
+        having = [i for i, p in enumerate(params) if isinstance(p, Tensor) and p.grad is not None]
         if not having:
-            return False
+            return
+        if backends.capturing(local(params[having[0]]).device):
+            raise RuntimeError(backends.ACCUMULATED)
+        _refuse_modes()
         self._lay_out(params, [g for g, _, _ in places])
 
         def name(role: int, k: int) -> str:
@@ -142,24 +175,36 @@ class Accumulators:
 
         own = [self._of(params[i], name(PARAM, k)) for k, i in enumerate(having)]
         new = [params[i] not in self.full for i in having]
-        table = _Sums([own, [params[i].grad for i in having]], new, name, backend)
+        table = _Sums(own, [params[i].grad for i in having], new, name, backend)
         table.device_copies = self._device_copies
-        slots_here = max(self._slot_of) + 1
-        if self._sums is None or self._sums.device != table.device or self._sums.shape[1] != slots_here:
-            self._sums = empty_sums(slots_here, table.device)
+        n = max(self._slot_of) + 1
+        if self._sums is None or self._sums.device != table.device or self._sums.shape[1] != n:
+            with torch.inference_mode(False):  # they outlive the caller's mode
+                self._sums = empty_sums(n, table.device)
         self._complete = False
         self._sums.zero_()
-        table.add_up(self._sums, [self._slot_of[i] for i in having])
-        for i, t in zip(having, own, strict=True):
-            self.of[params[i]] = t
-            self.full[params[i]] = None
-        self._complete = len(having) == len(self.full)
-        return True
+        note = partial(self._note, [params[i] for i in having], own)
+        table.add_up(self._sums, [self._slot_of[i] for i in having], [note, partial(self._drop_gradients, params)])
+
+    def _note(self, params: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+        self.of.update(zip(params, own, strict=True))
+        self.full.update(dict.fromkeys(params))
+        self._complete = len(params) == len(self.full)
+
+    def _drop_gradients(self, params: Sequence[Tensor]) -> None:
+        if self._flat.zero_(params):
+            return
+        for p in params:
+            if attached(p):
+                p.grad.zero_()  # type: ignore[union-attr]
+            else:
+                p.grad = None
 
     def _lay_out(self, params: list[Tensor], group_of: list[int]) -> None:
         """Notes which sum each parameter's squares go to; what is no parameter any more has no accumulator."""
         if _same(params, self._params):
             return
+        self._complete = False
         known = set(params)
         for p in [p for p in self.of if p not in known]:
             del self.of[p]
@@ -174,27 +219,18 @@ class Accumulators:
         check_parameter(p, what.removeprefix(OF))
         here = local(p).detach()
         check_memory(here, what.removeprefix(OF))
-        alike = (here.shape, here.device, dtype)
-        if found is not None and (local(found).shape, local(found).device, found.dtype) == alike:
-            return found
+        if found is not None and same_sharding(p, found):
+            there = local(found)
+            if (there.shape, there.device, there.dtype) == (here.shape, here.device, dtype):
+                return found
         with torch.inference_mode(False):
             return sharded_like(p, torch.empty_like(here, dtype=dtype))
 
-    def _has_gradient(self, p: Tensor) -> bool:
-        grad, zeros = p.grad, self._zeros.get(p)
-        return grad is not None and (zeros is None or zeros[0] is not grad or zeros[1] != grad._version)
-
-    def note_zeros(self, params: Sequence[Tensor]) -> None:
-        """The gradients that these still have are zeros, until somebody writes them."""
-        left = ((p, p.grad) for p in params)
-        self._zeros = {p: (g, g._version) for p, g in left if g is not None and not g.is_inference()}
-
-    def in_place_of_gradients(self, groups: Sequence[Mapping[str, Any]]) -> Accumulated:
-        """What a step of these groups has of them."""
-        params = [p for group in groups for p in group["params"]]
-        known = self._complete and not self.lent and _same(params, self._params)
-        gradients = [self.of[p] if p in self.full else None for p in params]
-        return Accumulated(gradients, self._slot_of if known else None, self._sums if known else None)
+    def in_place_of_gradients(self) -> Accumulated:
+        """What a step has of them."""
+        known = self._complete and not self.lent
+        of = {p: self.of[p] for p in self.full}
+        return Accumulated(of, self._params, self._slot_of, self._sums if known else None)
 
     def clear(self) -> None:
         """Nothing is in them any more; their memory stays."""

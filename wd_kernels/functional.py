@@ -367,7 +367,9 @@ def accumulate_(
         if not isinstance(given, (list, tuple)):
             raise TypeError(f"{name} in accumulate_ is a {type(given).__name__}: expected a list of tensors")
     n = len(accumulators)
-    each = new if isinstance(new, bool) else list(map(bool, new))
+    if not isinstance(new, (bool, list, tuple)) or not (isinstance(new, bool) or all(isinstance(x, bool) for x in new)):
+        raise TypeError(f"new={new!r} in accumulate_: allowed are True, False, and a list of these")
+    each = new if isinstance(new, bool) else list(new)
     for name, length in (("grads", len(grads)), ("new", n if isinstance(each, bool) else len(each))):
         if length != n:
             raise ValueError(f"{name} in accumulate_ has {length} entries: accumulators has {n}, and each needs one")

@@ -8,10 +8,11 @@ the rows, counts), and every bucket. csrc/layout.h has the same under `Begin`.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from .schedules import Schedule
 from .schedules.tables import ScheduleTable, tabled
 from .sharding import sharded_over, sum_over
 
-__all__ = ["Accumulated", "Bank", "Norms", "empty_sums", "slots"]
+__all__ = ["Accumulated", "Bank", "Norms", "empty_sums", "reductions", "slots"]
 
 CPU = torch.device("cpu")  # whatever the default device
 #: The exact sums of squares lie there so often: chunks add to them by turns, so that few wait for each other.
@@ -43,18 +44,43 @@ def slots(params: Sequence[Tensor], group_of: Sequence[int]) -> tuple[list[int],
     return [known[kind] for kind in kinds], known
 
 
-class Accumulated(NamedTuple):
+def reductions(params: Sequence[Tensor], slot_of: Sequence[int], device: torch.device) -> list[tuple[Any, Tensor]]:
+    """(process group, the slots that are summed over it), in an order that all processes share."""
+    members: dict[int, tuple[Any, list[int]]] = {}
+    for slot, p in zip(slot_of, params, strict=True):
+        for process_group in sharded_over(p):
+            own = members.setdefault(id(process_group), (process_group, []))[1]
+            if slot not in own:
+                own.append(slot)
+    return [(group, torch.tensor(own, device=device)) for group, own in members.values()]
+
+
+@dataclass
+class Accumulated:
     """What a step has in the place of gradients.
 
     Attributes:
-        gradients: of each parameter, in order; None: it has none.
-        slot_of, sums: what their squares have been added to, [copies, slots, sums.WORDS], and which of these each
-            parameter's; None: they were not, or may have been changed since.
+        of: that, by parameter.
+        params, slot_of, sums: what their squares have been added to, [copies, slots, sums.WORDS], and which of these
+            each parameter's; None: they were not, or may have been changed since.
+        gradients: what is stepped, by position in a table. A step that is taken or skipped empties it.
     """
 
-    gradients: list[Tensor | None]
-    slot_of: list[int] | None
+    of: dict[Tensor, Tensor]
+    params: list[Tensor]
+    slot_of: list[int]
     sums: Tensor | None
+    gradients: list[Tensor | None] | None = None
+
+    def by_position(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """Of these parameters, in order."""
+        self.gradients = list(map(self.of.get, params))
+        return self.gradients
+
+    @property
+    def taken(self) -> bool:
+        """Was the step taken, or skipped?"""
+        return self.gradients == []
 
 
 @dataclass
@@ -192,24 +218,20 @@ class Norms:
         self.lent: list[Tensor] = []
         self.inputs: dict[str | int, Tensor] = {}
         self._found = torch.zeros(2, dtype=torch.float64, device=CPU)
-        members: dict[int, tuple[Any, list[int]]] = {}
-        for slot, p in zip(self.slot_of, params, strict=True):
-            for process_group in sharded_over(p):
-                own = members.setdefault(id(process_group), (process_group, []))[1]
-                if slot not in own:
-                    own.append(slot)
-        there = CPU if device is None else device
-        self.reductions = [(group, torch.tensor(own, device=there)) for group, own in members.values()]
+        self.reductions = reductions(params, self.slot_of, CPU if device is None else device)
 
     @property
     def measures(self) -> bool:
         """Is the norm of this step's gradients wanted?"""
         return self.limits is not None and self.limits.measures
 
-    def take(self, accumulated: Accumulated | None) -> None:
-        """What a step has in the place of gradients may have its squares added up already."""
-        known = accumulated is not None and accumulated.sums is not None and accumulated.slot_of == self.slot_of
-        self.measured = accumulated.sums.sum(0) if known and self.measures else None  # type: ignore[union-attr]
+    def take(self, accumulated: Accumulated | None, params: Sequence[Tensor]) -> None:
+        """What a step of these parameters has in the place of gradients may have its squares added up already."""
+        self.measured = None
+        if accumulated is not None and accumulated.sums is not None and self.measures:
+            same = len(params) == len(accumulated.params) and all(map(operator.is_, params, accumulated.params))
+            if same and accumulated.slot_of == self.slot_of:
+                self.measured = accumulated.sums.sum(0)
 
     def sum_of(self, i: int) -> Tensor:
         """What the squares of a parameter's gradient are added to: int64 [sums.WORDS]; of copies, the first."""

@@ -21,7 +21,6 @@ from .accumulation import Accumulators
 from .caller import warn
 from .clipping import Clipping, Limits
 from .flat.states import FlatGradients
-from .norms import Accumulated
 from .rules import FLAG, LIMIT, Hyper, Rule, check_chosen, flag, pair, state_dtype_word
 from .schedules import stepping
 from .schedules.shapes import named
@@ -119,12 +118,13 @@ class DecoupledOptimizer(Optimizer):
             ticks = self.release.finish()
         else:
             with table.lock, plain_tensors(table.sharded):
+                self._settle()
                 try:
                     if self._accumulators.full:
-                        table.accumulated = self._take_accumulated(groups)
+                        self._take_accumulated(groups)
                     ticks, lives = self._take_step(groups, loss)
                 finally:
-                    table.accumulated = None
+                    self._settle()
         if (ticks or lives) and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
         return loss
@@ -147,8 +147,6 @@ class DecoupledOptimizer(Optimizer):
         self._clipping.last = None  # of a step that fails nothing is known
         table.step(groups, self.state, hypers, ticks, limits, lives)
         self._clipping.last = table.norms.limits
-        if self._accumulators.full:
-            self._accumulators.clear()
         if self.latest_loss is not None:
             self.latest_loss = None
         return ticks, lives
@@ -279,33 +277,33 @@ class DecoupledOptimizer(Optimizer):
         if table.lock._is_owned():  # type: ignore[attr-defined]
             raise RuntimeError("accumulate() was called within a step of the same optimizer: it cannot be taken there")
         with table.lock, plain_tensors(True):
-            self._add_gradients(self.param_groups)
+            self._settle()
+            self._accumulators.add(self.param_groups, self.backend)
 
-    def _add_gradients(self, groups: Sequence[dict[str, Any]]) -> None:
-        if not self._accumulators.add(groups, self.backend):
-            return
-        params = [p for group in groups for p in group["params"]]
-        if not self._flat_gradients.zero_(params):
-            for p in params:
-                p.grad = None
-        self._accumulators.note_zeros(params)
+    def _settle(self) -> None:
+        """A step that was interrupted may have taken what was accumulated: then nothing is in it any more."""
+        table = self._table
+        if table.accumulated is not None:
+            if table.accumulated.taken:
+                self._accumulators.clear()
+            table.accumulated = None
 
-    def _take_accumulated(self, groups: Sequence[dict[str, Any]]) -> Accumulated:
-        """What a step has in the place of gradients: those that are left are added first."""
-        given = self.__dict__
-        if given.get("found_inf") is not None or given.get("grad_scale") is not None:
-            self._check_scaled(given.get("grad_scale"), given.get("found_inf"))
-        self._add_gradients(groups)
-        return self._accumulators.in_place_of_gradients(groups)
+    def _take_accumulated(self, groups: Sequence[dict[str, Any]]) -> None:
+        """A step has it in the place of gradients: those that are left are added first."""
+        if "found_inf" in self.__dict__:
+            self._check_scaled()
+        self._accumulators.add(groups, self.backend)
+        self._table.accumulated = self._accumulators.in_place_of_gradients()
 
-    def _check_scaled(self, scale: Any, found_inf: Any) -> None:
+    def _check_scaled(self) -> None:
         """Raises where a GradScaler would make no sense of gradients that were accumulated."""
-        if scale is None:
+        given = self.__dict__
+        if given["found_inf"] is not None and given.get("grad_scale", given) is None:
             raise RuntimeError(
                 "gradients are accumulated, which a GradScaler's unscale_() has not unscaled: leave it out. The step "
                 "unscales them, and max_grad_norm clips them"
             )
-        if not isinstance(found_inf, Tensor):
+        if type(given["found_inf"]) is int:  # the sum of no tensors
             raise RuntimeError(
                 "all gradients are accumulated, and a GradScaler wants to see some: leave the last micro-batch's to "
                 "step(), which adds them"
@@ -317,11 +315,13 @@ class DecoupledOptimizer(Optimizer):
 
         They may be written. Since nobody knows when, norms take a pass of their own once they were asked for.
         """
+        self._settle()
         self._accumulators.lent = True
         return {p: self._accumulators.of[p] for p in self._accumulators.full}
 
     def discard_accumulated(self) -> None:
         """Forgets what `accumulate()` has added up, and frees the memory."""
+        self._table.accumulated = None
         self._accumulators = Accumulators()
 
     def end_captures(self) -> None:
@@ -351,6 +351,7 @@ class DecoupledOptimizer(Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. Flat gradients that are kept are zeroed in one go."""
+        self._settle()
         if self._accumulators.full:
             raise RuntimeError(
                 "zero_grad() while gradients are accumulated that no step has taken: accumulate() has dropped those of "

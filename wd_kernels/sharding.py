@@ -143,6 +143,11 @@ def check_sharding(p: Tensor, t: Tensor, what: str, gradient: bool = False, shap
         raise ValueError(f"{what} has shape {tuple(t.shape)}; allowed is {allowed}")
 
 
+def same_sharding(a: Tensor, b: Tensor) -> bool:
+    """Are they sharded alike, or both ordinary tensors?"""
+    return _sharding(a) == _sharding(b)
+
+
 def redistribute_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Gives every DTensor gradient the placements of its parameter, in place of the gradient: a pre-hook for steps.
 

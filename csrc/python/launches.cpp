@@ -179,20 +179,17 @@ PyObject* launch(PyObject*, PyObject* args) {
   });
 }
 
-PyObject* add_up(PyObject*, PyObject* args) {
+PyObject* accumulate(PyObject*, PyObject* args) {
   PyObject *plans, *rows, *sums;
-  int accumulates, others;
-  if (!PyArg_ParseTuple(args, "O!OOpp", &PyList_Type, &plans, &rows, &sums, &accumulates, &others)) return nullptr;
+  int others;
+  if (!PyArg_ParseTuple(args, "O!OOp", &PyList_Type, &plans, &rows, &sums, &others)) return nullptr;
   return guarded([&]() -> PyObject* {
     const Launches all(plans, rows);
     const Memory words = memory_of(sums, "sums", "int64", kSumWords);
-    all.check_sums(words.as<const int64_t>(), words.rows, accumulates != 0);
+    all.check_sums(words.as<const int64_t>(), words.rows, true);
     {
       const Unlocked meanwhile_others_run(others != 0 && all.elements() >= kLong);
-      if (accumulates != 0)
-        all.accumulate();
-      else
-        all.sum_squares();
+      all.accumulate();
     }
     Py_RETURN_NONE;
   });

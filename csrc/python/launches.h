@@ -89,9 +89,9 @@ PyObject* insist_on(PyObject* module, PyObject* functions);
 PyObject* plan(PyObject* module, PyObject* args);
 // launch(launches, rows): all of them.
 PyObject* launch(PyObject* module, PyObject* args);
-// add_up(plans, rows, sums, accumulates, others): the squares of all gradients, or, if it `accumulates`, of what these
-// are added to; `others`: other threads may run meanwhile, as long as somebody holds the memory of all tensors.
-PyObject* add_up(PyObject* module, PyObject* args);
+// accumulate(plans, rows, sums, others): gradients are added up; `others`: other threads may run meanwhile, as long as
+// somebody holds the memory of all tensors.
+PyObject* accumulate(PyObject* module, PyObject* args);
 PyObject* instruction_set(PyObject* module, PyObject* none);
 PyObject* rules(PyObject* module, PyObject* none);
 PyObject* be_serial(PyObject* module, PyObject* none);

@@ -185,6 +185,11 @@ class Gradients {
   Gradients& operator=(const Gradients&) = delete;
   ~Gradients() { view_.gradients = nullptr; }
 
+  // The step is taken, or skipped: whoever gave them sees it, whatever is raised next. Others hold what was in them.
+  void taken() const {
+    if (view_.gradients != nullptr && PyList_SetSlice(view_.gradients, 0, PY_SSIZE_T_MAX, nullptr) < 0) PyErr_Clear();
+  }
+
  private:
   View& view_;
 };
@@ -211,6 +216,7 @@ PyObject* checked_step(View& view, PyObject* groups, PyObject* state, PyObject* 
     if (outcome == Outcome::failed) return nullptr;
     if (outcome == Outcome::moved) return answer(Changes{}, false, false, list_of_keys(view));
   }
+  gradients.taken();
   if (!finish(view, state, found, work, insist) || !insist.restore()) return nullptr;
   meanwhile.end();
   return answer(found, true, false, list_of_keys(view));
@@ -246,7 +252,7 @@ PyMethodDef methods[] = {
     {"step_lists", step_lists, METH_VARARGS, "A step of lists of tensors."},
     {"plan", plan, METH_VARARGS, "A launch on the CPU."},
     {"launch", launch, METH_VARARGS, "launch(launches, rows)"},
-    {"add_up", add_up, METH_VARARGS, "add_up(plans, rows, sums, accumulates, others)"},
+    {"accumulate", accumulate, METH_VARARGS, "accumulate(plans, rows, sums, others)"},
     {"instruction_set", instruction_set, METH_NOARGS, "instruction_set() -> str"},
     {"rules", rules, METH_NOARGS, "rules() -> str"},
     {"insist", insist_on, METH_O,

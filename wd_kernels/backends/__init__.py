@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Literal, Protocol, TypeAlias, get_args
 
+import torch
 from torch import Tensor
 
 from ..layout import Bucket, Spec, Table
@@ -53,11 +54,11 @@ class Backend(Protocol):
     def prepare(self, table: Table, buckets: list[Bucket]) -> Prepared:
         """The launches that step the buckets in place."""
 
-    def add_up(self, table: Table, buckets: list[Bucket], sums: Tensor, accumulates: bool) -> None:
-        """Adds the squares of all gradients to the exact sums that places name, [copies, slots, sums.WORDS].
+    def add_up(self, table: Table, buckets: list[Bucket], sums: Tensor, rows: Tensor) -> list[Launch]:
+        """The launches that add gradients to the parameters of the table, or bring them there, and square the sums.
 
-        If it `accumulates`, parameters are what gradients are added to, in the arithmetic dtype, where a segment's row
-        is 0; where it is 1, they become the gradients; the squares are of that.
+        They are added where a segment's row is 0, brought where it is 1, in the arithmetic dtype. The squares are added
+        to the exact sums that places name, [copies, slots, sums.WORDS]. `rows`: so many, of any numbers.
         """
 
 
@@ -131,10 +132,14 @@ def prepare(table: Table) -> Prepared:
     return Prepared(plans, _ready(others), _measure(measures), squares)
 
 
-def add_up(table: Table, sums: Tensor, accumulates: bool) -> None:
-    """The same of all buckets, each through its backend; the caller holds the memory of all tensors meanwhile."""
+def add_up(table: Table, sums: Tensor) -> tuple[list[Launch], Tensor]:
+    """The same of all buckets, each through its backend, and the rows to launch them with."""
+    rows = torch.zeros(2, len(table.rule.scalars), dtype=torch.float64, device="cpu")
+    launches = []
     for backend in dict.fromkeys(bucket.backend for bucket in table.buckets):
-        backend.add_up(table, [bucket for bucket in table.buckets if bucket.backend is backend], sums, accumulates)
+        own = [bucket for bucket in table.buckets if bucket.backend is backend]
+        launches += backend.add_up(table, own, sums, rows)
+    return launches, rows
 
 
 def _ready(each: list[Callable[[Table, Tensor], list[Launch]]]) -> Callable[[Table, Tensor], list[Launch]] | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import native
 from ..layout import Bucket, Spec, Table, cut, cut_whole, native_kernel
-from .prepared import Prepared
+from .prepared import Launch, Prepared
 
 __all__ = ["CPU"]
 
@@ -81,7 +82,6 @@ class CPU:
             squares.append(plan)
         return Prepared(plans, None, squares=tuple(squares))
 
-    def add_up(self, table: Table, buckets: list[Bucket], sums: Tensor, accumulates: bool) -> None:
-        rows = torch.zeros(2, len(table.rule.scalars), dtype=torch.float64, device="cpu")
+    def add_up(self, table: Table, buckets: list[Bucket], sums: Tensor, rows: Tensor) -> list[Launch]:
         plans, others = self.prepare(table, buckets).plans, threading.active_count() > 1
-        native.C.add_up(plans, rows, sums[0], accumulates, others)
+        return [partial(native.C.accumulate, plans, rows, sums[0], others)]  # no Python code runs once it is done

@@ -15,7 +15,7 @@ from ..layout import Bucket, Chunks, Table, cut, cut_whole
 from ..norms import Bank, Norms
 from ..rules import Rule
 from .device_copy import DeviceCopy, There, chunk_size
-from .prepared import Prepared
+from .prepared import Launch, Prepared
 
 __all__ = ["ACCUMULATED", "OnDevice", "arguments", "capturing", "current", "machine", "refuse_loading"]
 
@@ -126,10 +126,9 @@ class OnDevice(ABC):
 
         return Prepared([], ready)
 
-    def add_up(self, table: Table, buckets: list[Bucket], sums: Tensor, accumulates: bool) -> None:
+    def add_up(self, table: Table, buckets: list[Bucket], sums: Tensor, rows: Tensor) -> list[Launch]:
+        launches: list[Launch] = []
         for device in dict.fromkeys(bucket.spec.device for bucket in buckets):
-            if capturing(device):
-                raise RuntimeError(ACCUMULATED)
             size = partial(chunk_size, processors=machine(device)[0])
             own = [bucket for bucket in buckets if bucket.spec.device == device]
             chunks = {bucket.index: cut(table, bucket, size) for bucket in own}
@@ -138,8 +137,8 @@ class OnDevice(ABC):
             there = table.device_copies.setdefault(device, DeviceCopy(device)).update(parts)
             own = [bucket for bucket in own if chunks[bucket.index].words.numel()]
             sizes = {bucket.index: chunks[bucket.index].size for bucket in own}
-            for launch in [self.squares(table, sums, b, sizes[b.index], there, accumulates) for b in own]:
-                launch()
+            launches += [self.squares(table, sums, b, sizes[b.index], there, accumulates=True) for b in own]
+        return launches
 
     def _begun(
         self, table: Table, norms: Norms, bank: Bank, buckets: list[Bucket], sizes: Mapping[int, int], there: There

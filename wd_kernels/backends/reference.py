@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from .. import sums as exact
 from ..layout import Bucket, Place, Spec, Table
-from .prepared import Prepared
+from .prepared import Launch, Prepared
 
 __all__ = ["Reference"]
 
@@ -37,15 +37,20 @@ class Reference:
 
         return Prepared([], lambda table, rows: [self._step(table, bucket, rows) for bucket in buckets], measure)
 
-    def add_up(self, table: Table, buckets: list[Bucket], sums: Tensor, accumulates: bool) -> None:
+    def add_up(self, table: Table, buckets: list[Bucket], sums: Tensor, rows: Tensor) -> list[Launch]:
+        writes: Launch = []
         for bucket in buckets:
+            dtype = bucket.spec.formats[0].dtype
             for segment, i in enumerate(bucket.members, bucket.first):
                 own = table.tensors(i)
-                if accumulates:
-                    own.theta.copy_(own.grad) if own.row else own.theta.add_(own.grad)
-                squares = reference.squares(own.theta if accumulates else own.grad, bucket.spec.formats[0].dtype)
+                total = torch.empty_like(own.theta).copy_(own.grad)
+                if not own.row:  # in the arithmetic type: torch multiplies complex numbers, by 1
+                    reference.load(total, dtype).add_(reference.load(own.theta, dtype))
                 at = int(table.segments.places[segment, Place.OUTPUT]) - sums.data_ptr()
-                exact.add(sums[0, at // sums.stride(1) // sums.itemsize], squares)
+                sum_ = sums[0, at // sums.stride(1) // sums.itemsize]
+                exact.add(sum_, reference.squares(total, dtype))
+                writes.append((own.theta, total))
+        return [writes]
 
     def _step(self, table: Table, bucket: Bucket, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What is to be copied where: all of it is computed before any of it is written."""

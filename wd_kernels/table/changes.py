@@ -86,7 +86,7 @@ class Work(NamedTuple):
         others: there are other threads of Python.
         clipping: what is asked of the norm of the gradients, where the host decides.
         counts: the host counts the steps.
-        gradients: what is stepped in the place of gradients, by position; None: these.
+        gradients: what is stepped in the place of gradients, by position, emptied once it is; None: these.
     """
 
     increment: Callable[[list[Tensor]], object]
@@ -361,6 +361,8 @@ class Watch:
             work.increment(work.written)
             launches = [] if work.ready is None else work.ready(work.rows)
             backends.launch(launches, work.rows)
+        if work.gradients is not None:
+            work.gradients.clear()
         self._expected[:, Expected.INSPECTED] = Inspected.NOT_YET
         if skip:
             return Changes(True, False, [], False, keys)

@@ -197,7 +197,7 @@ def held(label: Callable[[int, int], str], roles: Roles) -> list[list[Tensor]]:
 
 def _like(p: Tensor, grad: Tensor) -> Tensor:
     """The gradient, or a copy that lies in memory as its parameter."""
-    if same_layout(grad, p) and not (grad.is_conj() or grad.is_neg()):
+    if same_layout(grad, p) and not (grad.is_conj() or grad.is_neg() or grad._is_zerotensor()):
         return grad
     return torch.empty_like(p, dtype=grad.dtype, requires_grad=False).copy_(grad.detach())
 

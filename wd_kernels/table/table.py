@@ -206,7 +206,7 @@ class TensorTable:
             self.written = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
         rows, asked, norms, prepared = None, None, self.norms, backends.Prepared([], None)
         norms.limits, norms.capturable = limits, self.capturable
-        norms.take(self.accumulated)
+        norms.take(self.accumulated, self.params)
         if limits is not None or norms.bank is not None:
             self._check_limits()
         lives = self.lives
@@ -251,7 +251,7 @@ class TensorTable:
             others=tried < PATIENCE and threading.active_count() > 1,
             clipping=asked,
             counts=norms.bank is None,
-            gradients=None if self.accumulated is None else self.accumulated.gradients,
+            gradients=None if self.accumulated is None else self.accumulated.by_position(self.params),
         )
 
     def _check_limits(self) -> None:
@@ -318,8 +318,8 @@ class TensorTable:
                     "when no graph is replayed any more"
                 )
 
-    def _gradient(self, i: int, p: Tensor) -> Tensor | None:
-        return p.grad if self.accumulated is None else self.accumulated.gradients[i]
+    def _gradient(self, p: Tensor) -> Tensor | None:
+        return p.grad if self.accumulated is None else self.accumulated.of.get(p)
 
     def _label(self, i: int) -> str:
         g, k = self.places[i]
@@ -346,8 +346,8 @@ class TensorTable:
 
     def counts_on(self, groups: Sequence[Mapping[str, Any]]) -> torch.device | None:
         """The device that could count the steps of these groups: that of their gradients, if its backend can."""
-        for i, p in enumerate(chain.from_iterable(group["params"] for group in groups)):
-            if isinstance(p, Tensor) and self._gradient(i, p) is not None:
+        for p in chain.from_iterable(group["params"] for group in groups):
+            if isinstance(p, Tensor) and self._gradient(p) is not None:
                 device = local(p).device
                 return device if self.resolve(Spec(device, (), ())).counts_there else None
         return self.counting
@@ -431,7 +431,7 @@ class TensorTable:
         if found is not None:
             beside = dict(zip((*known.spec.states, *known.spec.parts), found.memory, strict=True))
             return Tensors.of(found.theta, found.grad, beside, row, origin)
-        grad = self._gradient(i, p)
+        grad = self._gradient(p)
         assert grad is not None
         beside = {name: local(self.state[p][name]) for name in (*known.spec.states, *known.spec.parts)}
         return Tensors.of(local(p), local(grad), beside, row, origin)
@@ -529,7 +529,7 @@ class TensorTable:
     @torch.no_grad()
     def _inspect(self, watch: Watch, odd: Sequence[int]) -> None:
         """Inspects the given parameters, and lays out anew what they changed. Writes nothing of the optimizer."""
-        grads = {i: self._gradient(i, self.params[i]) for i in odd}
+        grads = {i: self._gradient(self.params[i]) for i in odd}
         self.inspected.update(dict.fromkeys(odd))
         counts = self._counts_elsewhere(watch, odd)
         found = {i: self._inspect_one(watch, i, grad, counts.get(i)) for i, grad in grads.items() if grad is not None}
@@ -623,7 +623,7 @@ class TensorTable:
 
     def _drop_missing_gradients(self, watch: Watch) -> None:
         """Nothing is held of flat parameters without a gradient; the check says when it is back."""
-        for i in [i for i in watch.flat if self._gradient(i, self.params[i]) is None]:
+        for i in [i for i in watch.flat if self._gradient(self.params[i]) is None]:
             del watch.flat[i]
             watch.expected[i][Expected.KIND] = Kind.ORDINARY
 
