@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from wd_kernels import AdamW
+from wd_kernels.functional import accumulate_
 
 OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "skip_nonfinite": True}
 
@@ -71,6 +72,29 @@ def give(p: Any, grad: Tensor) -> None:
 def test_the_norm_is_that_of_the_whole(world: int, kind: str) -> None:
     """One and the same number on every rank."""
     assert len(set(ranks.run(world, measures, kind))) == 1
+
+
+def adds_up() -> float:
+    """Of shards and of what every rank has whole: the norm is that of all of them, each counted once."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, n = mesh_of("dp"), 4096
+    wholes = [torch.linspace(-1, 2, n), torch.linspace(-2, 1, 50)]
+    placements = ([Shard(0)], [Replicate()])
+    totals = [distribute_tensor(torch.zeros_like(t), mesh, p) for t, p in zip(wholes, placements, strict=True)]
+    grads = [distribute_tensor(t, mesh, p) for t, p in zip(wholes, placements, strict=True)]
+    others = [torch.zeros_like(t) for t in wholes]
+    for _ in range(2):
+        norm = accumulate_(totals, grads)
+        expected = accumulate_(others, wholes)
+        assert_same_bits(norm, expected)
+    for a, b in zip(totals, others, strict=True):
+        assert_same_bits(a.full_tensor(), b)
+    return norm.item()
+
+
+def test_the_norm_of_what_a_caller_adds_up() -> None:
+    assert len(set(ranks.run(2, adds_up))) == 1
 
 
 def even() -> float:

@@ -349,7 +349,8 @@ def accumulate_(
 
     Returns:
         The norm of all accumulators as they are then, float64 [], on their device, without waiting for it: the root of
-        the exact sum of the squares of blocks, as `max_grad_norm` has it. `grad_factor=` of the steps takes what clips.
+        the exact sum of the squares of blocks, as `max_grad_norm` has it; of DTensors that of the whole, for which all
+        processes call it. `grad_factor=` of the steps takes what clips.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and the index; nothing was written.
