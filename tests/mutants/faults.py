@@ -520,25 +520,34 @@ ACCUMULATE = [
         "accumulation",
         (
             "accumulate: sums are those of the last pass",
-            "self._complete = len(having) == len(self.full)",
+            "self._complete = len(params) == len(self.full)",
             "self._complete = True",
         ),
-        ("accumulate: who was lent them writes nothing", "self._complete and not self.lent and", "self._complete and"),
-        ("accumulate: sums of other groups", " and _same(params, self._params)\n", "\n"),
         (
-            "accumulate: zeros are added",
-            "zeros is None or zeros[0] is not grad",
-            "True or zeros is None",
+            "accumulate: who was lent them writes nothing",
+            "known = self._complete and not self.lent",
+            "known = self._complete",
         ),
-        ("accumulate: what is written again is zeros", " or zeros[1] != grad._version", ""),
+        (
+            "accumulate: the sums of what left stay",
+            "        self._complete = False\n        known = set(params)\n",
+            "        known = set(params)\n",
+        ),
+        ("accumulate: flat gradients are dropped", "            if attached(p):\n", "            if False:\n"),
+    ),
+    *_of(
+        "csrc/python/step.cpp",
+        "accumulation",
+        ("accumulate: a step that was interrupted is forgotten", "  gradients.taken();\n", ""),
     ),
     *_of(
         "wd_kernels/norms.py",
         "accumulation",
+        ("accumulate: sums are not taken", "self.measured = accumulated.sums.sum(0)", "self.measured = None"),
         (
-            "accumulate: sums are not taken",
-            "self.measured = accumulated.sums.sum(0) if known",
-            "self.measured = None if known",
+            "accumulate: sums of other groups",
+            "if same and accumulated.slot_of == self.slot_of:",
+            "if accumulated.slot_of == self.slot_of:",
         ),
     ),
     *_of(
@@ -549,8 +558,16 @@ ACCUMULATE = [
             "limits._replace(measures=True, skip_nonfinite=True)",
             "limits",
         ),
-        ("accumulate: what is left is stepped twice", "        self._add_gradients(groups)\n", ""),
-        ("accumulate: a step leaves the sums", "            self._accumulators.clear()\n", "            pass\n"),
+        (
+            "accumulate: what is left is not stepped",
+            "        self._accumulators.add(groups, self.backend)\n        self._table",
+            "        self._table",
+        ),
+        (
+            "accumulate: a step leaves the sums",
+            "                self._accumulators.clear()\n",
+            "                pass\n",
+        ),
     ),
 ]
 
@@ -1686,7 +1703,7 @@ FUNCTIONAL = [
         "functional",
         (
             "lists: a mixed list reads a negated gradient as it lies",
-            "if same_layout(grad, p) and not (grad.is_conj() or grad.is_neg()):",
+            "if same_layout(grad, p) and not (grad.is_conj() or grad.is_neg() or grad._is_zerotensor()):",
             "if same_layout(grad, p):",
         ),
         (
