@@ -260,12 +260,11 @@ def compiled_before(kernel: Before, target: str) -> Any:
     assert list(signature) == names, names
     values = {(names.index(name),): value for name, value in constants.items()}
     lines = [*pointers, "chunk_size"] if kernel.what != "begin" else []
-    name = "begin" if kernel.what == "begin" else "squares"
     aligned_by_16 = {(names.index(name),): [["tt.divisibility", 16]] for name in lines}
     return triton.compile(
         ASTSource(function, signature, values, aligned_by_16),
         target=GPUTarget(backend, architecture, warp),
-        options=own.options_before(name, warp, architecture if backend == "cuda" else None),
+        options=own.options_before(kernel.what, warp, architecture if backend == "cuda" else None),
     )  # fmt: skip
 
 

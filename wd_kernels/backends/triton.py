@@ -88,10 +88,10 @@ def options(formats: tuple[Any, ...], warp: int, capability: int | None) -> dict
 
 
 def options_before(kernel: str, warp: int, capability: int | None) -> dict[str, Any]:
-    """How the kernels are compiled that are run before a step: "squares", "begin"."""
+    """How the kernels are compiled that are run before a step: "squares", "accumulate", "begin"."""
     how: dict[str, Any] = {"num_warps": THREADS // warp, "enable_fp_fusion": False}
-    if kernel == "begin" and capability is not None:
-        how["maxnreg"] = 128  # one program: ptxas need not spare registers for others
+    if kernel != "squares" and capability is not None:  # left to itself, ptxas puts some on the stack to spare them
+        how["maxnreg"] = 128 if kernel == "begin" else 160
     return how
 
 
@@ -173,7 +173,10 @@ class Triton(OnDevice):
             grad.code, accumulates, SQUARED,
         )  # fmt: skip
         key = ("squares", grad.code, accumulates)
-        return self._launch(_begin().squares_kernel, key, device, chunks.numel(), own, self._how("squares", device))
+        return self._launch(
+            _begin().squares_kernel, key, device, chunks.numel(), own,
+            self._how("accumulate" if accumulates else "squares", device),
+        )  # fmt: skip
 
     def begin(self, rule: Rule, norms: Norms, bank: Bank, there: There) -> Callable[[], None]:
         kernels = _begin()
