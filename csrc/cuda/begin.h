@@ -39,7 +39,8 @@ WD_HOST_DEVICE inline void add_neighbours(T* at, T* x, int count, bool nothing_y
       Vector<T, width> total = {};
       if (!nothing_yet) total = read<Vector<T, width>>(at + k);
       WD_UNROLL
-      for (int e = 0; e < width; ++e) total.element[e] = x[k + e] = nothing_yet ? x[k + e] : total.element[e] + x[k + e];
+      for (int e = 0; e < width; ++e)
+        total.element[e] = x[k + e] = nothing_yet ? x[k + e] : total.element[e] + x[k + e];
       write(at + k, total);
     }
   } else {

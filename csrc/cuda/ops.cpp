@@ -99,8 +99,8 @@ const void* begin_of(int64_t rule) {
 }
 
 // Adds the squares of the gradients of one bucket to the exact sums that its places name; `copies` of these, `stride`
-// words apart, are added to by turns. param, grad: their FormatCode. If it `accumulates`, gradients are added to what lies
-// in the place of parameters, and the squares are of that.
+// words apart, are added to by turns. param, grad: their FormatCode. If it `accumulates`, gradients are added to what
+// lies in the place of parameters, and the squares are of that.
 void squares_(int64_t given, const Tensor chunks, const Tensor places, const Tensor moving, int64_t chunk_size,
               int64_t param, int64_t grad, bool accumulates, int64_t copies, int64_t stride) {
   STD_TORCH_CHECK(given == token(), "cuda_squares_ is for this package alone: it reads whatever its addresses name");

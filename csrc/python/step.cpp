@@ -19,12 +19,12 @@ struct Work {
   PyObject* launches;   // a list: plans
   PyObject* ready;      // None, or a function of the rows to more launches
   PyObject* rows;
-  PyObject* copies;    // a list of (to, from): after the launches
-  PyObject* puts;      // a list of (position, parameter, its state or None, its state to be, what is new of it)
-  PyObject* ticks;     // a list of (dict, key, value): what a finished step writes
-  int others;          // are there other threads of Python?
-  PyObject* clipping;  // None, or what is asked of the norm of the gradients
-  int counts;          // does the host count the steps?
+  PyObject* copies;     // a list of (to, from): after the launches
+  PyObject* puts;       // a list of (position, parameter, its state or None, its state to be, what is new of it)
+  PyObject* ticks;      // a list of (dict, key, value): what a finished step writes
+  int others;           // are there other threads of Python?
+  PyObject* clipping;   // None, or what is asked of the norm of the gradients
+  int counts;           // does the host count the steps?
   PyObject* gradients;  // None, or a list of what is stepped in the place of gradients
 
   explicit Work(PyObject* tuple) {
