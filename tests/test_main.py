@@ -13,6 +13,7 @@ from torch import Tensor
 from wd_kernels import __main__ as program
 from wd_kernels import self_check
 from wd_kernels.backends import BACKENDS, Launch, Prepared
+from wd_kernels.rules import RULES
 
 Damage = Callable[[object, object, Tensor], None]
 
@@ -57,6 +58,10 @@ def flip_lowest_bit(role: int) -> Damage:
         memory.detach().view(-1)[:1].view(self_check._INTEGERS[memory.element_size()]).bitwise_xor_(1)
 
     return damage
+
+
+#: Where AdamW's and SGDW's rows have it.
+(DECAY,) = {RULES[rule].scalars.index("decay") for rule in ("adamw", "sgdw")}
 
 
 def scale_column(column: int, factor: float) -> Callable[[Tensor], Tensor]:
@@ -115,7 +120,7 @@ def test_rows_are_equal_to_the_reference(few, capsys: pytest.CaptureFixture[str]
     [
         (Broken(after=flip_lowest_bit(0)), "1 of 1164 elements of the parameter differ from the reference"),
         (Broken(after=flip_lowest_bit(-1)), "differ from the reference"),
-        (Broken(before=scale_column(3, 1.01)), "units off float64"),  # decay
+        (Broken(before=scale_column(DECAY, 1.01)), "units off float64"),  # decay
     ],
     ids=["parameter bit", "state bit", "scalar"],
 )
@@ -131,7 +136,7 @@ def test_a_wrong_backend_is_found_and_named(few, broken, named, monkeypatch, cap
 
 
 def test_a_wrong_reference_is_found_by_float64(few, monkeypatch, capsys):
-    monkeypatch.setitem(BACKENDS, "reference", Broken(before=scale_column(3, 1.01)))
+    monkeypatch.setitem(BACKENDS, "reference", Broken(before=scale_column(DECAY, 1.01)))
     assert program.main([]) == 1
     out = capsys.readouterr().out
     assert "WRONG  reference: AdamW, amsgrad, decay='lr_scaled', torch.float32" in out
