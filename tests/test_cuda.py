@@ -106,10 +106,10 @@ def test_whoever_has_not_the_token_is_refused() -> None:
 
 def squares(**changed: Any) -> None:
     ops, given = on_cpu.operators(), arguments()
-    own = {"token": ops.TOKEN, "param": 2, "grad": 2, "copies": 1, "stride": 70, **changed}
+    own = {"token": ops.TOKEN, "param": 2, "grad": 2, "accumulates": False, "copies": 1, "stride": 70, **changed}
     ops.cuda_squares_(
         own["token"], *(own.get(name, given[name]) for name in ("chunks", "places", "moving", "chunk_size")),
-        *(own[name] for name in ("param", "grad", "copies", "stride")),
+        *(own[name] for name in ("param", "grad", "accumulates", "copies", "stride")),
     )  # fmt: skip
 
 

@@ -82,6 +82,8 @@ class DecoupledOptimizer(Optimizer):
         self._new_table()
 
     def _new_table(self) -> None:
+        if "_table" in self.__dict__:
+            self._settle()
         # No reference to this optimizer: what is dropped is freed at once, not when the garbage collector comes.
         self._table = TensorTable(self.rule, cache(partial(backends.resolve, self.backend)))
         self._table.capturable = self._capturable
@@ -119,12 +121,9 @@ class DecoupledOptimizer(Optimizer):
         else:
             with table.lock, plain_tensors(table.sharded):
                 self._settle()
-                try:
-                    if self._accumulators.full:
-                        self._take_accumulated(groups)
-                    ticks, lives = self._take_step(groups, loss)
-                finally:
-                    self._settle()
+                if self._accumulators.full:
+                    self._take_accumulated(groups)
+                ticks, lives = self._take_step(groups, loss)
         if (ticks or lives) and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
         return loss
@@ -146,6 +145,7 @@ class DecoupledOptimizer(Optimizer):
             hypers, ticks = stepping.follow(groups, hypers)
         self._clipping.last = None  # of a step that fails nothing is known
         table.step(groups, self.state, hypers, ticks, limits, lives)
+        self._settle()
         self._clipping.last = table.norms.limits
         if self.latest_loss is not None:
             self.latest_loss = None
@@ -281,7 +281,7 @@ class DecoupledOptimizer(Optimizer):
             self._accumulators.add(self.param_groups, self.backend)
 
     def _settle(self) -> None:
-        """A step that was interrupted may have taken what was accumulated: then nothing is in it any more."""
+        """A step may have taken what was accumulated, whatever interrupted it: then nothing is in it any more."""
         table = self._table
         if table.accumulated is not None:
             if table.accumulated.taken:
