@@ -18,10 +18,10 @@ assert native.NAMESPACE == "their_kernels" and native.CHECKS
 original = [torch.ones(40), torch.ones(40) / 3, torch.zeros(40), torch.zeros(40)]
 copies = [t.clone() for t in original]
 for t in range(1, 4):
-    torch.ops.wd_kernels.adamw_.default(*[[x] for x in original], *(5 * [[]]), t, 0.1, 0.9, 0.99, 1e-8, 0.1, 1.0, 1.0,
-                                        "lr_scaled", False, "auto", "states", 0)
-    torch.ops.their_kernels.adamw_.default(*[[x] for x in copies], *(5 * [[]]), t, 0.1, 0.9, 0.99, 1e-8, 0.1, 1.0, 1.0,
-                                           "lr_scaled", False, "auto", "states", 0)
+    torch.ops.wd_kernels.adamw_.default(*[[x] for x in original], *(5 * [[]]), t, 0.1, 0.9, 0.99, 1e-8, 0.1, 1.0,
+                                        1.0, 0.5, "lr_scaled", False, "auto", "states", 0)
+    torch.ops.their_kernels.adamw_.default(*[[x] for x in copies], *(5 * [[]]), t, 0.1, 0.9, 0.99, 1e-8, 0.1, 1.0,
+                                           1.0, 0.5, "lr_scaled", False, "auto", "states", 0)
 assert all(map(torch.equal, original, copies)) and not torch.equal(original[0], torch.ones(40))
 
 step = torch.compile(lambda: functional.adamw_(*[[x] for x in copies], step=4, lr=0.1), backend="eager", fullgraph=True)
