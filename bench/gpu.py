@@ -5,9 +5,9 @@
     python bench/gpu.py --out DIR --only tune                        # launch parameters, into DIR/tune.json and .txt
     python bench/gpu.py --out DIR --rehearse                         # on the CPU with tiny tensors
 
-DIR then has gpu.json (everything, written after every case), gpu.txt (the tables), tests.txt, clipping.txt and
-peers.png. Each part
-has a budget of time; what fails is said in the report and ends nothing else. bench/report.py keeps gpu.json.
+DIR then has gpu.json (everything, written after every case), gpu.txt (the tables), tests.txt, clipping.txt,
+accumulation.txt and peers.png. Each part has a budget of time; what fails is said in the report and ends nothing else.
+bench/report.py keeps gpu.json.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ sys.path.insert(0, str(ROOT))  # nothing need be installed; the package is impor
 
 BUILD = (sys.executable, "setup.py", "build_ext", "--inplace")
 TESTS = (sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-vv", "-p", "no:cacheprovider", "tests")
-CLIPPING = (sys.executable, "-u", "bench/clipping.py")
-PARTS = ("build", "tests", "copy", "clipping", "steps", "plots")
-SECONDS = {"build": 100.0, "tests": 220.0, "clipping": 50.0, "steps": 200.0}
+PROGRAMS = ("clipping", "accumulation")  # that print a table
+PARTS = ("build", "tests", "copy", *PROGRAMS, "steps", "plots")
+SECONDS = {"build": 100.0, "tests": 220.0, "clipping": 50.0, "accumulation": 20.0, "steps": 200.0}
 
 
 def run(arguments: Sequence[str], seconds: float, path: Path) -> tuple[int | None, str, str]:
@@ -76,10 +77,10 @@ def run_tests(seconds: float, path: Path, arguments: Sequence[str] = TESTS) -> d
     return {**counts, "says": ", ".join([*says, how])}
 
 
-def measure_clipping(seconds: float, path: Path, rehearse: bool) -> dict[str, Any]:
-    """Clip and step, in graphs too, beside torch; its table into a file."""
+def measure(name: str, seconds: float, path: Path, rehearse: bool) -> dict[str, Any]:
+    """What a program beside this one measures; its table into a file."""
     how = ("--rehearse",) if rehearse else ("--device", "cuda")
-    status, says, text = run((*CLIPPING, *how), seconds, path)
+    status, says, text = run((sys.executable, "-u", f"bench/{name}.py", *how), seconds, path)
     return {"says": says if status == 0 else f"FAILED: {says}: {(text.splitlines() or ['no output'])[-1]}"}
 
 
@@ -114,10 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(gpu_parts.tune(gpu_parts.Report(out, device, "tune"), device, end - time.perf_counter()))
         return 0
     report = gpu_parts.Report(out, device)
+
+    def measured(name: str) -> dict[str, Any]:
+        return measure(name, left(name), out / f"{name}.txt", arguments.rehearse)
+
     parts: dict[str, Callable[[], Any]] = {
         "build": lambda: built,
         "tests": lambda: run_tests(left("tests"), out / "tests.txt"),
-        "clipping": lambda: measure_clipping(left("clipping"), out / "clipping.txt", arguments.rehearse),
+        **{own: partial(measured, own) for own in PROGRAMS},
         "copy": lambda: gpu_parts.copy_bandwidth(device, 1 << 20 if arguments.rehearse else 4 << 30),
     }
     for part in (part for part in parts if part in asked):

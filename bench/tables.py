@@ -71,7 +71,7 @@ def heading(report: Report) -> list[tuple[str, str]]:
     rows += machine.get("wd_kernels", {}).items()
     rows += [
         (part, report[part]["says"])
-        for part in ("build", "tests", "copy", "clipping")
+        for part in ("build", "tests", "copy", "clipping", "accumulation")
         if "says" in report.get(part, {})
     ]
     if (rate := copy_rate(report)) is not None:
