@@ -10,13 +10,12 @@ gradients, 12 with float32 ones; a norm of its own reads 4 more.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 from datetime import date
 
 import internals
 import torch
-from clipping import seconds
+from clipping import in_turns, row
 
 from wd_kernels.functional import accumulate_
 
@@ -55,20 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for (tensors, elements, dtype), most in CASES.items():
         rounds = 2 if arguments.rehearse else most
         elements = min(elements, 100) if arguments.rehearse else elements
-        own = sides(tensors, elements, dtype, device)
-        times: dict[str, list[float]] = {name: [] for name in NAMES}
-        for t in range(rounds + 2):
-            for name in NAMES:
-                times[name] += [1e3 * seconds(own[name], device)] * (t >= 2)
-        quartiles = {name: statistics.quantiles(times[name], n=4) for name in NAMES}
-        cells = [f"{q[1]:.3g} ({q[0]:.3g} to {q[2]:.3g})" for q in quartiles.values()]
+        quartiles = in_turns(sides(tensors, elements, dtype, device), rounds, device)
         ratios = [quartiles[name][1] / quartiles["ours"][1] for name in NAMES[:2]]
-        size = f"{elements >> 20}Mi" if elements % (1 << 20) == 0 else str(elements)
-        print(
-            f"{f'{tensors} x {size}':>14}  {str(dtype).removeprefix('torch.'):<9}  "
-            + "  ".join(f"{c:>22}" for c in cells) + f"  {ratios[0]:>10.2f}  {ratios[1]:>16.2f}",
-            flush=True,
-        )  # fmt: skip
+        print(f"{row(tensors, elements, dtype, quartiles)}  {ratios[0]:>10.2f}  {ratios[1]:>16.2f}", flush=True)
 
 
 if __name__ == "__main__":

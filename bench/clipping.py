@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from typing import Any
@@ -83,6 +83,23 @@ def seconds(step: Callable[[], object], device: str) -> float:
     return (time.perf_counter() - start) / steps
 
 
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """The quartiles of the milliseconds of each, measured one after another in every round."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for t in range(rounds + 2):
+        for name, call in calls.items():
+            times[name] += [1e3 * seconds(call, device)] * (t >= 2)
+    return {name: statistics.quantiles(own, n=4) for name, own in times.items()}
+
+
+def row(tensors: int, elements: int, dtype: torch.dtype, quartiles: Mapping[str, Sequence[float]]) -> str:
+    """The first columns of a table: the case, and what was measured of it."""
+    size = f"{elements >> 20}Mi" if elements % (1 << 20) == 0 else str(elements)
+    cells = [f"{q[1]:.3g} ({q[0]:.3g} to {q[2]:.3g})" for q in quartiles.values()]
+    kind = str(dtype).removeprefix("torch.")
+    return f"{f'{tensors} x {size}':>14}  {kind:<9}  " + "  ".join(f"{cell:>22}" for cell in cells)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -93,24 +110,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = f"; {torch.cuda.get_device_name()}" if graphs else ""
     print(f"{date.today()}; {versions}{where}\nAdamW, median ms (quartiles): clip and step, and a step alone\n")
     names = ["torch", "ours", "torch, step", "ours, step", *(["torch, graph", "ours, graph"] if graphs else [])]
-    print(f"{'tensors':>14}  {'':<8}  " + "  ".join(f"{name:>22}" for name in names) + "  clip and step, torch / ours")
+    print(f"{'tensors':>14}  {'':<9}  " + "  ".join(f"{name:>22}" for name in names) + "  clip and step, torch / ours")
     for (tensors, elements, dtype), most in CASES.items():
         rounds = 2 if arguments.rehearse else most
         elements = min(elements, 100) if arguments.rehearse else elements
         own = sides(partial(parameters, tensors, elements, dtype, device), graphs)
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for t in range(rounds + 2):
-            for name in names:
-                times[name] += [1e3 * seconds(own[name], device)] * (t >= 2)
-        quartiles = {name: statistics.quantiles(times[name], n=4) for name in names}
-        cells = [f"{q[1]:.3g} ({q[0]:.3g} to {q[2]:.3g})" for q in quartiles.values()]
+        quartiles = in_turns({name: own[name] for name in names}, rounds, device)
         ratio = quartiles["torch"][1] / quartiles["ours"][1]
-        size = f"{elements >> 20}Mi" if elements % (1 << 20) == 0 else str(elements)
-        kind = str(dtype).removeprefix("torch.")
-        print(
-            f"{f'{tensors} x {size}':>14}  {kind:<8}  " + "  ".join(f"{c:>22}" for c in cells) + f"  {ratio:.2f}",
-            flush=True,
-        )
+        print(f"{row(tensors, elements, dtype, quartiles)}  {ratio:.2f}", flush=True)
 
 
 if __name__ == "__main__":

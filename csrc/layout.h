@@ -40,7 +40,7 @@ constexpr int kDigits = 68, kInfinities = 68, kNaNs = 69, kSumWords = 70;
 struct Moving {
   void* grad;
   int64_t numel;    // elements in this step: 0 without a gradient
-  int64_t row;      // index into the matrix of scalar rows
+  int64_t row;      // index into the matrix of scalar rows; where gradients are added up 1: nothing is there yet
   int64_t aligned;  // 1: every address is a multiple of 16 bytes
 };
 constexpr int64_t kMovingWords = 4;

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import wd_kernels
-from wd_kernels import SGDW, AdamW, reference, release_gradients, sums
+from wd_kernels import SGDW, AdamW, accumulation, reference, release_gradients, sums
 from wd_kernels.backends import BACKENDS
 from wd_kernels.functional import accumulate_, sgdw_
 
@@ -400,7 +400,7 @@ def test_what_interrupts_adds_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> 
         return once
 
     monkeypatch.setattr(own, "_note", interrupted(own._note))
-    monkeypatch.setattr(own, "_drop_gradients", interrupted(own._drop_gradients))
+    monkeypatch.setattr(accumulation, "_drop_gradients", interrupted(accumulation._drop_gradients))
     with pytest.raises(Interrupted):
         opt.accumulate()
     assert p.grad is None
@@ -546,8 +546,8 @@ def test_within_modes() -> None:
     opt.accumulate()
     assert opt.accumulated_grads[p].tolist() == [0.75] * 4
     p.grad = torch.ones(4)
-    total = torch.zeros(3)
-    calls = (opt.accumulate, lambda: accumulate_([total], [total.clone()]), lambda: accumulate_([total], [total]))
+    lists = [torch.zeros(3)], [torch.ones(3)]
+    calls: tuple[Callable[[], Any], ...] = (opt.accumulate, lambda: accumulate_(*lists))
     with FakeTensorMode(allow_non_fake_inputs=True):
         for call in calls:
             with pytest.raises(RuntimeError, match=r"cannot be under FakeTensorMode"):

@@ -167,17 +167,12 @@ def loaded(opt: Any, make: Any) -> Any:
     return fresh
 
 
-def test_flat_saved_and_copied() -> None:
+def test_flat_and_saved() -> None:
     expected = life("reference")
-    for found in (
-        life(),
-        life(flat=True),
-        life(reload=loaded),
-        life(reload=lambda opt, make: copy.deepcopy(opt)),
-    ):
+    for found in (life(), life(flat=True), life(reload=loaded)):
+        assert found.keys() == expected.keys()
         for name in expected:
-            if "step" not in name and len(found) == len(expected):
-                assert_same_bits(found[name], expected[name], name)
+            assert_same_bits(found[name], expected[name], name)
 
 
 def test_checkpoints() -> None:
@@ -197,7 +192,8 @@ def test_checkpoints() -> None:
     with pytest.warns(UserWarning, match=r"it has max_grad_value=0\.5, this optimizer goes on with 0\.25"):
         opts[0.25].load_state_dict(saved[0.5])
     assert opts[0.25].param_groups[0]["max_grad_value"] == 0.25
-    assert pickle.loads(pickle.dumps(opts[0.5])).param_groups[0]["max_grad_value"] == 0.5
+    for other in (pickle.loads(pickle.dumps(opts[0.5])), copy.deepcopy(opts[0.5])):
+        assert other.param_groups[0]["max_grad_value"] == 0.5
     torchs = torch.optim.AdamW([p])
     torchs.load_state_dict(saved[0.5])
     torchs.step()
@@ -213,9 +209,9 @@ def test_functional(limit: Any, flat: bool) -> None:
     opt.grad_scale, opt.found_inf = torch.tensor(8.0), torch.tensor(0.0)
     opt.step()
     own = [theta, g * 8, torch.zeros_like(g), torch.zeros_like(g)]
-    step = functional.adamw_flat_ if flat else functional.adamw_
+    step: Any = functional.adamw_flat_ if flat else functional.adamw_
     options: dict[str, Any] = {"step": 1, "lr": 0.05, "weight_decay": 0.2, "grad_factor": 1 / 8}
-    step(*(own if flat else [[t] for t in own]), max_grad_value=limit, **options)  # type: ignore[operator]
+    step(*(own if flat else [[t] for t in own]), max_grad_value=limit, **options)
     assert_same_bits(theta, p.detach())
     assert_same_bits(own[3], opt.state[p]["exp_avg_sq"])
 

@@ -9,7 +9,6 @@ values that it has in registers (numerics, section 7), so that clipping needs no
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from .flat.buffers import attached
 from .flat.states import FlatGradients
 from .formats import FLOAT32, FLOAT64
 from .layout import CPU, PARAM, Moving, Place, numel_of
-from .norms import Accumulated, empty_sums, reductions, slots
+from .norms import Accumulated, empty_sums, reductions, same_objects, slots
 from .reference import sqrt
 from .rules import RULES
 from .sharding import is_sharded, local, same_sharding, sharded_like, sum_over
@@ -129,6 +128,17 @@ def accumulate(accumulators: list[Tensor], grads: list[Tensor], new: bool | list
     return sqrt(exact.values(total.sum(0, keepdim=True)))[0]
 
 
+def _drop_gradients(params: Sequence[Tensor], flat: FlatGradients) -> None:
+    """Flat ones become zeros where they lie."""
+    if flat.zero_(params):
+        return
+    for p in params:
+        if p.grad is not None and attached(p):
+            p.grad.zero_()
+        else:
+            p.grad = None
+
+
 class Accumulators:
     """Those of an optimizer's parameters: what is in them is stepped in the place of gradients.
 
@@ -147,9 +157,8 @@ class Accumulators:
         self._sums: Tensor | None = None
         self._complete = False  # the sums are those of all that is in them
         self._device_copies: dict[torch.device, Any] = {}
-        self._flat = FlatGradients()
 
-    def add(self, groups: Sequence[dict[str, Any]], backend: str) -> None:
+    def add(self, groups: Sequence[dict[str, Any]], backend: str, flat: FlatGradients) -> None:
         """Adds the gradients of all parameters that have one, and drops them; flat ones become zeros.
 
         Raises:
@@ -184,25 +193,16 @@ class Accumulators:
         self._complete = False
         self._sums.zero_()
         note = partial(self._note, [params[i] for i in having], own)
-        table.add_up(self._sums, [self._slot_of[i] for i in having], [note, partial(self._drop_gradients, params)])
+        table.add_up(self._sums, [self._slot_of[i] for i in having], [note, partial(_drop_gradients, params, flat)])
 
     def _note(self, params: Sequence[Tensor], own: Sequence[Tensor]) -> None:
         self.of.update(zip(params, own, strict=True))
         self.full.update(dict.fromkeys(params))
         self._complete = len(params) == len(self.full)
 
-    def _drop_gradients(self, params: Sequence[Tensor]) -> None:
-        if self._flat.zero_(params):
-            return
-        for p in params:
-            if attached(p):
-                p.grad.zero_()  # type: ignore[union-attr]
-            else:
-                p.grad = None
-
     def _lay_out(self, params: list[Tensor], group_of: list[int]) -> None:
         """Notes which sum each parameter's squares go to; what is no parameter any more has no accumulator."""
-        if _same(params, self._params):
+        if same_objects(params, self._params):
             return
         self._complete = False
         known = set(params)
@@ -236,7 +236,3 @@ class Accumulators:
         """Nothing is in them any more; their memory stays."""
         self.full.clear()
         self._complete = False
-
-
-def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))

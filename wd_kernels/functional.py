@@ -363,18 +363,15 @@ def accumulate_(
         >>> accumulate_([total], [torch.tensor([0.0, 3.0], dtype=torch.bfloat16)]), total
         (tensor(5., dtype=torch.float64), tensor([3., 4.]))
     """
-    roles = {"accumulators": accumulators, "grads": grads}
-    for name, given in roles.items():
-        if not isinstance(given, (list, tuple)):
-            raise TypeError(f"{name} in accumulate_ is a {type(given).__name__}: expected a list of tensors")
-    n = len(accumulators)
+    into, own = (_list(*of, "accumulate_") for of in (("accumulators", accumulators), ("grads", grads)))
+    n = len(into)
     if not isinstance(new, (bool, list, tuple)) or not (isinstance(new, bool) or all(isinstance(x, bool) for x in new)):
         raise TypeError(f"new={new!r} in accumulate_: allowed are True, False, and a list of these")
     each = new if isinstance(new, bool) else list(new)
-    for name, length in (("grads", len(grads)), ("new", n if isinstance(each, bool) else len(each))):
+    for name, length in (("grads", len(own)), ("new", n if isinstance(each, bool) else len(each))):
         if length != n:
             raise ValueError(f"{name} in accumulate_ has {length} entries: accumulators has {n}, and each needs one")
-    return accumulation.accumulate(list(accumulators), list(grads), each, backend)
+    return accumulation.accumulate(into, own, each, backend)
 
 
 def _rounding(stochastic: Any, seed: int) -> tuple[Any, int]:
@@ -383,10 +380,13 @@ def _rounding(stochastic: Any, seed: int) -> tuple[Any, int]:
 
 
 def _lists(name: str, *roles: Any) -> list[Role]:
-    for role, own in zip(OPERATORS[name].roles, roles, strict=True):
-        if type(own) not in (list, tuple) and (not isinstance(own, Iterable) or isinstance(own, (str, Tensor))):
-            raise TypeError(f"{role} in {name} is a {type(own).__name__}: expected a list of tensors")
-    return [list(own) for own in roles]
+    return [_list(role, own, name) for role, own in zip(OPERATORS[name].roles, roles, strict=True)]
+
+
+def _list(role: str, own: Any, name: str) -> Role:
+    if type(own) not in (list, tuple) and (not isinstance(own, Iterable) or isinstance(own, (str, Tensor))):
+        raise TypeError(f"{role} in {name} is a {type(own).__name__}: expected a list of tensors")
+    return list(own)
 
 
 def _run(name: str, roles: list[Role], numbers: Sequence[Any], options: Sequence[Any]) -> None:

@@ -60,7 +60,10 @@ CPU = torch.device("cpu")  # a table's own memory, whatever the default device
 
 
 class Moving:
-    """What a step may change of a segment: the address of its gradient, how many elements it has, row, alignment."""
+    """What a step may change of a segment: the address of its gradient, how many elements it has, row, alignment.
+
+    Where gradients are added up, a row of 1 says that nothing is there yet.
+    """
 
     GRAD, NUMEL, ROW, ALIGNED = 0, 1, 2, 3
     WORDS = 4

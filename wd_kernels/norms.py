@@ -25,7 +25,7 @@ from .schedules import Schedule
 from .schedules.tables import ScheduleTable, tabled
 from .sharding import sharded_over, sum_over
 
-__all__ = ["Accumulated", "Bank", "Norms", "empty_sums", "reductions", "slots"]
+__all__ = ["Accumulated", "Bank", "Norms", "empty_sums", "reductions", "same_objects", "slots"]
 
 CPU = torch.device("cpu")  # whatever the default device
 #: The exact sums of squares lie there so often: chunks add to them by turns, so that few wait for each other.
@@ -35,6 +35,11 @@ COPIES = 32
 def empty_sums(n: int, device: torch.device) -> Tensor:
     """So many exact sums, in as many copies as few chunks wait for each other: int64 [copies, n, sums.WORDS]."""
     return torch.zeros(max(1, COPIES // max(n, 1)), n, sums.WORDS, dtype=torch.int64, device=device)
+
+
+def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Are they, one by one, the very same?"""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def slots(params: Sequence[Tensor], group_of: Sequence[int]) -> tuple[list[int], dict[tuple[Any, ...], int]]:
@@ -61,8 +66,9 @@ class Accumulated:
 
     Attributes:
         of: that, by parameter.
-        params, slot_of, sums: what their squares have been added to, [copies, slots, sums.WORDS], and which of these
-            each parameter's; None: they were not, or may have been changed since.
+        sums: what their squares have been added to, [copies, slots, sums.WORDS]; None: they were not, or may have been
+            changed since.
+        params, slot_of: of which parameters, in order, and to which of the sums.
         gradients: what is stepped, by position in a table. A step that is taken or skipped empties it.
     """
 
@@ -228,10 +234,10 @@ class Norms:
     def take(self, accumulated: Accumulated | None, params: Sequence[Tensor]) -> None:
         """What a step of these parameters has in the place of gradients may have its squares added up already."""
         self.measured = None
-        if accumulated is not None and accumulated.sums is not None and self.measures:
-            same = len(params) == len(accumulated.params) and all(map(operator.is_, params, accumulated.params))
-            if same and accumulated.slot_of == self.slot_of:
-                self.measured = accumulated.sums.sum(0)
+        if accumulated is None or accumulated.sums is None or not self.measures:
+            return
+        if same_objects(params, accumulated.params) and accumulated.slot_of == self.slot_of:
+            self.measured = accumulated.sums.sum(0)
 
     def sum_of(self, i: int) -> Tensor:
         """What the squares of a parameter's gradient are added to: int64 [sums.WORDS]; of copies, the first."""

@@ -108,11 +108,7 @@ class DecoupledOptimizer(Optimizer):
                 loss = closure()
         groups = self.param_groups if type(self.param_groups) is list else list(self.param_groups)
         table = self._table
-        if table.lock._is_owned():  # type: ignore[attr-defined]
-            raise RuntimeError(
-                "step() was called within a step of the same optimizer, by a signal's handler, a callback of the "
-                "garbage collector or a schedule: it cannot be taken there"
-            )
+        self._refuse_within_step("step()")
         if self.release is not None:
             if self.__dict__.get("grad_scale") is not None or self.__dict__.get("found_inf") is not None:
                 raise RuntimeError(f"grad_scale and found_inf, of a GradScaler: {RELEASED}")
@@ -121,6 +117,7 @@ class DecoupledOptimizer(Optimizer):
         else:
             with table.lock, plain_tensors(table.sharded):
                 self._settle()
+                table.accumulated = None
                 if self._accumulators.full:
                     self._take_accumulated(groups)
                 ticks, lives = self._take_step(groups, loss)
@@ -273,26 +270,30 @@ class DecoupledOptimizer(Optimizer):
                 "accumulate() while gradients are released: they are stepped as they come. Allowed is "
                 "`with release.accumulating():`, which adds them up in p.grad"
             )
-        table = self._table
-        if table.lock._is_owned():  # type: ignore[attr-defined]
-            raise RuntimeError("accumulate() was called within a step of the same optimizer: it cannot be taken there")
-        with table.lock, plain_tensors(True):
+        self._refuse_within_step("accumulate()")
+        with self._table.lock, plain_tensors(True):
             self._settle()
-            self._accumulators.add(self.param_groups, self.backend)
+            self._accumulators.add(self.param_groups, self.backend, self._flat_gradients)
 
     def _settle(self) -> None:
         """A step may have taken what was accumulated, whatever interrupted it: then nothing is in it any more."""
         table = self._table
-        if table.accumulated is not None:
-            if table.accumulated.taken:
-                self._accumulators.clear()
+        if table.accumulated is not None and table.accumulated.taken:
+            self._accumulators.clear()
             table.accumulated = None
+
+    def _refuse_within_step(self, what: str) -> None:
+        if self._table.lock._is_owned():  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"{what} was called within a step of the same optimizer, by a signal's handler, a callback of the "
+                "garbage collector or a schedule: it cannot be taken there"
+            )
 
     def _take_accumulated(self, groups: Sequence[dict[str, Any]]) -> None:
         """A step has it in the place of gradients: those that are left are added first."""
         if "found_inf" in self.__dict__:
             self._check_scaled()
-        self._accumulators.add(groups, self.backend)
+        self._accumulators.add(groups, self.backend, self._flat_gradients)
         self._table.accumulated = self._accumulators.in_place_of_gradients()
 
     def _check_scaled(self) -> None:

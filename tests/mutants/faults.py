@@ -533,7 +533,7 @@ ACCUMULATE = [
             "        self._complete = False\n        known = set(params)\n",
             "        known = set(params)\n",
         ),
-        ("accumulate: flat gradients are dropped", "            if attached(p):\n", "            if False:\n"),
+        ("accumulate: flat gradients are dropped", "p.grad is not None and attached(p):", "False:"),
     ),
     *_of(
         "csrc/python/step.cpp",
@@ -546,8 +546,8 @@ ACCUMULATE = [
         ("accumulate: sums are not taken", "self.measured = accumulated.sums.sum(0)", "self.measured = None"),
         (
             "accumulate: sums of other groups",
-            "if same and accumulated.slot_of == self.slot_of:",
-            "if accumulated.slot_of == self.slot_of:",
+            "if same_objects(params, accumulated.params) and accumulated.slot_of",
+            "if accumulated.slot_of",
         ),
     ),
     *_of(
@@ -560,13 +560,13 @@ ACCUMULATE = [
         ),
         (
             "accumulate: what is left is not stepped",
-            "        self._accumulators.add(groups, self.backend)\n        self._table",
+            "        self._accumulators.add(groups, self.backend, self._flat_gradients)\n        self._table",
             "        self._table",
         ),
         (
             "accumulate: a step leaves the sums",
-            "                self._accumulators.clear()\n",
-            "                pass\n",
+            "            self._accumulators.clear()\n",
+            "            pass\n",
         ),
     ),
 ]

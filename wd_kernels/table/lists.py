@@ -184,15 +184,15 @@ class Lists:
 
 def held(label: Callable[[int, int], str], roles: Roles) -> list[list[Tensor]]:
     """Views of tensors, which keep their memory, whatever others do to them meanwhile."""
-    held = []
+    views = []
     for role, own in enumerate(roles):
         for i, t in enumerate(own):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{label(role, i)} is a {type(t).__name__}: expected a tensor")
             check_type(t, label(role, i))
             check_sharding(roles[PARAM][i], t, label(role, i), gradient=role == GRAD)
-        held.append([local(t).data for t in own])
-    return held
+        views.append([local(t).data for t in own])
+    return views
 
 
 def _like(p: Tensor, grad: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ written before all of it has passed.
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 import weakref
@@ -30,7 +29,7 @@ from ..flat.states import FlatStates
 from ..formats import Storage
 from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, origins, padded, write_segment
 from ..live import Live, of_host, sources
-from ..norms import Accumulated, Bank, Norms
+from ..norms import Accumulated, Bank, Norms, same_objects
 from ..rules import MASTER, Hyper, Rule, State
 from ..schedules import stepping
 from ..schedules.stepping import Tick
@@ -495,9 +494,9 @@ class TensorTable:
 
     def _check_captured(self, watch: Watch) -> None:
         """Graphs count in the memory of this table, by its parameters and groups."""
-        same = len(watch.params) == len(self.params) and all(map(operator.is_, watch.params, self.params))
+        same = same_objects(watch.params, self.params) and watch.places == self.places
         bank = self.norms.bank
-        if not (same and watch.places == self.places and bank is not None and bank.device == self.counting):
+        if not (same and bank is not None and bank.device == self.counting):
             raise RuntimeError(
                 "groups, parameters or their device were changed after a step was captured in a graph, whose replays "
                 "would step what was there: call end_captures() when no graph is replayed any more, and capture again"
