@@ -58,11 +58,23 @@
   ROW(Split24, BFloat16, EightBitsStochastic)           \
   ROW(BFloat16Stochastic, BFloat16, EightBitsStochastic)
 
-// Every epilogue: its code (wd_kernels/epilogues.py), its type. A build for tests has theirs alone.
+// Of these, the ones that CUDA C++ has kernels for which run an epilogue.
 #ifdef WD_TEST_EPILOGUE
-#define WD_EACH_EPILOGUE(ROW) ROW(1, TestEpilogue<T>)
+#define WD_EACH_FORMATS_WITH_EPILOGUE WD_EACH_FORMATS
 #else
-#define WD_EACH_EPILOGUE(ROW) ROW(0, NoEpilogue<T>)
+#define WD_EACH_FORMATS_WITH_EPILOGUE(ROW) \
+  ROW(Float64, Float64, Float64)           \
+  ROW(Float32, Float32, Float32)           \
+  ROW(BFloat16, BFloat16, Float32)         \
+  ROW(BFloat16Copy, BFloat16, Float32)
+#endif
+
+// Every epilogue: its code (wd_kernels/epilogues.py), a bit of its own, and its type. A build for tests has theirs
+// alone.
+#ifdef WD_TEST_EPILOGUE
+#define WD_EACH_EPILOGUE(ROW) ROW(1 << 3, TestEpilogue<T>)
+#else
+#define WD_EACH_EPILOGUE(ROW) ROW(1 << 0, Average<T>)
 #endif
 
 // `Of<Rule>::found()` for a rule with its states, or null where there is none.

@@ -14,6 +14,7 @@ struct TestEpilogue {
   using Arithmetic = T;
   using Output = typename ProbeOutput<T>::Format;
   static constexpr int kOutputs = 2, kSums = 2;
+  static constexpr bool kSeesStepped = true;
   WD_SCALARS(fade, weight)
 
   WD_HOST_DEVICE void operator()(const Element<T>& of, T* output, T* summand) const {

@@ -32,7 +32,7 @@ def equation(s: SimpleNamespace, of: Element, outputs: Any) -> tuple[dict[str, T
 
 PROBE = Epilogue(
     name="probe",
-    code=1,
+    code=1 << 3,
     scalars=("fade", "weight"),
     outputs=("trace", "copy"),
     sums=("moved", "worked"),
@@ -87,7 +87,7 @@ class ProbeTable:
         self.segments.moving[:, Moving.NUMEL] *= self.active
         formats = tuple(fmt for fmt in (format_of(role[0].dtype) for role in own) if fmt is not None)
         self.buckets = [
-            Bucket(Spec(params[0].device, self.states, formats, PROBE), self.backend, 0, 0, range(len(params)))
+            Bucket(Spec(params[0].device, self.states, formats, (PROBE,)), self.backend, 0, 0, range(len(params)))
         ]
 
     @property

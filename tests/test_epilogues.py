@@ -181,7 +181,7 @@ def test_what_an_epilogue_sees(case: Case) -> None:
     k = 4
     theta, grad, states, _, outputs, *_ = table.tensors(k)
     before, trace = (x.to(f64, copy=True) for x in (theta, outputs["trace"]))
-    reference.step_(rule, row, 0.5, theta, grad, states, PROBE, outputs, table.sums[k])
+    reference.step_(rule, row, 0.5, theta, grad, states, (PROBE,), outputs, table.sums[k])
     others = {name: role[k] for name, role in zip(states, plain.roles[2:], strict=False)}
     reference.step_(rule, row, 0.5, plain.roles[0][k], plain.roles[1][k], others)
     for name, role in zip(("theta", *states), (0, *range(2, 2 + len(states))), strict=True):

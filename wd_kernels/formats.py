@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 __all__ = [
+    "EMA_NAME",
     "FORMATS",
     "MASTER_NAME",
     "SCALE",
@@ -169,6 +170,8 @@ def exact_in(source: torch.dtype, target: torch.dtype) -> bool:
     return source == target or target in _EXACT_IN.get(source, ())
 
 
+#: The key of a parameter's state that has its average.
+EMA_NAME = "ema"
 #: The key of a parameter's state that has its master weight, or what the parameter lacks of it.
 MASTER_NAME = "master_param"
 _MASTERS = {"float32": torch.float32, "split32": torch.int16, "split24": torch.int8}
@@ -196,15 +199,19 @@ class Storage:
         stochastic_params, stochastic_states: are those in bfloat16 and in 8 bits rounded stochastically?
         masters: what 16-bit parameters have as master weights: "none", "float32" (beside them), "split32" or "split24"
             (a remainder beside bfloat16 ones).
+        average: a word, as of one state, for the average of a parameter, which is rounded as states are.
     """
 
     states: str | tuple[tuple[str, str], ...] = "float32"
     stochastic_params: bool = False
     stochastic_states: bool = True
     masters: str = "none"
+    average: str = "float32"
 
     def word(self, name: str) -> str:
         """What is asked for one state."""
+        if name == EMA_NAME:
+            return self.average
         return self.states if isinstance(self.states, str) else dict(self.states).get(name, "float32")
 
     def state_dtype(self, state: _State, dtype: torch.dtype) -> torch.dtype:

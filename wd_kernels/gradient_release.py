@@ -303,6 +303,7 @@ class GradientRelease:
         ticks = [(self._stepped, id(p), True) for p in block.params if p.grad is not None]
         table = block.table
         with table.lock, plain_tensors(table.sharded):
+            opt._refuse_swapped("a gradient is released")
             table.step(groups, opt.state, [hypers[g] for g in block.of_groups], ticks)
 
     # What there is ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import native
-from .epilogues import Epilogue
+from .epilogues import AVERAGE, Epilogue
 from .formats import (
     SCALE,
     Format,
@@ -31,7 +31,7 @@ from .formats import (
 )
 from .norms import Norms
 from .reference import BLOCK  # chunks are multiples of it, and begin where their segment's alignment holds
-from .rules import MASTER, Rule, State, code_of
+from .rules import EMA, MASTER, Rule, State, code_of
 
 __all__ = [
     "BLOCK",
@@ -155,16 +155,26 @@ class Spec:
 
     Attributes:
         states: by name, in the rule's order.
-        formats: of parameter, gradient, each state, and each output of the epilogue.
-        epilogue: what is run with the rule.
+        formats: of parameter, gradient, each state, and each output of the epilogues.
+        epilogues: what is run with the rule, in the order of their codes.
         parts: by name, what lies elsewhere of these roles, in their order.
     """
 
     device: torch.device
     states: tuple[str, ...]
     formats: tuple[Format, ...]
-    epilogue: Epilogue | None = None
+    epilogues: tuple[Epilogue, ...] = ()
     parts: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """By name, what the epilogues write."""
+        return tuple(name for own in self.epilogues for name in own.outputs)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """By name, all that lies beside a parameter and its gradient, in the order of a place's addresses."""
+        return (*self.states, *self.outputs, *self.parts)
 
     @property
     def scales(self) -> int:
@@ -173,10 +183,10 @@ class Spec:
 
 
 def native_kernel(rule: Rule, spec: Spec) -> tuple[int, int, int, list[int]]:
-    """(rule, variant, epilogue, formats), by which native code finds the kernel of a bucket."""
-    epilogue = spec.epilogue.code if spec.epilogue is not None else 0
+    """(rule, variant, epilogues, formats), by which native code finds the kernel of a bucket."""
+    epilogues = sum(own.code for own in spec.epilogues)
     formats = [*spec.formats, *(fmt.part for fmt in spec.formats if fmt.part is not None)]
-    return code_of(rule), rule.variant(spec.states), epilogue, [fmt.code for fmt in formats]
+    return code_of(rule), rule.variant(spec.states), epilogues, [fmt.code for fmt in formats]
 
 
 @lru_cache
@@ -186,7 +196,7 @@ def spec_of(
     """The bucket of a parameter, a gradient and states of these dtypes; None where there is none.
 
     Args:
-        states: of the rule; then `MASTER`, where there is one, and the scales of states in 8 bits.
+        states: of the rule; then `EMA` and `MASTER`, where they are there, and the scales of what is in 8 bits.
         stochastic: are parameters, are states rounded stochastically, where their dtype can be?
     """
     param, grad = dtypes[:2]
@@ -204,7 +214,9 @@ def spec_of(
     formats = [format_of(param, stochastic[0], master), format_of(grad)]
     formats += [format_of(dtype, stochastic[1], scales.get(state.name)) for state, dtype in own.items()]
     names = tuple(state.name for state in states)
-    return Spec(device, names[: len(own)], tuple(formats), parts=names[len(own) :])
+    epilogues = (AVERAGE,) if EMA in own else ()
+    of_rule = names[: len(own) - len(epilogues)]
+    return Spec(device, of_rule, tuple(formats), epilogues, names[len(own) :])
 
 
 @dataclass
@@ -219,7 +231,7 @@ class Bucket:
 
 
 class Tensors(NamedTuple):
-    """What is stepped of one parameter: its roles, its row, what an epilogue writes, origin (`Place`), and parts."""
+    """What is stepped of one parameter: its roles, its row, what epilogues write, origin (`Place`), and parts."""
 
     theta: Tensor
     grad: Tensor
@@ -229,15 +241,16 @@ class Tensors(NamedTuple):
     sums: Tensor | None = None
     origin: int = 0
     master: Tensor | None = None
-    scales: Mapping[str, Tensor] = MappingProxyType({})  # by the names of states
+    scales: Mapping[str, Tensor] = MappingProxyType({})  # by the names of states and outputs
 
     @classmethod
     def of(cls, theta: Tensor, grad: Tensor, beside: Mapping[str, Tensor], row: int, origin: int) -> Tensors:
         """Of a parameter with all that lies beside it, by name."""
         scales = {name: beside[scale_name(name)] for name in beside if scale_name(name) in beside}
-        parts = {MASTER.name, *map(scale_name, scales)}
-        states = {name: t for name, t in beside.items() if name not in parts}
-        return cls(theta, grad, states, row, origin=origin, master=beside.get(MASTER.name), scales=scales)
+        others = {MASTER.name, EMA.name, *map(scale_name, scales)}
+        states = {name: t for name, t in beside.items() if name not in others}
+        outputs = {EMA.name: beside[EMA.name]} if EMA.name in beside else {}
+        return cls(theta, grad, states, row, outputs, None, origin, beside.get(MASTER.name), scales)
 
 
 class Table(Protocol):

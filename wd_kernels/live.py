@@ -6,15 +6,16 @@ graph follows them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .averages import AverageDecay
 from .layout import CPU
 from .norms import Bank
-from .rules import LIMIT, VALUE, Hyper, Rule, at_least_zero, pair
+from .rules import AVERAGE, LIMIT, VALUE, Hyper, Rule, at_least_zero, pair
 from .schedules import Schedule, stepping
 from .schedules.shapes import named
 from .schedules.tables import can_be_tabled
@@ -24,9 +25,10 @@ __all__ = ["LIVE", "Live", "of_host", "read", "sources"]
 #: The hyperparameters that may be tensors on the device.
 LIVE = ("lr", "eta", "weight_decay", "betas", "eps")
 #: Of these the host wants to know the number.
-READ_HERE = (LIMIT, VALUE, "base_lr", "seed")
-#: After the sources of settings: a table's address, its length, and whether it goes on (csrc/layout.h, `SourceWord`).
-OF_TABLE = 3
+READ_HERE = (LIMIT, VALUE, AVERAGE, "base_lr", "seed")
+#: After the sources of settings: of schedules a table's address, its length, and whether it goes on; of averages an
+#: address and a length (csrc/layout.h, `SourceWord`).
+OF_TABLES = 5
 #: What is checked in the place of one: every hyperparameter may be it.
 STAND_IN = 0.5
 
@@ -72,6 +74,7 @@ def read(
                 f"capturable={group['capturable']!r} in {where}, of an optimizer with capturable=True: allowed is what "
                 "all groups have"
             )
+        _check_average(group.get(AVERAGE), capturable, device, where)
         schedule = group.get("schedule")
         if schedule is None or stepping.follows_lr(group):
             eta = group.get("eta", 1.0)
@@ -86,13 +89,14 @@ def read(
     return rule.hypers(plain, default=default), lives
 
 
-def sources(rule: Rule, lives: Sequence[Live], bank: Bank) -> Tensor:
-    """Where settings lie on the device, and the tables of schedules: int64 [groups, settings + those of a table]."""
-    width = len(rule.settings) + OF_TABLE
-    if not any(own.tensors or own.schedule is not None for own in lives):
+def sources(rule: Rule, hypers: Sequence[Hyper], lives: Sequence[Live], bank: Bank) -> Tensor:
+    """Where settings lie on the device, and what is tabled: int64 [groups, settings + `OF_TABLES`]."""
+    width = len(rule.settings) + OF_TABLES
+    averages = [settings.average for settings, *_ in hypers]
+    if not any(own.tensors or own.schedule is not None for own in lives) and averages.count(None) == len(averages):
         return torch.zeros(len(lives), width, dtype=torch.int64, device=CPU)
     words = []
-    for own in lives:
+    for own, average in zip(lives, averages, strict=True):
         at = [0] * len(rule.settings)
         for name, tensor in own.tensors.items():
             at[rule.settings.index(name)] = tensor.data_ptr() + (tensor.dtype == torch.float64)
@@ -100,8 +104,20 @@ def sources(rule: Rule, lives: Sequence[Live], bank: Bank) -> Tensor:
         if own.schedule is not None:
             values, endless = bank.table(own.schedule)
             table = values.data_ptr(), values.shape[1], int(endless)
-        words.append((*at, *table))
+        words.append((*at, *table, *_average(average, bank)))
     return torch.tensor(words, dtype=torch.int64, device=CPU).view(len(words), width)
+
+
+def _average(average: Callable[[int], float] | None, bank: Bank) -> tuple[int, int]:
+    """(address, length) of the table of an average's decays, from step 1 on; of a mean, which never settles, no table
+    and how many steps come before the second that it is of."""
+    if average is None:
+        return 0, 0
+    assert isinstance(average, AverageDecay)
+    if average.settles() is None:
+        return 0, average.after + 1
+    values = bank.average_table(average)
+    return values.data_ptr(), len(values)
 
 
 def _base_lr(group: Mapping[str, Any], g: int) -> float:
@@ -150,6 +166,17 @@ def _checked(t: Tensor, name: str, device: torch.device, where: str) -> Tensor:
             f"{what} of {t.dtype} and shape {tuple(t.shape)}: allowed are numbers, and one float32 or float64"
         )
     return t.detach()
+
+
+def _check_average(average: object, capturable: bool, device: torch.device, where: str) -> None:
+    if callable(average) and not isinstance(average, AverageDecay):
+        why = "capturable=True" if capturable else f"skip_nonfinite or a GradScaler, on {device}"
+        raise ValueError(
+            f"ema_decay={named(average)} in {where} is Python code, with {why}: what may be skipped or captured is "
+            "counted on the device, which cannot call it. Allowed are numbers and those of wd_kernels.averages"
+        )
+    if isinstance(average, AverageDecay):
+        average.settles()  # its table is not too long
 
 
 def _check_schedule(group: Mapping[str, Any], capturable: bool, device: torch.device, where: str) -> None:

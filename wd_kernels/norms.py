@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from . import sums
+from .averages import AverageDecay
 from .clipping import Asked, Limits, Window, number
+from .epilogues import AVERAGE
 from .reference import sqrt
 from .rules import Rule
 from .schedules import Schedule
@@ -125,7 +127,7 @@ class Bank:
     clean: bool = True
     rows: Tensor | None = None
     groups: Tensor | None = None
-    tables: dict[int, tuple[Schedule, ScheduleTable]] = field(default_factory=dict)
+    tables: dict[object, tuple[object, ScheduleTable]] = field(default_factory=dict)  # by id of schedules, by averages
 
     @classmethod
     def of(cls, device: torch.device, params: int, group_of_slot: Sequence[int], groups: int) -> Bank:
@@ -153,10 +155,11 @@ class Bank:
         )
 
     def rows_for(self, n: int, rule: Rule) -> tuple[Tensor, Tensor]:
-        """Room for so many rows, float64 [n, scalars], and for what each group gives to its own."""
+        """Room for so many rows, float64 [n, scalars and an average's], and for what each group gives to its own."""
         make = partial(torch.empty, dtype=torch.float64, device=self.device)
-        if self.rows is None or self.rows.shape != (n, len(rule.scalars)):
-            self.rows = make(n, len(rule.scalars))
+        shape = (n, len(rule.scalars) + len(AVERAGE.scalars))
+        if self.rows is None or self.rows.shape != shape:
+            self.rows = make(shape)
         if self.groups is None:
             self.groups = make(len(self.clips), len(rule.group_scalars) + 1)
         return self.rows, self.groups
@@ -167,6 +170,15 @@ class Bank:
             values, endless = tabled(schedule)
             self.tables[id(schedule)] = schedule, ScheduleTable(values.to(self.device), endless)
         return self.tables[id(schedule)][1]
+
+    def average_table(self, average: AverageDecay) -> Tensor:
+        """What an average keeps in steps 1, 2, ... on the device, until it settles: float64 [n]."""
+        last = average.settles()
+        assert last is not None
+        if average not in self.tables:
+            values = torch.tensor([[average(t) for t in range(1, last + 1)]], dtype=torch.float64, device=self.device)
+            self.tables[average] = average, ScheduleTable(values, False)
+        return self.tables[average][1].values[0]
 
     def given(self, value: Tensor | float | None, otherwise: Tensor, name: str) -> Tensor:
         """What torch.amp.GradScaler has left, float32 [1] on the device, without waiting for it."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .averages import AverageLike
 from .backends import BackendName
 from .optimizer import DecoupledOptimizer
 from .rules import ADAGRADW, ADAMW, TORCHS_DECAY, DecayMode, Form, MasterWeights, StateDtype, StochasticRounding
@@ -96,6 +97,12 @@ class AdamW(DecoupledOptimizer):
             the mean of the last `spike_window` (2 to 1024), once half of these are known; 6 is OLMo's. The loss is what
             the closure of :meth:`step` returns, or ``opt.latest_loss = loss.detach()`` before each step, the same in
             all processes; nobody waits for it. Norms and losses of skipped steps count too, if they are finite.
+        ema_decay: keeps an average of the weights, written in the same pass: :math:`ema \leftarrow \beta\,ema +
+            (1-\beta)\,\theta` with the parameter as it is stored after each of its steps. A number :math:`\beta` in
+            [0, 1), with which it begins as the parameter was; one of :mod:`wd_kernels.averages`, which warm up, or give
+            the mean of all (SWA); or a function of the step count. It is ``state[p]["ema"]``; :meth:`swap_ema` and
+            :meth:`ema_state_dict` use it. A group may have its own, which a loaded state does not replace.
+        ema_dtype: what it is stored in, as a word of `state_dtype`; float32 by default, also beside 16-bit parameters.
         backend: "auto", "cpu", "triton", "cuda" or "reference"; all give the same bits. One that is not there is an
             error.
         foreach, fused: tolerated, and kept in the groups, for torch's callers: there is one implementation. With
@@ -149,6 +156,8 @@ class AdamW(DecoupledOptimizer):
         skip_nonfinite: bool = False,
         skip_spikes: float | None = None,
         spike_window: int = 128,
+        ema_decay: AverageLike = None,
+        ema_dtype: torch.dtype | str = torch.float32,
         backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -160,8 +169,8 @@ class AdamW(DecoupledOptimizer):
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, show_lr=show_lr,
             state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
-            master_weights=master_weights, seed=seed, max_grad_value=max_grad_value, foreach=foreach, fused=fused,
-            differentiable=differentiable,
+            master_weights=master_weights, seed=seed, max_grad_value=max_grad_value, ema_decay=ema_decay,
+            ema_dtype=ema_dtype, foreach=foreach, fused=fused, differentiable=differentiable,
         )  # fmt: skip
 
 
@@ -193,8 +202,8 @@ class SGDW(DecoupledOptimizer):
         decay: the form of weight decay; "metric_proximal" is "proximal" with :math:`\eta\alpha\lambda`.
         form: "torch" or "paper".
         eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
-        max_grad_norm, max_grad_value, skip_nonfinite, skip_spikes, spike_window, backend, foreach, fused, capturable,
-        differentiable: as in :class:`AdamW`.
+        max_grad_norm, max_grad_value, skip_nonfinite, skip_spikes, spike_window, ema_decay, ema_dtype, backend,
+        foreach, fused, capturable, differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -239,6 +248,8 @@ class SGDW(DecoupledOptimizer):
         skip_nonfinite: bool = False,
         skip_spikes: float | None = None,
         spike_window: int = 128,
+        ema_decay: AverageLike = None,
+        ema_dtype: torch.dtype | str = torch.float32,
         backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -250,8 +261,8 @@ class SGDW(DecoupledOptimizer):
             lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, decay=decay, form=form, eta=eta, schedule=schedule, base_lr=base_lr,
             show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
-            master_weights=master_weights, seed=seed, max_grad_value=max_grad_value, foreach=foreach, fused=fused,
-            differentiable=differentiable,
+            master_weights=master_weights, seed=seed, max_grad_value=max_grad_value, ema_decay=ema_decay,
+            ema_dtype=ema_dtype, foreach=foreach, fused=fused, differentiable=differentiable,
         )  # fmt: skip
 
 
@@ -279,8 +290,8 @@ class AdagradW(DecoupledOptimizer):
         maximize: ascend.
         decay: the form of weight decay.
         eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
-        max_grad_norm, max_grad_value, skip_nonfinite, skip_spikes, spike_window, backend, foreach, fused, capturable,
-        differentiable: as in :class:`AdamW`.
+        max_grad_norm, max_grad_value, skip_nonfinite, skip_spikes, spike_window, ema_decay, ema_dtype, backend,
+        foreach, fused, capturable, differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -325,6 +336,8 @@ class AdagradW(DecoupledOptimizer):
         skip_nonfinite: bool = False,
         skip_spikes: float | None = None,
         spike_window: int = 128,
+        ema_decay: AverageLike = None,
+        ema_dtype: torch.dtype | str = torch.float32,
         backend: BackendName = "auto",
         fused: bool | None = None,
         capturable: bool = False,
@@ -336,6 +349,6 @@ class AdagradW(DecoupledOptimizer):
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize, decay=decay, eta=eta,
             schedule=schedule, base_lr=base_lr, show_lr=show_lr, state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
-            master_weights=master_weights, seed=seed, max_grad_value=max_grad_value, foreach=foreach, fused=fused,
-            differentiable=differentiable,
+            master_weights=master_weights, seed=seed, max_grad_value=max_grad_value, ema_decay=ema_decay,
+            ema_dtype=ema_dtype, foreach=foreach, fused=fused, differentiable=differentiable,
         )  # fmt: skip

@@ -10,12 +10,12 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import backends, live, master_weights, memory_report, native
+from . import averaging, backends, live, master_weights, memory_report, native
 from . import state_dict as state_dicts
 from .accumulation import Accumulators
 from .caller import warn
@@ -48,6 +48,7 @@ class DecoupledOptimizer(Optimizer):
     rule: Rule
     _warned_of_scheduler = False
     release: Any = None  # a GradientRelease, while there is one
+    _swapped: averaging.Swapped | None = None  # while parameters hold their averages
     #: The loss of the next step, for `skip_spikes`: a number or a tensor of one element, the same in all processes.
     latest_loss: Any = None
 
@@ -109,6 +110,7 @@ class DecoupledOptimizer(Optimizer):
         groups = self.param_groups if type(self.param_groups) is list else list(self.param_groups)
         table = self._table
         self._refuse_within_step("step()")
+        self._refuse_swapped("step()")
         if self.release is not None:
             if self.__dict__.get("grad_scale") is not None or self.__dict__.get("found_inf") is not None:
                 raise RuntimeError(f"grad_scale and found_inf, of a GradScaler: {RELEASED}")
@@ -412,6 +414,8 @@ class DecoupledOptimizer(Optimizer):
         if "state_dtype" in settings:
             names = [state.name for state in self.rule.states]
             settings["state_dtype"] = state_dtype_word(settings["state_dtype"], names, where)
+        if isinstance(dtype := settings.get("ema_dtype"), torch.dtype):
+            settings["ema_dtype"] = str(dtype).removeprefix("torch.")
         if isinstance(word := settings.get("master_weights"), bool):
             settings["master_weights"] = "float32" if word else "none"
         for own in self.rule.hyperparameters:
@@ -451,6 +455,7 @@ class DecoupledOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, whose Adam, AdamW and SGD load it. Step counts are copies, not views of the table's vector."""
+        self._refuse_swapped("state_dict()")
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = OrderedDict()  # they see what is exported
         try:
@@ -484,6 +489,7 @@ class DecoupledOptimizer(Optimizer):
                 optimizer is as it was.
         """
         self._refuse_captured("a state is loaded")
+        self._refuse_swapped("load_state_dict()")
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
@@ -551,12 +557,101 @@ class DecoupledOptimizer(Optimizer):
         Raises:
             KeyError, TypeError, ValueError: naming the parameter; nothing was written.
         """
+        self._refuse_swapped("load_master_weights()")
         with self._table.lock:
             masters = master_weights.chosen(self.param_groups, weights)
             planned = master_weights.planned(self.rule, self.param_groups, masters)
             master_weights.put(self.state, self._table.flat_states, planned)
 
+    def swap_ema(self) -> AbstractContextManager[None]:
+        """Puts the averages (`ema_decay`) in the place of the parameters, rounded to nearest even; to evaluate them.
+
+        `with opt.swap_ema():` puts the parameters back at its end; a call alone does until :meth:`swap_ema_back`. What
+        they held is kept meanwhile, a copy of each that is averaged; those that no step has taken yet are their own
+        averages. Master weights and states stay. Meanwhile no step is taken, and nothing is saved or loaded.
+
+        Raises:
+            RuntimeError: no group has an `ema_decay`, or the averages are there already.
+
+        Example:
+            >>> import torch, wd_kernels
+            >>> w = torch.nn.Parameter(torch.ones(2))
+            >>> opt = wd_kernels.SGDW([w], lr=0.5, ema_decay=0.5)
+            >>> w.grad = torch.ones(2)
+            >>> opt.step()
+            >>> with opt.swap_ema():
+            ...     w.tolist()
+            [0.75, 0.75]
+            >>> w.tolist()
+            [0.5, 0.5]
+        """
+        self._refuse_within_step("swap_ema()")
+        self._refuse_swapped("swap_ema()")
+        with self._table.lock, plain_tensors(True):
+            self._swapped = averaging.Swapped(self.param_groups, self.state)
+        return _BackAtItsEnd(self)
+
+    def swap_ema_back(self) -> None:
+        """Puts the parameters back that `swap_ema` has put averages in the place of.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        if self._swapped is None:
+            raise RuntimeError("swap_ema_back() while the parameters hold themselves: swap_ema() comes before it")
+        with self._table.lock, plain_tensors(True):
+            native.insist([self._swapped.back, partial(self.__dict__.pop, "_swapped", None)])
+
+    def _refuse_swapped(self, what: str) -> None:
+        if self._swapped is not None:
+            raise RuntimeError(
+                f"{what} while the parameters hold their averages: call swap_ema_back() before it, or leave the "
+                "`with opt.swap_ema():`"
+            )
+
+    def ema_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """`model.state_dict()` with averages (`ema_decay`) in the place of the parameters that have one, by name.
+
+        Averages are float32 for 16-bit parameters, whatever they are stored in (float64 and complex ones as these);
+        `load_state_dict` rounds them. Of a DTensor, a DTensor. As in `model.state_dict()` these are the tensors
+        themselves where they are stored so: later steps change them.
+
+        Args:
+            model: whose parameters this optimizer steps; it may be wrapped.
+
+        Raises:
+            ValueError: none of its parameters is averaged.
+
+        Example:
+            >>> import torch, wd_kernels
+            >>> model = torch.nn.Linear(1, 1)
+            >>> opt = wd_kernels.AdamW(model.parameters(), ema_decay=0.999)
+            >>> list(opt.ema_state_dict(model))
+            ['weight', 'bias']
+        """
+        self._refuse_within_step("ema_state_dict()")
+        with self._table.lock, plain_tensors(True):
+            return averaging.by_name(model, self.param_groups, self.state)
+
+    def load_ema_state_dict(self, model: nn.Module, averages: Mapping[str, Tensor]) -> None:
+        """Writes the averages: what `ema_state_dict` gave, or the `state_dict()` of torch's AveragedModel, or timm's.
+
+        Args:
+            model: whose names these are.
+            averages: by name; what is no average of this optimizer, such as buffers, is not read.
+
+        Raises:
+            KeyError, TypeError, ValueError: a name that the model does not have, or one that is missing, another shape,
+                a dtype that is not exact in the arithmetic type; nothing was written.
+        """
+        self._refuse_within_step("load_ema_state_dict()")
+        self._refuse_swapped("load_ema_state_dict()")
+        with self._table.lock, plain_tensors(True):
+            found = averaging.chosen(model, self.param_groups, averages)
+            averaging.put(self.rule, self.param_groups, self.state, self._table.flat_states, found)
+
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_swapped("a copy is made")
         packed: dict[str, Any] = super().__getstate__()
         packed["state"] = state_dicts.with_own_counts(packed["state"])
         # multiprocessing hands these to the process that it starts, which is after this has returned.
@@ -583,6 +678,17 @@ class DecoupledOptimizer(Optimizer):
                     group.setdefault(key, value)
             state_dicts.settle(self.rule, group, self.defaults["decay"])
         self._new_table()
+
+
+class _BackAtItsEnd(AbstractContextManager[None]):
+    """Of `swap_ema`: at the end of a `with`, parameters are put back, unless they were already."""
+
+    def __init__(self, opt: DecoupledOptimizer) -> None:
+        self.opt, self.swapped = opt, opt._swapped
+
+    def __exit__(self, *raised: object) -> None:
+        if self.opt._swapped is self.swapped:
+            self.opt.swap_ema_back()
 
 
 def _name_empty_groups(groups: list[dict[str, Any]]) -> None:

@@ -11,15 +11,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .epilogues import Element, Epilogue
 from .formats import TILE, Format, arithmetic_dtype, format_of, has_scales
 
-__all__ = ["BLOCK", "Draws", "Equation", "block_sums", "lerp", "load", "new_values", "sqrt", "step_", "store"]
+__all__ = [
+    "BLOCK",
+    "Draws",
+    "Element",
+    "Equation",
+    "Produced",
+    "block_sums",
+    "lerp",
+    "load",
+    "new_values",
+    "sqrt",
+    "step_",
+    "store",
+]
 
 #: Elements that a sum adds up in the arithmetic type.
 BLOCK = 1024
@@ -221,6 +233,38 @@ class Equation(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
+class Element(NamedTuple):
+    """What an epilogue sees, in the arithmetic type.
+
+    Attributes:
+        before, after: the parameter as it was and as it is now stored, widened.
+        g: the gradient with its factor, before its share of an "l2" decay.
+        u: the update.
+        states: as the rule made them, before they are stored.
+    """
+
+    before: Tensor
+    after: Tensor
+    g: Tensor
+    u: Tensor
+    states: Mapping[str, Tensor]
+
+
+class Produced(Protocol):
+    """What is needed of an epilogue (`wd_kernels.epilogues.Epilogue`)."""
+
+    @property
+    def scalars(self) -> tuple[str, ...]: ...
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
+    @property
+    def sums(self) -> tuple[str, ...]: ...
+
+    def equation(
+        self, s: SimpleNamespace, of: Element, outputs: Mapping[str, Tensor], /
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
+
+
 def new_values(
     rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
@@ -269,20 +313,20 @@ def subnormals() -> Iterator[None]:
 @subnormals()
 def step_(
     rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor],
-    epilogue: Epilogue | None = None, outputs: Mapping[str, Tensor] = MappingProxyType({}), sums: Tensor | None = None,
-    formats: Sequence[Format] = (), origin: int = 0, master: Tensor | None = None,
+    epilogues: Sequence[Produced] = (), outputs: Mapping[str, Tensor] = MappingProxyType({}),
+    sums: Tensor | None = None, formats: Sequence[Format] = (), origin: int = 0, master: Tensor | None = None,
     scales: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:  # fmt: skip
     """One step of `rule` in place, on tensors as they are stored; a row's `frozen` keeps the bits of theta.
 
     Args:
-        rule, row, grad_factor, theta, g, states: as for `new_values`; an epilogue's scalars follow in the row.
-        epilogue, outputs: what is run after it, on tensors that it reads and writes.
-        sums: [blocks, len(epilogue.sums)], for the sums of its blocks.
+        rule, row, grad_factor, theta, g, states: as for `new_values`; the epilogues' scalars follow in the row.
+        epilogues, outputs: what is run after it, on tensors that it reads and writes, by name.
+        sums: [blocks, sums of all epilogues], for those of each block.
         formats: of theta, g, states and outputs; by default what rounds their dtypes to nearest even.
         origin: the number of theta's first element among all of the optimizer's.
         master: what lies elsewhere of theta.
-        scales: of the states that are in 8 bits, by their names.
+        scales: of the states and outputs that are in 8 bits, by their names.
     """
     dtype = arithmetic_dtype(theta.dtype)
     own = {name: load(state, dtype, scales.get(name)) for name, state in states.items()}
@@ -296,12 +340,14 @@ def step_(
         store(theta, after, draws[0], master)
     for role, (name, state) in enumerate(states.items(), 2):
         store(state, new[name], draws[role], scales.get(name))
-    if epilogue is not None:
-        s = _named(epilogue.scalars, row[len(rule.scalars) :], before)
-        element = Element(before, load(theta, dtype, master), g, u, new)
-        loaded = {name: load(output, dtype) for name, output in outputs.items()}
-        produced, summands = epilogue.equation(s, element, loaded)
-        for role, (name, output) in enumerate(outputs.items(), 2 + len(states)):
-            store(output, produced[name], draws[role])
-        if sums is not None:
-            sums.copy_(torch.stack([block_sums(summands[name]) for name in epilogue.sums], -1))
+    element, row, summed = Element(before, load(theta, dtype, master), g, u, new), row[len(rule.scalars) :], []
+    role_of = {name: role for role, name in enumerate(outputs, 2 + len(states))}
+    for epilogue in epilogues:
+        loaded = {name: load(outputs[name], dtype, scales.get(name)) for name in epilogue.outputs}
+        produced, summands = epilogue.equation(_named(epilogue.scalars, row, before), element, loaded)
+        row = row[len(epilogue.scalars) :]
+        for name in epilogue.outputs:
+            store(outputs[name], produced[name], draws[role_of[name]], scales.get(name))
+        summed += [block_sums(summands[name]) for name in epilogue.sums]
+    if sums is not None:
+        sums.copy_(torch.stack(summed, -1))

@@ -26,8 +26,8 @@ from . import master_weights, reference, scales
 from .caller import warn
 from .flat.buffers import place_of
 from .flat.states import FlatStates
-from .formats import MASTER_NAME, TILE, Storage, format_of, has_scales, is_steppable
-from .rules import FLAG, LIMIT, MASTER, RULES, VALUE, Rule
+from .formats import MASTER_NAME, TILE, Storage, code_name, format_of, has_scales, is_steppable
+from .rules import AVERAGE, EMA, FLAG, LIMIT, MASTER, RULES, VALUE, Rule
 from .schedules import stepping
 from .schedules.shapes import is_called, named
 from .schedules.stepping import follows_lr
@@ -37,9 +37,11 @@ from .validation import check_type, conform_state, label, read_counts, step_coun
 __all__ = ["export", "load", "settle", "with_own_counts", "with_own_schedule"]
 
 HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would step: the live group's stay
-STORED = ("state_dtype", "stochastic_rounding", "master_weights")  # so do these
-LIVE = (*HOW, *STORED, "schedule", "show_lr", LIMIT, VALUE)  # what a loaded group does not replace
+STORED = ("state_dtype", "stochastic_rounding", "master_weights", "ema_dtype")  # so do these
+LIVE = (*HOW, *STORED, "schedule", "show_lr", LIMIT, VALUE, AVERAGE)  # what a loaded group does not replace
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+#: What lies beside parameters whose states have not begun.
+NO_STATES = {MASTER_NAME, EMA.name, EMA.scale.name, code_name(EMA.name)}
 #: What lies beside parameters, of every rule: that of another one is kept in a loaded state, as it should lie.
 STATES = frozenset([MASTER_NAME, *scales.STATES, *scales.SCALES])
 
@@ -97,8 +99,9 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
     for packed_group in packed["param_groups"]:
         group = with_own_schedule(packed_group)
         settle(rule, group, default)
-        if group.get("schedule") is not None:
-            group["schedule"] = named(group["schedule"])
+        for key in ("schedule", AVERAGE):
+            if callable(group.get(key)):
+                group[key] = named(group[key])
         groups.append(group)
     for group, own in zip(groups, live, strict=True):
         storage = rule.storage(own, "a param group")
@@ -112,7 +115,7 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
                 if not state[key]:
                     del state[key]
             known = not is_lazy(p) and is_steppable(p.dtype)
-            if rule.torch.all_states and known and not {*(found or ())} - {MASTER_NAME}:
+            if rule.torch.all_states and known and not {*(found or ())} - NO_STATES:
                 begun = {"step": torch.tensor(0.0, device="cpu"), **_first_states(rule, p, own, storage)}
                 state[key] = {**begun, **(found or {})}
             if key in state:
@@ -200,11 +203,15 @@ def load(
         factors = [rule.carry(other, own, a) for other, own, a in zip(saved, groups, scaled, strict=True)]
     storages = [rule.storage(group, where.format(i)) for i, group in enumerate(groups)]
     state: defaultdict[Any, Any] = defaultdict(dict)
-    flat, masters = FlatStates(), list[master_weights.Written]()
+    flat, masters, kept_nowhere = FlatStates(), list[master_weights.Written](), set[int]()
     for key, value in state_dict["state"].items():
         if key in parameter_of:
             g, k, p = parameter_of[key]
             what = label(groups[g], g, k)
+            if groups[g].get(AVERAGE) is None and isinstance(value, Mapping) and EMA.name in value:
+                if AVERAGE not in saved[g]:  # else that has been said
+                    kept_nowhere.add(g)
+                value = {name: own for name, own in value.items() if name not in (EMA.name, EMA.scale.name)}
             value = master_weights.imported(value, saved[g], what)
             if convert and isinstance(value, Mapping) and MASTER_NAME in value:
                 value, master = _without_master(value, p, what, storages[g])
@@ -212,6 +219,8 @@ def load(
             state[p] = _load_one(value, p, what, flat, factors[g], storages[g], convert)
         else:
             state[key] = value
+    for g in sorted(kept_nowhere):
+        remarks.setdefault("it has averages of weights, this optimizer keeps none (ema_decay)", []).append(str(g))
     for remark, numbers in remarks.items():
         of = f"param group {numbers[0]}" if len(numbers) == 1 else f"param groups {', '.join(numbers)}"
         warn(f"{of} of the saved state: {remark}")
@@ -260,8 +269,9 @@ def _load_group(
     if theirs is not None and not is_called(schedule, str(theirs)):
         remarks.append(f"it has schedule={theirs}, this optimizer goes on with schedule={named(schedule)}")
     remarks += _load_lr(own, saved, loaded)
-    for key in ("stochastic_rounding", VALUE):
+    for key in ("stochastic_rounding", VALUE, AVERAGE):
         was, goes_on = (_plain({**rule.absent, **group}[key]) for group in (saved, own))
+        goes_on = named(goes_on) if callable(goes_on) else goes_on
         if key in saved and was != goes_on:
             remarks.append(f"it has {key}={was!r}, this optimizer goes on with {goes_on!r}")
     group = {**own, **loaded}
@@ -386,7 +396,7 @@ def _check_keys(keys: Sequence[Any], states: Mapping[Any, Any]) -> None:
 def _check_rule(rule: Rule, groups: Sequence[Mapping[str, Any]], states: Sequence[Any]) -> None:
     """Raises ValueError where states are those of another rule; where there are none yet, the hyperparameters."""
     own = {state.name for state in rule.states}
-    found = {name for value in states if isinstance(value, Mapping) for name in value} & set(scales.STATES)
+    found = {name for value in states if isinstance(value, Mapping) for name in value} & {*scales.STATES} - NO_STATES
     given = set[str]().union(*groups) - {"lr"}
     alone = set(rule.keys).difference(*(other.keys for other in RULES.values() if other is not rule))
     if found & own or (not found and given & alone):

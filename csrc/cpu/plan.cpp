@@ -25,7 +25,7 @@ constexpr int64_t kTaken = 8192;
 
 struct InstructionSet {
   const char* name;
-  bool (*find)(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles, Kernel* found);
+  bool (*find)(int64_t rule, int64_t variant, int64_t epilogues, const int64_t* formats, int roles, Kernel* found);
   bool present;
 };
 
@@ -71,12 +71,12 @@ std::string rules() {
   return found;
 }
 
-Kernel find(int64_t rule, int64_t variant, int64_t epilogue, const std::vector<int64_t>& formats) {
+Kernel find(int64_t rule, int64_t variant, int64_t epilogues, const std::vector<int64_t>& formats) {
   STD_TORCH_CHECK(formats.size() >= kState && formats.size() <= size_t(kMaxRoles), "formats must name 2 to ", kMaxRoles,
                   " roles");
   Kernel kernel;
-  STD_TORCH_CHECK(chosen_set().find(rule, variant, epilogue, formats.data(), int(formats.size()), &kernel),
-                  "there is no CPU kernel for this rule, this epilogue and these storage formats");
+  STD_TORCH_CHECK(chosen_set().find(rule, variant, epilogues, formats.data(), int(formats.size()), &kernel),
+                  "there is no CPU kernel for this rule, these epilogues and these storage formats");
   return kernel;
 }
 
@@ -123,9 +123,9 @@ void on_threads(Chunks work, const Plan& plan, const Launch& launch, int64_t ele
 
 }  // namespace
 
-void run(const Plan& plan, const double* rows, int64_t elements) {
+void run(const Plan& plan, const double* rows, int64_t row_width, int64_t elements) {
   Launch launch = plan.launch;
-  launch.rows = rows;
+  launch.rows = rows, launch.row_width = int32_t(row_width);
   if (launch.control->skip == 0 && elements != 0) on_threads(plan.kernel.step_chunks, plan, launch, elements);
 }
 

@@ -11,18 +11,18 @@ namespace cpu {
 
 struct Plan {
   Kernel kernel;
-  Launch launch;  // but for its rows
+  Launch launch;  // but for its rows, and how far apart they are
   int64_t chunks, segments;
 };
 
-// The kernel for a rule with its states, an epilogue and formats. Throws where there is none.
-Kernel find(int64_t rule, int64_t variant, int64_t epilogue, const std::vector<int64_t>& formats);
+// The kernel for a rule with its states, epilogues and formats. Throws where there is none.
+Kernel find(int64_t rule, int64_t variant, int64_t epilogues, const std::vector<int64_t>& formats);
 
 // The elements that a plan steps with so many rows. Throws where a chunk names no segment, or a segment no row.
 int64_t count_elements(const Plan& plan, int64_t rows);
 
-// Steps them. Nothing here fails.
-void run(const Plan& plan, const double* rows, int64_t elements);
+// Steps them, with rows that have so many scalars, or more than the kernel wants. Nothing here fails.
+void run(const Plan& plan, const double* rows, int64_t row_width, int64_t elements);
 
 // Throws unless what every segment's squares are added to is one of so many rows of exact sums.
 void check_sums(const Plan& plan, const int64_t* sums, int64_t rows);

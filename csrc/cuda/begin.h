@@ -112,6 +112,17 @@ WD_HOST_DEVICE inline int64_t place_in(int64_t steps, int64_t length) {
   return steps < 0 ? 0 : steps < length ? steps : length - 1;
 }
 
+// What step t keeps of an average, by its words of the sources; 1 where there is none.
+WD_HOST_DEVICE inline double kept_of_average(const int64_t* words, int64_t t) {
+  const int64_t length = words[kAverageLength];
+  if (words[kAverageTable] != 0) {
+    const double* const table = memory<double>(reinterpret_cast<void* const*>(words)[kAverageTable], 0);
+    return table[place_in(t - 1, length)];
+  }
+  if (length == 0) return 1;
+  return t > length ? 1 - 1 / double(t - length + 1) : 0;
+}
+
 // One block of lanes.
 template <class Rule>
 WD_HOST_DEVICE inline void begin_step(const Begin& of) {
@@ -248,10 +259,14 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
       __builtin_memcpy(&row, scalars, sizeof(Rule));
       row.seed = known[group_width - 1];
       row.grad_scale = row.grad_scale * of.clips[group];
-      row.count(int64_t(of.steps[param]) + 1, of.fresh[param] != 0);
+      const int64_t t = int64_t(of.steps[param]) + 1;
+      row.count(t, of.fresh[param] != 0);
       __builtin_memcpy(scalars, &row, sizeof(Rule));
+      double* const to = of.rows + int64_t(r) * (width_of<Rule>() + width_of<Average<double>>());
       WD_UNROLL
-      for (int k = 0; k < width_of<Rule>(); ++k) of.rows[r * width_of<Rule>() + k] = scalars[k];
+      for (int k = 0; k < width_of<Rule>(); ++k) to[k] = scalars[k];
+      const double kept = kept_of_average(of.sources + group * (width + kSourceWords) + width, t);
+      to[width_of<Rule>()] = kept, to[width_of<Rule>() + 1] = 1 - kept;
     }
   }
   WD_SYNC();

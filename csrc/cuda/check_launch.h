@@ -50,19 +50,20 @@ Launch check_table(const char* operation, const Tensor& chunks, const Tensor& pl
           int32_t(chunk_size)};
 }
 
-// The launch that these tensors describe, of a kernel whose rule has rows of `width` scalars.
-//   rows     float64 [r, width], the scalars;  control: float64 [2], grad_factor and skip
+// The launch that these tensors describe, of a kernel that reads `width` scalars of a row.
+//   rows     float64 [r, width or more], the scalars;  control: float64 [2], grad_factor and skip
 template <class IsHere>
 Launch check_launch(const char* operation, const Tensor& chunks, const Tensor& places, const Tensor& moving,
                     const Tensor& rows, const Tensor& control, int64_t chunk_size, size_t roles, int64_t width,
                     const IsHere& is_here) {
   Launch found = check_table(operation, chunks, places, moving, chunk_size, roles, is_here);
-  check_memory(operation, rows, "rows", is_here(rows), ScalarType::Double, width);
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) >= width, operation, ": rows must have ", width, " columns");
+  check_memory(operation, rows, "rows", is_here(rows), ScalarType::Double, rows.size(1));
   check_memory(operation, control, "control", is_here(control), ScalarType::Double, 0);
   STD_TORCH_CHECK(control.numel() == 2, operation, ": control must hold grad_factor and skip");
   found.rows = static_cast<const double*>(rows.const_data_ptr());
   found.control = static_cast<const Control*>(control.const_data_ptr());
-  found.row_width = int32_t(width);
+  found.row_width = int32_t(rows.size(1));
   return found;
 }
 

@@ -434,33 +434,47 @@ struct WithFormats {
   };
 };
 
-// The kernel for rows of WD_EACH_RULE, WD_EACH_EPILOGUE and WD_EACH_FORMATS, or null where there is none.
-template <template <class, class, class, class, class> class Of, class P, class G, class S>
-const Kernel* find_with(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles) {
+// The kernel for a row of WD_EACH_RULE with an epilogue, if these are the formats of all roles; else null.
+template <template <class, class, class, class, class> class Of, class P, class G, class S, class E>
+const Kernel* find_with(int64_t rule, int64_t variant, const int64_t* formats, int roles) {
   using T = typename P::Arithmetic;
-#define WD_ROW(code, ...)                                                                                            \
-  if (epilogue == code) {                                                                                            \
-    const Kernel* const kernel = find_rule<T, WithFormats<Of, P, G, S, __VA_ARGS__>::template Found>(rule, variant); \
-    if (kernel == nullptr || kernel->roles != roles) return nullptr;                                                 \
-    const int outputs = kState + kernel->states, parts = outputs + __VA_ARGS__::kOutputs;                            \
-    for (int n = 0; n < kernel->states; ++n)                                                                         \
-      if (formats[kState + n] != kernel->formats[n]) return nullptr;                                                 \
-    return all_are(__VA_ARGS__::Output::kCode, formats, outputs, parts) && all_are(kPart, formats, parts, roles)     \
-               ? kernel                                                                                              \
-               : nullptr;                                                                                            \
-  }
+  if (formats[kParam] != P::kCode || formats[kGrad] != G::kCode) return nullptr;
+  const Kernel* const kernel = find_rule<T, WithFormats<Of, P, G, S, E>::template Found>(rule, variant);
+  if (kernel == nullptr || kernel->roles != roles) return nullptr;
+  const int outputs = kState + kernel->states, parts = outputs + E::kOutputs;
+  for (int n = 0; n < kernel->states; ++n)
+    if (formats[kState + n] != kernel->formats[n]) return nullptr;
+  const bool same = all_are(E::Output::kCode, formats, outputs, parts) && all_are(kPart, formats, parts, roles);
+  return same ? kernel : nullptr;
+}
+
+// The same with one of WD_EACH_EPILOGUE, by the bit that is set.
+template <template <class, class, class, class, class> class Of, class P, class G, class S>
+const Kernel* find_with_epilogue(int64_t rule, int64_t variant, int64_t epilogues, const int64_t* formats, int roles) {
+  using T = typename P::Arithmetic;
+#define WD_ROW(code, ...) \
+  if (epilogues == (code)) return find_with<Of, P, G, S, __VA_ARGS__>(rule, variant, formats, roles);
   WD_EACH_EPILOGUE(WD_ROW)
 #undef WD_ROW
   return nullptr;
 }
 
+// The kernel for rows of WD_EACH_RULE, WD_EACH_EPILOGUE and WD_EACH_FORMATS, or null where there is none.
 template <template <class, class, class, class, class> class Of>
-const Kernel* find_kernel(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles) {
+const Kernel* find_kernel(int64_t rule, int64_t variant, int64_t epilogues, const int64_t* formats, int roles) {
   const Kernel* kernel = nullptr;
-#define WD_ROW(P, G, S)                                                               \
-  if (kernel == nullptr && formats[kParam] == P::kCode && formats[kGrad] == G::kCode) \
-    kernel = find_with<Of, P, G, S>(rule, variant, epilogue, formats, roles);
-  WD_EACH_FORMATS(WD_ROW)
+#ifndef WD_TEST_EPILOGUE
+  if (epilogues == 0) {
+#define WD_ROW(P, G, S) \
+  if (kernel == nullptr) kernel = find_with<Of, P, G, S, NoEpilogue<P::Arithmetic>>(rule, variant, formats, roles);
+    WD_EACH_FORMATS(WD_ROW)
+#undef WD_ROW
+    return kernel;
+  }
+#endif
+#define WD_ROW(P, G, S) \
+  if (kernel == nullptr) kernel = find_with_epilogue<Of, P, G, S>(rule, variant, epilogues, formats, roles);
+  WD_EACH_FORMATS_WITH_EPILOGUE(WD_ROW)
 #undef WD_ROW
   return kernel;
 }

@@ -13,9 +13,9 @@ struct Kernel {
   int64_t formats[3];  // of the states
 };
 
-// The kernel for a rule with its states, an epilogue, and the formats of its roles (parameter, gradient, states,
-// outputs of the epilogue, then the parts of these), or null where there is none.
-const Kernel* find(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles);
+// The kernel for a rule with its states, epilogues, and the formats of its roles (parameter, gradient, states,
+// outputs of the epilogues, then the parts of these), or null where there is none.
+const Kernel* find(int64_t rule, int64_t variant, int64_t epilogues, const int64_t* formats, int roles);
 
 // The code that adds up the squares of gradients of a format, beside parameters of another, or of what these are added
 // to, and that which begins the steps of a rule; null where there is none.

@@ -58,8 +58,8 @@ const char* wrong(cudaError_t error) { return error == cudaSuccess ? nullptr : c
 
 }  // namespace
 
-const Kernel* find(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles) {
-  return find_kernel<Step>(rule, variant, epilogue, formats, roles);
+const Kernel* find(int64_t rule, int64_t variant, int64_t epilogues, const int64_t* formats, int roles) {
+  return find_kernel<Step>(rule, variant, epilogues, formats, roles);
 }
 
 const void* find_squares(int64_t param, int64_t grad, bool accumulates) {

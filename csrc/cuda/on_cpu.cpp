@@ -50,8 +50,8 @@ const char* launch_begin(const void* entry, const Begin& what, void*) {
   return nullptr;
 }
 
-const Kernel* find(int64_t rule, int64_t variant, int64_t epilogue, const int64_t* formats, int roles) {
-  return find_kernel<Step>(rule, variant, epilogue, formats, roles);
+const Kernel* find(int64_t rule, int64_t variant, int64_t epilogues, const int64_t* formats, int roles) {
+  return find_kernel<Step>(rule, variant, epilogues, formats, roles);
 }
 
 const char* load(const void*) { return nullptr; }

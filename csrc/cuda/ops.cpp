@@ -58,24 +58,25 @@ int64_t token() {
   return made;
 }
 
-const Kernel* known(int64_t rule, int64_t variant, int64_t epilogue, const std::vector<int64_t>& formats) {
+const Kernel* known(int64_t rule, int64_t variant, int64_t epilogues, const std::vector<int64_t>& formats) {
   check_roles("cuda_step_", formats.size());
-  const Kernel* kernel = find(rule, variant, epilogue, formats.data(), int(formats.size()));
-  STD_TORCH_CHECK(kernel != nullptr, "there is no CUDA kernel for this rule, this epilogue and these storage formats");
+  const Kernel* kernel = find(rule, variant, epilogues, formats.data(), int(formats.size()));
+  STD_TORCH_CHECK(kernel != nullptr,
+                  "there is no CUDA kernel for this rule, these epilogues and these storage formats");
   return kernel;
 }
 
 // Steps the chunks of one bucket, on torch's current stream of their device, without waiting; `check_launch` has the
-// shapes. rule, variant and epilogue: rows of kernels.h; formats: the FormatCode of parameter, gradient, each state and
-// each output of the epilogue.
+// shapes. rule and variant: rows of kernels.h; epilogues: bits of theirs; formats: the FormatCode of parameter,
+// gradient, each state and each output of the epilogues.
 void step_(int64_t given, const Tensor chunks, const Tensor places, const Tensor moving, const Tensor control,
-           int64_t chunk_size, int64_t rule, int64_t variant, int64_t epilogue, std::vector<int64_t> formats,
+           int64_t chunk_size, int64_t rule, int64_t variant, int64_t epilogues, std::vector<int64_t> formats,
            const Tensor rows) {
   STD_TORCH_CHECK(given == token(),
                   "cuda_step_ is for this package alone: it steps whatever its addresses name. Call "
                   "an optimizer, or a function of wd_kernels.functional");
   const int32_t device = chunks.get_device_index();
-  const Kernel* kernel = known(rule, variant, epilogue, formats);
+  const Kernel* kernel = known(rule, variant, epilogues, formats);
   const Launch what =
       check_launch("cuda_step_", chunks, places, moving, rows, control, chunk_size, formats.size(), kernel->width,
                    [&](const Tensor& tensor) { return is_here(tensor) && tensor.get_device_index() == device; });
@@ -194,8 +195,8 @@ std::string load_entry(int64_t device, const void* entry) {
 }
 
 // Brings a kernel to a device, where that fails before a step is begun; says why it cannot be, or "".
-std::string load_on(int64_t device, int64_t rule, int64_t variant, int64_t epilogue, std::vector<int64_t> formats) {
-  return load_entry(device, known(rule, variant, epilogue, formats)->entry);
+std::string load_on(int64_t device, int64_t rule, int64_t variant, int64_t epilogues, std::vector<int64_t> formats) {
+  return load_entry(device, known(rule, variant, epilogues, formats)->entry);
 }
 
 std::string load_squares_on(int64_t device, int64_t param, int64_t grad, bool accumulates) {
@@ -217,8 +218,8 @@ WD_EXPANDED(STABLE_TORCH_LIBRARY_FRAGMENT, WD_NAMESPACE, m) {
   m.def(
       "cuda_step_(int token, Tensor chunks, Tensor places, Tensor moving, Tensor control, int chunk_size, int rule, "
       "int variant, "
-      "int epilogue, int[] formats, Tensor rows) -> ()");
-  m.def("cuda_load(int device, int rule, int variant, int epilogue, int[] formats) -> str");
+      "int epilogues, int[] formats, Tensor rows) -> ()");
+  m.def("cuda_load(int device, int rule, int variant, int epilogues, int[] formats) -> str");
   m.def(
       "cuda_squares_(int token, Tensor chunks, Tensor places, Tensor moving, int chunk_size, int param, int grad, bool "
       "accumulates, int copies, int stride) -> ()");

@@ -38,15 +38,15 @@ void require(bool fine, const std::string& otherwise) {
 
 PyObject* plan(PyObject*, PyObject* args) {
   PyObject *chunks, *places, *moving, *control, *formats;
-  long long chunk_size, rule, variant, epilogue;
+  long long chunk_size, rule, variant, epilogues;
   if (!PyArg_ParseTuple(args, "OOOOLLLLO!", &chunks, &places, &moving, &control, &chunk_size, &rule, &variant,
-                        &epilogue, &PyList_Type, &formats))
+                        &epilogues, &PyList_Type, &formats))
     return nullptr;
   return guarded([&]() -> PyObject* {
     std::vector<int64_t> codes;
     for (Py_ssize_t i = 0; i < PyList_Size(formats); ++i) codes.push_back(number_of(PyList_GetItem(formats, i)));
     auto made = std::make_unique<Planned>();
-    made->plan.kernel = cpu::find(rule, variant, epilogue, codes);
+    made->plan.kernel = cpu::find(rule, variant, epilogues, codes);
     const Memory words = memory_of(chunks, "chunks", "int64", 0), segments = memory_of(moving, "moving", "int64", 4),
                  own = memory_of(places, "places", "int64", -1), pair = memory_of(control, "control", "float64", 0);
     require(own.columns >= int64_t(kAddresses + codes.size() - 1), "places must have a word for every role");
@@ -55,9 +55,14 @@ PyObject* plan(PyObject*, PyObject* args) {
     require(pair.rows == 2, "control must hold grad_factor and skip");
     require(chunk_size > 0 && chunk_size % kBlock == 0 && chunk_size <= std::numeric_limits<int32_t>::max() / 2,
             "chunk_size=" + std::to_string(chunk_size) + ": expected a multiple of " + std::to_string(kBlock));
-    made->plan.launch = {
-        words.as<const int64_t>(), own.as<const int64_t>(), segments.as<const Moving>(), nullptr,
-        pair.as<const Control>(),  int32_t(own.columns),    made->plan.kernel.width,     int32_t(chunk_size)};
+    made->plan.launch = {words.as<const int64_t>(),
+                         own.as<const int64_t>(),
+                         segments.as<const Moving>(),
+                         nullptr,
+                         pair.as<const Control>(),
+                         int32_t(own.columns),
+                         0,
+                         int32_t(chunk_size)};
     made->plan.chunks = words.rows;
     made->plan.segments = segments.rows;
     made->tensors = PyTuple_Pack(4, chunks, places, moving, control);
@@ -117,8 +122,10 @@ Launches::Launches(PyObject* launches, PyObject* rows) : launches_(launches) {
   for (Py_ssize_t i = 0; i < PyList_Size(launches); ++i) {
     const cpu::Plan* const own = plan_of(PyList_GetItem(launches, i));
     if (own == nullptr) continue;
-    const Memory memory = memory_of(rows, "rows", "float64", own->launch.row_width);
-    rows_ = memory.as<const double>();
+    const Memory memory = memory_of(rows, "rows", "float64", -1);
+    require(memory.columns >= own->kernel.width, "rows have " + std::to_string(memory.columns) + " scalars; of " +
+                                                     std::to_string(own->kernel.width) + " a step is made");
+    rows_ = memory.as<const double>(), row_width_ = memory.columns;
     plans_.push_back({own, cpu::count_elements(*own, memory.rows)});
     elements_ += plans_.back().elements;
   }
@@ -141,7 +148,7 @@ void Launches::accumulate() const {
 }
 
 void Launches::run_plans() const {
-  for (const Counted& own : plans_) cpu::run(*own.plan, rows_, own.elements);
+  for (const Counted& own : plans_) cpu::run(*own.plan, rows_, row_width_, own.elements);
 }
 
 bool Launches::run_others(Insist& insist, bool begun) const {

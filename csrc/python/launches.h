@@ -76,6 +76,7 @@ class Launches {
   };
   PyObject* launches_;
   const double* rows_ = nullptr;
+  int64_t row_width_ = 0;
   int64_t elements_ = 0;
   std::vector<Counted> plans_;
 };
@@ -85,7 +86,7 @@ PyObject* copy_pair(PyObject* pair);
 
 // insist(functions): calls each until it returns, and raises then what was raised first.
 PyObject* insist_on(PyObject* module, PyObject* functions);
-// plan(chunks, places, moving, control, chunk_size, rule, variant, epilogue, formats) -> capsule
+// plan(chunks, places, moving, control, chunk_size, rule, variant, epilogues, formats) -> capsule
 PyObject* plan(PyObject* module, PyObject* args);
 // launch(launches, rows): all of them.
 PyObject* launch(PyObject* module, PyObject* args);

@@ -228,16 +228,16 @@ bool hold_memory(PyObject* hold, const Lists& lists, std::vector<Tensor>* views)
 }  // namespace
 
 // step_lists(roles, kind, rows_of, control, rows, increment, written, hold, others) -> int
-// A step of tensors that all are of one kind, (dtypes, device, chunk_size, rule, variant, epilogue, formats, scales),
+// A step of tensors that all are of one kind, (dtypes, device, chunk_size, rule, variant, epilogues, formats, scales),
 // and lie on the CPU; `rows_of`: a list of the row of each, or None: the first. The result is -1 when it is taken, else
 // nothing was done, and it says what `Lists::gather` does.
 PyObject* step_lists(PyObject*, PyObject* args) {
   PyObject *tuple, *kind, *codes, *rows_of, *control, *formats, *rows, *increment, *written, *hold;
-  long long device, chunk_size, rule, variant, epilogue, scales;
+  long long device, chunk_size, rule, variant, epilogues, scales;
   int others;
   if (!PyArg_ParseTuple(args, "O!O!OOOOOOp", &PyTuple_Type, &tuple, &PyTuple_Type, &kind, &rows_of, &control, &rows,
                         &increment, &written, &hold, &others) ||
-      !PyArg_ParseTuple(kind, "O!LLLLLO!L", &PyTuple_Type, &codes, &device, &chunk_size, &rule, &variant, &epilogue,
+      !PyArg_ParseTuple(kind, "O!LLLLLO!L", &PyTuple_Type, &codes, &device, &chunk_size, &rule, &variant, &epilogues,
                         &PyList_Type, &formats, &scales))
     return nullptr;
   return guarded([&]() -> PyObject* {
@@ -249,7 +249,7 @@ PyObject* step_lists(PyObject*, PyObject* args) {
     if (int(known.size()) != lists.n_roles || pair.rows != 2 || chunk_size <= 0 || chunk_size % kBlock != 0)
       throw std::runtime_error("lists, formats, control and chunks do not belong together");
     cpu::Plan plan = {};
-    plan.kernel = cpu::find(rule, variant, epilogue, known);
+    plan.kernel = cpu::find(rule, variant, epilogues, known);
     const Memory scalars = memory_of(rows, "rows", "float64", plan.kernel.width);
     NoCollection meanwhile;
     const Py_ssize_t wrong = lists.gather();
@@ -264,7 +264,7 @@ PyObject* step_lists(PyObject*, PyObject* args) {
                    nullptr,
                    pair.as<const Control>(),
                    int32_t(lists.place_words),
-                   plan.kernel.width,
+                   0,
                    int32_t(chunk_size)};
     plan.chunks = int64_t(chunks.size());
     plan.segments = lists.length;
@@ -276,7 +276,7 @@ PyObject* step_lists(PyObject*, PyObject* args) {
     if (counted.get() == nullptr) return nullptr;
     {
       const Unlocked meanwhile_others_run(unlocked);
-      cpu::run(plan, scalars.as<const double>(), elements);
+      cpu::run(plan, scalars.as<const double>(), scalars.columns, elements);
     }
     return PyLong_FromLong(-1);
   });

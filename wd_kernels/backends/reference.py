@@ -69,7 +69,7 @@ class Reference:
             master = None if own.master is None else next(rest)
             sums = None if own.sums is None else own.sums.clone()
             reference.step_(
-                table.rule, rows[own.row], grad_factor, theta, own.grad, states, bucket.spec.epilogue, outputs, sums,
+                table.rule, rows[own.row], grad_factor, theta, own.grad, states, bucket.spec.epilogues, outputs, sums,
                 bucket.spec.formats, own.origin, master, scales,
             )  # fmt: skip
             writes += zip(before, after, strict=True)

@@ -16,7 +16,7 @@ from ..rules import Rule
 from .device import OnDevice, arguments, current, machine, refuse_loading
 from .device_copy import There
 
-__all__ = ["OLDEST", "Triton", "block", "interpreted", "options", "version"]
+__all__ = ["OLDEST", "Triton", "block", "interpreted", "options", "version", "with_sizes"]
 
 OLDEST = (3, 6)
 THREADS = 128
@@ -60,8 +60,18 @@ def interpreted() -> bool:
 
 
 def block(formats: tuple[Any, ...], sums: int = 0) -> int:
-    """Elements of a block: 8 a thread, or 4 of float64; where an epilogue sums, what it sums."""
+    """Elements of a block: 8 a thread, or 4 of float64; where epilogues sum, what they sum."""
     return BLOCK // 2 if formats[0].dtype == torch.float64 and not sums else BLOCK
+
+
+def with_sizes(spec: Spec) -> tuple[tuple[Any, ...], tuple[tuple[int, int, int, str], ...]]:
+    """The functions of a bucket's epilogues, and what the kernel must know of each (`step_kernel`)."""
+    functions = tuple(own.in_triton() for own in spec.epilogues)
+    sizes = [
+        (len(own.scalars), len(own.outputs), len(own.sums), str(getattr(function, "cache_key", "")))
+        for own, function in zip(spec.epilogues, functions, strict=True)
+    ]
+    return functions, tuple(sizes)
 
 
 def options(formats: tuple[Any, ...], warp: int, capability: int | None) -> dict[str, Any]:
@@ -152,13 +162,13 @@ class Triton(OnDevice):
 
     def launch(self, table: Table, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
         kernels, spec, chunks = _kernels(), bucket.spec, there[bucket.index]
-        own = spec.epilogue
-        epilogue, more, sums = (own.in_triton(), own.scalars, own.sums) if own is not None else (None, (), ())
+        epilogues, sizes = with_sizes(spec)
         own_arguments = (
-            chunks, there["places"], there["moving"], there["rows"], there["control"], there["places"].shape[1], size,
-            getattr(kernels, table.rule.name), kernels.scaled_root if torch.version.hip else kernels.root,
-            table.rule.scalars, spec.states, tuple(fmt.code for fmt in spec.formats), epilogue, more, len(sums),
-            block(spec.formats, len(sums)),
+            chunks, there["places"], there["moving"], there["rows"], there["control"], there["places"].shape[1],
+            there["rows"].shape[1], size, getattr(kernels, table.rule.name),
+            kernels.scaled_root if torch.version.hip else kernels.root, table.rule.scalars, spec.states,
+            tuple(fmt.code for fmt in spec.formats), epilogues, sizes,
+            block(spec.formats, sum(own[2] for own in sizes)),
         )  # fmt: skip
         how = options(spec.formats, machine(spec.device)[1], _capability(spec.device))
         key = (table.rule.name, spec)

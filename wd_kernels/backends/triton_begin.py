@@ -28,7 +28,8 @@ INFINITIES = tl.constexpr(sums.INFINITIES)
 NANS = tl.constexpr(sums.NANS)
 SUM_WORDS = tl.constexpr(sums.WORDS)
 LR, ETA, WEIGHT_DECAY, DECAY, BASE_LR, SEED, OWN = (tl.constexpr(k) for k in range(7))
-SOURCES = tl.constexpr(3)
+SOURCES = tl.constexpr(5)
+OF_AVERAGE = tl.constexpr(2)  # scalars that follow a rule's
 OWN_LIMITS = tl.constexpr(7)
 
 
@@ -259,6 +260,18 @@ def setting(settings, sources, group, k, width, there):
 
 
 @triton.jit
+def kept_of_average(words, t, there):
+    """What steps t keep of averages, by their words of the sources; 1 where there is none."""
+    table = tl.load(words, mask=there, other=0)
+    length = tl.load(words + 1, mask=there, other=0)
+    at = table.to(tl.pointer_type(tl.float64)) + tl.maximum(tl.minimum(t - 1, length - 1), 0)
+    tabled = tl.load(at, mask=table != 0, other=0.0)
+    past = tl.maximum(t - length, 0)
+    mean = tl.where(past > 0, 1.0 - 1.0 / (past + 1).to(tl.float64), 0.0)
+    return tl.where(table != 0, tabled, tl.where(length == 0, 1.0, mean))
+
+
+@triton.jit
 def make_groups(settings, sources, schedule_steps, groups, of_groups, group: tl.constexpr, of_rule: tl.constexpr,
                 group_scalars: tl.constexpr):  # fmt: skip
     """What groups give to rows. Returns whether an lr is not 0, and a schedule beyond its table."""
@@ -313,7 +326,7 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
     of a group multiplies.
     """
     group_width: tl.constexpr = group_scalars + 1
-    width: tl.constexpr = group_scalars + count_scalars + 1
+    width: tl.constexpr = group_scalars + count_scalars + 1 + OF_AVERAGE
     moves, past = make_groups(settings, sources, schedule_steps, groups, of_groups, group, of_rule, group_scalars)
     scale = tl.load(grad_scale).to(tl.float64)
     measures = tl.load(limits) != 0
@@ -386,7 +399,10 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
         for i in tl.static_range(count_scalars):
             tl.store(rows + row * width + group_scalars + i, of_count[i], mask=there)
         seed = tl.load(groups + of * group_width + group_scalars, mask=there, other=0.0)
-        tl.store(rows + row * width + (width - 1), seed, mask=there)
+        tl.store(rows + row * width + (width - OF_AVERAGE - 1), seed, mask=there)
+        kept = kept_of_average(sources + of * (OWN + of_rule + SOURCES) + (OWN + of_rule + 3), t, there)
+        tl.store(rows + row * width + (width - 2), kept, mask=there)
+        tl.store(rows + row * width + (width - 1), 1.0 - kept, mask=there)
     tl.debug_barrier()
     counted = tl.where(skip == 0, of_params, 0)
     for first in range(0, counted, 128):

@@ -126,6 +126,18 @@ def vector(formats, at):
 
 
 @triton.constexpr_function
+def total(sizes, which):
+    """How many scalars (0), outputs (1) or sums (2) all epilogues have."""
+    return sum(own[which] for own in sizes)
+
+
+@triton.constexpr_function
+def place(sizes, e, which, first):
+    """Where those of one begin, if those of the first one do at `first`."""
+    return first + sum(own[which] for own in sizes[:e])
+
+
+@triton.constexpr_function
 def is_bfloat16(format):
     return format in (3, 5)
 
@@ -431,6 +443,22 @@ def adagradw(theta, g, states, names: tl.constexpr, scalars, root: tl.constexpr)
 
 
 @triton.jit
+def of_one(values, first: tl.constexpr, sizes: tl.constexpr, e: tl.constexpr, which: tl.constexpr):
+    """Of these, which begin at `first`, the ones that an epilogue has."""
+    own = ()
+    for k in tl.static_range(place(sizes, e, which, first), place(sizes, e + 1, which, first)):
+        own += (values[k],)
+    return own
+
+
+@triton.jit
+def average(before, after, g, u, states, names: tl.constexpr, outputs, scalars):
+    """Section 8's average of a parameter: (outputs, summands)."""
+    ema_decay, one_minus_ema_decay = scalars
+    return (lerp(outputs[0], after, ema_decay, one_minus_ema_decay),), ()
+
+
+@triton.jit
 def within(g, limit):
     """g, clipped by value: what is beyond the limit becomes that, with its sign. NaN stays.
 
@@ -483,8 +511,8 @@ def block_sum(x, size: tl.constexpr):
 
 @triton.jit
 def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constexpr, root: tl.constexpr,
-         scalar_names: tl.constexpr, states: tl.constexpr, formats: tl.constexpr, epilogue: tl.constexpr,
-         n_sums: tl.constexpr, block: tl.constexpr, full: tl.constexpr):  # fmt: skip
+         scalar_names: tl.constexpr, states: tl.constexpr, formats: tl.constexpr, epilogues: tl.constexpr,
+         sizes: tl.constexpr, block: tl.constexpr, full: tl.constexpr):  # fmt: skip
     """Steps `count` elements from `at` on, a block at most; `full`: a whole block, and every address is aligned.
 
     `keys` are those of the roles' random bits, `number` is that of the first element; `sums` is where the sums of the
@@ -515,21 +543,24 @@ def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constex
     for role in tl.static_range(2, 2 + len(states)):
         part = at[part_of(formats, role)]
         store(at[role], part, lanes, new[role - 2], mask, tiles, tile_mask, formats[role], keys[role], places, role)
-    if epilogue is not None:
+    for e in tl.static_range(len(epilogues)):
         after = tl.where(frozen, values[0], as_stored(theta, formats[0], keys[0], places, 0))
-        outputs, summands = epilogue(
-            values[0], after, g, u, new, states, values[2 + len(states) :], scalars[len(scalar_names) :]
-        )
-        for role in tl.static_range(2 + len(states), len(formats)):
-            output = outputs[role - 2 - len(states)]
-            store(at[role], at[role], lanes, output, mask, tiles, tile_mask, formats[role], keys[role], places, role)
-        for n in tl.static_range(n_sums):
-            summand = summands[n]
+        outputs, summands = epilogues[e](
+            values[0], after, g, u, new, states, of_one(values, 2 + len(states), sizes, e, 1),
+            of_one(scalars, len(scalar_names), sizes, e, 0),
+        )  # fmt: skip
+        for role in tl.static_range(place(sizes, e, 1, 2 + len(states)), place(sizes, e + 1, 1, 2 + len(states))):
+            output = outputs[role - place(sizes, e, 1, 2 + len(states))]
+            part = at[part_of(formats, role)]
+            store(at[role], part, lanes, output, mask, tiles, tile_mask, formats[role], keys[role], places, role)
+        for n in tl.static_range(place(sizes, e, 2, 0), place(sizes, e + 1, 2, 0)):
+            summand = summands[n - place(sizes, e, 2, 0)]
             if not full:
                 summand = tl.where(mask, summand, 0.0)
             if tiled(formats):
                 summand = tl.reshape(summand, (block,))
-            tl.store(pointer(sums, arithmetic(formats)) + (first // block * n_sums + n), block_sum(summand, block))
+            to = pointer(sums, arithmetic(formats)) + (first // block * total(sizes, 2) + n)
+            tl.store(to, block_sum(summand, block))
 
 
 @triton.jit
@@ -546,25 +577,26 @@ def ahead(at, offset, formats: tl.constexpr, full: tl.constexpr):
     return further
 
 
-@triton.jit(do_not_specialize=["place_words"])
-def step_kernel(chunks, places, moving, rows, control, place_words, chunk_size,
+@triton.jit(do_not_specialize=["place_words", "row_words"])
+def step_kernel(chunks, places, moving, rows, control, place_words, row_words, chunk_size,
                 rule: tl.constexpr, root: tl.constexpr, scalar_names: tl.constexpr, states: tl.constexpr,
-                formats: tl.constexpr, epilogue: tl.constexpr, epilogue_scalars: tl.constexpr, n_sums: tl.constexpr,
-                block: tl.constexpr):  # fmt: skip
+                formats: tl.constexpr, epilogues: tl.constexpr, sizes: tl.constexpr, block: tl.constexpr):  # fmt: skip
     """Steps one chunk.
 
     Compile-time arguments: the rule, the root that is exact on the target, the names of the rule's scalars and of the
-    states, the formats' codes (parameter, gradient, states, outputs of the epilogue), the epilogue (or None), the names
-    of its scalars, which follow the rule's in a row, how many sums it has, the elements of a block.
+    states, the formats' codes (parameter, gradient, states, outputs of the epilogues), the epilogues, of each how many
+    scalars (which follow the rule's in a row), outputs and sums it has, and what Triton's cache is to know it by (of a
+    function within a tuple it sees the name alone), the elements of a block.
     """
-    width: tl.constexpr = len(scalar_names) + len(epilogue_scalars)
+    n_scalars: tl.constexpr = len(scalar_names) + total(sizes, 0)
+    n_sums: tl.constexpr = total(sizes, 2)
     rest: tl.constexpr = block if n_sums > 0 else 512  # elements of a block on the masked path
     chunk = tl.load(chunks + tl.program_id(0))
     place = places + (chunk & 0xFFFFFFFF) * place_words + ADDRESSES
     moved = moving + (chunk & 0xFFFFFFFF) * MOVING_WORDS
     begin = (chunk >> 32) * chunk_size
     numel = tl.load(moved + 1)  # 0 without a gradient
-    row = rows + tl.load(moved + 2) * width
+    row = rows + tl.load(moved + 2) * row_words
     aligned = tl.load(moved + 3) != 0
     skip = tl.load(control + 1) != 0
     ended = skip | (begin >= numel)
@@ -579,7 +611,7 @@ def step_kernel(chunks, places, moving, rows, control, place_words, chunk_size,
             at += (part_pointer(tl.load(place + part_of(formats, role) - 1), formats[role]) + further,)
     frozen = tl.load(row + position(scalar_names, "frozen")) != 0
     scalars = ()
-    for i in tl.static_range(width):
+    for i in tl.static_range(n_scalars):
         if i == position(scalar_names, "grad_scale"):
             scalars += (scalar(row, i, formats) * scalar(control, 0, formats),)
         else:
@@ -593,9 +625,9 @@ def step_kernel(chunks, places, moving, rows, control, place_words, chunk_size,
         done = count - count % block
         for offset in range(0, done, block):
             move(ahead(at, offset, formats, True), block, scalars, frozen,
-                 keys, number + offset, sums, begin + offset, rule, root, scalar_names, states, formats, epilogue,
-                 n_sums, block, True)  # fmt: skip
+                 keys, number + offset, sums, begin + offset, rule, root, scalar_names, states, formats, epilogues,
+                 sizes, block, True)  # fmt: skip
     for offset in range(done, count, rest):
         move(ahead(at, offset, formats, False), count - offset, scalars, frozen,
-             keys, number + offset, sums, begin + offset, rule, root, scalar_names, states, formats, epilogue,
-             n_sums, rest, False)  # fmt: skip
+             keys, number + offset, sums, begin + offset, rule, root, scalar_names, states, formats, epilogues,
+             sizes, rest, False)  # fmt: skip

@@ -2,7 +2,7 @@
 
 from .adagradw import ADAGRADW
 from .adamw import ADAMW
-from .rule import FLAG, LIMIT, MASTER, VALUE, Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
+from .rule import AVERAGE, EMA, FLAG, LIMIT, MASTER, VALUE, Hyper, Hyperparameter, Rule, Settings, State, TorchTwin
 from .scalars import (
     DECAY_MODES,
     TORCHS_DECAY,
@@ -21,7 +21,9 @@ from .storage import STORAGE, MasterWeights, StateDtype, StochasticRounding, sta
 __all__ = [
     "ADAGRADW",
     "ADAMW",
+    "AVERAGE",
     "DECAY_MODES",
+    "EMA",
     "FLAG",
     "FORMS",
     "LIMIT",

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats import MASTER_NAME, Storage, scale_name
+from ..averages import AverageDecay, checked, decay_of
+from ..formats import EMA_NAME, MASTER_NAME, Storage, scale_name
 from ..reference import store
 from .scalars import DECAY_MODES, at_least_zero, norm_limit
 from .storage import STORAGE, check_storage
 
-__all__ = ["MASTER", "Hyper", "Hyperparameter", "Part", "Rule", "Settings", "State", "TorchTwin"]
+__all__ = ["EMA", "MASTER", "Hyper", "Hyperparameter", "Part", "Rule", "Settings", "State", "TorchTwin"]
 
 #: The key of torch's groups that tells AdamW from Adam.
 FLAG = "decoupled_weight_decay"
@@ -33,6 +34,10 @@ FLAG = "decoupled_weight_decay"
 LIMIT = "max_grad_norm"
 #: And of one whose gradients are clipped by value: a setting of every rule, which a row has as `grad_limit`.
 VALUE = "max_grad_value"
+#: And of one whose parameters are averaged.
+AVERAGE = "ema_decay"
+#: Keys that a group of any rule may have beside those of storage, and what one without them means.
+LIMITS = {LIMIT: None, VALUE: None, AVERAGE: None}
 #: Of a group, whatever its rule.
 SETTINGS = ("lr", "eta", "weight_decay", "decay", "base_lr", "seed")
 MISSING = object()
@@ -91,6 +96,8 @@ class State:
         return zeros
 
 
+#: The average of a parameter, which an epilogue writes: it begins as the parameter, at any step count.
+EMA = State(EMA_NAME, "emas", late=True)
 #: What lies beside a 16-bit parameter that has a master weight: it begins as the parameter, at any step count.
 MASTER = State(MASTER_NAME, "master_params", late=True)
 
@@ -144,6 +151,7 @@ class Settings(NamedTuple):
     storage: Storage = Storage()
     seed: int = 0
     max_grad_norm: float | None = None  # of the group alone
+    average: Callable[[int], float] | None = None  # what is kept of the average of a parameter, by its step count
 
 
 #: All that a row takes from a group: (settings, lr, eta, a), where a, the scaled learning rate, is eta * lr.
@@ -196,8 +204,8 @@ class Rule:
         object.__setattr__(self, "keys", tuple(own.name for own in self.hyperparameters))
         flag = {FLAG: None} if self.torch.decoupled_flag else {}
         absent = {own.name: own.absent for own in self.hyperparameters if own.absent is not None}
-        object.__setattr__(self, "read", ("lr", "eta", *self.keys, *flag, *STORAGE, LIMIT, VALUE))
-        object.__setattr__(self, "absent", {"eta": 1.0, **absent, **flag, **STORAGE, LIMIT: None, VALUE: None})
+        object.__setattr__(self, "read", ("lr", "eta", *self.keys, *flag, *STORAGE, *LIMITS))
+        object.__setattr__(self, "absent", {"eta": 1.0, **absent, **flag, **STORAGE, **LIMITS})
 
     #: The names of a row's scalars: its two parts, then the seed.
     scalars: tuple[str, ...] = field(init=False)
@@ -279,9 +287,12 @@ class Rule:
         whole = {name: _there(name, value, group, where) for name, value in zip(self.read[2:], key, strict=True)}
         settings = self.check({**whole, "decay": self.mode_of(group, mode.name)}, where)
         storage, seed = check_storage(whole, [state.name for state in self.states], where)
+        average = checked(whole[AVERAGE], where)
+        if average is not None:
+            settings = settings._replace(states=(*settings.states, EMA), average=average)
         settings = settings._replace(storage=storage, seed=seed, max_grad_norm=norm_limit(whole[LIMIT], where))
         # A tensor may hold another number under the same key: only plain values are remembered.
-        if all(type(v) in PLAIN for k in key for v in (k if type(k) is tuple else (k,))):
+        if all(type(v) in PLAIN or isinstance(v, AverageDecay) for k in key for v in (k if type(k) is tuple else (k,))):
             if len(self._memo) >= 4096:  # a schedule that moves weight_decay makes a new key a step
                 self._memo.clear()
             self._memo[key] = settings
@@ -307,8 +318,11 @@ class Rule:
         ]
         return torch.tensor(rows, dtype=torch.float64, device="cpu").view(len(rows), len(self.settings))
 
-    def rows(self, hypers: Sequence[Hyper], keys: Iterable[tuple[int, int, bool]]) -> Tensor:
-        """The rows of the given (group, step count, fresh) keys: float64 [len(keys), len(scalars)]."""
+    def rows(self, hypers: Sequence[Hyper], keys: Iterable[tuple[int, int, bool]], averages: bool = False) -> Tensor:
+        """The rows of the given (group, step count, fresh) keys: float64 [len(keys), len(scalars)].
+
+        `averages`: the scalars of that epilogue follow.
+        """
         flat: list[float] = []
         group_part, count_part = self.group_part, self.count_part
         part: Part = ()
@@ -319,9 +333,13 @@ class Rule:
             flat += part
             flat += count_part(part, t, fresh)
             flat.append(seed)
+            if averages:
+                kept = decay_of(hypers[group][0].average, t)
+                flat += (kept, 1.0 - kept)
+        width = len(self.scalars) + 2 * averages
         if not flat:
-            return torch.empty(0, len(self.scalars), dtype=torch.float64, device="cpu")
-        return torch.frombuffer(array("d", flat), dtype=torch.float64).view(-1, len(self.scalars))
+            return torch.empty(0, width, dtype=torch.float64, device="cpu")
+        return torch.frombuffer(array("d", flat), dtype=torch.float64).view(-1, width)
 
 
 def _there(name: str, value: Any, group: Mapping[str, Any], where: str) -> Any:

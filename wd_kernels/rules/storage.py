@@ -1,4 +1,4 @@
-"""How a group stores its tensors, checked: "state_dtype", "stochastic_rounding", "master_weights" (numerics, 6)."""
+"""How a group stores its tensors, checked: "state_dtype", "ema_dtype", "stochastic_rounding", "master_weights"."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ MasterWeights: TypeAlias = bool | Literal["none", "float32", "split32", "split24
 #: The keys of a group that say it, and what a group without them means.
 STORAGE: dict[str, Any] = {
     "state_dtype": "float32", "stochastic_rounding": "states", "master_weights": "none", "seed": 0,
+    "ema_dtype": "float32",
 }  # fmt: skip
 _WORDS = {word: word for word in ("float32", "bfloat16", "int8", "param")} | {"uint8": "int8"}
 _STOCHASTIC: dict[Any, tuple[bool, bool]] = {
@@ -63,7 +64,8 @@ def _word(value: Any, name: str, where: str) -> str:
     if word not in _WORDS:
         allowed = "torch.float32, torch.bfloat16, torch.int8, 'param' (the parameter's own dtype)"
         kind = ValueError if isinstance(value, (str, torch.dtype)) else TypeError
-        raise kind(f"{name}={value!r} in {where}: allowed are {allowed}, or a dict of these by the states' names")
+        also = ", or a dict of these by the states' names" if name.startswith("state_dtype") else ""
+        raise kind(f"{name}={value!r} in {where}: allowed are {allowed}{also}")
     return _WORDS[word]
 
 
@@ -86,4 +88,5 @@ def check_storage(group: Mapping[str, Any], names: Sequence[str], where: str) ->
     seed = group["seed"]
     if not 0 <= (number := scalar("seed", seed, where)) < 2**53 or not number.is_integer():
         raise ValueError(f"seed={seed!r} in {where}: allowed are whole numbers from 0 on, < 2**53")
-    return Storage(pairs if "=" in word else word, *_STOCHASTIC[stochastic], _MASTERS[masters]), int(number)
+    average = _word(group["ema_dtype"], "ema_dtype", where)
+    return Storage(pairs if "=" in word else word, *_STOCHASTIC[stochastic], _MASTERS[masters], average), int(number)

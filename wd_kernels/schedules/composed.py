@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from .shapes import Schedule, named, opaque, where
+from ..opaque import opaque
+from .shapes import Schedule, named, where
 
 __all__ = ["Product", "Sequential", "settles"]
 

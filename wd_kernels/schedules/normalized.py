@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
+from ..opaque import opaque
 from .composed import settles
-from .shapes import Schedule, opaque, where
+from .shapes import Schedule, where
 
 __all__ = ["NormalizedDecay", "normalized_weight_decay"]
 

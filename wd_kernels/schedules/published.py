@@ -9,7 +9,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache
 
-from .shapes import Schedule, opaque, whole
+from ..opaque import opaque
+from .shapes import Schedule, whole
 
 __all__ = ["PublishedRestarts"]
 

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from types import CellType, CodeType
-from typing import Any, TypeVar
+from typing import Any
+
+from ..opaque import opaque
 
 __all__ = [
     "Constant",
@@ -28,12 +30,10 @@ __all__ = [
     "WarmupStableDecay",
     "is_called",
     "named",
-    "opaque",
     "where",
     "whole",
 ]
 
-T = TypeVar("T")
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1.0 - x,
     "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
@@ -60,12 +60,6 @@ def _multiplier(schedule: Schedule, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) < math.inf:
         raise ValueError(f"{name}={value!r} of {type(schedule).__name__}: allowed are finite numbers >= 0")
     schedule._set(**{name: float(value)})
-
-
-def opaque(cls: type[T]) -> type[T]:
-    """Of a dataclass, one that does not look like it: OmegaConf, and so Hydra, would take its objects apart."""
-    del cls.__dataclass_fields__  # type: ignore[attr-defined]
-    return cls
 
 
 class Schedule(ABC):

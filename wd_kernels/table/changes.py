@@ -196,7 +196,7 @@ def expect(
     elif flat_grad and found.grad.data_ptr() == flat_grad and may_be_held:
         kind = Kind.FLAT
     spec = found.known.spec
-    places = [names.index(name) for name in (*spec.states, *spec.parts)]
+    places = [names.index(name) for name in spec.beside]
     roles = []
     themselves = (p, found.grad_itself, *found.states)
     for role, (name, t, whole) in enumerate(zip([0, 0, *places], found.roles, themselves, strict=True)):

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..averages import Mean
 from ..flat.buffers import FlatPlace, place_of
 from ..flat.states import FlatStates
-from ..formats import SCALE, TILE, Storage, has_scales
+from ..formats import SCALE, TILE, Storage, arithmetic_dtype, has_scales
 from ..layout import Spec, spec_of
-from ..rules import MASTER, Rule, State
+from ..reference import load, store
+from ..rules import AVERAGE, EMA, MASTER, Rule, State
 from ..scales import check_tiles, conform_scale, lies_otherwise, like_scale, scale_of
 from ..sharding import check_sharding, local, sharded_like
 from ..validation import check_roles, check_storage, check_type, conform_state, is_dense, same_layout, step_count
@@ -106,7 +108,7 @@ def inspect(
         grad_copy = _stand_in(theta, grad.dtype, old.grad_copy if old else None).copy_(grad)
         grad = grad_copy
 
-    present = [state.name for state in states if own.get(state.name) is not None]
+    present = [state.name for state in states if state is not EMA and own.get(state.name) is not None]
     if own.get("step") is not None:
         count = step_count(own["step"] if count is None else count, f"the step count of {what}")
     elif present and rule.torch.counts_steps:
@@ -131,6 +133,7 @@ def inspect(
     if scales:
         check_tiles(p, what)
     states = (*states, *([] if master is None else [MASTER]), *scales)
+    kept_master = local(kept).detach() if isinstance(kept, Tensor) else None
     like = like_scale(p, theta) if scales else theta
     put: dict[str, Tensor] = {}
     memory, themselves = list[Tensor](), list[Tensor]()
@@ -149,7 +152,10 @@ def inspect(
             if state in dtypes and has_scales(dtype):
                 scale = _zeros(like, theta.device, state.scale.name, SCALE.dtype, place, flat, TILE)
                 begun[state.scale.name] = scale
-            if state is not MASTER:
+            if state is EMA:
+                _check_mean(settings.get(AVERAGE), count, what)
+                store(now, load(theta, arithmetic_dtype(theta.dtype), kept_master), None, scale)
+            elif state is not MASTER:
                 now = state.begin(now, settings, scale)
             elif dtype.is_floating_point:  # of a remainder, zeros are the parameter as it is
                 now.copy_(theta)
@@ -186,6 +192,15 @@ def inspect(
         gapped=gapped, found=found, own={} if found is None else found, put=put, count=count, fresh=fresh, place=place,
         bases=bases,
     )  # fmt: skip
+
+
+def _check_mean(average: object, count: float, what: str) -> None:
+    """Raises ValueError where a mean would begin among the steps that it is of."""
+    if isinstance(average, Mean) and count > average.after:
+        raise ValueError(
+            f"{what} has taken steps, of which it has no {EMA.name!r}: with ema_decay={average!r} that is the mean of "
+            f"all that follow {average.after}. Allowed is averages.Mean(after=n), n of the steps that are taken or more"
+        )
 
 
 def _zeros(

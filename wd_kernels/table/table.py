@@ -30,7 +30,7 @@ from ..formats import Storage
 from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, origins, padded, write_segment
 from ..live import Live, of_host, sources
 from ..norms import Accumulated, Bank, Norms, same_objects
-from ..rules import MASTER, Hyper, Rule, State
+from ..rules import EMA, MASTER, Hyper, Rule, State
 from ..schedules import stepping
 from ..schedules.stepping import Tick
 from ..sharding import is_sharded, is_unmarked_shard, local, shard_offset
@@ -82,6 +82,7 @@ class TensorTable:
         written: the parameters that this step writes.
         window: what spikes are told by.
         sharded: are some of the parameters DTensors?
+        averages: are some of them averaged?
         origins: of parameters, by id, where they are some of an optimizer's; None: they are all.
         inspected: what was inspected in this step, by position; it holds the memory of its tensors.
         accumulated: what the step under way has in the place of gradients; None: these.
@@ -89,7 +90,7 @@ class TensorTable:
 
     def __init__(self, rule: Rule, resolve: Callable[[Spec], Any]) -> None:
         self.rule, self.resolve = rule, resolve
-        self.states = (*rule.states, MASTER, *(state.scale for state in rule.states))
+        self.states = (*rule.states, EMA, MASTER, *(state.scale for state in (*rule.states, EMA)))
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.controlled = False  # by the limits of the last step
         self.counting: torch.device | None = None
@@ -103,7 +104,7 @@ class TensorTable:
         self.params: list[Tensor] = []
         self.places: list[tuple[int, int]] = []
         self.views: list[Tensor | None] = []
-        self.sharded = False
+        self.sharded = self.averages = False
         self.origins: Mapping[int, int] | None = None
         self.device_copies: dict[torch.device, Any] = {}
         self.buckets: list[Bucket] = []
@@ -220,18 +221,18 @@ class TensorTable:
                 (g, norms.bank.table(own.schedule)) for g, own in enumerate(lives) if own.schedule is not None
             ]
             if not norms.captured:  # graphs have the tables of their schedules
-                known = {id(own.schedule) for own in lives}
+                known = {id(own.schedule) for own in lives} | {settings.average for settings, *_ in hypers}
                 norms.bank.tables = {key: table for key, table in norms.bank.tables.items() if key in known}
         if laid_out and self.keys and self.launches is not None:
             prepared = self.launches
             if norms.bank is None:
-                rows = self.rule.rows(hypers, self.keys)
+                rows = self.rule.rows(hypers, self.keys, self.averages)
             else:
                 assert lives is not None
                 rows = self.rule.settings_rows(hypers, [own.base_lr for own in lives])
                 norms.inputs = {
-                    "settings": rows, "sources": sources(self.rule, lives, norms.bank), "keys": self._row_keys(),
-                    "active": self.active.long(),
+                    "settings": rows, "sources": sources(self.rule, hypers, lives, norms.bank),
+                    "keys": self._row_keys(), "active": self.active.long(),
                 }  # fmt: skip
         if limits is not None and norms.bank is None:
             device = self.buckets[0].spec.device if self.buckets else CPU
@@ -300,7 +301,7 @@ class TensorTable:
         for i, on in enumerate(self.active.tolist()):
             if on:
                 own = self.tensors(i)
-                roles = [own.theta.detach(), *own.states.values(), *own.scales.values()]
+                roles = [own.theta.detach(), *own.states.values(), *own.outputs.values(), *own.scales.values()]
                 roles += [] if own.master is None else [own.master]
                 self.norms.captured.append(roles)
                 self.norms.captured_at[i] = [t.data_ptr() for t in roles]
@@ -428,11 +429,11 @@ class TensorTable:
         row = int(self.own_segments.moving[known.segment, Moving.ROW])
         origin = int(self.own_segments.places[known.segment, Place.ORIGIN])
         if found is not None:
-            beside = dict(zip((*known.spec.states, *known.spec.parts), found.memory, strict=True))
+            beside = dict(zip(known.spec.beside, found.memory, strict=True))
             return Tensors.of(found.theta, found.grad, beside, row, origin)
         grad = self._gradient(p)
         assert grad is not None
-        beside = {name: local(self.state[p][name]) for name in (*known.spec.states, *known.spec.parts)}
+        beside = {name: local(self.state[p][name]) for name in known.spec.beside}
         return Tensors.of(local(p), local(grad), beside, row, origin)
 
     def span(self, bucket: Bucket) -> tuple[int, int]:
@@ -474,6 +475,7 @@ class TensorTable:
         self.counts: Counts = Counts(steps, active, torch.zeros(n, dtype=torch.uint8, device=CPU))
         self._group_of = [g for g, _ in watch.places]
         self._known_row_keys = None
+        self.averages = any(EMA in states for states, _ in needs)
         self.beside = max((len(states) + storage.parts(states) for states, storage in needs), default=0)
         self.own_segments = Segments.empty(n, self.beside)
         if any(type(t) is not Tensor for t in (self.control, self.own_segments.moving)):
