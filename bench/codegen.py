@@ -34,6 +34,7 @@ import disassembly
 from byte_model import step_bytes
 from internals import KINDS, aligned
 
+from wd_kernels.epilogues import AVERAGE
 from wd_kernels.formats import (
     BFLOAT16,
     BFLOAT16_COPY,
@@ -83,6 +84,12 @@ MORE_FORMATS = (
 )  # fmt: skip
 #: The targets of these, and what else the CUDA library has kernels of.
 MORE_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+#: Of the formats, those that the CUDA library has kernels for which run an epilogue, and which are compiled with one.
+EPILOGUE_FORMATS = (
+    (FLOAT64, FLOAT64, FLOAT64), (FLOAT32, FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16, FLOAT32),
+    (BFLOAT16_COPY, BFLOAT16, FLOAT32),
+)  # fmt: skip
+EPILOGUES = {own.name: own for own in (AVERAGE,)}
 LIBRARY_FORMATS = (
     (SPLIT32, BFLOAT16, BFLOAT16_STOCHASTIC), (SPLIT24, BFLOAT16, FLOAT32), (SPLIT24_STOCHASTIC, BFLOAT16, FLOAT32),
     (BFLOAT16_COPY, FLOAT32, FLOAT32),
@@ -93,22 +100,31 @@ LIBRARY_FORMATS = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """One specialisation: a key of internals.KINDS, and the formats of parameter, gradient and states.
+    """One specialisation: a key of internals.KINDS, the formats of parameter, gradient and states, and epilogues.
 
-    States in 8 bits are uint8 where they are never negative, and called int8 all the same.
+    States in 8 bits are uint8 where they are never negative, and called int8 all the same. What epilogues write has the
+    arithmetic type.
     """
 
     rule: str
     param: Format
     grad: Format
     state: Format
+    epilogues: tuple[str, ...] = ()
 
     @property
     def formats(self) -> tuple[Format, ...]:
         """Of every role."""
         rule, names = KINDS[self.rule]
         signed = {state.name: state.signed for state in rule.states}
-        return self.param, self.grad, *(self.state if signed[name] else unsigned(self.state) for name in names)
+        states = [self.state if signed[name] else unsigned(self.state) for name in names]
+        return self.param, self.grad, *states, *self.outputs
+
+    @property
+    def outputs(self) -> tuple[Format, ...]:
+        """Of what epilogues write."""
+        full = format_of(arithmetic_dtype(self.param.dtype))
+        return tuple(full for own in self.epilogues for _ in EPILOGUES[own].outputs)
 
     @property
     def plain(self) -> bool:
@@ -118,22 +134,25 @@ class Kernel:
     @property
     def scaled(self) -> bool:
         """Are its states in 8 bits?"""
-        return self.state.binades > 0 and len(self.formats) > 2
+        return self.state.binades > 0 and len(self.formats) > 2 + len(self.outputs)
 
     @property
     def common(self) -> bool:
         """Are its formats those that are compiled for all targets?"""
-        return (self.param, self.grad, self.state) in FORMATS
+        return (self.param, self.grad, self.state) in FORMATS and not self.epilogues
 
     @property
     def model(self) -> int:
         """Bytes of a step of one element, but for scales."""
         part = None if self.param.part is None else self.param.part.dtype
-        return int(step_bytes(self.rule, self.param.dtype, self.grad.dtype, self.state.dtype, part))
+        own = int(step_bytes(self.rule, self.param.dtype, self.grad.dtype, self.state.dtype, part))
+        return own + sum(2 * fmt.dtype.itemsize for fmt in self.outputs)
 
     def __str__(self) -> str:
         names, full = dict.fromkeys((self.param.name, self.grad.name)), arithmetic_dtype(self.param.dtype)
-        return f"{self.rule} ({', '.join(names)}{'' if self.state.dtype == full else f'; {self.state.name} states'})"
+        more = "".join(f" + {name}" for name in self.epilogues)
+        states = "" if self.state.dtype == full else f"; {self.state.name} states"
+        return f"{self.rule} ({', '.join(names)}{states}){more}"
 
 
 _UNSIGNED = {INT8: UINT8, INT8_STOCHASTIC: UINT8_STOCHASTIC}
@@ -159,6 +178,10 @@ def kernels(every: bool = False) -> list[Kernel]:
         if len(own.formats) == 2:  # it has no states
             own = Kernel(rule, *formats[:2], format_of(arithmetic_dtype(own.param.dtype)))
         if every or formats in FORMATS or rule in ("adamw", "sgdw"):
+            found.setdefault(str(own), own)
+    for rule, formats, epilogue in product(KINDS, EPILOGUE_FORMATS, EPILOGUES):
+        own = Kernel(rule, *formats, (epilogue,))
+        if every or rule in ("adamw", "sgdw"):
             found.setdefault(str(own), own)
     return list(found.values())
 
@@ -282,20 +305,21 @@ def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] | None = 
 
     backend, architecture, warp = TARGETS[target]
     rule, states = KINDS[kernel.rule]
+    epilogues, sizes = own.with_sizes([EPILOGUES[name] for name in kernel.epilogues])
     constants = {
         "rule": getattr(triton_kernels, rule.name),
         "root": triton_kernels.root if backend == "cuda" else triton_kernels.scaled_root,
         "scalar_names": rule.scalars,
         "states": states,
         "formats": tuple(fmt.code for fmt in kernel.formats),
-        "epilogue": None,
-        "epilogue_scalars": (),
-        "n_sums": 0,
-        "block": own.block(kernel.formats),
+        "epilogues": epilogues,
+        "sizes": sizes,
+        "block": own.block(kernel.formats, sum(of_one[2] for of_one in sizes)),
         **(constants or {}),
     }
     types = {"chunks": "*i64", "places": "*i64", "moving": "*i64", "rows": "*fp64", "control": "*fp64"}
-    signature = {**types, "place_words": "i32", "chunk_size": "i32", **dict.fromkeys(constants, "constexpr")}
+    numbers = dict.fromkeys(("place_words", "row_words", "chunk_size"), "i32")
+    signature = {**types, **numbers, **dict.fromkeys(constants, "constexpr")}
     names = triton_kernels.step_kernel.arg_names
     assert list(signature) == names, names
     values = {(names.index(name),): value for name, value in constants.items()}

@@ -60,7 +60,8 @@ def name(kernel: Kernel) -> str:
     arithmetic = "double" if kernel.param == formats.FLOAT64 else "float"
     asked = [str(state.name in states).lower() for state in rule.states if state.asked_by]
     names = (_FORMATS[own] for own in (kernel.param, kernel.grad, kernel.state))
-    parts = (f"{rule.title}<{', '.join([arithmetic, *asked])}>", *names, f"NoEpilogue<{arithmetic}>")
+    epilogue = "".join(own.capitalize() for own in kernel.epilogues) or "NoEpilogue"
+    parts = (f"{rule.title}<{', '.join([arithmetic, *asked])}>", *names, f"{epilogue}<{arithmetic}>")
     return ", ".join(f"wd::cuda::{part}" for part in parts)
 
 

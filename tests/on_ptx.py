@@ -48,7 +48,13 @@ def kernel_of(rule: Rule, spec: Spec) -> codegen.Kernel:
     (param, grad), states = spec.formats[:2], [codegen.signed(fmt) for fmt in spec.formats[2 : 2 + len(spec.states)]]
     assert len(set(states)) <= 1, f"no kernel is compiled of the formats {[fmt.name for fmt in states]}"
     state = states[0] if states else format_of(arithmetic_dtype(param.dtype))
-    return codegen.Kernel(_KIND_OF[rule.name, spec.states], param, grad, state)
+    names = tuple(own.name for own in spec.epilogues if own.name in codegen.EPILOGUES)
+    return codegen.Kernel(_KIND_OF[rule.name, spec.states], param, grad, state, names)
+
+
+def is_probe(spec: Spec) -> bool:
+    """Has it the epilogue that tests alone have?"""
+    return any(own.name not in codegen.EPILOGUES for own in spec.epilogues)
 
 
 class Launch:
@@ -76,7 +82,7 @@ class Launch:
 
     def run(self) -> None:
         arguments = self.arguments(self.tables)
-        reduces = self.bucket.spec.epilogue is not None
+        reduces = any(own.sums for own in self.bucket.spec.epilogues)
         self.report = ptx.launch(self.kernel, self.blocks, arguments, self.memory, threads=THREADS, unwritten=reduces)
 
 
@@ -212,7 +218,7 @@ class TritonOnPTX(OnPTX, Triton):
     def launch(self, table: Table, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
         """The product's own, whose kernels are these."""
         kernel = kernel_of(table.rule, bucket.spec)
-        of = triton_kernel if bucket.spec.epilogue is None else triton_probe
+        of = triton_kernel if not is_probe(bucket.spec) else triton_probe
         own = _TritonKernel(self, of(self.version, self.target, kernel), kernel, table, bucket)
         names = SimpleNamespace(
             step_kernel=own, root="root", scaled_root="scaled_root", **{rule: rule for rule in RULES}
@@ -293,26 +299,28 @@ class _TritonKernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def go(*arguments: Any, **how: Any) -> None:
             tables = list(arguments[:5])
-            words, size, rule, root, scalars, states, formats, *also, block = arguments[5:]
+            words, row_words, size, rule, root, scalars, states, formats, epilogues, sizes, block = arguments[5:]
             # What the PTX was compiled for (bench/codegen.py, tests/compiled.py) is what the launch says.
             own, spec = self.table.rule, self.bucket.spec
             assert (rule, root, scalars, states) == (own.name, "root", own.scalars, spec.states)
             assert words == tables[1].shape[1]
-            if spec.epilogue is None:
+            assert row_words == tables[3].shape[1] >= len(scalars) + sum(of_one[0] for of_one in sizes)
+            assert epilogues == tuple(own.in_triton() for own in spec.epilogues)
+            if not is_probe(spec):
                 assert formats == tuple(fmt.code for fmt in self.which.formats)
-                assert also == [None, (), 0]
-                assert block == triton_backend.block(self.which.formats)
+                assert block == triton_backend.block(self.which.formats, sum(of_one[2] for of_one in sizes))
             else:
                 assert formats[:-2] == tuple(fmt.code for fmt in self.which.formats)
-                assert also[1:] == [("fade", "weight"), 2]
+                assert sizes[0][:3] == (2, 2, 2)
                 assert block == 1024
             assert how == {"num_warps": THREADS // 32, "enable_fp_fusion": False}
             assert all(tensor.data_ptr() % 16 == 0 for tensor in tables)  # Triton looks, and compiles for it
             assert size % 16 == 0
             launch = Launch(self.kernel, self.table, self.bucket, tables)
             launch.blocks = grid[0]
-            scratch = [0] * (len(self.kernel.parameters) - 7)  # Triton's own, which these kernels do not use
-            self.backend.step(launch, lambda tables: [*(t.data_ptr() for t in tables), words, size, *scratch])
+            scratch = [0] * (len(self.kernel.parameters) - 8)  # Triton's own, which these kernels do not use
+            numbers = [words, row_words, size, *scratch]
+            self.backend.step(launch, lambda tables: [*(t.data_ptr() for t in tables), *numbers])
 
         return go
 
@@ -329,7 +337,7 @@ class CUDAOnPTX(OnPTX, CUDA):
         self.target = target
 
     def launch(self, table: Table, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
-        of = cuda_kernel if bucket.spec.epilogue is None else cuda_probe
+        of = cuda_kernel if not is_probe(bucket.spec) else cuda_probe
         self._own = of(self.target, kernel_of(table.rule, bucket.spec)), table, bucket
         return super().launch(table, bucket, size, there)
 

@@ -6,7 +6,7 @@ import triton
 
 
 @triton.jit
-def probe(before, after, g, u, states, names, outputs, scalars):  # type: ignore[no-untyped-def]
+def probe(before, after, g, u, states, outputs, scalars):  # type: ignore[no-untyped-def]
     fade, weight = scalars
     moved = after - before
     trace = fade * outputs[0] + weight * moved

@@ -112,9 +112,9 @@ words, numbers = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch
 for dtype in (torch.float32, torch.bfloat16):
     formats = tuple(format_of(d) for d in (dtype, dtype, torch.float32, torch.float32))
     for size, offset in ((1024, 0), (2048, 16), (16384, 32)):
-        arguments = (words[offset:], words, words[16:], numbers, numbers[16:], 6 + offset, size, kernels.adamw,
-                     kernels.root, ADAMW.scalars, ("exp_avg", "exp_avg_sq"), tuple(f.code for f in formats),
-                     None, (), 0, triton.block(formats))
+        arguments = (words[offset:], words, words[16:], numbers, numbers[16:], 6 + offset, 20 + offset, size,
+                     kernels.adamw, kernels.root, ADAMW.scalars, ("exp_avg", "exp_avg_sq"),
+                     tuple(f.code for f in formats), (), (), triton.block(formats))
         how = triton.options(formats, 32, 90)
         compiled = kernels.step_kernel.warmup(*arguments, grid=(1,), **how)
         print(known(), compiled.metadata.num_warps, compiled.metadata.enable_fp_fusion)

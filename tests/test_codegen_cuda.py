@@ -124,7 +124,7 @@ def test_the_library_loads_and_says_what_it_is() -> None:
     assert Path(path).resolve() == codegen_cuda.LIBRARY.resolve()
     assert re.fullmatch(r"CUDA \d+\.\d+ for 8\.0, 9\.0, 10\.0 and its PTX", built)
     assert schema.startswith("wd_kernels::cuda_step_(int token, Tensor chunks, Tensor places, Tensor moving, ")
-    assert "there is no CUDA kernel for this rule, this epilogue and these storage formats" in formats
+    assert "there is no CUDA kernel for this rule, these epilogues and these storage formats" in formats
     assert "formats must name 2 to 16 roles" in roles
     assert "Could not run 'wd_kernels::cuda_step_' with arguments from the 'CPU' backend" in device
 

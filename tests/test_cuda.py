@@ -44,7 +44,7 @@ def arguments(n: int = 1024, offset: int = 0, aligned: int = 1) -> dict[str, Any
         "chunk_size": 1024,
         "rule": 0,
         "variant": 0,
-        "epilogue": 0,
+        "epilogues": 0,
         "formats": FORMATS,
         "rows": row,
         "keep": (theta, *others),
@@ -69,18 +69,18 @@ def step(given: dict[str, Any], token: int | None = None) -> None:
         ("places", torch.zeros(2, 5, dtype=torch.int64), "2 places beside 1 segments"),
         ("moving", torch.zeros(4, dtype=torch.int64), "moving must have 4 columns"),
         ("rows", torch.zeros(1, 10, dtype=f64), f"rows must have {WIDTH} columns"),
-        ("rows", torch.zeros(1, 13), "rows must be a contiguous"),
+        ("rows", torch.zeros(1, WIDTH), "rows must be a contiguous"),
         ("control", torch.zeros(3, dtype=f64), "control must hold grad_factor and skip"),
         ("chunk_size", 1000, "chunk_size=1000: expected a multiple of 1024"),
         ("chunk_size", 0, "chunk_size=0: expected a multiple of 1024"),
         ("chunk_size", 2**31, "expected a multiple of 1024"),
         ("formats", [2], "formats must name 2 to 16 roles"),
-        ("formats", [2, 1, 2, 2], "no CUDA kernel for this rule, this epilogue and these"),
-        ("formats", [3, 3, 4, 4], "no CUDA kernel for this rule, this epilogue and these"),
+        ("formats", [2, 1, 2, 2], "no CUDA kernel for this rule, these epilogues and these"),
+        ("formats", [3, 3, 4, 4], "no CUDA kernel for this rule, these epilogues and these"),
         ("rule", 7, "no CUDA kernel for this rule"),
         ("variant", 1, "no CUDA kernel for this rule"),
         ("variant", 2, "no CUDA kernel for this rule"),
-        ("epilogue", 1, "no CUDA kernel for this rule"),
+        ("epilogues", 1 << 3, "no CUDA kernel for this rule"),
     ],
 )
 def test_bad_arguments_are_named(name: str, value: Any, message: str) -> None:
@@ -138,7 +138,7 @@ def begin(which: int = -1, other: Any = None, rule: int = 0, token: int | None =
     limits = torch.tensor([0.0, math.inf, 0.0, math.inf, 1.0, 0.0, 0.0, math.nan], dtype=f64)
     settings = torch.full((1, len(ADAMW.settings)), 0.5, dtype=f64)
     settings[0, ADAMW.settings.index("eta")], settings[0, ADAMW.settings.index("base_lr")] = 1.0, 0.0
-    sources, window = torch.zeros(1, len(ADAMW.settings) + 3, dtype=torch.int64), Window.empty()
+    sources, window = torch.zeros(1, len(ADAMW.settings) + 5, dtype=torch.int64), Window.empty()
     keys, active = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([1, 0])
     tensors = [
         bank.sums, bank.totals, bank.slots_of, limits, bank.one, bank.zero, settings, sources, keys, active, bank.steps,
@@ -163,7 +163,8 @@ def begin(which: int = -1, other: Any = None, rule: int = 0, token: int | None =
         (10, torch.zeros(2, dtype=f64), "steps must be a contiguous"),
         (13, torch.zeros(2, dtype=f64), "the tensors of groups do not belong together"),
         (15, torch.zeros(1, 2 * WIDTH, dtype=f64)[:, ::2], "rows must be a contiguous"),
-        (15, torch.zeros(2, WIDTH, dtype=f64), "the tensors do not belong together"),
+        (15, torch.zeros(2, WIDTH + 2, dtype=f64), "the tensors do not belong together"),
+        (15, torch.zeros(1, WIDTH, dtype=f64), "the rows of this rule and of averages have"),
         (19, torch.zeros(2, 1000, dtype=f64), "what spikes are told by"),
     ],
 )
@@ -183,7 +184,8 @@ def test_the_begin_of_a_step_by_hand() -> None:
     assert bank.control.tolist() == [1.0, 0.0]
     assert math.isnan(bank.found[0].item())
     assert bank.rows is not None
-    row = dict(zip(ADAMW.scalars, bank.rows[0].tolist(), strict=True))
+    row = dict(zip((*ADAMW.scalars, "kept", "not_kept"), bank.rows[0].tolist(), strict=True))
+    assert (row["kept"], row["not_kept"]) == (1.0, 0.0)
     assert (row["t"], row["step_size"], row["seed"], row["grad_scale"]) == (1.0, 1.0, 0.5, 0.5)
     assert row["inv_sqrt_bias2"] == 1 / math.sqrt(0.5)
 
@@ -277,7 +279,7 @@ def two_gpus(with_cuda: Any) -> Any:
     """cuda:0 is too old for the library, and cuda:1 is not; what `wrong` says of it comes before."""
     wrong: list[str] = []
 
-    def cuda_load(device: int, rule: int, variant: int, epilogue: int, formats: list[int]) -> str:
+    def cuda_load(device: int, rule: int, variant: int, epilogues: int, formats: list[int]) -> str:
         return wrong.pop() if wrong else ("" if device else "no kernel image is available for execution on the device")
 
     ops = SimpleNamespace(cuda_load=cuda_load, cuda_built=lambda: "CUDA 13.0 for 8.0, 9.0, 10.0 and its PTX")

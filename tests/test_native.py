@@ -103,7 +103,7 @@ def arguments(**changed: Any) -> dict[str, Any]:
         "chunk_size": 1024,
         "rule": 0,
         "variant": 0,
-        "epilogue": 0,
+        "epilogues": 0,
         "formats": [2, 2, 2, 2],
         "rows": torch.zeros(2, W, dtype=f64),
     }
@@ -161,7 +161,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"formats": [2] * 17}, "formats must name 2 to 16 roles"),
     (
         {"formats": [2, 2]},
-        "no CPU kernel for this rule, this epilogue and these storage formats",
+        "no CPU kernel for this rule, these epilogues and these storage formats",
     ),  # AdamW without states
     ({"formats": [2, 2, 2, 2, 2]}, "no CPU kernel"),  # AMSGrad's formats, AdamW's variant
     ({"variant": 1}, "no CPU kernel"),
@@ -171,7 +171,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"formats": [0, 0, 0, 0]}, "no CPU kernel"),
     ({"formats": [9, 9, 9, 9]}, "no CPU kernel"),
     ({"rule": 99}, "no CPU kernel"),
-    ({"epilogue": 1}, "no CPU kernel"),  # tests have one of that number
+    ({"epilogues": 1 << 3}, "no CPU kernel"),  # tests have one of that number
     ({"rule": -1}, "no CPU kernel"),
     ({"rule": 1}, "no CPU kernel"),  # SGDW with two states
     *(({name: arguments()[name].to("meta")}, f"{name} must be a contiguous CPU tensor of")
@@ -185,13 +185,13 @@ REFUSED_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"moving": naming_row(2)}, "segment 1 names row 2 of 2"),
     ({"moving": naming_row(-1)}, "segment 1 names row -1 of 2"),
     ({"rows": torch.zeros(2, W)}, f"rows {FLOAT64}"),
-    ({"rows": torch.zeros(2 * W, dtype=f64)}, f"rows must have {W} columns"),
+    ({"rows": torch.zeros(2 * W, dtype=f64)}, "rows must have two dimensions"),
     ({"rows": torch.zeros(W, 2, dtype=f64).t()}, f"rows {FLOAT64}"),
     ({"rows": torch.zeros(0, W, dtype=f64)}, "segment 0 names row 0 of 0"),
     ({"rows": torch.zeros(2, W - 1, dtype=f64)}, f"rows must have {W} columns"),
     ({"rows": torch.zeros(2, len(SGDW.scalars), dtype=f64)}, f"rows must have {W} columns"),
     ({"rows": torch.zeros(2, W, dtype=f64, device="meta")}, f"rows {FLOAT64}"),
-    ({"rule": 1, "formats": [2, 2]}, f"rows must have {len(SGDW.scalars)} columns"),
+    ({"rule": 1, "formats": [2, 2], "rows": torch.zeros(2, 13, dtype=f64)}, "rows must have 14 columns"),
 ]
 
 

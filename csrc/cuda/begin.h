@@ -123,6 +123,12 @@ WD_HOST_DEVICE inline double kept_of_average(const int64_t* words, int64_t t) {
   return t > length ? 1 - 1 / double(t - length + 1) : 0;
 }
 
+// Scalars of a row that is made here: those of the rule, then the average's.
+template <class Rule>
+WD_HOST_DEVICE constexpr int row_width() {
+  return width_of<Rule>() + width_of<Average<double>>();
+}
+
 // One block of lanes.
 template <class Rule>
 WD_HOST_DEVICE inline void begin_step(const Begin& of) {
@@ -262,7 +268,7 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
       const int64_t t = int64_t(of.steps[param]) + 1;
       row.count(t, of.fresh[param] != 0);
       __builtin_memcpy(scalars, &row, sizeof(Rule));
-      double* const to = of.rows + int64_t(r) * (width_of<Rule>() + width_of<Average<double>>());
+      double* const to = of.rows + int64_t(r) * row_width<Rule>();
       WD_UNROLL
       for (int k = 0; k < width_of<Rule>(); ++k) to[k] = scalars[k];
       const double kept = kept_of_average(of.sources + group * (width + kSourceWords) + width, t);
@@ -303,13 +309,17 @@ const void* find_sum(int64_t param, int64_t grad, bool accumulates) {
   return accumulates ? find_sum_of<Of, true>(param, grad) : find_sum_of<Of, false>(param, grad);
 }
 
-// `Of<Rule>::entry()` for a rule by its number: rows are the same whatever its states.
+// With the code `Of<Rule>::entry()` for a rule by its number: rows are the same whatever its states.
 template <template <class> class Of>
-const void* find_begin(int64_t rule) {
+const BeginKernel* find_begin_with(int64_t rule) {
   using T = double;
 #define WD_ROW(number, bits, ...) WD_ROW_##bits(number, __VA_ARGS__)
-#define WD_ROW_0(number, ...) \
-  if (rule == number) return Of<__VA_ARGS__>::entry();
+#define WD_ROW_0(number, ...)                                                             \
+  if (rule == number) {                                                                   \
+    static const BeginKernel found = {Of<__VA_ARGS__>::entry(), row_width<__VA_ARGS__>(), \
+                                      kOwnSettings + __VA_ARGS__::kOwn};                  \
+    return &found;                                                                        \
+  }
 #define WD_ROW_1(number, ...)
   WD_EACH_RULE(WD_ROW)
 #undef WD_ROW

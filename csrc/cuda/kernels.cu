@@ -66,7 +66,7 @@ const void* find_squares(int64_t param, int64_t grad, bool accumulates) {
   return find_sum<Squares>(param, grad, accumulates);
 }
 
-const void* find_begin(int64_t rule) { return find_begin<BeginStep>(rule); }
+const BeginKernel* find_begin(int64_t rule) { return find_begin_with<BeginStep>(rule); }
 
 const char* load(const void* entry) {
   cudaFuncAttributes attributes;

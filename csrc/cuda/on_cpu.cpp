@@ -35,7 +35,7 @@ const void* find_squares(int64_t param, int64_t grad, bool accumulates) {
   return find_sum<Squares>(param, grad, accumulates);
 }
 
-const void* find_begin(int64_t rule) { return find_begin<BeginOf>(rule); }
+const BeginKernel* find_begin(int64_t rule) { return find_begin_with<BeginOf>(rule); }
 
 const char* launch_squares(const void* entry, int64_t blocks, const Launch& what, int64_t copies, int64_t stride,
                            void*) {

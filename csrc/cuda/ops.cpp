@@ -93,10 +93,10 @@ const void* squares_of(int64_t param, int64_t grad, bool accumulates) {
   return entry;
 }
 
-const void* begin_of(int64_t rule) {
-  const void* entry = find_begin(rule);
-  STD_TORCH_CHECK(entry != nullptr, "there is no CUDA kernel that begins steps of this rule");
-  return entry;
+const BeginKernel& begin_of(int64_t rule) {
+  const BeginKernel* found = find_begin(rule);
+  STD_TORCH_CHECK(found != nullptr, "there is no CUDA kernel that begins steps of this rule");
+  return *found;
 }
 
 // Adds the squares of the gradients of one bucket to the exact sums that its places name; `copies` of these, `stride`
@@ -121,7 +121,7 @@ void squares_(int64_t given, const Tensor chunks, const Tensor places, const Ten
 void begin_(int64_t given, int64_t rule, std::vector<Tensor> tensors) {
   STD_TORCH_CHECK(given == token(), "cuda_begin_ is for this package alone");
   STD_TORCH_CHECK(tensors.size() == 22, "cuda_begin_: 22 tensors");
-  const void* entry = begin_of(rule);
+  const BeginKernel& kernel = begin_of(rule);
   const int32_t device = tensors[0].get_device_index();
   size_t at = 0;
   const auto next = [&](const char* name, ScalarType dtype, int64_t dimensions) {
@@ -155,6 +155,9 @@ void begin_(int64_t given, int64_t rule, std::vector<Tensor> tensors) {
                   "cuda_begin_: the tensors do not belong together");
   STD_TORCH_CHECK(last.size(0) == 2 && last.size(1) == kBlock && seen.numel() == 2 && loss.numel() == 1,
                   "cuda_begin_: what spikes are told by");
+  STD_TORCH_CHECK(rows.size(1) == kernel.width && width == kernel.settings,
+                  "cuda_begin_: the rows of this rule and of averages have ", kernel.width, " scalars, its groups ",
+                  kernel.settings, " settings");
   const auto pointer = [](const Tensor& tensor) { return tensor.mutable_data_ptr(); };
   const Begin what = {static_cast<int64_t*>(pointer(sums)),
                       static_cast<int64_t*>(pointer(totals)),
@@ -184,7 +187,7 @@ void begin_(int64_t given, int64_t rule, std::vector<Tensor> tensors) {
                       int32_t(rows.size(0)),
                       int32_t(active.numel())};
   const Device current(device);
-  const char* wrong = launch_begin(entry, what, current.stream());
+  const char* wrong = launch_begin(kernel.entry, what, current.stream());
   STD_TORCH_CHECK(wrong == nullptr, "a step on cuda:", device, " could not be begun: ", wrong);
 }
 
@@ -203,7 +206,7 @@ std::string load_squares_on(int64_t device, int64_t param, int64_t grad, bool ac
   return load_entry(device, squares_of(param, grad, accumulates));
 }
 
-std::string load_begin_on(int64_t device, int64_t rule) { return load_entry(device, begin_of(rule)); }
+std::string load_begin_on(int64_t device, int64_t rule) { return load_entry(device, begin_of(rule).entry); }
 
 std::string built() { return WD_BUILT; }
 

@@ -123,8 +123,7 @@ Launches::Launches(PyObject* launches, PyObject* rows) : launches_(launches) {
     const cpu::Plan* const own = plan_of(PyList_GetItem(launches, i));
     if (own == nullptr) continue;
     const Memory memory = memory_of(rows, "rows", "float64", -1);
-    require(memory.columns >= own->kernel.width, "rows have " + std::to_string(memory.columns) + " scalars; of " +
-                                                     std::to_string(own->kernel.width) + " a step is made");
+    require(memory.columns >= own->kernel.width, "rows must have " + std::to_string(own->kernel.width) + " columns");
     rows_ = memory.as<const double>(), row_width_ = memory.columns;
     plans_.push_back({own, cpu::count_elements(*own, memory.rows)});
     elements_ += plans_.back().elements;

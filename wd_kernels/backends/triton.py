@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..epilogues import Epilogue
 from ..layout import BLOCK, Bucket, Spec, Table
 from ..norms import Bank, Norms
 from ..rules import Rule
@@ -64,12 +65,12 @@ def block(formats: tuple[Any, ...], sums: int = 0) -> int:
     return BLOCK // 2 if formats[0].dtype == torch.float64 and not sums else BLOCK
 
 
-def with_sizes(spec: Spec) -> tuple[tuple[Any, ...], tuple[tuple[int, int, int, str], ...]]:
-    """The functions of a bucket's epilogues, and what the kernel must know of each (`step_kernel`)."""
-    functions = tuple(own.in_triton() for own in spec.epilogues)
+def with_sizes(epilogues: Sequence[Epilogue]) -> tuple[tuple[Any, ...], tuple[tuple[int, int, int, str], ...]]:
+    """The functions of epilogues, and what the kernel must know of each (`step_kernel`)."""
+    functions = tuple(own.in_triton() for own in epilogues)
     sizes = [
         (len(own.scalars), len(own.outputs), len(own.sums), str(getattr(function, "cache_key", "")))
-        for own, function in zip(spec.epilogues, functions, strict=True)
+        for own, function in zip(epilogues, functions, strict=True)
     ]
     return functions, tuple(sizes)
 
@@ -162,7 +163,7 @@ class Triton(OnDevice):
 
     def launch(self, table: Table, bucket: Bucket, size: int, there: There) -> Callable[[], None]:
         kernels, spec, chunks = _kernels(), bucket.spec, there[bucket.index]
-        epilogues, sizes = with_sizes(spec)
+        epilogues, sizes = with_sizes(spec.epilogues)
         own_arguments = (
             chunks, there["places"], there["moving"], there["rows"], there["control"], there["places"].shape[1],
             there["rows"].shape[1], size, getattr(kernels, table.rule.name),

@@ -452,7 +452,7 @@ def of_one(values, first: tl.constexpr, sizes: tl.constexpr, e: tl.constexpr, wh
 
 
 @triton.jit
-def average(before, after, g, u, states, names: tl.constexpr, outputs, scalars):
+def average(before, after, g, u, states, outputs, scalars):
     """Section 8's average of a parameter: (outputs, summands)."""
     ema_decay, one_minus_ema_decay = scalars
     return (lerp(outputs[0], after, ema_decay, one_minus_ema_decay),), ()
@@ -546,7 +546,7 @@ def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constex
     for e in tl.static_range(len(epilogues)):
         after = tl.where(frozen, values[0], as_stored(theta, formats[0], keys[0], places, 0))
         outputs, summands = epilogues[e](
-            values[0], after, g, u, new, states, of_one(values, 2 + len(states), sizes, e, 1),
+            values[0], after, g, u, new, of_one(values, 2 + len(states), sizes, e, 1),
             of_one(scalars, len(scalar_names), sizes, e, 0),
         )  # fmt: skip
         for role in tl.static_range(place(sizes, e, 1, 2 + len(states)), place(sizes, e + 1, 1, 2 + len(states))):
