@@ -4,13 +4,12 @@ python bench/averages.py [> bench/results/averages.txt]
 python bench/averages.py --device cuda [> bench/results/averages-gpu.txt]
 
 Bytes of an AdamW step in float32: 28 an element; ours reads and writes the average too (36), AveragedModel reads the
-weights once more (40). timm's ModelEmaV3 takes part where it is installed.
+weights once more (40).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
@@ -39,21 +38,15 @@ def model_of(make: Callable[[], list[nn.Parameter]]) -> nn.Module:
     return own
 
 
-def averaged(average: str, optimizer: Any, make: Callable[[], list[nn.Parameter]]) -> Callable[[], object]:
-    """A step, and the update of somebody's average after it."""
+def averaged(optimizer: Any, make: Callable[[], list[nn.Parameter]]) -> Callable[[], object]:
+    """A step, and the update of torch's average after it."""
     model = model_of(make)
     opt = optimizer(model.parameters())
-    if average == "timm":
-        from timm.utils import ModelEmaV3
-
-        update = partial(ModelEmaV3(model, decay=DECAY).update, model)
-    else:
-        own = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))  # type: ignore[no-untyped-call]
-        update = partial(own.update_parameters, model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))  # type: ignore[no-untyped-call]
 
     def step() -> None:
         opt.step()
-        update()
+        average.update_parameters(model)
 
     return step
 
@@ -63,9 +56,8 @@ def sides(make: Callable[[], list[nn.Parameter]]) -> dict[str, Callable[[], obje
     torchs = partial(torch.optim.AdamW, fused=True, **options)
     plain = partial(wd_kernels.AdamW, **options)
     found: dict[str, Callable[[], object]] = {
-        "torch": averaged("torch", torchs, make),
-        "torch + timm": averaged("timm", torchs, make) if importlib.util.find_spec("timm") else lambda: None,
-        "ours + torch": averaged("torch", plain, make),
+        "torch": averaged(torchs, make),
+        "ours + torch's": averaged(plain, make),
         "ours": plain(make(), ema_decay=DECAY).step,
         "torch, step": torchs(make()).step,
         "ours, step": plain(make()).step,
@@ -80,8 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     versions = ", ".join(f"{key} {value}" for key, value in internals.versions_here().items())
     where = f"; {torch.cuda.get_device_name()}" if arguments.device == "cuda" else ""
-    print(f"{date.today()}; {versions}{where}\nAdamW, median ms (quartiles): a step and its average, and a step alone\n")
-    names = ["torch", "torch + timm", "ours + torch", "ours", "torch, step", "ours, step"]
+    print(
+        f"{date.today()}; {versions}{where}\nAdamW, median ms (quartiles): a step and its average, and a step alone\n"
+    )
+    names = ["torch", "ours + torch's", "ours", "torch, step", "ours, step"]
     print(f"{'tensors':>14}  {'':<9}  " + "  ".join(f"{name:>22}" for name in names) + "  torch / ours")
     for (tensors, elements, dtype), most in CASES.items():
         rounds = 2 if arguments.rehearse else most

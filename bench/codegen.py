@@ -181,7 +181,7 @@ def kernels(every: bool = False) -> list[Kernel]:
             found.setdefault(str(own), own)
     for rule, formats, epilogue in product(KINDS, EPILOGUE_FORMATS, EPILOGUES):
         own = Kernel(rule, *formats, (epilogue,))
-        if every or rule in ("adamw", "sgdw"):
+        if every or rule in ("adamw", "sgdw") or formats[0] == FLOAT32:
             found.setdefault(str(own), own)
     return list(found.values())
 

@@ -17,6 +17,7 @@ from on_cpu import OnCPU
 from torch import Tensor, nn
 
 import wd_kernels
+from wd_kernels import averages
 from wd_kernels.backends import BACKENDS
 from wd_kernels.schedules import Warmup
 from wd_kernels.sharding import local
@@ -43,7 +44,7 @@ def table() -> dict[tuple[str, str], str]:
 
 FEATURES = (
     "clipping", "by value", "scaling", "skipping", "spikes", "capture", "release", "sharding", "formats", "flat",
-    "accumulation", "schedules",
+    "accumulation", "schedules", "averages",
 )  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "clipping": {"max_grad_norm": 0.5},
@@ -53,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "capture": {"capturable": True},
     "formats": {"master_weights": "split24", "state_dtype": "int8", "seed": 5},
     "schedules": {"schedule": Warmup(4)},
+    "averages": {"ema_decay": averages.WarmedEMA(0.75), "ema_dtype": "float32"},
 }
 #: What an error says, by the feature that meets another.
 ERRORS = {
@@ -129,7 +131,8 @@ def life(features: frozenset[str], backend: str, graphs: Any, mesh: Any = None) 
 
 def check(features: frozenset[str], mesh: Any = None) -> None:
     """The life of a device's backend has the reference's bits, captured or not; and it is one that does something."""
-    backend = "triton" if {"accumulation", "formats"} <= features else "cuda"  # which has none for such gradients
+    # CUDA C++ has none of these formats for such gradients, and none that writes averages.
+    backend = "triton" if "formats" in features and features & {"accumulation", "averages"} else "cuda"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(BACKENDS, "cuda", OnCPU())
         graphs = graphs_of(Engine("cuda", "on_cpu"), patch) if "capture" in features else None

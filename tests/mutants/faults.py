@@ -587,9 +587,109 @@ CPU_EPILOGUES = _of(
     ),
     (
         "cpu: a later thread's sums go where the first one's do",
-        "(own.begin + done) / kBlock * epilogue->sums",
-        "done / kBlock * epilogue->sums",
+        "(own.begin + done) / kBlock * sums;",
+        "done / kBlock * sums;",
     ),
+)
+
+CPU_AVERAGES = _of(
+    "csrc/cpu/mover.inc",
+    "averages",
+    (
+        "cpu: what follows a loop of its own begins late",
+        "done % kPiece == 0) step",
+        "done % kPiece == 0 && done > 0) step",
+    ),
+    (
+        "cpu: the loop of formats takes outputs for parts",
+        "if (role < outputs || role >= kernel.roles)",
+        "if (role < kernel.roles + kernel.parts)",
+    ),
+    (
+        "cpu: a loop of its own leaves the last piece",
+        "count - done < kPiece ? count : done + kPiece",
+        "done + kPiece < count ? done + kPiece : done",
+    ),
+    (
+        "cpu: rows lie as far apart as this kernel reads",
+        "launch.rows + own.moving.row * launch.row_width",
+        "launch.rows + own.moving.row * kernel.width",
+    ),
+)
+
+AVERAGES_NATIVE = _of(
+    "csrc/epilogues.h",
+    "averages",
+    (
+        "native: an average is of the weight alone",
+        "lerp(output[0], of.after, ema_decay, one_minus_ema_decay)",
+        "lerp(of.after, of.after, ema_decay, one_minus_ema_decay)",
+    ),
+) + _of(
+    "csrc/cuda/begin.h",
+    "averages",
+    ("cuda: an average is looked up a step late", "table[place_in(t - 1, length)]", "table[place_in(t, length)]"),
+    (
+        "cuda: a mean begins a step late",
+        "t > length ? 1 - 1 / double(t - length + 1) : 0",
+        "t > length + 1 ? 1 - 1 / double(t - length + 1) : 0",
+    ),
+)
+
+AVERAGES_TRITON = _of(
+    "wd_kernels/backends/triton_begin.py",
+    "averages",
+    ("triton: an average is looked up a step late", "tl.minimum(t - 1, length - 1)", "tl.minimum(t, length - 1)"),
+    ("triton: a mean has one weight more", "1.0 / (past + 1).to(tl.float64)", "1.0 / (past + 2).to(tl.float64)"),
+) + _of(
+    "wd_kernels/backends/triton_kernels.py",
+    "averages",
+    (
+        "triton: what is averaged is not rounded",
+        "lerp(outputs[0], after, ema_decay",
+        "lerp(outputs[0], before, ema_decay",
+    ),
+)
+
+AVERAGES = (
+    _of(
+        "wd_kernels/averages.py",
+        "averages",
+        ("averages: they begin a step early", "past = t - self.after - 1", "past = t - self.after"),
+        ("averages: they settle a step late", "return self.after + 1 + first", "return self.after + 2 + first"),
+        ("averages: a number begins with the first step", "return EMA(number, after=-1)", "return EMA(number)"),
+    )
+    + _of(
+        "wd_kernels/averaging.py",
+        "averages",
+        ("averages: a swap keeps no copy", "(p, local(p).detach().clone())", "(p, local(p).detach())"),
+        (
+            "averages: names that are missing are not missed",
+            "if of is not None and name not in averages]",
+            "if of is not None and name not in names]",
+        ),
+        (
+            "averages: scales are not read",
+            "return load(here, torch.float32, local(own[EMA.scale.name]).detach())",
+            "return here.float()",
+        ),
+    )
+    + _of(
+        "wd_kernels/optimizer.py",
+        "averages",
+        ("averages: a swap may be taken back twice", "if self.opt._swapped is self.swapped:", "if True:"),
+        ("averages: a step while swapped", """        self._refuse_swapped("step()")\n""", ""),
+    )
+    + _of(
+        "wd_kernels/table/inspection.py",
+        "averages",
+        (
+            "averages: they begin as zeros",
+            "store(now, load(theta, arithmetic_dtype(theta.dtype), kept_master), None, scale)",
+            "pass",
+        ),
+        ("averages: a mean begins anywhere", "count > average.after:", "count < 0:"),
+    )
 )
 
 CPU_PLAN = _of(
@@ -672,7 +772,7 @@ CHECK_LAUNCH = _of(
     "csrc/cuda/check_launch.h",
     "cuda native movers",
     ("launch: chunks of any size are accepted", "chunk_size > 0 && chunk_size % kBlock == 0", "chunk_size > 0"),
-    ("launch: rows of another rule are accepted", "ScalarType::Double, width);", "ScalarType::Double, rows.size(1));"),
+    ("launch: rows of another rule are accepted", "rows.size(1) >= width", "rows.size(1) >= 0"),
 )
 
 WALK = _of(
@@ -2215,6 +2315,10 @@ FAULTS: tuple[Fault, ...] = (
     *CPU_PLAN,
     *CPU_MOVER,
     *CPU_EPILOGUES,
+    *CPU_AVERAGES,
+    *AVERAGES_NATIVE,
+    *AVERAGES_TRITON,
+    *AVERAGES,
     *CLIPPING,
     *BY_VALUE,
     *CAPTURE,
