@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ MODES = ("lr_scaled", "independent", "proximal")
 LAWS = ("timescale", "normalized", "per_step")
 RATIOS = st.floats(1 / 64, 64)
 LR = 0.02
+GUIDE = Path(__file__).parent.parent / "docs" / "weight-decay.md"
 
 
 def rest(rule: str, steps: int, **options: Any) -> float:
@@ -196,6 +199,41 @@ def test_a_real_run_of_more_data_forgets_as_many_epochs_back() -> None:
         tuned = weight_decay_for(timescale=5, steps_per_epoch=20, lr=2 * LR, **own)
         grown = scaled_weight_decay(tuned, law="timescale", dataset_size=8, batch_size=2, lr=0.5, **own)
         assert rest("AdamW", 5 * 80, weight_decay=grown, **own) == pytest.approx(1 / math.e, rel=0.002)
+
+
+# The guide ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_guide_s_examples_give_what_they_say() -> None:
+    """docs/weight-decay.md: every block runs, and a line with a number in its comment gives that number."""
+    names: dict[str, Any] = {}
+    checked = 0
+    for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL):
+        exec(block, names)
+        for line in block.splitlines():
+            code, _, comment = line.partition("  # ")
+            if found := re.match(r"[\d.]+", comment):
+                assert eval(code, names) == pytest.approx(float(found[0]), rel=1e-4), line
+                checked += 1
+    assert checked == 12
+
+
+def test_the_guide_s_table_is_what_the_laws_do() -> None:
+    """Each row and law of "k times", for k = 4, with `independent`."""
+    lines = GUIDE.read_text().splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("| k times"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first : first + 9]]
+    laws = [cell.strip('`"') for cell in rows[0][1:]]
+    grown: dict[str, Any] = {
+        "the batch": {"batch_size": 4}, "the data": {"dataset_size": 4}, "the epochs": {"epochs": 4},
+        "the lr": {"lr": 4}, "the width, lr kept": {}, "the width under muP": {"lr": 1 / 4},
+    }  # fmt: skip
+    said = {"k λ": 4.0, "√k λ": 2.0, "λ": 1.0, "λ/√k": 0.5, "λ/k": 0.25}
+    assert {row[0] for row in rows[3:]} == set(grown)
+    for what, *cells in rows[3:]:
+        for law, cell in zip(laws, cells, strict=True):
+            found = scaled_weight_decay(1e-3, law=law, decay="independent", **grown[what])  # type: ignore[arg-type]
+            assert found == pytest.approx(1e-3 * said[cell]), (what, law)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
