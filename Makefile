@@ -26,7 +26,7 @@ TESTS ?= not slow and not gpu
 test: $(NATIVE) $(OLDEST)
 	$(RUN) -m pytest $(PARALLEL) -m "$(TESTS)"
 
-mutants: $(NATIVE) $(OLDEST)  ## plants 534 faults in copies of the product: do the tests that should see each? (some hours)
+mutants: $(NATIVE) $(OLDEST)  ## plants 540 faults in copies of the product: do the tests that should see each? (some hours)
 	$(RUN) tests/mutants/run.py --hints-only $(MUTANTS)
 
 torture: $(NATIVE)  ## what else may run during a step, ours and torch's: exceptions, signals, threads, forks (half an hour)
@@ -50,7 +50,7 @@ codegen: $(NATIVE) $(OLDEST)  ## what the GPU kernels compile to, kept in bench/
 convergence: $(NATIVE)  ## every storage format on real training, and pure weight decay (half an hour)
 	$(RUN) bench/convergence.py $(CONVERGENCE)
 
-study: $(NATIVE)  ## decoupled weight decay, seen: trains grids of networks (10 minutes), goes on where it was interrupted
+study: $(NATIVE)  ## decoupled weight decay, seen: trains grids of networks (half an hour of one core), goes on where it was interrupted
 	$(RUN) bench/study
 
 dist: $(VENV)/ready  ## sdist, and from it the wheel, into dist/

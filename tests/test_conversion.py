@@ -124,6 +124,12 @@ def test_momentum_multiplies_l2() -> None:
     assert back.weight_decay == pytest.approx(0.001, rel=1e-9)
 
 
+def test_steps_in_which_nothing_decays_change_nothing() -> None:
+    """Of a schedule that is 1 or 0 the conversion is that of a constant 1: exact, and 1/(1 + 1) is 1 - 0.5."""
+    found = convert_weight_decay(0.5, "independent", "proximal", lr=LR, schedule=lambda t: float(t % 3 == 1), steps=9)
+    assert found == (1.0, True, 0.0)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     modes=st.permutations(MODES),

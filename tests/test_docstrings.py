@@ -18,7 +18,7 @@ OWN = [
     for name in (
         "backends.device_copy", "clipping", "decay_conversion", "flat.flatten", "functional", "gradient_release",
         "layout", "optim", "optimizer", "param_groups", "rules.scalars", "rules.storage", "scales", "sharding",
-        "state_conversion", "sums",
+        "state_conversion", "sums", "weight_decay_rules",
     )
 ]  # fmt: skip
 OWN += [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,18 @@ from report import replaced
 from semantics import mode_of
 from study import program, report, train
 from study.findings import HELD_OUT, Errors, Findings, Fit, Mean, best_decays, fit
-from study.plan import METHODS, RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids
+from study.plan import GROWTHS, METHODS, RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids, growths
 from study.report import render, section
-from study.train import NOISE, TRAIN, VALIDATION, Networks, Run, split
+from study.train import NOISE, VALIDATION, Networks, Run, split
 from torch.nn import functional as F
 
 import wd_kernels
 from wd_kernels.schedules import Constant, Cosine
 
-TINY = Plan(size=3, epochs=1, seeds=2, budgets=(1, 2, 3), decays=4, finals=2, restarts=(1, 2, 3))
+TINY = Plan(
+    size=3, epochs=1, seeds=2, budgets=(1, 2, 3), decays=4, finals=2, restarts=(1, 2, 3),
+    samples=(32, 64, 128), widths=(4, 8, 16), grown_epochs=(2, 1), grown_decays=5,
+)  # fmt: skip
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -31,12 +36,17 @@ TINY = Plan(size=3, epochs=1, seeds=2, budgets=(1, 2, 3), decays=4, finals=2, re
 def alone(run: Run, config: dict[str, Any], seed: int) -> tuple[int, int]:
     """The numbers of errors of one network, trained by itself, with torch's layers and torch's optimizer."""
     (x, y), *held_out = split(seed, NOISE[run.network])
+    x, y, n = x[: run.samples], y[: run.samples], run.samples // 32
     normalised = run.network == "normalised"
-    weights = []
-    for layer, (fan_in, fan_out) in enumerate(((64, 64), (64, 10))):
+    weights, factors = [], []
+    widths = (64, *run.hidden, 10)
+    for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
         drawn = torch.randn(fan_in, fan_out, generator=torch.Generator().manual_seed(1000 * seed + layer))
-        weights.append(torch.nn.Parameter(drawn * math.sqrt(2 / fan_in)))
-    biases = [torch.nn.Parameter(torch.zeros(n)) for n in (64, 10)]
+        readout = layer == len(run.hidden)
+        shrunk = math.sqrt(run.base / fan_in) if run.base and readout else 1.0  # as 1/width, at the base as ever
+        weights.append(torch.nn.Parameter(drawn * math.sqrt(2 / fan_in) * shrunk))
+        factors.append(run.base / fan_in if run.base and layer > 0 else 1.0)
+    biases = [torch.nn.Parameter(torch.zeros(n)) for n in widths[1:]]
 
     def logits(x: torch.Tensor, statistics: torch.Tensor | None = None) -> torch.Tensor:
         over = x if statistics is None else statistics
@@ -45,16 +55,19 @@ def alone(run: Run, config: dict[str, Any], seed: int) -> tuple[int, int]:
             if normalised:
                 mean, deviation = over.mean(0), over.var(0, correction=0).sqrt()
                 x, over = (x - mean) / deviation, (over - mean) / deviation
-            if w is weights[0]:
+            if w is not weights[-1]:
                 x, over = x.relu(), over.relu()
         return 3 * x if normalised else x
 
     params = weights if normalised else [*weights, *biases]
-    opt = torch.optim.SGD(params, lr=config["lr"], momentum=0.9, weight_decay=config["weight_decay"])
+    factors += [1.0] * (len(params) - len(weights))
+    groups = [{"params": [p]} for p in params]
+    opt = torch.optim.SGD(groups, lr=config["lr"], momentum=0.9, weight_decay=config["weight_decay"])
     order = torch.Generator().manual_seed(seed)
     for t in range(run.epochs):
-        for k, batch in enumerate(torch.randperm(TRAIN, generator=order).split(32)[:18]):
-            opt.param_groups[0]["lr"] = config["lr"] * config["schedule"](18 * t + k)
+        for k, batch in enumerate(torch.randperm(run.samples, generator=order).split(32)[:n]):
+            for group, factor in zip(opt.param_groups, factors, strict=True):
+                group["lr"] = config["lr"] * factor * config["schedule"](n * t + k)
             opt.zero_grad()
             F.cross_entropy(logits(x[batch]), y[batch]).backward()
             opt.step()
@@ -63,11 +76,15 @@ def alone(run: Run, config: dict[str, Any], seed: int) -> tuple[int, int]:
     return found[0], found[1]
 
 
+GROWN: list[dict[str, Any]] = [{}, {"samples": 128}, {"hidden": (24, 40)}, {"hidden": (24, 40), "base": 8}]
+
+
+@pytest.mark.parametrize("grown", GROWN, ids=["", "fewer data", "wider", "wider, muP"])
 @pytest.mark.parametrize("network", NOISE)
-def test_networks_of_a_batch_are_trained_as_if_alone(network: str) -> None:
+def test_networks_of_a_batch_are_trained_as_if_alone(network: str, grown: dict[str, Any]) -> None:
     """Every configuration and seed, against one that torch trains by itself: the same errors on held-out digits."""
     configs = tuple(METHODS["SGD-L2"].config(lr, decay, Cosine(36)) for lr, decay in ((0.1, 0.01), (0.02, 0.2)))
-    run = Run("some", network, "SGDW", configs, epochs=2, seeds=2, first_seed=5)
+    run = Run("some", network, "SGDW", configs, epochs=2, seeds=2, first_seed=5, **grown)
     found = train.train(run)
     for k, config in enumerate(configs):
         for s, seed in enumerate(run.draws):
@@ -133,7 +150,7 @@ def test_the_plan_is_what_was_promised() -> None:
             assert len({c["lr"] for c in run.configs}) == 12
             assert len({c["weight_decay"] for c in run.configs}) == 12
     assert len(METHODS) == 7
-    every = [*runs.values(), *budgets(Plan()).values()]
+    every = [*runs.values(), *budgets(Plan()).values(), *growths(Plan()).values()]
     assert len({run.name for run in every}) == len(every)
     assert Plan().period_ends() == [10, 30, 70, 150, 310]
     places = {(name, s): (0.1, 0.2) for name in RIVALS for s in SCHEDULES}
@@ -145,6 +162,38 @@ def test_the_plan_is_what_was_promised() -> None:
     restarting = run.configs[names.index("AdamWR")]
     assert restarting["weight_decay"] == pytest.approx(0.2 * math.sqrt(60 * 18))
     assert isinstance(restarting["schedule"], wd_kernels.NormalizedDecay)
+
+
+def test_what_grows_grows_and_else_all_stays() -> None:
+    """Data at a fixed number of epochs; widths at as many steps; every run's schedule ends with it."""
+    runs = growths(Plan())
+    assert {name for _, name, _ in runs} == set(GROWTHS)
+    for (network, name, size), run in runs.items():
+        steps = run.epochs * (run.samples // 32)
+        assert {config["schedule"].steps for config in run.configs} == {steps}
+        assert {config["lr"] for config in run.configs} == {1e-3 if network == "normalised" else 1e-2}
+        assert (run.seeds, len({config["weight_decay"] for config in run.configs})) == (9, 18)
+        expected = (
+            (120, size, (64,), None) if name == "data" else (40, 600, (size, size), 16 if "muP" in name else None)
+        )
+        assert (run.epochs, run.samples, run.hidden, run.base) == expected
+
+
+def test_under_mup_a_layer_s_lr_falls_as_its_width() -> None:
+    """All but those of the first layer and of biases; four groups of two learning rates each are one launch."""
+    run = growths(TINY)["noisy", "width, muP", 16]
+    opt: Any = train.optimizer(run, Networks(run))
+    seen = [(group["lr"], [tuple(p.shape[1:]) for p in group["params"]]) for group in opt.param_groups]
+    slow, fast = [(16, 16), (16, 10)], [(64, 16), (1, 16), (1, 16), (1, 10)]
+    assert seen == [(1e-2 * 4 / 16, slow), (1e-2, fast)] * 5
+
+
+def test_what_each_law_says() -> None:
+    """By hand, for eight times the data, and eight times the width with or without muP."""
+    said = {name: [own.predicted(law, 0.01, 8.0) for law in own.laws.values()] for name, own in GROWTHS.items()}
+    assert said["data"] == pytest.approx([0.01 / 8, 0.01 / math.sqrt(8), 0.01, 0.01])
+    assert said["width"] == said["width, muP"] == pytest.approx([0.01] * 4)
+    assert said["width, muP, lr_scaled"] == [0.01]
 
 
 # Ridges ---------------------------------------------------------------------------------------------------------------
@@ -182,6 +231,25 @@ def test_rows_that_do_not_count() -> None:
     assert str(nothing) == "none"
 
 
+def test_where_a_law_leads() -> None:
+    """Valleys planted at λ = 0.1/size: who keeps the time scale stays in them, with an error as low as planted."""
+    plan = Plan(samples=(64, 128, 256, 512), grown_decays=37)
+    row = np.log(plan.grown_row(GROWTHS["data"]))
+    planted = {}
+    for size in plan.samples:
+        share = 0.02 + 0.01 * np.square(row - math.log(6.4 / size))
+        errors = np.repeat(np.minimum(share, 0.9)[:, None], 9, 1)
+        planted["noisy", "data", size] = Errors(errors, errors)
+    found = Findings(plan, {}, {}, {}, growths=planted)
+    assert found.growth("noisy", "data").slope == pytest.approx(-1, abs=0.05)
+    kept = found.followed("noisy", "data", "timescale")
+    assert [decay for decay, _ in kept] == pytest.approx([0.1, 0.05, 0.025, 0.0125], rel=0.1)
+    assert [error for _, error in kept] == pytest.approx([0.02] * 4, abs=0.001)
+    assert np.allclose(found.followed("noisy", "data", None), kept, rtol=0.1, atol=0)
+    stays = found.followed("noisy", "data", "kept")[-1]
+    assert stays == pytest.approx((kept[0][0], 0.02 + 0.01 * math.log(kept[0][0] / 0.0125) ** 2), rel=0.02)
+
+
 def test_the_best_is_an_average_by_standard_errors() -> None:
     """Worked by hand: least error 1/2 of 100 samples, so the unit is 0.05; weights 1, 1/e, and nearly nothing."""
     errors = np.asarray([[[0.5], [0.55], [0.9]]])
@@ -194,6 +262,7 @@ def test_verdicts() -> None:
     assert Fit(-1.2, -1.5, -0.9, 0, ()).seen(-1) == "yes"
     assert Fit(-1.2, -1.3, -1.1, 0, ()).seen(-1) == "nearly"
     assert Fit(-1.6, -1.7, -1.5, 0, ()).seen(-1) == "no"
+    assert Fit(-1.2, -1.3, -1.1, 0, ()).seen(-1, 0.1) == "no"
     assert Fit(math.nan, math.nan, math.nan, math.nan, ()).seen(-1) == "no ridge"
     assert str(Mean.of(np.asarray([0.01, 0.03]))) == "2.00 ± 1.00"
 
@@ -296,4 +365,13 @@ def test_the_readme_says_what_was_found() -> None:
     assert replaced(text, "study", section(kept)) == text
     assert (program.RESULTS / "study.txt").read_text() == render(kept)
     assert kept.plan == Plan()
-    assert kept.about["seconds"] < 20 * 60
+    assert kept.about["seconds"] < 40 * 60  # on one thread
+
+
+def test_the_guide_says_what_was_found() -> None:
+    """Every number with decimals in docs/weight-decay.md's words on the study is in what was kept of it."""
+    guide, numbers = (program.README.parent / "docs" / "weight-decay.md").read_text(), re.compile(r"[+-]?\d+\.\d+")
+    said = guide[guide.index("**What [the study]") : guide.index("So the laws are first guesses")]
+    found = set(numbers.findall((program.RESULTS / "study.txt").read_text()))
+    assert len(numbers.findall(said)) > 20
+    assert [number for number in numbers.findall(said) if number not in found] == []

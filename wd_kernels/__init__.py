@@ -18,6 +18,7 @@ from .schedules import NormalizedDecay, normalized_weight_decay
 from .sharding import redistribute_gradients
 from .state_conversion import convert_state
 from .version import __version__
+from .weight_decay_rules import scaled_weight_decay, timescale_of, weight_decay_for
 
 __all__ = [
     "SGDW",
@@ -40,6 +41,9 @@ __all__ = [
     "normalized_weight_decay",
     "redistribute_gradients",
     "release_gradients",
+    "scaled_weight_decay",
     "schedules",
+    "timescale_of",
     "unflatten_",
+    "weight_decay_for",
 ]

@@ -29,7 +29,7 @@ from typing import NamedTuple
 from .rules import DECAY_MODES, RULES, DecayMode, Rule, at_least_zero
 from .schedules.shapes import whole
 
-__all__ = ["Conversion", "convert_weight_decay"]
+__all__ = ["Conversion", "convert_weight_decay", "multipliers"]
 
 WHERE = "convert_weight_decay"
 
@@ -114,7 +114,7 @@ def convert_weight_decay(
             f"momentum={momentum} with rule={rule!r} in {WHERE}: allowed are 0 <= momentum < 1, for "
             f"{' and '.join(map(repr, with_momentum))}"
         )
-    etas = _etas(schedule, steps)
+    etas = [eta for eta in multipliers(schedule, steps, WHERE) if eta]
     if source == target or decay == 0:
         return Conversion(decay, True, 0.0)
 
@@ -136,28 +136,28 @@ def convert_weight_decay(
     return Conversion(c / scales[1], False, deviation)
 
 
-def _etas(schedule: Callable[[int], float] | None, steps: int | None) -> list[float]:
-    """What multiplies the coefficient of the decay in every step where it is not 0."""
-    count = None if steps is None else whole(steps, f"steps={steps!r} in {WHERE}")
+def multipliers(schedule: Callable[[int], float] | None, steps: int | None, where: str) -> list[float]:
+    """What multiplies the coefficient of the decay in each step; without a schedule, in one step for all."""
+    count = None if steps is None else whole(steps, f"steps={steps!r} in {where}")
     if schedule is None:
         return [1.0]
     if not callable(schedule) or isinstance(schedule, type):
         raise TypeError(
-            f'schedule={schedule!r} in {WHERE}: expected a schedule or a callable; what "from_lr" follows is '
+            f'schedule={schedule!r} in {where}: expected a schedule or a callable; what "from_lr" follows is '
             "lambda t: lr(t) / base_lr"
         )
     count = getattr(schedule, "steps", None) if count is None else count
     if count is None:
-        raise ValueError(f"steps=None in {WHERE}: {schedule!r} has no end, so say how many steps the run has")
+        raise ValueError(f"steps=None in {where}: {schedule!r} has no end, so say how many steps the run has")
     factor = getattr(schedule, "decay_factor", lambda t: 1.0)
     etas = [
-        at_least_zero(f"schedule({t})", schedule(t), WHERE)
-        * at_least_zero(f"schedule.decay_factor({t})", factor(t), WHERE)
+        at_least_zero(f"schedule({t})", schedule(t), where)
+        * at_least_zero(f"schedule.decay_factor({t})", factor(t), where)
         for t in range(count)
     ]
     if not any(etas):
-        raise ValueError(f"schedule={schedule!r} in {WHERE} is 0 in all of {count} steps: nothing decays")
-    return [eta for eta in etas if eta]
+        raise ValueError(f"schedule={schedule!r} in {where} is 0 in all of {count} steps: nothing decays")
+    return etas
 
 
 def _hyperbolic(mode: str) -> bool:

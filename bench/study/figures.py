@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from .findings import HELD_OUT, Array, Findings, best_decays
-from .plan import BUDGET_LR, METHODS, RIVALS, SCHEDULES
+from .plan import BUDGET_LR, GROWTHS, LAWS, METHODS, RIVALS, SCHEDULES
 from .report import signed
 from .train import NOISE, STEPS_AN_EPOCH
 
@@ -36,6 +37,7 @@ def draw(found: Findings, folder: Path) -> list[Path]:
         figures["schedules"] = _by_network(found, _schedules, (11, 4.2), retrained)
         figures["budgets"] = _by_network(found, _budgets, (11, 4.4), against)
         figures["anytime"] = _by_network(found, _anytime, (13, 4.6), "Anytime performance")
+        figures["growths"] = _growths(found)
         for name, figure in figures.items():
             figure.savefig(folder / f"study_{name}.png", dpi=130)
     return [folder / f"study_{name}.png" for name in figures]
@@ -146,3 +148,36 @@ def _anytime(found: Findings, axes: Axes, network: str) -> None:
     axes.set_ylabel("error on held-out digits, %")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(loc="best")
+
+
+def _growths(found: Findings) -> Figure:
+    """(e) Error over size and weight decay, the best of each size, and where the laws lead from the least one."""
+    title = (
+        "The best weight decay (o) as data and width grow, and what each law makes of that of the least size: AdamW "
+    )
+    title += "independent, unless it is said"
+    figure, panels = _new(len(NOISE), len(GROWTHS), (17, 8), title)
+    shades = LogNorm(1, 3)
+    styles = dict(zip(LAWS, ("-", "--", ":", "-."), strict=True))
+    for axes, (network, name) in zip(panels, itertools.product(NOISE, GROWTHS), strict=True):
+        (sizes, errors), decays = found.grown(network, name), found.plan.grown_row(GROWTHS[name])
+        mean = errors.mean(-1)
+        axes.pcolormesh(_edges(sizes), _edges(decays), (mean / mean.min(1)[:, None]).T, cmap="viridis_r", norm=shades)
+        axes.set(xscale="log", yscale="log", xlabel="training samples" if GROWTHS[name].data else "width")
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.autoscale(False)
+        for title, law in GROWTHS[name].laws.items():
+            line = [decay for decay, _ in found.followed(network, name, law)]
+            axes.plot(sizes, line, styles[title], color=RED, linewidth=1.8, label=title)
+        best = [decay for decay, _ in found.followed(network, name, None)]
+        axes.plot(sizes, best, "o", color="white", markeredgecolor="black")
+        axes.set_title(f"{network}: {name}\nslope {found.growth(network, name)}")
+    panels[0].set_ylabel("weight decay")
+    panels[len(GROWTHS)].set_ylabel("weight decay")
+    panels[0].legend(loc="lower left", facecolor="white", frameon=True)
+    colors = ScalarMappable(shades, "viridis_r")
+    ticks: Any = {"ticks": (1, 1.5, 2, 3), "format": "{x:g}"}
+    bar = figure.colorbar(colors, ax=panels, extend="max", label="error by the lowest of its size", **ticks)
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    return figure

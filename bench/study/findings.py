@@ -10,14 +10,14 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .plan import METHODS, RIVALS, Plan
+from .plan import GROWTHS, METHODS, RIVALS, Plan
 from .train import STEPS_AN_EPOCH, TRAIN, VALIDATION
 
 Array: TypeAlias = NDArray[np.float64]
 TEST = 1797 - TRAIN - VALIDATION
 HELD_OUT = VALIDATION + TEST
 #: Parts of the findings, and the number of samples of each share of errors, where it is not of both held-out sets.
-KEPT = {"grids": TEST, "budgets": TEST, "finals": TEST, "anytime": HELD_OUT}
+KEPT = {"grids": TEST, "budgets": TEST, "finals": TEST, "anytime": HELD_OUT, "growths": TEST}
 GOOD = 2.0  # a row counts if its best error is within this factor of the grid's
 BRACKET = 2.0  # and if both its ends are worse than its best by this many standard errors
 DRAWS = 2000
@@ -50,16 +50,18 @@ class Fit:
     def __str__(self) -> str:
         return "none" if np.isnan(self.slope) else f"{self.slope:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
-    def seen(self, expected: float) -> str:
-        """Whether the slope is the expected one: its interval holds it, it is within 0.5 of it, or neither."""
+    def seen(self, expected: float, near: float = 0.5) -> str:
+        """Whether the slope is the expected one: its interval holds it, it is nearer than `near`, or neither."""
         if np.isnan(self.slope):
             return "no ridge"
         if self.low <= expected <= self.high:
             return "yes"
-        return "nearly" if abs(self.slope - expected) < 0.5 else "no"
+        return "nearly" if abs(self.slope - expected) < near else "no"
 
 
-def best_decays(errors: Array, decays: Sequence[float], samples: int) -> tuple[Array, NDArray[np.bool_]]:
+def best_decays(
+    errors: Array, decays: Sequence[float], samples: int, good: float = GOOD
+) -> tuple[Array, NDArray[np.bool_]]:
     """(ln of the best weight decay, whether it is a row's to count) of each row of errors [rows, decays, seeds].
 
     The best is an average over the row's ln(decay), weighted by exp(-(error - least error) / standard error), the
@@ -71,16 +73,16 @@ def best_decays(errors: Array, decays: Sequence[float], samples: int) -> tuple[A
     weight = np.exp(-(mean - least[:, None]) / unit[:, None])
     best = (weight * np.log(decays)).sum(1) / weight.sum(1)
     ends = np.minimum(mean[:, 0], mean[:, -1])
-    return best, (least <= GOOD * least.min()) & (ends - least >= BRACKET * unit)
+    return best, (least <= good * least.min()) & (ends - least >= BRACKET * unit)
 
 
-def fit(x: Sequence[float], errors: Array, decays: Sequence[float], samples: int = HELD_OUT) -> Fit:
+def fit(x: Sequence[float], errors: Array, decays: Sequence[float], samples: int = HELD_OUT, good: float = GOOD) -> Fit:
     """The slope of ln(best decay) over ln(x), with the 95% interval of a bootstrap over rows and seeds.
 
     NaN where fewer than three rows count.
     """
     logs = np.log(x)
-    best, used = best_decays(errors, decays, samples)
+    best, used = best_decays(errors, decays, samples, good)
     rows = np.flatnonzero(used)
     if len(rows) < 3:
         return Fit(np.nan, np.nan, np.nan, np.nan, tuple(used.tolist()))
@@ -121,6 +123,7 @@ class Findings:
     finals: dict[tuple[str, str, str], Array] = field(default_factory=dict)
     #: Over both held-out sets, by network and configuration: [epochs, seeds].
     anytime: dict[tuple[str, str], Array] = field(default_factory=dict)
+    growths: dict[tuple[str, str, int], Errors] = field(default_factory=dict)  # by network, growth, size
 
     def table(self, method: str, network: str) -> Array:
         """A cosine grid's errors over both held-out sets, [lrs, decays, seeds]."""
@@ -150,6 +153,27 @@ class Findings:
     def budget(self, network: str) -> Fit:
         """How the best weight decay moves with the number of steps."""
         return fit(*self.row(network), self.plan.row())
+
+    def grown(self, network: str, growth: str) -> tuple[list[float], Array]:
+        """(sizes, errors [sizes, decays, seeds]) of what grows."""
+        sizes = self.plan.sizes(GROWTHS[growth])
+        return list(map(float, sizes)), np.stack([self.growths[network, growth, size].both() for size in sizes])
+
+    def growth(self, network: str, growth: str) -> Fit:
+        """How the best weight decay moves with what grows; errors of less data are higher, and count all the same."""
+        return fit(*self.grown(network, growth), self.plan.grown_row(GROWTHS[growth]), good=np.inf)
+
+    def followed(self, network: str, growth: str, law: str | None) -> list[tuple[float, float]]:
+        """(weight decay, error) at each size, of who follows a law from the best of the least one; None: of the best.
+
+        The error is interpolated between those of the weight decays that were tried.
+        """
+        (sizes, errors), row = self.grown(network, growth), self.plan.grown_row(GROWTHS[growth])
+        decays: list[float] = np.exp(best_decays(errors, row, HELD_OUT)[0]).tolist()
+        if law is not None:
+            decays = [GROWTHS[growth].predicted(law, decays[0], size / sizes[0]) for size in sizes]
+        means = (float(np.interp(np.log(x), np.log(row), own)) for x, own in zip(decays, errors.mean(-1), strict=True))
+        return list(zip(decays, means, strict=True))
 
     # As JSON has it: numbers of errors, of which there are few digits -------------------------------------------------
 

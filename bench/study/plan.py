@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from wd_kernels import scaled_weight_decay
 from wd_kernels.schedules import Constant, Cosine, NormalizedDecay, StepDrop, WarmRestarts
 
-from .train import NOISE, STEPS_AN_EPOCH, Run
+from .train import BATCH, NOISE, STEPS_AN_EPOCH, Run
 
 RIVALS = ("Adam-L2", "AdamW independent")
 BUDGET_LR = {"normalised": 1e-3, "noisy": 1e-2}  # where the weight decay matters in all of them
@@ -64,17 +65,58 @@ _METHODS = (
 METHODS = {method.name: method for method in _METHODS}
 
 
+LAWS = {"time scale": "timescale", "normalised": "normalized", "per step": "per_step", "λ kept": "kept"}
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Something that grows from run to run, with the method whose best weight decay is looked for."""
+
+    method: str
+    decays: tuple[float, float]  # least, largest
+    data: bool = False  # the training set, at the same number of epochs; else the width of two hidden layers
+    mup: bool = False  # the lr of layers falls as 1/width, from the least width
+
+    @property
+    def laws(self) -> dict[str, str]:
+        """What may be done with one weight decay for all layers, by its title.
+
+        Where the lr of some layers alone changes, and with it what they lose by lr_scaled, each would want its own.
+        """
+        by_layer = self.mup and METHODS[self.method].options["decay"] == "lr_scaled"
+        return {"λ kept": "kept"} if by_layer else LAWS
+
+    def predicted(self, law: str, weight_decay: float, ratio: float) -> float:
+        """What a law makes of the weight decay where what grows is `ratio` times as large."""
+        if law == "kept":
+            return weight_decay
+        named: Any = {"law": law, "decay": METHODS[self.method].options["decay"]}
+        return scaled_weight_decay(weight_decay, **named, dataset_size=ratio if self.data else 1.0)
+
+
+GROWTHS = {
+    "data": Growth("AdamW independent", (1e-4, 0.9), data=True),
+    "width": Growth("AdamW independent", (1e-4, 0.9)),
+    "width, muP": Growth("AdamW independent", (1e-4, 0.9), mup=True),
+    "width, muP, lr_scaled": Growth("AdamW lr_scaled", (3e-2, 300.0), mup=True),
+}
+
+
 @dataclass(frozen=True)
 class Plan:
     """How much is trained. The defaults are the study's; less is a rehearsal."""
 
     size: int = 12  # of a grid, in both directions
     epochs: int = 60  # of the grids
-    seeds: int = 3  # networks for each configuration; budgets have twice, restarts three times as many
+    seeds: int = 3  # networks for each configuration; budgets have twice, restarts and (e) three times as many
     budgets: tuple[int, ...] = (15, 30, 60, 120, 240)  # (c), in epochs
     decays: int = 24  # tried in each budget
     finals: int = 30  # new seeds for what was best of each method and schedule
     restarts: tuple[int, int, int] = (10, 2, 10 + 20 + 40 + 80 + 160)  # first period, T_mult, whole run, in epochs
+    samples: tuple[int, ...] = (64, 96, 128, 192, 256, 384, 512)  # (e), to train on: multiples of a batch
+    widths: tuple[int, ...] = (16, 32, 64, 128)  # (e), of both hidden layers
+    grown_epochs: tuple[int, int] = (120, 40)  # (e), while data grow, and while the width grows
+    grown_decays: int = 18  # (e), tried of each
 
     def period_ends(self) -> list[int]:
         """The last epoch of each of AdamWR's periods."""
@@ -85,6 +127,15 @@ class Plan:
     def row(self) -> list[float]:
         """The weight decays of a budget."""
         return METHODS["AdamW independent"].grid(self.decays)[1]
+
+    def sizes(self, growth: Growth) -> tuple[int, ...]:
+        """What a growth goes through."""
+        return self.samples if growth.data else self.widths
+
+    def grown_row(self, growth: Growth) -> list[float]:
+        """The weight decays that are tried in each size."""
+        row: list[float] = np.geomspace(*growth.decays, self.grown_decays).tolist()
+        return row
 
 
 def grids(plan: Plan) -> dict[tuple[str, str, str], Run]:
@@ -109,6 +160,23 @@ def budgets(plan: Plan) -> dict[tuple[str, int], Run]:
             configs = tuple(method.config(lr, decay, Cosine(epochs * STEPS_AN_EPOCH)) for decay in plan.row())
             title = f"budget-{network}-{epochs}"
             runs[network, epochs] = Run(title, network, method.rule, configs, epochs, 2 * plan.seeds)
+    return runs
+
+
+def growths(plan: Plan) -> dict[tuple[str, str, int], Run]:
+    """The runs of figure (e), by (network, growth, size): a row of weight decays at the budgets' lr, cosine."""
+    runs = {}
+    for network, (name, growth) in itertools.product(NOISE, GROWTHS.items()):
+        method = METHODS[growth.method]
+        epochs = plan.grown_epochs[0 if growth.data else 1]
+        for size in plan.sizes(growth):
+            own: dict[str, Any] = {"samples": size} if growth.data else {"hidden": (size, size)}
+            if growth.mup:
+                own["base"] = plan.widths[0]
+            schedule = Cosine(epochs * (size // BATCH if growth.data else STEPS_AN_EPOCH))
+            configs = tuple(method.config(BUDGET_LR[network], d, schedule) for d in plan.grown_row(growth))
+            title = f"growth-{network}-{name}-{size}"
+            runs[network, name, size] = Run(title, network, method.rule, configs, epochs, 3 * plan.seeds, **own)
     return runs
 
 

@@ -26,11 +26,14 @@ from report import README, RESULTS, replaced
 from . import train
 from .figures import draw
 from .findings import Errors, Findings
-from .plan import RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids
+from .plan import RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids, growths
 from .report import render, section
 from .train import NOISE, Run
 
-REHEARSAL = Plan(size=4, epochs=4, seeds=2, budgets=(2, 4, 8), decays=6, finals=2, restarts=(2, 2, 6))
+REHEARSAL = Plan(
+    size=4, epochs=4, seeds=2, budgets=(2, 4, 8), decays=6, finals=2, restarts=(2, 2, 6),
+    samples=(32, 64, 128), widths=(8, 16, 32), grown_epochs=(4, 2), grown_decays=6,
+)  # fmt: skip
 
 
 class Trainer:
@@ -71,7 +74,9 @@ def collect(plan: Plan, work: Path) -> Findings:
         names, run = anytime(plan, network, places)
         curves = trainer(run).both().transpose(1, 0, 2)
         found.anytime |= {(network, name): own for name, own in zip(names, curves, strict=True)}
-    machine = f"{torch.get_num_threads()} threads of {get_cpu_info().get('brand_raw', 'an unknown processor')}"
+    found.growths = {key: trainer(run) for key, run in growths(plan).items()}
+    threads = torch.get_num_threads()
+    machine = f"{threads} thread{'s' * (threads > 1)} of {get_cpu_info().get('brand_raw', 'an unknown processor')}"
     found.about = {"date": str(date.today()), "seconds": round(trainer.seconds), "networks": trainer.networks}
     found.about |= {"machine": machine, "torch": torch.__version__}
     return found

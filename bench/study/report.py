@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -10,10 +11,12 @@ from report import markdown
 from tables import filled
 
 from .findings import Findings, Mean
-from .plan import BUDGET_LR, METHODS, RIVALS, SCHEDULES
+from .plan import BUDGET_LR, GROWTHS, LAWS, METHODS, RIVALS, SCHEDULES
 from .train import BATCH, NOISE, STEPS_AN_EPOCH, TRAIN
 
 Rows = list[tuple[str, ...]]
+BY_LAYER = "by layer"
+GROWN = "Best weight decay as data or width grow: exponents, and those that each law says"
 
 
 def signed(slope: int) -> str:
@@ -22,7 +25,10 @@ def signed(slope: int) -> str:
 
 
 def tables(found: Findings) -> dict[str, Rows]:
-    """By title: (a) slopes and best errors, (b) what was best under each schedule, (c) budgets, (d) ends of periods."""
+    """By title.
+
+    (a) slopes and best errors, (b) what was best under each schedule, (c) budgets, (d) ends of periods, (e) growth.
+    """
     ends = found.plan.period_ends()
     of_slopes = ("slope (95%)", "derived", "seen?", "paper's reading", "seen?")
     ridges: Rows = [("network", "method", "lowest error, %", *of_slopes)]
@@ -49,7 +55,35 @@ def tables(found: Findings) -> dict[str, Rows]:
         "Test error of what was best, with new seeds: mean ± standard error": schedules,
         "Best weight decay of AdamW independent against the number of steps": budgets,
         "Error on held-out digits at the ends of AdamWR's periods: mean ± standard error": anytime,
+        GROWN: growing(found),
+        "The same from size to size: λ, and its error on held-out digits, %": followed(found),
     }
+
+
+def growing(found: Findings) -> Rows:
+    """(e) How the best weight decay moves, and what each law says."""
+    rows: Rows = [("network", "what grows", "method", "exponent of λ (95%)", *LAWS)]
+    for network, (name, growth) in itertools.product(NOISE, GROWTHS.items()):
+        own, said = found.growth(network, name), {}
+        for title, law in growth.laws.items():
+            exponent = math.log2(growth.predicted(law, 1e-3, 2.0) / 1e-3)
+            said[title] = f"{round(exponent, 2) or 0:g}: {own.seen(exponent, 0.25)}"
+        cells = (said.get(title, BY_LAYER) for title in LAWS)
+        rows.append((network, name.removesuffix(", lr_scaled"), growth.method, str(own), *cells))
+    return rows
+
+
+def followed(found: Findings) -> Rows:
+    """(e) What was best at each size, and where who follows a law from the least size comes out."""
+    rows: Rows = [("network", "what grows", "method", "size", "best", *LAWS)]
+    for network, (name, growth) in itertools.product(NOISE, GROWTHS.items()):
+        said = {"best": found.followed(network, name, None)}
+        said |= {title: found.followed(network, name, law) for title, law in growth.laws.items()}
+        for k, size in enumerate(found.plan.sizes(growth)):
+            at = {title: f"{decays[k][0]:.2g}: {100 * decays[k][1]:.2f}" for title, decays in said.items()}
+            cells = (at.get(title, BY_LAYER) for title in ("best", *LAWS))
+            rows.append((network, name.removesuffix(", lr_scaled"), growth.method, str(size), *cells))
+    return rows
 
 
 def render(found: Findings) -> str:
@@ -104,6 +138,13 @@ On the normalised network slopes lie below the derived ones: the symmetry scales
 all begin at the same ones. Claim by claim (*not to be told*: the difference over {finals} new seeds is within its 95%
 interval):
 """
+GROWING = """\
+**How the best λ moves as data and width grow**, beside what the laws of
+[Which weight decay](docs/weight-decay.md#from-one-training-to-another) say. Data: {samples} digits, for {data} epochs,
+at one lr. Width: {widths} units in each of two hidden layers, for {wide} epochs, at one lr or by muP, where the lr of
+all matrices but the first falls as 1/width. *Yes*: the 95% interval holds the exponent; *nearly*: it is within 0.25;
+*by layer*: the laws say +1 of layers whose lr falls and 0 of the others, while one λ was tried for all. {seeds} seeds.
+"""
 
 
 PICTURES = {
@@ -112,6 +153,7 @@ PICTURES = {
     "schedules": "Adam-L2 and AdamW under three schedules",
     "budgets": "The best weight decay against the training budget",
     "anytime": "Anytime performance of AdamWR, AdamW and Adam-L2",
+    "growths": "The best weight decay as data and width grow, and what each law makes of that of the least size",
 }
 
 
@@ -121,12 +163,16 @@ def section(found: Findings) -> str:
     opening = OPENING.format(**found.about, **trained, batch=BATCH, steps=STEPS_AN_EPOCH)
     seen = [claims(found, network) for network in NOISE]
     rows = [(claim, *(own[claim] for own in seen)) for claim in seen[0]]
+    samples, widths = (f"{least} to {most}" for least, *_, most in (found.plan.samples, found.plan.widths))
+    data, wide = found.plan.grown_epochs
     parts = [
         filled(opening),
         filled(RIDGES),
         markdown(next(iter(tables(found).values()))),
         filled(BETWEEN.format(finals=found.plan.finals)),
         markdown([("claim", *(f"on the {network} network" for network in NOISE)), *rows]),
+        filled(GROWING.format(samples=samples, data=data, widths=widths, wide=wide, seeds=3 * found.plan.seeds)),
+        markdown(tables(found)[GROWN]),
         *(f"![{title}](bench/results/study_{name}.png)" for name, title in PICTURES.items()),
         "All numbers are in [bench/results](bench/results/study.txt). To train again, and to keep what comes:",
         "    make study\n    .venv/bin/python bench/study --save --readme",

@@ -31,6 +31,10 @@ class Run:
 
     In a "normalised" network every layer is normalised over the batch, the last one too, so that no weight's scale
     matters, as under Batch Norm. In a "noisy" one nothing is normalised, and a part of the training labels is wrong.
+
+    With `base` they are muP's, for Adam (Yang et al., "Tensor Programs V", 2022): as ordinary ones where the hidden
+    layers have that width; else the lr of all matrices but the first falls as 1/width, and what the last one begins
+    with as 1/width, not as its root.
     """
 
     name: str  # of the file that keeps the result
@@ -41,6 +45,9 @@ class Run:
     seeds: int = 3  # of each configuration: a split of the data, an initialisation and an order each
     first_seed: int = 0
     trace: bool = False  # keep the errors after every epoch
+    hidden: tuple[int, ...] = (WIDTH,)  # the widths of the hidden layers
+    samples: int = TRAIN  # of the training set, its first
+    base: int | None = None  # muP, from this width
 
     @property
     def draws(self) -> range:
@@ -73,14 +80,19 @@ class Networks:
     """The stacked networks of a run: [configurations * seeds, in, out], with gradients that stay where they are."""
 
     def __init__(self, run: Run) -> None:
-        self.normalised, count = run.network == "normalised", len(run.configs)
+        self.normalised, self.depth, count = run.network == "normalised", len(run.hidden) + 1, len(run.configs)
         self.stacks: list[Tensor] = []
-        for layer, (fan_in, fan_out) in enumerate(pairwise((_digits()[0].shape[1], WIDTH, 10))):
+        self.lr_factors: list[float] = []  # of each stack
+        for layer, (fan_in, fan_out) in enumerate(pairwise((_digits()[0].shape[1], *run.hidden, 10))):
             generators = [torch.Generator().manual_seed(1000 * seed + layer) for seed in run.draws]
             drawn = torch.stack([torch.randn(fan_in, fan_out, generator=generator) for generator in generators])
-            self.stacks.append((drawn * math.sqrt(2 / fan_in)).repeat(count, 1, 1))
+            factor = run.base / fan_in if run.base and layer else 1.0
+            last = layer == self.depth - 1
+            self.stacks.append((drawn * math.sqrt((factor if last else 1.0) * 2 / fan_in)).repeat(count, 1, 1))
+            self.lr_factors.append(factor)
             if not self.normalised:
                 self.stacks.append(torch.zeros(count * run.seeds, 1, fan_out))
+                self.lr_factors.append(1.0)
         self.grads = [torch.zeros_like(stack) for stack in self.stacks]
         for stack, grad in zip(self.stacks, self.grads, strict=True):
             stack.requires_grad_().grad = grad
@@ -99,7 +111,7 @@ class Networks:
         """
         both = x if statistics is None else torch.cat([x, statistics], 1)
         size = x.shape[1]
-        for layer in range(2):
+        for layer in range(self.depth):
             if self.normalised:
                 both = torch.bmm(both, self.stacks[layer])
                 over = both if statistics is None else both[:, size:]
@@ -107,14 +119,19 @@ class Networks:
                 both = (both - mean) * torch.rsqrt(variance + 1e-12)
             else:
                 both = torch.baddbmm(self.stacks[2 * layer + 1], both, self.stacks[2 * layer])
-            if layer == 0:
+            if layer < self.depth - 1:
                 both = torch.relu(both)
         return both[:, :size] * (LOGIT_SCALE if self.normalised else 1.0)
 
 
 def optimizer(run: Run, networks: Networks) -> torch.optim.Optimizer:
-    """One optimizer for all networks: a param group for each configuration, with its seeds side by side."""
-    groups = [{"params": networks.slices(k * run.seeds, run.seeds), **own} for k, own in enumerate(run.configs)]
+    """One optimizer for all networks: a param group for each configuration and lr, with its seeds side by side."""
+    groups = []
+    for k, own in enumerate(run.configs):
+        params = networks.slices(k * run.seeds, run.seeds)
+        for factor in sorted(set(networks.lr_factors)):
+            slowed = [p for p, f in zip(params, networks.lr_factors, strict=True) if f == factor]
+            groups.append({"params": slowed, **own, "lr": own["lr"] * factor})
     made: torch.optim.Optimizer = getattr(wd_kernels, run.rule)(groups)
     return made
 
@@ -129,6 +146,7 @@ def train(run: Run) -> dict[str, Tensor]:
     opt = optimizer(run, networks)
     parts = [split(seed, NOISE[run.network]) for seed in run.draws]
     (x, y), *held_out = ([torch.stack(own) for own in zip(*(p[k] for p in parts), strict=True)] for k in range(3))
+    x, y = x[:, : run.samples], y[:, : run.samples]
 
     @torch.no_grad()
     def errors() -> list[Tensor]:
@@ -142,8 +160,8 @@ def train(run: Run) -> dict[str, Tensor]:
     kept = []
     orders = [torch.Generator().manual_seed(seed) for seed in run.draws]
     for _ in range(run.epochs):
-        order = torch.stack([torch.randperm(TRAIN, generator=generator) for generator in orders])
-        for k in range(STEPS_AN_EPOCH):
+        order = torch.stack([torch.randperm(run.samples, generator=generator) for generator in orders])
+        for k in range(run.samples // BATCH):
             batch = order[:, k * BATCH : (k + 1) * BATCH]
             inputs = x.gather(1, batch[:, :, None].expand(-1, -1, x.shape[2])).repeat(count, 1, 1)
             labels = y.gather(1, batch).repeat(count, 1)

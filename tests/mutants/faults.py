@@ -1929,8 +1929,26 @@ AROUND = [
         ("conversion: small decays lose digits", "-sum(math.log1p(-taken) for", "-sum(math.log(1 - taken) for"),
         (
             "conversion: steps without decay count as a changing schedule",
-            "return [eta for eta in etas if eta]",
-            "return etas",
+            "[eta for eta in multipliers(schedule, steps, WHERE) if eta]",
+            "multipliers(schedule, steps, WHERE)",
+        ),
+    ),
+    *_of(
+        "wd_kernels/weight_decay_rules.py",
+        "weight_decay_rules",
+        ("rules of decay: a proximal step takes what a linear one does", "(tau - 1.0 if decay", "(tau if decay"),
+        ("rules of decay: a schedule's peak may take all of a weight", "max(etas) >= mean * tau", "1 >= tau"),
+        ("rules of decay: the way back forgets the schedule", "* sum(etas) / len(etas)\n    return", "\n    return"),
+        ("rules of decay: every mode follows the lr", 'given if decay == "lr_scaled" else 1.0', "given"),
+        (
+            "rules of decay: normalised by epochs, not by steps",
+            '"normalized": (0.5, -0.5)',
+            '"normalized": (0.0, -0.5)',
+        ),
+        (
+            "rules of decay: a larger batch wants less",
+            'where) / _positive("dataset',
+            'where) ** -1 / _positive("dataset',
         ),
     ),
     *_of(
