@@ -257,7 +257,7 @@ CLIPPING = [
         ("cuda: copies of a sum are not emptied", "              *at = 0;\n", ""),
         ("cuda: rows are not clipped", "row.grad_scale = row.grad_scale * of.clips[group];", ""),
         ("cuda: squares beyond the end", "begin + e < count ? T(G", "begin + e <= count ? T(G"),
-        ("cuda: steps are counted from 0", "of.steps[param]) + 1, of", "of.steps[param]), of"),
+        ("cuda: steps are counted from 0", "t = int64_t(of.steps[param]) + 1;", "t = int64_t(of.steps[param]);"),
     ),
     *_of(
         "wd_kernels/backends/triton_begin.py",
@@ -308,7 +308,7 @@ BY_VALUE = [
     *_of(
         "wd_kernels/state_dict.py",
         "clipping_by_value",
-        ("by value: a saved limit is loaded", '"show_lr", LIMIT, VALUE)', '"show_lr", LIMIT)'),
+        ("by value: a saved limit is loaded", '"show_lr", LIMIT, VALUE, AVERAGE)', '"show_lr", LIMIT, AVERAGE)'),
     ),
     *_of(
         "wd_kernels/functional.py",
@@ -951,7 +951,7 @@ LAUNCHES = _of(
     "csrc/python/launches.cpp",
     "native table failures torture",
     ("plan: chunks of any size are accepted", "chunk_size > 0 && chunk_size % kBlock == 0 &&", "chunk_size > 0 &&"),
-    ("plan: rows of another rule are accepted", '"rows", "float64", own->launch.row_width)', '"rows", "float64", -1)'),
+    ("plan: rows of another rule are accepted", "memory.columns >= own->kernel.width", "memory.columns >= 0"),
     (
         "plan: its tensors may die",
         "made->tensors = PyTuple_Pack(4, chunks, places, moving, control);",
@@ -1175,8 +1175,8 @@ REFERENCE_EPILOGUES = _of(
     ("reference: blocks are summed up in order of indices", "key=lambda dim: -x.stride()[dim]", "key=lambda dim: dim"),
     (
         "reference: an epilogue sees the parameter as it was not yet rounded",
-        "element = Element(before, load(theta, dtype, master), g, u, new)",
-        "element = Element(before, after, g, u, new)",
+        "Element(before, load(theta, dtype, master), g, u, new)",
+        "Element(before, after, g, u, new)",
     ),
     (
         "reference: an epilogue sees the gradient with its share of an l2 decay",
@@ -1344,8 +1344,8 @@ RULES = [
         "rules reference optim checkpoint",
         (
             "rules: what tensors held is remembered",
-            "if all(type(v) in PLAIN for",
-            "if all(type(v) in (*PLAIN, torch.Tensor) for",
+            "type(v) in PLAIN or isinstance(v, AverageDecay) for",
+            "type(v) in (*PLAIN, torch.Tensor) or isinstance(v, AverageDecay) for",
         ),
         (
             "rules: torch's flag does not tell Adam from AdamW",
@@ -1680,7 +1680,7 @@ CHECKPOINT = _of(
     ("checkpoint: the eta of a schedule stays where there is none", 'loaded.pop("eta", None)', "pass"),
     (
         "checkpoint: torch's Adagrad gets the states of those alone that were stepped",
-        "if rule.torch.all_states and known and not {*(found or ())} - {MASTER_NAME}:",
+        "if rule.torch.all_states and known and not {*(found or ())} - NO_STATES:",
         "if rule.torch.all_states and found is None and not known:",
     ),
     (
@@ -2275,7 +2275,7 @@ MASTERS = [
         "wd_kernels/memory_report.py",
         "master_weights",
         ("memory report: masters are left out", "add(MASTER_NAME, master, n * master.itemsize, 0)", "pass"),
-        ("memory report: torch's states are float32", "n * dtype.itemsize, own)", "n * dtype.itemsize, 4 * n)"),
+        ("memory report: torch's states are float32", "0 if state is EMA else own)", "0 if state is EMA else 4 * n)"),
     ),
     *_of(
         "wd_kernels/state_conversion.py",
