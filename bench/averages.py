@@ -53,8 +53,8 @@ def averaged(optimizer: Any, make: Callable[[], list[nn.Parameter]]) -> Callable
 
 def sides(make: Callable[[], list[nn.Parameter]]) -> dict[str, Callable[[], object]]:
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
-    torchs = partial(torch.optim.AdamW, fused=True, **options)
-    plain = partial(wd_kernels.AdamW, **options)
+    torchs: Any = partial(torch.optim.AdamW, fused=True, **options)
+    plain: Any = partial(wd_kernels.AdamW, **options)
     found: dict[str, Callable[[], object]] = {
         "torch": averaged(torchs, make),
         "ours + torch's": averaged(plain, make),
