@@ -325,7 +325,8 @@ def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] | None = 
     values = {(names.index(name),): value for name, value in constants.items()}
     aligned_by_16 = {(names.index(name),): [["tt.divisibility", 16]] for name in (*types, "chunk_size")}
     source = ASTSource(triton_kernels.step_kernel, signature, values, aligned_by_16)
-    options = {**own.options(kernel.formats, warp, architecture if backend == "cuda" else None), **changes}
+    capability = architecture if backend == "cuda" else None
+    options = {**own.options(kernel.formats, warp, capability, len(kernel.outputs)), **changes}
     return triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
 
 

@@ -245,15 +245,15 @@ def test_unknown_state_is_kept(rule: str) -> None:
     a = build(rule, parameters())
     train(a, range(2))
     p = all_params(a)[0]
-    a.state[p]["ema"] = torch.full((4, 4), 3.0)
+    a.state[p]["of_another"] = torch.full((4, 4), 3.0)
     a.state[p]["note"] = {"x": [1]}
     a.state["shared"] = {"seen": 7}
     train(a, range(2, 4))
     b = build(rule, parameters())
     b.load_state_dict(a.state_dict())
     q = all_params(b)[0]
-    assert torch.equal(b.state[q]["ema"], torch.full((4, 4), 3.0))
-    assert b.state[q]["ema"] is not a.state[p]["ema"]
+    assert torch.equal(b.state[q]["of_another"], torch.full((4, 4), 3.0))
+    assert b.state[q]["of_another"] is not a.state[p]["of_another"]
     assert b.state[q]["note"] == {"x": [1]}
     assert b.state["shared"] == {"seen": 7}
     assert [name for name in b.state[q] if name != "step"] == [name for name in a.state[p] if name != "step"]

@@ -16,8 +16,8 @@ import wd_kernels
 OWN = [
     f"wd_kernels.{name}"
     for name in (
-        "backends.device_copy", "clipping", "decay_conversion", "flat.flatten", "functional", "gradient_release",
-        "layout", "optim", "optimizer", "param_groups", "rules.scalars", "rules.storage", "scales", "sharding",
+        "averages", "backends.device_copy", "clipping", "decay_conversion", "flat.flatten", "functional",
+        "gradient_release", "layout", "optim", "optimizer", "param_groups", "rules.scalars", "rules.storage", "scales", "sharding",
         "state_conversion", "sums", "weight_decay_rules",
     )
 ]  # fmt: skip

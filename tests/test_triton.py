@@ -116,11 +116,12 @@ def test_options() -> None:
 
     def of(
         dtype: torch.dtype, states: int, warp: int = 32, capability: int | None = 90, *,
-        state: torch.dtype | None = None, grad: torch.dtype | None = None,
+        state: torch.dtype | None = None, grad: torch.dtype | None = None, averages: bool = False,
     ) -> dict[str, Any]:  # fmt: skip
         kept = state or (f64 if dtype == f64 else f32)
         formats = (format_of(dtype), format_of(grad or dtype), *(format_of(kept, state is not None),) * states)
-        return triton.options(formats, warp, capability)
+        formats += (format_of(f64 if dtype == f64 else f32),) * averages
+        return triton.options(formats, warp, capability, int(averages))
 
     exact = {"num_warps": 4, "enable_fp_fusion": False}
     assert of(f32, 2) == {**exact, "maxnreg": 80}
@@ -135,3 +136,8 @@ def test_options() -> None:
     assert of(f32, 2, 32, 100, state=bf16) == {**exact, "maxnreg": 96}
     assert of(f32, 2, 32, 80, grad=bf16) == {**exact, "maxnreg": 96}
     assert of(f32, 2, 32, 90, grad=bf16) == {**exact, "maxnreg": 80}
+    assert of(f32, 2, averages=True) == {**exact, "maxnreg": 96}
+    assert of(f64, 2, averages=True) == {**exact, "maxnreg": 160}
+    assert of(f64, 2, 32, 80, averages=True) == of(f64, 1, averages=True) == {**exact, "maxnreg": 128}
+    assert of(bf16, 1, 32, 100, averages=True) == {**exact, "maxnreg": 96}
+    assert of(bf16, 1, averages=True) == {**exact, "maxnreg": 80}

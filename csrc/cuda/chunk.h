@@ -258,7 +258,10 @@ struct Round {
           WD_UNROLL
           for (int n = 0; n < kOutputs; ++n) output[n] = O::load(o[k][n].element + e);
           const T after = frozen ? before : T(P::load(p[k].element + e, also));
-          epilogue(Element<T>{before, after, gradient, u, own, kStates}, output, summands);
+          if constexpr (E::kSeesStepped)
+            epilogue(Element<T>{before, after, gradient, u, own, kStates}, output, summands);
+          else  // `own` has no address
+            epilogue(Element<T>{after, after, 0, 0, nullptr, 0}, output, summands);
           WD_UNROLL
           for (int n = 0; n < kOutputs; ++n) O::store(o[k][n].element + e, output[n], 0);
           sums.put((i + e) % kBlock, summands);

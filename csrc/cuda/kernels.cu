@@ -10,14 +10,15 @@ namespace {
 
 // Blocks that a multiprocessor is to hold at once, which bounds a thread's registers: so many that enough bytes are on
 // their way, so few that none is spilled (`make codegen`).
-template <class Rule, class P, class G, class S>
+template <class Rule, class P, class G, class S, class E>
 constexpr int resident() {
   constexpr int size = sizeof(typename P::Memory);
-  if (Rule::kStates > 1) return size == 8 ? 4 : 8 - Rule::kStates - (P::kStochastic || S::kStochastic);
+  constexpr int held = Rule::kStates > 1 ? Rule::kStates : Rule::kStates + E::kOutputs;
+  if (held > 1) return size == 8 ? 4 : 8 - held - (P::kStochastic || S::kStochastic);
 #if __CUDA_ARCH__ >= 1000
-  if (Rule::kStates == 1 && S::kStochastic && size == 4) return 7;
+  if (held == 1 && S::kStochastic && size == 4) return 7;
 #endif
-  if (Rule::kStates == 1) return size == 8 ? 6 : 8;
+  if (held == 1) return size == 8 ? 6 : 8;
 #if __CUDA_ARCH__ >= 1000  // more bytes, and a compiler that needs fewer registers
   if (sizeof(typename P::Memory) + sizeof(typename G::Memory) == 4) return 16;
 #endif
@@ -25,7 +26,7 @@ constexpr int resident() {
 }
 
 template <class Rule, class P, class G, class S, class E>
-__global__ void __launch_bounds__(kThreads, (resident<Rule, P, G, S>())) step_kernel(const Launch launch) {
+__global__ void __launch_bounds__(kThreads, (resident<Rule, P, G, S, E>())) step_kernel(const Launch launch) {
   step_chunk<Rule, P, G, S, E>(launch, blockIdx.x);
 }
 

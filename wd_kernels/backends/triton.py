@@ -75,15 +75,15 @@ def with_sizes(epilogues: Sequence[Epilogue]) -> tuple[tuple[Any, ...], tuple[tu
     return functions, tuple(sizes)
 
 
-def options(formats: tuple[Any, ...], warp: int, capability: int | None) -> dict[str, Any]:
+def options(formats: tuple[Any, ...], warp: int, capability: int | None, outputs: int = 0) -> dict[str, Any]:
     """How a kernel is compiled: exact arithmetic and, for AdamW, the registers that some programs at once leave it.
 
     Left to itself, ptxas puts a register on the stack now and then, so that one program more fits on a processor. The
     numbers are the best of which it keeps all in registers, with the oldest and the newest Triton (`make codegen`).
-    `capability`: of an NVIDIA GPU, 90, say; None of another.
+    `capability`: of an NVIDIA GPU, 90, say; None of another. `outputs`: how many of the formats are epilogues'.
     """
     how: dict[str, Any] = {"num_warps": THREADS // warp, "enable_fp_fusion": False}
-    states = len(formats) - 2
+    states = len(formats) - 2  # and what epilogues write
     if capability is not None and states >= 2:
         param, grad, state = (fmt.dtype.itemsize for fmt in formats[:3])
         copied = formats[0].part is not None and formats[0].part.dtype == torch.float32
@@ -93,6 +93,12 @@ def options(formats: tuple[Any, ...], warp: int, capability: int | None) -> dict
             programs -= 3 if full and formats[0].part is not None and capability >= 100 else 2 if full else 1
             programs -= 1 if any(fmt.binades for fmt in formats) else 0
         elif states == 2 and (grad < param or copied) and capability < 90:
+            programs -= 1
+        if (
+            outputs
+            and capability >= 90
+            and ((param == 8 and states > 2) or (param == 2 == states and capability >= 100))
+        ):
             programs -= 1
         how["maxnreg"] = REGISTERS // (programs * THREADS) // 16 * 16
     return how
@@ -171,7 +177,7 @@ class Triton(OnDevice):
             tuple(fmt.code for fmt in spec.formats), epilogues, sizes,
             block(spec.formats, sum(own[2] for own in sizes)),
         )  # fmt: skip
-        how = options(spec.formats, machine(spec.device)[1], _capability(spec.device))
+        how = options(spec.formats, machine(spec.device)[1], _capability(spec.device), len(spec.outputs))
         key = (table.rule.name, spec)
         return self._launch(kernels.step_kernel, key, spec.device, chunks.numel(), own_arguments, how)
 
