@@ -35,7 +35,7 @@ def assert_in_budget(kernel: codegen.Kernel, cost: codegen.Cost) -> None:
     # States in 8 bits take a hundred for few bytes.
     allowed = cost.budget * (2.9 if kernel.scaled else 1.95 if special else 1)
     assert cost.instructions <= allowed, f"{cost.kernel}: {cost.instructions} instructions an element"
-    # What an epilogue writes takes registers, and a program from some: these have 60 KiB on their way where 64 are wanted.
+    # What an epilogue writes takes registers, and a program from some: 60 KiB on their way where 64 are wanted.
     few = 0.9 if kernel.outputs else 1.0
     least = codegen.IN_FLIGHT.get(cost.target, 0) * (0.375 if special else few)
     assert cost.in_flight >= least, f"{cost.kernel}: {cost.in_flight} KiB in flight"
