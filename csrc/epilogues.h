@@ -43,7 +43,8 @@ struct Average {
   WD_SCALARS(ema_decay, one_minus_ema_decay)
 
   WD_HOST_DEVICE void operator()(const Element<T>& of, T* output, T*) const {
-    output[0] = lerp(output[0], of.after, ema_decay, one_minus_ema_decay);
+    const T mixed = lerp(output[0], of.after, ema_decay, one_minus_ema_decay);
+    output[0] = ema_decay == 0 ? of.after : mixed;
   }
 };
 

@@ -132,7 +132,8 @@ enum SettingWord : int {
 
 // After the sources: the schedule's table, float64 [2, length] of eta and of what multiplies the weight decay (0: it
 // has none), its length, and whether it goes on after it: such a step is skipped. Then the table of what averages keep
-// in steps 1, 2, ..., float64 [length], and its length; of a mean no table, and how many steps come before its second.
+// in steps 1, 2, ..., float64 [length] (0: there is no average), and its length; of a mean 1, and how many steps come
+// before its second one.
 enum SourceWord : int {
   kTable = 0,
   kTableLength = 1,

@@ -8,6 +8,7 @@ import pickle
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from bits import assert_same_bits
 from cases import CLASSES, Piece, bf16, c64, f16, f32, f64, gradient, make_params, snapshot
@@ -42,7 +43,7 @@ STORED: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
     "stochastic, nearest average": (bf16, f32, {"stochastic_rounding": "params", "ema_dtype": "param"}),
 }
 COMPILED = ("float32", "float64", "bfloat16", "bfloat16 copy")
-SHAPES = (0.75, EMA(0.5, after=1), WarmedEMA(0.9, gamma=2.0), RatioEMA(0.4), Mean(after=1), lambda t: 1.0 / t)
+SHAPES = (0.75, EMA(0.5, after=1), WarmedEMA(0.9, gamma=2.0), RatioEMA(0.4, after=-1), Mean(after=1), lambda t: 1.0 / t)
 
 
 def life(
@@ -256,11 +257,11 @@ def test_fewer_bits_are_unbiased(dtype: str) -> None:
 # In the place of the weights ------------------------------------------------------------------------------------------
 
 
-def trained(steps: int = 3, **options: Any) -> tuple[nn.Sequential, Any]:
+def trained(steps: int = 3, make: Any = wd_kernels.AdamW, **options: Any) -> tuple[nn.Sequential, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 33), nn.BatchNorm1d(33), nn.Linear(33, 2)).to(options.pop("dtype", f32))
     model[2].bias.requires_grad_(False)
-    opt = wd_kernels.AdamW(model.parameters(), lr=0.05, **{"ema_decay": 0.75, **options})
+    opt = make(model.parameters(), lr=0.05, **{"ema_decay": 0.75, **options})
     for t in range(steps):
         train(model, opt, t)
     return model, opt
@@ -317,7 +318,8 @@ def test_while_swapped_nothing_is_stepped_saved_or_loaded() -> None:
         r"step\(\)": opt.step, r"state_dict\(\)": opt.state_dict, r"swap_ema\(\)": opt.swap_ema,
         r"load_state_dict\(\)": lambda: opt.load_state_dict(saved), "a copy is made": lambda: copy.deepcopy(opt),
         r"load_ema_state_dict\(\)": lambda: opt.load_ema_state_dict(model, averages_then),
-        r"load_master_weights\(\)": opt.load_master_weights,
+        r"load_master_weights\(\)": opt.load_master_weights, r"get_master_weights\(\)": opt.get_master_weights,
+        r"accumulate\(\)": opt.accumulate,
     }  # fmt: skip
     for what, call in calls.items():
         with pytest.raises(RuntimeError, match=f"^{what} while the parameters hold their averages: call swap_ema_back"):
@@ -369,6 +371,87 @@ def test_released_gradients_are_averaged_and_refused_while_swapped() -> None:
     release.remove()
 
 
+def test_complex_weights_are_swapped_and_loaded() -> None:
+    for shape in ((2,), (2, 2), (), (0,), (5,)):
+        p = nn.Parameter(torch.randn(shape, dtype=c64, generator=torch.Generator().manual_seed(1)))
+        model, opt = nn.ParameterList([p]), wd_kernels.AdamW([p], lr=0.1, ema_decay=0.5)
+        p.grad = torch.full_like(p, 1 - 2j)
+        opt.step()
+        own, before = opt.state[p]["ema"].clone(), p.detach().clone()
+        with opt.swap_ema():
+            assert torch.equal(p.detach(), own)
+        assert torch.equal(p.detach(), before)
+        opt.load_ema_state_dict(model, {"0": own + 1j})
+        assert torch.equal(opt.state[p]["ema"], own + 1j)
+
+
+def test_casts_that_autocast_has_kept_are_dropped() -> None:
+    model, opt = trained(dtype=f32)
+    x = torch.ones(4, 6)
+    with torch.no_grad(), torch.autocast("cpu", dtype=bf16):
+        model.eval()
+        before = model(x)
+        with opt.swap_ema():
+            averaged = model(x)
+        assert torch.equal(model(x), before)
+    assert not torch.equal(averaged, before)
+
+
+def sharded_swap() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = copy.deepcopy(whole)
+    fully_shard(model[0])
+    fully_shard(model)
+    opts = [wd_kernels.SGDW(m.parameters(), lr=0.5, ema_decay=0.75) for m in (whole, model)]
+    x = torch.linspace(-1, 1, 24).view(4, 6)
+    for _ in range(2):
+        outputs = []
+        for m, opt in zip((whole, model), opts, strict=True):
+            m(x).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+            with torch.no_grad():
+                plain = m(x)
+                with opt.swap_ema(m):
+                    outputs.append((plain, m(x)))
+                outputs[-1] += (m(x),)
+        for a, b in zip(*outputs, strict=True):
+            torch.testing.assert_close(a, b)
+        assert not torch.equal(outputs[0][0], outputs[0][1])
+        assert torch.equal(outputs[1][0], outputs[1][2])
+    with pytest.raises(TypeError, match=r"parameter 0.* is a DTensor, .*: expected its model, swap_ema\(model\)"):
+        opts[1].swap_ema()
+
+
+def test_what_fully_shard_has_gathered_is_dropped() -> None:
+    ranks.run(2, sharded_swap)
+
+
+def test_what_was_frozen_since_keeps_its_average() -> None:
+    model, opt = trained()
+    own = {name: t.clone() for name, t in opt.ema_state_dict(model).items()}
+    model.requires_grad_(False)
+    for name, t in opt.ema_state_dict(model).items():
+        assert_same_bits(t, own[name], name)
+    with opt.swap_ema():
+        assert_same_bits(model[0].weight.detach(), own["0.weight"])
+
+
+def test_what_diverged_before_the_average_begins_is_not_in_it() -> None:
+    p = nn.Parameter(torch.ones(300))
+    for backend in ("cpu", "reference"):
+        opt = wd_kernels.SGDW([p], lr=1.0, ema_decay=Mean(after=2), backend=backend)  # type: ignore[arg-type]
+        for value in (math.nan, 3e38, -3e38):
+            with torch.no_grad():
+                p.fill_(value)
+            p.grad = torch.zeros(300)
+            opt.step()
+        assert opt.state[p]["ema"].tolist() == p.tolist()
+
+
 # By name --------------------------------------------------------------------------------------------------------------
 
 
@@ -395,7 +478,10 @@ def test_names_buffers_and_shared_parameters() -> None:
     torch.testing.assert_close(found["in.weight"], model["in"].weight.detach() + 0.05)
     fresh = nn.ModuleDict({"in": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4), "out": nn.Linear(4, 4)})
     fresh.load_state_dict(found)
-    with pytest.raises(ValueError, match="none of the model's parameters is averaged by this optimizer"):
+    with pytest.raises(
+        ValueError,
+        match=r"none of the tensors in the model's state_dict\(\) is a parameter that this optimizer averages",
+    ):
         opt.ema_state_dict(nn.Linear(2, 2))
 
 
@@ -423,6 +509,45 @@ def test_averages_are_loaded_by_name(dtype: str, flat: bool) -> None:
     train(fresh, new, 3)
     expected = before * 0.75 + fresh[0].weight.detach() * 0.25
     torch.testing.assert_close(new.ema_state_dict(fresh)["0.weight"], expected, rtol=1.5 * near + 1e-6, atol=1e-6)
+
+
+def test_names_without_what_wrappers_have_put_before_them() -> None:
+    """DDP's, torch.compile's and AveragedModel's; of a parameter that is shared one name is enough."""
+    model, opt = trained()
+    good = {name: t + 1.0 for name, t in opt.ema_state_dict(model).items()}
+    opt.load_ema_state_dict(model, {f"module._orig_mod.{name}": t for name, t in good.items()})
+    assert_same_bits(opt.state[model[0].weight]["ema"], good["0.weight"])
+    tied = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    tied["b"].weight = tied["a"].weight  # type: ignore[assignment]
+    other = wd_kernels.SGDW(tied.parameters(), ema_decay=0.5)
+    other.load_ema_state_dict(tied, {"b.weight": torch.ones(2, 2)})
+    assert other.ema_state_dict(tied)["a.weight"].tolist() == [[1.0, 1.0]] * 2
+    with pytest.raises(ValueError, match=r"'a\.weight' and 'b\.weight' are one parameter .* averages differ"):
+        other.load_ema_state_dict(tied, {"a.weight": torch.ones(2, 2), "b.weight": torch.zeros(2, 2)})
+
+
+def test_what_the_next_step_would_not_keep_is_not_loaded() -> None:
+    """A mean goes on as a mean of all: what it is loaded with counts as so many."""
+    model, _ = trained(ema_decay=Mean())
+    theirs = AveragedModel(model)
+    for _ in range(4):
+        theirs.update_parameters(model)
+    for shape, says in (
+        (EMA(0.9), r"by ema_decay=EMA.* begins with step 1, which would keep nothing"),
+        (Mean(), r"means of 4 weights, .* after 0 steps, it would be 0: allowed is averages\.Mean\(after=-4\)"),
+    ):
+        new = wd_kernels.SGDW(model.parameters(), lr=0.5, ema_decay=shape)
+        with pytest.raises(ValueError, match=says):
+            new.load_ema_state_dict(model, theirs.state_dict())
+        assert not new.state
+    for engine in ("cpu", "reference"):
+        p = nn.Parameter(torch.full((3,), 2.0))
+        new = wd_kernels.SGDW([p], lr=1.0, ema_decay=Mean(after=-4), backend=engine)  # type: ignore[arg-type]
+        average = {"module.0": torch.ones(3), "n_averaged": torch.tensor(4)}
+        new.load_ema_state_dict(nn.ParameterList([p]), average)
+        p.grad = torch.full((3,), -4.0)
+        new.step()  # to 6
+        assert new.state[p]["ema"].tolist() == pytest.approx([2.0] * 3)
 
 
 def test_bad_averages_by_name() -> None:
@@ -465,15 +590,17 @@ def test_bad_averages_by_name() -> None:
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("make", [wd_kernels.AdamW, wd_kernels.SGDW])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("how", ["saved", "copied", "pickled"])
-def test_a_resumed_run_has_the_same_bits(how: str, dtype: str, tmp_path: Any) -> None:
+def test_a_resumed_run_has_the_same_bits(how: str, dtype: str, make: Any, tmp_path: Any) -> None:
+    """What is kept follows the step count, which SGD's states else do without."""
     options = {"ema_decay": WarmedEMA(0.9), "ema_dtype": dtype, "seed": 5}
-    model, opt = trained(**options)
+    model, opt = trained(make=make, **options)
     if how == "saved":
         torch.save(opt.state_dict(), tmp_path / "state")
         other = copy.deepcopy(model)
-        new = wd_kernels.AdamW(other.parameters(), lr=0.05, **options)
+        new = make(other.parameters(), lr=0.05, **options)
         new.load_state_dict(torch.load(tmp_path / "state"))  # weights_only: plain words and numbers
     else:
         other, new = copy.deepcopy((model, opt)) if how == "copied" else pickle.loads(pickle.dumps((model, opt)))
@@ -508,6 +635,15 @@ def test_what_is_loaded_without_and_with() -> None:
     torchs = torch.optim.AdamW(model.parameters())
     torchs.load_state_dict(opt.state_dict())
     train(model, torchs, 4)
+
+
+def test_scales_without_codes_are_refused() -> None:
+    """Whoever asks for tensors by the names of a fresh optimizer's states may lose those in 8 bits."""
+    _, opt = trained(ema_dtype="int8")
+    saved = opt.state_dict()
+    del saved["state"][0]["ema_code"]
+    with pytest.raises(ValueError, match=r"the saved state of parameter 0.* has 'ema_scale', and no 'ema' that it is"):
+        opt.load_state_dict(saved)
 
 
 def test_a_mean_that_begins_in_the_midst_is_refused() -> None:
@@ -574,7 +710,7 @@ def test_bad_shapes_dtypes_and_functions() -> None:
         (lambda: WarmedEMA(0.9, power=math.inf), r"power=inf of WarmedEMA"),
         (lambda: RatioEMA(0.9, least=-1), r"least=-1 of RatioEMA: allowed are 0 <= least < 1"),
         (lambda: EMA(0.9, after=0.5), r"after=0\.5 of EMA: allowed are whole numbers >= 0"),
-        (lambda: Mean(-1), r"after=-1 of Mean"),
+        (lambda: EMA(0.5, after=-2), r"after=-2 of EMA"),
         (lambda: EMA("0.9"), r"decay='0\.9' of EMA"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):
@@ -593,8 +729,14 @@ def test_bad_shapes_dtypes_and_functions() -> None:
 def test_a_device_calls_no_python(engine: Engine) -> None:
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
+
+    class Late(EMA):
+        def __call__(self, t: int) -> float:
+            return 0.5 if t < 3 else 0.9
+
     for shape, says in (
         (lambda t: 0.5, r"ema_decay=.*lambda.* in param group 0 is Python code, with skip_nonfinite"),
+        (Late(0.9), r"ema_decay=.*Late.* in param group 0 is Python code"),
         (WarmedEMA(0.99999), "a device that counts the steps has a table of them"),
     ):  # fmt: skip
         options: dict[str, Any] = {"skip_nonfinite": True, "backend": engine.backend}

@@ -10,7 +10,8 @@ others do; in all of them the average is the parameter itself until step `after`
 :class:`EMA`                    torch's ``AveragedModel`` with ``get_ema_multi_avg_fn(decay)``, and timm's
                                 ``ModelEmaV3`` where its ``update`` is given the step
 :class:`WarmedEMA`              timm's ``ModelEmaV3(use_warmup=True)``, diffusers' ``EMAModel(use_ema_warmup=True)``
-:class:`RatioEMA`               diffusers' ``EMAModel``, TensorFlow's ``ExponentialMovingAverage(num_updates=)``
+:class:`RatioEMA`               diffusers' ``EMAModel``; with ``after=-1``, TensorFlow's
+                                ``ExponentialMovingAverage(num_updates=)``
 :class:`Mean`                   torch's ``AveragedModel`` as it comes: SWA, the mean of all weights from there on
 ==============================  ========================================================================================
 
@@ -20,7 +21,9 @@ in [0, 1], 1 where a step leaves the average alone; but not where a device count
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +32,7 @@ from typing import Any, TypeAlias
 
 from .opaque import opaque
 
-__all__ = ["EMA", "AverageDecay", "AverageLike", "Mean", "RatioEMA", "WarmedEMA", "checked", "decay_of"]
+__all__ = ["EMA", "AverageDecay", "AverageLike", "Mean", "RatioEMA", "WarmedEMA"]
 
 #: What `ema_decay` may be.
 AverageLike: TypeAlias = float | Callable[[int], float] | None
@@ -77,10 +80,13 @@ class AverageDecay(ABC):
         for name in self.__match_args__:  # type: ignore[attr-defined]
             value, what = getattr(self, name), f"{name}={getattr(self, name)!r} of {type(self).__name__}"
             if name == "after":
-                if type(value) is not int or value < -1:
+                with contextlib.suppress(TypeError):
+                    value = value if isinstance(value, bool) else operator.index(value)
+                if type(value) is not int or (value < -1 and not isinstance(self, Mean)):
                     raise ValueError(
                         f"{what}: allowed are whole numbers >= 0, and -1: the average begins before step 1"
                     )
+                object.__setattr__(self, name, value)
                 continue
             number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
             if name in ("decay", "least"):
@@ -187,7 +193,8 @@ class Mean(AverageDecay):
     r"""The mean of a parameter after steps `after` + 1, `after` + 2, ...: :math:`\beta = 1 - 1/(s + 1)`.
 
     Args:
-        after: how many steps come before it, at least 0.
+        after: how many steps come before it. If it is negative, the average is loaded, and so many more weights are in
+            it than steps were taken: `load_ema_state_dict`.
 
     Raises:
         ValueError: naming the argument.
@@ -203,8 +210,6 @@ class Mean(AverageDecay):
 
     def __post_init__(self) -> None:
         self._check()
-        if self.after < 0:
-            raise ValueError(f"after={self.after} of Mean: allowed are whole numbers >= 0")
 
     def past(self, s: int) -> float:
         return 1.0 - 1.0 / (s + 1)
@@ -233,6 +238,11 @@ def checked(value: Any, where: str) -> Callable[[int], float] | None:
     return EMA(number, after=-1)
 
 
+def is_tabled(average: object) -> bool:
+    """Is it one that a device can have as a table, or make? What derives from these may be anything."""
+    return type(average) in (EMA, WarmedEMA, RatioEMA, Mean)
+
+
 def decay_of(average: Callable[[int], float] | None, t: int) -> float:
     """The decay of step t; 1 where there is no average.
 
@@ -242,7 +252,7 @@ def decay_of(average: Callable[[int], float] | None, t: int) -> float:
     if average is None:
         return 1.0
     found = average(t)
-    if not isinstance(average, AverageDecay):
+    if not is_tabled(average):
         good = isinstance(found, Real) and not isinstance(found, bool) and 0.0 <= found <= 1.0
         if not good:
             raise ValueError(f"ema_decay({t})={found!r} of {average!r}: allowed are numbers in [0, 1]")

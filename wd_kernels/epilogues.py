@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .reference import Element, lerp
@@ -47,7 +48,8 @@ class Epilogue:
 def _average(
     s: SimpleNamespace, of: Element, outputs: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return {"ema": lerp(outputs["ema"], of.after, s.ema_decay, s.one_minus_ema_decay)}, {}
+    mixed = lerp(outputs["ema"], of.after, s.ema_decay, s.one_minus_ema_decay)
+    return {"ema": torch.where(s.ema_decay == 0, of.after, mixed)}, {}
 
 
 def _in_triton(name: str) -> Callable[[], Any]:

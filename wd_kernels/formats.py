@@ -24,6 +24,7 @@ __all__ = [
     "Storage",
     "arithmetic_dtype",
     "code_name",
+    "dtype_key",
     "exact_in",
     "format_of",
     "full_state_dtype",
@@ -158,6 +159,11 @@ def scale_name(name: str) -> str:
 def code_name(name: str) -> str:
     """The key of a state in 8 bits in a checkpoint: what casts it to floats, as torch's classes do, finds no state."""
     return f"{name}_code"
+
+
+def dtype_key(name: str) -> str:
+    """The key of a group that says what a state is stored in."""
+    return "ema_dtype" if name == EMA_NAME else "state_dtype"
 
 
 def tiles(numel: int) -> int:

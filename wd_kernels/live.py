@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .averages import AverageDecay
+from .averages import AverageDecay, Mean, is_tabled
 from .layout import CPU
 from .norms import Bank
 from .rules import AVERAGE, LIMIT, VALUE, Hyper, Rule, at_least_zero, pair
@@ -109,13 +109,13 @@ def sources(rule: Rule, hypers: Sequence[Hyper], lives: Sequence[Live], bank: Ba
 
 
 def _average(average: Callable[[int], float] | None, bank: Bank) -> tuple[int, int]:
-    """(address, length) of the table of an average's decays, from step 1 on; of a mean, which never settles, no table
-    and how many steps come before the second that it is of."""
+    """(address, length) of the table of an average's decays, from step 1 on; of a mean, which never settles, 1, and how
+    many steps come before the second that it is of."""
     if average is None:
         return 0, 0
+    if isinstance(average, Mean):
+        return 1, average.after + 1
     assert isinstance(average, AverageDecay)
-    if average.settles() is None:
-        return 0, average.after + 1
     values = bank.average_table(average)
     return values.data_ptr(), len(values)
 
@@ -169,7 +169,7 @@ def _checked(t: Tensor, name: str, device: torch.device, where: str) -> Tensor:
 
 
 def _check_average(average: object, capturable: bool, device: torch.device, where: str) -> None:
-    if callable(average) and not isinstance(average, AverageDecay):
+    if callable(average) and not is_tabled(average):
         why = "capturable=True" if capturable else f"skip_nonfinite or a GradScaler, on {device}"
         raise ValueError(
             f"ema_decay={named(average)} in {where} is Python code, with {why}: what may be skipped or captured is "

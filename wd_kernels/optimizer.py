@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from functools import cache, partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .accumulation import Accumulators
 from .caller import warn
 from .clipping import Clipping, Limits
 from .flat.states import FlatGradients
-from .rules import FLAG, LIMIT, Hyper, Rule, check_chosen, flag, pair, state_dtype_word
+from .rules import AVERAGE, FLAG, LIMIT, Hyper, Rule, check_chosen, flag, pair, state_dtype_word
 from .schedules import stepping
 from .schedules.shapes import named
 from .sharding import local
@@ -104,13 +105,13 @@ class DecoupledOptimizer(Optimizer):
             TypeError, ValueError, RuntimeError: naming the parameter or the hyperparameter; nothing was written.
         """
         loss, lives = None, None
+        self._refuse_swapped("step()")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups if type(self.param_groups) is list else list(self.param_groups)
         table = self._table
         self._refuse_within_step("step()")
-        self._refuse_swapped("step()")
         if self.release is not None:
             if self.__dict__.get("grad_scale") is not None or self.__dict__.get("found_inf") is not None:
                 raise RuntimeError(f"grad_scale and found_inf, of a GradScaler: {RELEASED}")
@@ -273,6 +274,7 @@ class DecoupledOptimizer(Optimizer):
                 "`with release.accumulating():`, which adds them up in p.grad"
             )
         self._refuse_within_step("accumulate()")
+        self._refuse_swapped("accumulate()")
         with self._table.lock, plain_tensors(True):
             self._settle()
             self._accumulators.add(self.param_groups, self.backend, self._flat_gradients)
@@ -414,6 +416,8 @@ class DecoupledOptimizer(Optimizer):
         if "state_dtype" in settings:
             names = [state.name for state in self.rule.states]
             settings["state_dtype"] = state_dtype_word(settings["state_dtype"], names, where)
+        if isinstance(kept := settings.get(AVERAGE), Real) and not isinstance(kept, bool):
+            settings[AVERAGE] = float(kept)
         if isinstance(dtype := settings.get("ema_dtype"), torch.dtype):
             settings["ema_dtype"] = str(dtype).removeprefix("torch.")
         if isinstance(word := settings.get("master_weights"), bool):
@@ -542,6 +546,7 @@ class DecoupledOptimizer(Optimizer):
             >>> w.tolist(), [round(x, 4) for x in opt.get_master_weights()["w"].tolist()]
             ([1.0, 1.0], [0.999, 0.999])
         """
+        self._refuse_swapped("get_master_weights()")
         return master_weights.get(self.param_groups, self.state)
 
     def load_master_weights(self, weights: Mapping[str | int, Tensor] | None = None) -> None:
@@ -563,15 +568,21 @@ class DecoupledOptimizer(Optimizer):
             planned = master_weights.planned(self.rule, self.param_groups, masters)
             master_weights.put(self.state, self._table.flat_states, planned)
 
-    def swap_ema(self) -> AbstractContextManager[None]:
+    def swap_ema(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
         """Puts the averages (`ema_decay`) in the place of the parameters, rounded to nearest even; to evaluate them.
 
         `with opt.swap_ema():` puts the parameters back at its end; a call alone does until :meth:`swap_ema_back`. What
         they held is kept meanwhile, a copy of each that is averaged; those that no step has taken yet are their own
-        averages. Master weights and states stay. Meanwhile no step is taken, and nothing is saved or loaded.
+        averages. Master weights and states stay, and so do buffers. Meanwhile no step is taken, and nothing is saved or
+        loaded.
+
+        Args:
+            model: whose parameters they are, where these are DTensors: what `fully_shard` has gathered of them before
+                is dropped, and again when they are put back.
 
         Raises:
             RuntimeError: no group has an `ema_decay`, or the averages are there already.
+            TypeError: the parameters are DTensors, and no model is given.
 
         Example:
             >>> import torch, wd_kernels
@@ -588,7 +599,7 @@ class DecoupledOptimizer(Optimizer):
         self._refuse_within_step("swap_ema()")
         self._refuse_swapped("swap_ema()")
         with self._table.lock, plain_tensors(True):
-            self._swapped = averaging.Swapped(self.param_groups, self.state)
+            self._swapped = averaging.Swapped(self.param_groups, self.state, model)
         return _BackAtItsEnd(self)
 
     def swap_ema_back(self) -> None:
@@ -613,8 +624,9 @@ class DecoupledOptimizer(Optimizer):
         """`model.state_dict()` with averages (`ema_decay`) in the place of the parameters that have one, by name.
 
         Averages are float32 for 16-bit parameters, whatever they are stored in (float64 and complex ones as these);
-        `load_state_dict` rounds them. Of a DTensor, a DTensor. As in `model.state_dict()` these are the tensors
-        themselves where they are stored so: later steps change them.
+        `load_state_dict` rounds them. Of a DTensor, a DTensor. Parameters that have none yet, or are another
+        optimizer's, are themselves. As in `model.state_dict()` these are the tensors themselves where they are stored
+        so: later steps change them, and who keeps them clones them.
 
         Args:
             model: whose parameters this optimizer steps; it may be wrapped.
@@ -638,16 +650,18 @@ class DecoupledOptimizer(Optimizer):
 
         Args:
             model: whose names these are.
-            averages: by name; what is no average of this optimizer, such as buffers, is not read.
+            averages: by name, whatever wrappers have put before it; what is no average of this optimizer, such as
+                buffers, is not read.
 
         Raises:
             KeyError, TypeError, ValueError: a name that the model does not have, or one that is missing, another shape,
-                a dtype that is not exact in the arithmetic type; nothing was written.
+                a dtype that is not exact in the arithmetic type; an `ema_decay` by which the next step would keep
+                nothing of it, or a mean of another number of weights; nothing was written.
         """
         self._refuse_within_step("load_ema_state_dict()")
         self._refuse_swapped("load_ema_state_dict()")
         with self._table.lock, plain_tensors(True):
-            found = averaging.chosen(model, self.param_groups, averages)
+            found = averaging.chosen(model, self.param_groups, self.state, averages)
             averaging.put(self.rule, self.param_groups, self.state, self._table.flat_states, found)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def check_tiles(p: Tensor, what: str) -> None:
             raise ValueError(
                 f"{what} of shape {shape} is sharded along dimension {dim} over {n} processes, {chunk} elements each: "
                 f"states in 8 bits have a scale for every {TILE} neighbours, which must lie in one process. Give it a "
-                "group with state_dtype=torch.bfloat16"
+                "group with state_dtype=torch.bfloat16 (averages: ema_dtype)"
             )
     if over and not local(p).is_contiguous():
         raise ValueError(f"{what} is sharded and not contiguous: states in 8 bits want contiguous shards")

@@ -34,7 +34,7 @@ from .schedules.stepping import follows_lr
 from .sharding import check_sharding, local, sharded_like
 from .validation import check_type, conform_state, label, read_counts, step_count, without_memory
 
-__all__ = ["export", "load", "settle", "with_own_counts", "with_own_schedule"]
+__all__ = ["export", "load", "settle", "unwrapped", "with_own_counts", "with_own_schedule"]
 
 HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would step: the live group's stay
 STORED = ("state_dtype", "stochastic_rounding", "master_weights", "ema_dtype")  # so do these
@@ -109,7 +109,7 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
             found = state.get(key)
             if found is not None:
                 state[key] = found = master_weights.exported(found, p)
-            counts = rule.torch.counts_steps or _counts_for_rounding(storage, p, found)
+            counts = rule.torch.counts_steps or _counts_for_more(storage, p, found)
             if not counts and isinstance(found, dict) and "step" in found:
                 state[key] = {name: value for name, value in found.items() if name != "step" and key in stepped}
                 if not state[key]:
@@ -130,14 +130,16 @@ def _stepped(state: Mapping[Any, Any]) -> set[Any]:
     return set(state) - {key for key, count in read_counts(there).items() if count == 0}
 
 
-def _counts_for_rounding(storage: Storage, p: Tensor, found: Any) -> bool:
-    """Are a parameter or its states rounded by their step count?"""
+def _counts_for_more(storage: Storage, p: Tensor, found: Any) -> bool:
+    """Are a parameter or its states rounded by their step count, or is it averaged by that?"""
     kept = found.items() if isinstance(found, dict) else ()
     states = [t.dtype for name, t in kept if isinstance(t, Tensor) and name != MASTER_NAME]
     roles = [(p.dtype, storage.stochastic_params), *((dtype, storage.stochastic_states) for dtype in states)]
     in_8_bits = storage.stochastic_states and any(map(has_scales, states))
-    return in_8_bits or any(
-        is_steppable(dtype) and format_of(dtype, stochastic).stochastic for dtype, stochastic in roles
+    return (
+        in_8_bits
+        or EMA.name in dict(kept)
+        or any(is_steppable(dtype) and format_of(dtype, stochastic).stochastic for dtype, stochastic in roles)
     )
 
 
@@ -366,7 +368,7 @@ def _misnamed(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     ours, theirs = own.get("param_names"), saved.get("param_names")
     if not isinstance(ours, (list, tuple)) or not isinstance(theirs, (list, tuple)):
         return []
-    ours, theirs = ([_unwrapped(str(name)) for name in names] for names in (ours, theirs))
+    ours, theirs = ([unwrapped(str(name)) for name in names] for names in (ours, theirs))
     if ours == theirs:
         return []
     k = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
@@ -377,7 +379,7 @@ def _misnamed(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
     """A parameter's name without what wrappers put into it: DDP, torch.compile, FSDP, activation checkpoints."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
@@ -496,6 +498,12 @@ def _load_one(
         raise TypeError(f"the saved state of {what} is a {type(saved).__name__}: expected a dict")
     own: dict[str, Any] = {}
     saved = scales.restored(saved, p, what, storage, factors, convert)
+    for key, state in scales.STATES.items():
+        if saved.get(state.scale.name) is not None and saved.get(key) is None:
+            raise ValueError(
+                f"the saved state of {what} has {state.scale.name!r}, and no {key!r} that it is the scale of: whoever "
+                "carried it has lost what is in 8 bits"
+            )
     for name, value in saved.items():
         if (name == "step" or name in STATES) and isinstance(value, Mapping) and not value:
             continue  # torch's distributed checkpoints make it of what they have not found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .formats import FORMATS, Storage, exact_in, gradient_dtypes, is_steppable, master_dtypes, state_dtypes
+from .formats import FORMATS, Storage, dtype_key, exact_in, gradient_dtypes, is_steppable, master_dtypes, state_dtypes
 from .reference import store
 from .rules import State
 from .sharding import local
@@ -173,8 +173,9 @@ def check_storage(p: Tensor, storage: Storage, states: Iterable[State], what: st
         dtype, allowed = storage.state_dtype(state, p.dtype), state_dtypes(p.dtype, state.signed)
         if dtype not in allowed:
             raise TypeError(
-                f"state_dtype={storage.word(state.name)!r} for the state {state.name!r} of {what}, which has dtype "
-                f"{p.dtype}: allowed for it are {', '.join(map(str, allowed))}. A group of its own may ask for another"
+                f"{dtype_key(state.name)}={storage.word(state.name)!r} for the state {state.name!r} of {what}, which "
+                f"has dtype {p.dtype}: allowed for it are {', '.join(map(str, allowed))}. A group of its own may "
+                "ask for another"
             )
     master = storage.master_dtype(p.dtype)
     if master is not None and master not in master_dtypes(p.dtype):
@@ -207,8 +208,8 @@ def conform_state(p: Tensor, like: Tensor, value: Any, dtype: torch.dtype, what:
     if not exact_in(value.dtype, dtype) and not convertible:
         raise TypeError(
             f"{what} has dtype {value.dtype}, which does not fit the {dtype} that this optimizer keeps it in (by the "
-            f"parameter's dtype, {p.dtype}, and its group's state_dtype): give the optimizer the state_dtype that it "
-            "was saved with, or round it, load_state_dict(..., convert_states=True)"
+            f"parameter's dtype, {p.dtype}, and its group's state_dtype or ema_dtype): give the optimizer the one that "
+            "it was saved with, or round it, load_state_dict(..., convert_states=True)"
         )
     check_address(value, what)
     if value.dtype == dtype and same_layout(value, like) and not (value.is_conj() or value.is_neg()):

@@ -115,12 +115,10 @@ WD_HOST_DEVICE inline int64_t place_in(int64_t steps, int64_t length) {
 // What step t keeps of an average, by its words of the sources; 1 where there is none.
 WD_HOST_DEVICE inline double kept_of_average(const int64_t* words, int64_t t) {
   const int64_t length = words[kAverageLength];
-  if (words[kAverageTable] != 0) {
-    const double* const table = memory<double>(reinterpret_cast<void* const*>(words)[kAverageTable], 0);
-    return table[place_in(t - 1, length)];
-  }
-  if (length == 0) return 1;
-  return t > length ? 1 - 1 / double(t - length + 1) : 0;
+  if (words[kAverageTable] == 0) return 1;
+  if (words[kAverageTable] == 1) return t > length ? 1 - 1 / double(t - length + 1) : 0;
+  const double* const table = memory<double>(reinterpret_cast<void* const*>(words)[kAverageTable], 0);
+  return table[place_in(t - 1, length)];
 }
 
 // Scalars of a row that is made here: those of the rule, then the average's.

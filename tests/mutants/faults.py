@@ -665,8 +665,8 @@ AVERAGES = (
         ("averages: a swap keeps no copy", "(p, local(p).detach().clone())", "(p, local(p).detach())"),
         (
             "averages: names that are missing are not missed",
-            "if of is not None and name not in averages]",
-            "if of is not None and name not in names]",
+            "if not given.keys() & set(each)]",
+            "if not names.keys() & set(each)]",
         ),
         (
             "averages: scales are not read",
@@ -2106,7 +2106,7 @@ STOCHASTIC = [
         "stochastic",
         (
             "checkpoint: SGDW loses the counts by which it rounds",
-            "counts = rule.torch.counts_steps or _counts_for_rounding(storage, p, found)",
+            "counts = rule.torch.counts_steps or _counts_for_more(storage, p, found)",
             "counts = rule.torch.counts_steps",
         ),
     ),

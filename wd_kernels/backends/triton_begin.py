@@ -265,10 +265,10 @@ def kept_of_average(words, t, there):
     table = tl.load(words, mask=there, other=0)
     length = tl.load(words + 1, mask=there, other=0)
     at = table.to(tl.pointer_type(tl.float64)) + tl.maximum(tl.minimum(t - 1, length - 1), 0)
-    tabled = tl.load(at, mask=table != 0, other=0.0)
+    tabled = tl.load(at, mask=table > 1, other=0.0)
     past = tl.maximum(t - length, 0)
     mean = tl.where(past > 0, 1.0 - 1.0 / (past + 1).to(tl.float64), 0.0)
-    return tl.where(table != 0, tabled, tl.where(length == 0, 1.0, mean))
+    return tl.where(table > 1, tabled, tl.where(table == 0, 1.0, mean))
 
 
 @triton.jit

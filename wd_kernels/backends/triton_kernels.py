@@ -455,7 +455,8 @@ def of_one(values, first: tl.constexpr, sizes: tl.constexpr, e: tl.constexpr, wh
 def average(before, after, g, u, states, outputs, scalars):
     """Section 8's average of a parameter: (outputs, summands)."""
     ema_decay, one_minus_ema_decay = scalars
-    return (lerp(outputs[0], after, ema_decay, one_minus_ema_decay),), ()
+    mixed = lerp(outputs[0], after, ema_decay, one_minus_ema_decay)
+    return (tl.where(ema_decay == 0.0, after, mixed),), ()
 
 
 @triton.jit
