@@ -131,7 +131,7 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
     split = [target.replace(".", "").partition("+") for target in targets]
     codes = [(n, code) for n, _, ptx in split for code in (f"sm_{n}", *[f"compute_{n}"] * bool(ptx))]
     gencode = [f"-gencode=arch=compute_{number},code={code}" for number, code in codes]
-    # A fifth of the size. Any driver that runs what CUDA 13 has built can read it.
+    # A quarter of the size. Any driver that runs what CUDA 13 has built can read it.
     small = "--compress-mode=size " if release and int(release[1].split(".")[0]) >= 13 else ""
     built = f"CUDA {release[1] if release else '?'} for {', '.join(targets)}".replace("+PTX", " and its PTX")
     host = os.environ.get("CXX", "")

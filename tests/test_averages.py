@@ -567,7 +567,7 @@ def test_bad_averages_by_name() -> None:
     refused(KeyError, r"1 names of averages are missing: \['0.weight'\]", **{"0.weight": None})
     refused(
         ValueError,
-        r"the average of .*parameter 0.*, '0.weight', has shape \(2,\): allowed is that of the",
+        r"the average of .*parameter 0.*, '0.weight', has shape \(2,\); allowed is that of the",
         **{"0.weight": torch.ones(2)},
     )
     refused(

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from . import native
-from .averages import Mean, checked, decay_of
+from .averages import Mean, decay_of
+from .averages import checked as average_of
 from .flat.buffers import place_of
 from .flat.states import FlatStates
-from .formats import SCALE, TILE, arithmetic_dtype, exact_in, has_scales
+from .formats import SCALE, TILE, arithmetic_dtype, full_state_dtype, has_scales
+from .master_weights import checked
 from .reference import load, store
 from .rules import AVERAGE, EMA, Rule
 from .scales import like_scale, scale_of
-from .sharding import check_sharding, is_sharded, local, sharded_like
+from .sharding import is_sharded, local, sharded_like
 from .state_dict import unwrapped
-from .validation import check_type, label, step_count, without_memory
+from .validation import label, step_count
 
 __all__ = ["Swapped", "by_name", "chosen", "put"]
 
@@ -103,8 +105,9 @@ class Swapped:
 
 def by_name(model: nn.Module, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> dict[str, Tensor]:
     """`model.state_dict()` with averages in the place of parameters that have one."""
-    own = {id(p): p for p, *_ in averaged(groups, state)}
-    _require([*averaged(groups, state)])
+    each = list(averaged(groups, state))
+    _require(each)
+    own = {id(p): p for p, *_ in each}
     found, known = model.state_dict(keep_vars=True), False
     for name, t in found.items():
         known = known or id(t) in own
@@ -141,9 +144,9 @@ def chosen(
     found = []
     for key, each in names_of.items():
         of, (first, *others) = own[key], [name for name in each if name in given]
-        value = _checked(given[first], of.p, f"the average of {of.what}, {first!r},")
+        value = _copied(of.p, given[first], f"the average of {of.what}, {first!r},")
         for name in others:
-            if not torch.equal(_checked(given[name], of.p, f"the average of {of.what}, {name!r},"), value):
+            if not torch.equal(_copied(of.p, given[name], f"the average of {of.what}, {name!r},"), value):
                 raise ValueError(f"{first!r} and {name!r} are one parameter of the model, and their averages differ")
         _check_kept(of, groups[of.group], state, None if count is None else int(count))
         found.append((of, value))
@@ -153,7 +156,7 @@ def chosen(
 def _check_kept(of: Averaged, group: Mapping[str, Any], state: Mapping[Any, Any], count: int | None) -> None:
     """Raises ValueError where the next step would keep nothing of an average, or take a mean for another one."""
     steps = int(step_count(state.get(of.p, {}).get("step", 0), f"the step count of {of.what}"))
-    average = checked(group[AVERAGE], f"param group {of.group}")
+    average = average_of(group[AVERAGE], f"param group {of.group}")
     if isinstance(average, Mean) and count is not None and steps - average.after != count:
         raise ValueError(
             f"the averages are means of {count} weights, and by ema_decay={average!r} of param group {of.group}, after "
@@ -168,19 +171,9 @@ def _check_kept(of: Averaged, group: Mapping[str, Any], state: Mapping[Any, Any]
         )
 
 
-def _checked(value: Any, p: Tensor, what: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{what} is a {type(value).__name__}: expected a tensor")
-    check_type(value, what)
-    check_sharding(p, value, what)
-    if value.shape != p.shape:
-        raise ValueError(f"{what} has shape {tuple(value.shape)}: allowed is that of the parameter, {tuple(p.shape)}")
-    widest = p.dtype if p.dtype.is_complex else arithmetic_dtype(p.dtype)
-    if not exact_in(value.dtype, widest):
-        raise TypeError(f"{what} has dtype {value.dtype}: allowed are {widest} and what is exact in it")
-    if without_memory(local(value)) and not without_memory(local(p)):
-        raise ValueError(f"{what} has no memory: it is on {value.device}, or fake")
-    return local(value).detach().to(local(p).device, widest, copy=True)
+def _copied(p: Tensor, value: Any, what: str) -> Tensor:
+    """What is to be written, as a local tensor of its own."""
+    return local(checked(p, value, what)).detach().to(local(p).device, full_state_dtype(p.dtype), copy=True)
 
 
 @torch.no_grad()

@@ -15,13 +15,13 @@ from torch.nn.parameter import is_lazy
 
 from .flat.buffers import place_of
 from .flat.states import FlatStates
-from .formats import MASTER_NAME, Storage, arithmetic_dtype, exact_in, is_steppable, master_dtypes
+from .formats import MASTER_NAME, Storage, arithmetic_dtype, exact_in, full_state_dtype, is_steppable, master_dtypes
 from .reference import load, store
 from .rules import Rule
 from .sharding import check_sharding, local, sharded_like
 from .validation import check_storage, check_type, label, without_memory
 
-__all__ = ["Written", "exported", "get", "imported", "named", "planned", "put"]
+__all__ = ["Written", "checked", "exported", "get", "imported", "named", "planned", "put"]
 
 #: A parameter's name, or its position where it has none.
 Name = str | int
@@ -77,21 +77,28 @@ def chosen(groups: Sequence[Mapping[str, Any]], weights: Mapping[Name, Any] | No
             )
     found = []
     for name, (p, g, k) in own.items():
-        value, what = weights[name], f"the master weight of {label(groups[g], g, k)}"
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{what} is a {type(value).__name__}: expected a tensor")
-        check_type(value, what)
-        check_sharding(p, value, what)
-        shape = tuple(p.shape)
-        if value.shape != p.shape:
-            raise ValueError(f"{what} has shape {tuple(value.shape)}; allowed is that of the parameter, {shape}")
-        widest = p.dtype if p.dtype.is_complex else arithmetic_dtype(p.dtype)
-        if not exact_in(value.dtype, widest):
-            raise TypeError(f"{what} has dtype {value.dtype}: allowed are {widest} and what is exact in it")
-        if without_memory(local(value)) and not without_memory(local(p)):
-            raise ValueError(f"{what} has no memory: it is on {value.device}, or fake")
+        value = checked(p, weights[name], f"the master weight of {label(groups[g], g, k)}")
         found.append(Written(p, g, k, value))
     return found
+
+
+def checked(p: Tensor, value: Any, what: str) -> Tensor:
+    """`value`, where it can be a weight of `p` in the arithmetic type, exactly.
+
+    Raises TypeError or ValueError, naming `what`.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} is a {type(value).__name__}: expected a tensor")
+    check_type(value, what)
+    check_sharding(p, value, what)
+    if value.shape != p.shape:
+        raise ValueError(f"{what} has shape {tuple(value.shape)}; allowed is that of the parameter, {tuple(p.shape)}")
+    widest = full_state_dtype(p.dtype)
+    if not exact_in(value.dtype, widest):
+        raise TypeError(f"{what} has dtype {value.dtype}: allowed are {widest} and what is exact in it")
+    if without_memory(local(value)) and not without_memory(local(p)):
+        raise ValueError(f"{what} has no memory: it is on {value.device}, or fake")
+    return value
 
 
 def planned(
