@@ -21,31 +21,62 @@ struct Exact<double> {
   using Format = Float64;
 };
 
+// What one reads of an element: `after`; `before` and `g` too; all.
+enum Sees : int { kSeesAfter = 0, kSeesMoved = 1, kSeesStepped = 2 };
+
 // An aggregate of its scalars (WD_SCALARS), which follow the rule's in a row; `Output` is the format that CUDA C++ has
-// for its outputs (the CPU takes any). Called with an element, its outputs, and where its summands go. If it
-// `kSeesStepped` it reads more of an element than `after`.
+// for its outputs (the CPU takes any). Called with an element, its outputs, and where the numbers go that a block has
+// of it: `kSums` that are added up, then `kMaxima`, >= 0 or NaN, of which the largest is kept. If it `kMarks`, there is
+// a bit for each element, which is set where the parameter has changed in memory.
 template <class T>
 struct NoEpilogue {
   using Arithmetic = T;
   using Output = Float32;
-  static constexpr int kOutputs = 0, kSums = 0;
-  static constexpr bool kSeesStepped = false;
+  static constexpr int kOutputs = 0, kSums = 0, kMaxima = 0;
+  static constexpr Sees kSees = kSeesAfter;
+  static constexpr bool kMarks = false;
   WD_HOST_DEVICE void operator()(const Element<T>&, T*, T*) const {}
 };
 
+template <class E>
+WD_HOST_DEVICE constexpr int numbers_of() {
+  return E::kSums + E::kMaxima;
+}
+
 // The average of a parameter over its steps.
 template <class T>
-struct Average {
-  using Arithmetic = T;
+struct Average : NoEpilogue<T> {
   using Output = typename Exact<T>::Format;
-  static constexpr int kOutputs = 1, kSums = 0;
-  static constexpr bool kSeesStepped = false;
+  static constexpr int kOutputs = 1;
   WD_SCALARS(ema_decay, one_minus_ema_decay)
 
   WD_HOST_DEVICE void operator()(const Element<T>& of, T* output, T*) const {
     const T mixed = lerp(output[0], of.after, ema_decay, one_minus_ema_decay);
     output[0] = ema_decay == 0 ? of.after : mixed;
   }
+};
+
+// What a step has made of a tensor: squares of gradient, parameter and change, how many gradients are not finite, and
+// the largest change.
+template <class T>
+struct Statistics : NoEpilogue<T> {
+  static constexpr int kSums = 4, kMaxima = 1;
+  static constexpr Sees kSees = kSeesMoved;
+
+  WD_HOST_DEVICE void operator()(const Element<T>& of, T*, T* number) const {
+    const T moved = of.after - of.before;
+    number[0] = of.g * of.g;
+    number[1] = of.after * of.after;
+    number[2] = moved * moved;
+    number[3] = of.g - of.g == 0 ? T(0) : T(1);
+    number[4] = magnitude(moved);
+  }
+};
+
+// Which elements of a parameter a step has changed in memory.
+template <class T>
+struct Changes : NoEpilogue<T> {
+  static constexpr bool kMarks = true;
 };
 
 // One that tests bring.

@@ -53,6 +53,8 @@ struct Whole {
 
 struct Float64 : Whole {
   static constexpr int64_t kCode = kFloat64;
+  using Bits = uint64_t;
+  static constexpr Bits kInfinity = 0x7ff0000000000000u;
   using Arithmetic = double;
   using Memory = double;
   WD_HOST_DEVICE static double load(const Memory* at, const Part* = nullptr) { return *at; }
@@ -61,6 +63,8 @@ struct Float64 : Whole {
 
 struct Float32 : Whole {
   static constexpr int64_t kCode = kFloat32;
+  using Bits = uint32_t;
+  static constexpr Bits kInfinity = 0x7f800000u;
   using Arithmetic = float;
   using Memory = float;
   WD_HOST_DEVICE static float load(const Memory* at, const Part* = nullptr) { return *at; }
@@ -69,6 +73,8 @@ struct Float32 : Whole {
 
 struct BFloat16 : Whole {
   static constexpr int64_t kCode = kBFloat16;
+  using Bits = uint16_t;
+  static constexpr Bits kInfinity = 0x7f80u;
   using Arithmetic = float;
   using Memory = uint16_t;
   WD_HOST_DEVICE static float load(const Memory* at, const Part* = nullptr) {
@@ -93,6 +99,8 @@ struct BFloat16Stochastic : BFloat16 {
 
 struct Float16 : Whole {
   static constexpr int64_t kCode = kFloat16;
+  using Bits = uint16_t;
+  static constexpr Bits kInfinity = 0x7c00u;
   using Arithmetic = float;
   using Memory = uint16_t;
 #ifdef __CUDA_ARCH__  // the same in one instruction each
@@ -136,6 +144,8 @@ struct Split {
   static constexpr bool kStochastic = stochastic, kParted = true, kRead = true, kTiled = false;
   static constexpr int64_t kCode = sizeof(Remainder) == 2 ? kSplit32 : stochastic ? kSplit24Stochastic : kSplit24;
   static constexpr int kLost = sizeof(Remainder) == 2 ? 0 : 8;  // bits of a float32 that are not stored
+  using Bits = uint16_t;
+  static constexpr Bits kInfinity = 0x7f80u;
   using Arithmetic = float;
   using Memory = uint16_t;
   using Part = Remainder;
@@ -160,6 +170,8 @@ template <class Nearest, int64_t code>
 struct Copy {
   static constexpr bool kStochastic = false, kParted = true, kRead = false, kTiled = false;
   static constexpr int64_t kCode = code;
+  using Bits = uint16_t;
+  static constexpr Bits kInfinity = Nearest::kInfinity;
   using Arithmetic = float;
   using Memory = typename Nearest::Memory;
   using Part = float;
@@ -213,6 +225,15 @@ struct Eight {
     return larger(code, smaller(a, 1));
   }
 };
+
+// Is what a parameter's memory holds another number than before? Zeros have signs, and any NaN is any NaN.
+template <class Format>
+WD_HOST_DEVICE inline bool is_changed(const typename Format::Memory& before, const typename Format::Memory& after) {
+  using Bits = typename Format::Bits;
+  const auto a = bits_to<Bits>(before), b = bits_to<Bits>(after);
+  constexpr Bits magnitude = Bits(~Bits(0)) >> 1;
+  return a != b && !((a & magnitude) > Format::kInfinity && (b & magnitude) > Format::kInfinity);
+}
 
 using EightBits = Eight<false>;
 using EightBitsStochastic = Eight<true>;

@@ -74,7 +74,10 @@
 #ifdef WD_TEST_EPILOGUE
 #define WD_EACH_EPILOGUE(ROW) ROW(1 << 3, TestEpilogue<T>)
 #else
-#define WD_EACH_EPILOGUE(ROW) ROW(1 << 0, Average<T>)
+#define WD_EACH_EPILOGUE(ROW) \
+  ROW(1 << 0, Average<T>)     \
+  ROW(1 << 1, Statistics<T>)  \
+  ROW(1 << 2, Changes<T>)
 #endif
 
 // `Of<Rule>::found()` for a rule with its states, or null where there is none.

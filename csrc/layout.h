@@ -47,9 +47,10 @@ constexpr int64_t kMovingWords = 4;
 static_assert(sizeof(Moving) == kMovingWords * sizeof(int64_t), "layout.py writes 4 words");
 
 // The words of a place: the segment's origin (its first element's number among all of the optimizer's), where the sums
-// of its blocks go, then the address of every role but the gradient: parameter, states, what else a pass writes, and
-// the parts of formats that have one.
-enum PlaceWord : int { kOrigin = 0, kOutput = 1, kAddresses = 2 };
+// of its blocks go, and the marks of what a step changes (a bit an element, in words of 32), then the address of every
+// role but the gradient: parameter, states, what else a pass writes, and the parts of formats that have one.
+enum PlaceWord : int { kOrigin = 0, kOutput = 1, kMarks = 2, kAddresses = 3 };
+constexpr int kMarked = 32;  // elements of a word of marks
 
 // The word that holds the address of a role. Of internal linkage, as it is compiled for several instruction sets.
 WD_HOST_DEVICE static inline int address_word(int role) { return kAddresses + (role == kParam ? 0 : role - 1); }

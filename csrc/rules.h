@@ -5,6 +5,8 @@
 //
 // Include inside the namespace of one instruction set (see cpu/mover.inc), after formats.h; it needs layout.h.
 
+WD_HOST_DEVICE inline float magnitude(float x) { return __builtin_fabsf(x); }
+WD_HOST_DEVICE inline double magnitude(double x) { return __builtin_fabs(x); }
 WD_HOST_DEVICE inline float root(float x) { return __builtin_sqrtf(x); }
 WD_HOST_DEVICE inline double root(double x) { return __builtin_sqrt(x); }
 
@@ -231,13 +233,19 @@ __device__ inline float at_least(float limit, float g) {
 }
 #endif
 
+// A gradient with its factor, clipped by value.
+template <class Rule, class T>
+WD_HOST_DEVICE inline T with_factor(const Rule& rule, T g) {
+  g = g * rule.grad_scale;
+  g = at_most(rule.grad_limit, g);
+  return at_least(-rule.grad_limit, g);
+}
+
 // The step that all rules share: theta, g (which takes its factor) and states become what they are after it; returns
 // the update.
 template <class Rule, class T>
 WD_HOST_DEVICE inline T step(const Rule& rule, T& theta, T& g, T* state) {
-  g = g * rule.grad_scale;
-  g = at_most(rule.grad_limit, g);
-  g = at_least(-rule.grad_limit, g);
+  g = with_factor(rule, g);
   const T u = rule(theta, g + rule.l2 * theta, state);
   theta = theta - (rule.decay * theta + u);
   return u;

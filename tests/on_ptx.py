@@ -82,7 +82,7 @@ class Launch:
 
     def run(self) -> None:
         arguments = self.arguments(self.tables)
-        reduces = any(own.sums for own in self.bucket.spec.epilogues)
+        reduces = any(own.numbers for own in self.bucket.spec.epilogues)
         self.report = ptx.launch(self.kernel, self.blocks, arguments, self.memory, threads=THREADS, unwritten=reduces)
 
 

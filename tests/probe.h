@@ -10,11 +10,11 @@ struct ProbeOutput<double> {
 };
 
 template <class T>
-struct TestEpilogue {
-  using Arithmetic = T;
+struct TestEpilogue : NoEpilogue<T> {
   using Output = typename ProbeOutput<T>::Format;
-  static constexpr int kOutputs = 2, kSums = 2;
-  static constexpr bool kSeesStepped = true;
+  static constexpr int kOutputs = 2, kSums = 2, kMaxima = 1;
+  static constexpr Sees kSees = kSeesStepped;
+  static constexpr bool kMarks = true;
   WD_SCALARS(fade, weight)
 
   WD_HOST_DEVICE void operator()(const Element<T>& of, T* output, T* summand) const {
@@ -25,5 +25,6 @@ struct TestEpilogue {
     copy = weight * of.after;
     summand[0] = moved * moved;
     summand[1] = of.g * of.u;
+    summand[2] = magnitude(of.u);
   }
 };

@@ -27,7 +27,8 @@ def equation(s: SimpleNamespace, of: Element, outputs: Any) -> tuple[dict[str, T
     trace = s.fade * outputs["trace"] + s.weight * moved
     if of.states:
         trace = trace + list(of.states.values())[-1]
-    return {"trace": trace, "copy": s.weight * of.after}, {"moved": moved * moved, "worked": of.g * of.u}
+    outputs = {"trace": trace, "copy": s.weight * of.after}
+    return outputs, {"moved": moved * moved, "worked": of.g * of.u, "largest": of.u.abs()}
 
 
 PROBE = Epilogue(
@@ -38,6 +39,8 @@ PROBE = Epilogue(
     sums=("moved", "worked"),
     equation=equation,
     in_triton=lambda: importlib.import_module("probe_triton").probe,
+    maxima=("largest",),
+    marks=True,
 )
 
 
@@ -76,12 +79,14 @@ class ProbeTable:
         dtype = full_state_dtype(params[0].dtype)
         spare = [torch.empty_like(p, dtype=next(g.dtype for g in grads if g is not None)) for p in params]
         own = [params, [g if g is not None else s for g, s in zip(grads, spare, strict=True)], *self.roles[2:]]
-        self.sums = [torch.full((-(-p.numel() // BLOCK), len(PROBE.sums)), 7.0, dtype=dtype) for p in params]
+        self.numbers = [torch.full((-(-p.numel() // BLOCK), len(PROBE.numbers)), 7.0, dtype=dtype) for p in params]
+        self.marks = [torch.zeros(-(-p.numel() // Place.MARKED), dtype=torch.int32) for p in params]
         self.segments = Segments.empty(len(params), len(own) - 2)
         for k, tensors in enumerate(zip(*own, strict=True)):
             write_segment(self.segments, k, tensors)
             self.segments.moving[k, Moving.ROW] = self.rows_of[k]
-            self.segments.places[k, Place.OUTPUT] = self.sums[k].data_ptr()
+            self.segments.places[k, Place.OUTPUT] = self.numbers[k].data_ptr()
+            self.segments.places[k, Place.MARKS] = self.marks[k].data_ptr()
         self.segments.capacities.copy_(self.segments.moving[:, Moving.NUMEL])
         self.active = torch.tensor([int(g is not None) for g in grads])
         self.segments.moving[:, Moving.NUMEL] *= self.active
@@ -101,4 +106,4 @@ class ProbeTable:
         theta, grad, *others = (role[i] for role in self.roles)
         states = dict(zip(self.states, others, strict=False))
         outputs = dict(zip(PROBE.outputs, others[len(states) :], strict=True))
-        return Tensors(theta, grad, states, self.rows_of[i], outputs, self.sums[i])
+        return Tensors(theta, grad, states, self.rows_of[i], outputs, self.numbers[i], self.marks[i])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import triton
+import triton.language as tl
 
 
 @triton.jit
@@ -12,4 +13,4 @@ def probe(before, after, g, u, states, outputs, scalars):  # type: ignore[no-unt
     trace = fade * outputs[0] + weight * moved
     if len(states) > 0:
         trace = trace + states[len(states) - 1]
-    return (trace, weight * after), (moved * moved, g * u)
+    return (trace, weight * after), (moved * moved, g * u, tl.abs(u))

@@ -83,7 +83,9 @@ def steps(case: Case, backend: Any, large: bool) -> list[list[Tensor]]:
         backends.launch([*plans, *(ready(table, rows) if ready is not None else [])], rows)
         for grad, before in zip(table.roles[1], grads, strict=True):
             assert grad is before is None or torch.equal(grad, before)
-        found.append([t.clone() for role in (table.roles[0], *table.roles[2:], table.sums) for t in role])
+        found.append(
+            [t.clone() for role in (table.roles[0], *table.roles[2:], table.numbers, table.marks) for t in role]
+        )
     return found
 
 
@@ -181,7 +183,7 @@ def test_what_an_epilogue_sees(case: Case) -> None:
     k = 4
     theta, grad, states, _, outputs, *_ = table.tensors(k)
     before, trace = (x.to(f64, copy=True) for x in (theta, outputs["trace"]))
-    reference.step_(rule, row, 0.5, theta, grad, states, (PROBE,), outputs, table.sums[k])
+    reference.step_(rule, row, 0.5, theta, grad, states, (PROBE,), outputs, table.numbers[k], table.marks[k])
     others = {name: role[k] for name, role in zip(states, plain.roles[2:], strict=False)}
     reference.step_(rule, row, 0.5, plain.roles[0][k], plain.roles[1][k], others)
     for name, role in zip(("theta", *states), (0, *range(2, 2 + len(states))), strict=True):
@@ -193,10 +195,10 @@ def test_what_an_epilogue_sees(case: Case) -> None:
     torch.testing.assert_close(outputs["copy"].double(), SCALARS[1] * theta.double(), **close)
     sign = -1 if case.options["maximize"] else 1
     g = sign * 0.5 * grad.double()
-    assert table.sums[k].shape == (5, 2)
+    assert table.numbers[k].shape == (5, 3)
     for block in range(5):
         at = slice(1024 * block, 1024 * (block + 1))
-        assert table.sums[k][block, 0].item() == pytest.approx(float(moved[at].square().sum()), rel=1e-5)
+        assert table.numbers[k][block, 0].item() == pytest.approx(float(moved[at].square().sum()), rel=1e-5)
         if not states:  # the update is lr times the gradient with its decay
             u = lr * group_of(case)["eta"] * (g + 0.2 * before)
-            assert table.sums[k][block, 1].item() == pytest.approx(float((g * u)[at].sum()), rel=1e-4)
+            assert table.numbers[k][block, 1].item() == pytest.approx(float((g * u)[at].sum()), rel=1e-4)

@@ -1,7 +1,8 @@
 """Epilogues: what else a pass over the tensors produces (numerics, section 8).
 
 After a parameter is stored, an epilogue sees of each element what `Element` has. It may read and write one element of
-tensors of its own, and give numbers that are summed over blocks. A backend runs several with any rule and any formats.
+tensors of its own, give numbers that are summed over blocks, or whose largest is kept, and have those elements marked
+whose parameter has changed in memory. A backend runs several with any rule and any formats.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .reference import Element, lerp
 
-__all__ = ["AVERAGE", "Element", "Epilogue"]
+__all__ = ["AVERAGE", "CHANGES", "STATISTICS", "Element", "Epilogue"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +31,15 @@ class Epilogue:
             the order of these bits.
         scalars: what it reads of a row, after the rule's and those of the epilogues before it.
         outputs: tensors of its own: roles after the states, each with a format, of the parameter's shape and layout.
-        sums: the numbers that each element gives, for sums over blocks of 1024 (numerics, section 7). A place's
-            `OUTPUT` is where they go: [blocks of the segment, len(sums)], in the arithmetic type.
-        equation: the normative arithmetic: (scalars by name, element, outputs by name) to (outputs, summands).
+        sums: the numbers that each element gives, for sums over blocks of 1024 (numerics, section 7).
+        maxima: numbers >= 0, or NaN, whose largest in a block is kept; NaN is larger than any.
+        marks: a bit for each element is set where the parameter's memory holds another number than before, in the words
+            that a place's `MARKS` names.
+        equation: the normative arithmetic: (scalars by name, element, outputs by name) to (outputs, numbers).
         in_triton: gives the Triton function; asked when a GPU tensor needs it.
+
+    A place's `OUTPUT` is where the numbers of blocks go: [blocks of the segment, numbers of all epilogues], in the
+    arithmetic type, of each epilogue the sums, then the maxima.
     """
 
     name: str
@@ -43,6 +49,13 @@ class Epilogue:
     sums: tuple[str, ...]
     equation: Callable[[SimpleNamespace, Element, Mapping[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]]
     in_triton: Callable[[], Any]
+    maxima: tuple[str, ...] = ()
+    marks: bool = False
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Of a block, in order."""
+        return (*self.sums, *self.maxima)
 
 
 def _average(
@@ -65,4 +78,43 @@ AVERAGE = Epilogue(
     sums=(),
     equation=_average,
     in_triton=_in_triton("average"),
+)
+
+
+def _statistics(
+    s: SimpleNamespace, of: Element, outputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    moved = of.after - of.before
+    return {}, {
+        "grad": of.g * of.g,
+        "param": of.after * of.after,
+        "change": moved * moved,
+        "nonfinite": (~of.g.isfinite()).to(of.g.dtype),
+        "largest": moved.abs(),
+    }
+
+
+#: What a step has made of every tensor (`wd_kernels.statistics`): squares, how many gradients are not finite, and the
+#: largest change.
+STATISTICS = Epilogue(
+    name="statistics",
+    code=1 << 1,
+    scalars=(),
+    outputs=(),
+    sums=("grad", "param", "change", "nonfinite"),
+    equation=_statistics,
+    in_triton=_in_triton("statistics"),
+    maxima=("largest",),
+)
+
+#: Which elements of the parameters a step has changed (`wd_kernels.changes`).
+CHANGES = Epilogue(
+    name="changes",
+    code=1 << 2,
+    scalars=(),
+    outputs=(),
+    sums=(),
+    equation=lambda s, of, outputs: ({}, {}),
+    in_triton=_in_triton("nothing"),
+    marks=True,
 )

@@ -21,6 +21,7 @@ from .epilogues import AVERAGE, Epilogue
 from .formats import (
     SCALE,
     Format,
+    arithmetic_dtype,
     format_of,
     gradient_dtypes,
     has_scales,
@@ -70,13 +71,14 @@ class Moving:
 
 
 class Place:
-    """What stays of a segment for many steps: origin, where its sums go, the addresses of all roles but the gradient.
+    """What stays of a segment for many steps: origin, where its sums and marks go, the addresses of all other roles.
 
     The origin is the number of its first element among all of the optimizer's, where something is rounded by it; else,
     in a flat buffer, among those that lie there.
     """
 
-    ORIGIN, OUTPUT, ADDRESSES = 0, 1, 2
+    ORIGIN, OUTPUT, MARKS, ADDRESSES = 0, 1, 2, 3
+    MARKED = 32  # elements of a word of marks
 
 
 class Chunk:
@@ -172,6 +174,21 @@ class Spec:
         return tuple(name for own in self.epilogues for name in own.outputs)
 
     @property
+    def arithmetic(self) -> torch.dtype:
+        """The arithmetic type."""
+        return arithmetic_dtype(self.formats[PARAM].dtype)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the epilogues have of a block."""
+        return sum(len(own.numbers) for own in self.epilogues)
+
+    @property
+    def marks(self) -> bool:
+        """Does one of the epilogues mark what has changed?"""
+        return any(own.marks for own in self.epilogues)
+
+    @property
     def beside(self) -> tuple[str, ...]:
         """By name, all that lies beside a parameter and its gradient, in the order of a place's addresses."""
         return (*self.states, *self.outputs, *self.parts)
@@ -231,14 +248,18 @@ class Bucket:
 
 
 class Tensors(NamedTuple):
-    """What is stepped of one parameter: its roles, its row, what epilogues write, origin (`Place`), and parts."""
+    """What is stepped of one parameter: its roles, its row, what epilogues write, origin (`Place`), and parts.
+
+    `numbers`: [blocks, numbers of the epilogues]; `marks`: int32 words of `Place.MARKED` bits.
+    """
 
     theta: Tensor
     grad: Tensor
     states: Mapping[str, Tensor]
     row: int
     outputs: Mapping[str, Tensor] = MappingProxyType({})
-    sums: Tensor | None = None
+    numbers: Tensor | None = None
+    marks: Tensor | None = None
     origin: int = 0
     master: Tensor | None = None
     scales: Mapping[str, Tensor] = MappingProxyType({})  # by the names of states and outputs
@@ -250,7 +271,7 @@ class Tensors(NamedTuple):
         others = {MASTER.name, EMA.name, *map(scale_name, scales)}
         states = {name: t for name, t in beside.items() if name not in others}
         outputs = {EMA.name: beside[EMA.name]} if EMA.name in beside else {}
-        return cls(theta, grad, states, row, outputs, None, origin, beside.get(MASTER.name), scales)
+        return cls(theta, grad, states, row, outputs, None, None, origin, beside.get(MASTER.name), scales)
 
 
 class Table(Protocol):

@@ -198,21 +198,40 @@ def lerp(x: Tensor, y: Tensor, beta: Tensor, w: Tensor) -> Tensor:
     return x + w * way if bool(w < 0.5) else y - beta * way
 
 
+def _blocks(x: Tensor, size: int = BLOCK) -> Tensor:
+    """The elements of a dense tensor as they lie, and zeros: [blocks, size]."""
+    flat = _in_order(x)
+    return torch.cat([flat, flat.new_zeros(-flat.numel() % size)]).view(-1, size)
+
+
 def block_sums(x: Tensor) -> Tensor:
     """The sums of blocks of `BLOCK` elements, in storage order: [blocks]. What the last one lacks is 0.
 
     In the dtype of `x`, dense in any order: pairs of neighbours are added three times, which leaves 128 sums; of these,
     i is added to i + 64, then to i + 32, ... 1.
     """
-    order = sorted(range(x.dim()), key=lambda dim: -x.stride()[dim])
-    flat = x.permute(order).reshape(-1)
-    padded = torch.cat([flat, flat.new_zeros(-flat.numel() % BLOCK)]).view(-1, BLOCK)
+    padded = _blocks(x)
     for _ in range(3):
         padded = padded[:, ::2] + padded[:, 1::2]
     while padded.shape[1] > 1:
         half = padded.shape[1] // 2
         padded = padded[:, :half] + padded[:, half:]
     return padded[:, 0]
+
+
+def block_maxima(x: Tensor) -> Tensor:
+    """The largest of the same blocks, of numbers >= 0: [blocks]. NaN is larger than any."""
+    return _blocks(x).amax(1)
+
+
+def marks_of(before: Tensor, after: Tensor) -> Tensor:
+    """Which elements are other numbers than before: int32 words of 32 bits, in storage order. Any NaN is any NaN."""
+    if before.is_complex():
+        before, after = torch.view_as_real(before), torch.view_as_real(after)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[before.itemsize]
+    differs = (before.view(bits) != after.view(bits)) & ~(before.isnan() & after.isnan())
+    each = _blocks(differs, 32).long() << torch.arange(32, device=before.device)
+    return (each.sum(1) & _LOW).to(torch.uint32).view(torch.int32)
 
 
 def squares(grad: Tensor, param: torch.dtype) -> list[float]:
@@ -259,6 +278,8 @@ class Produced(Protocol):
     def outputs(self) -> tuple[str, ...]: ...
     @property
     def sums(self) -> tuple[str, ...]: ...
+    @property
+    def maxima(self) -> tuple[str, ...]: ...
 
     def equation(
         self, s: SimpleNamespace, of: Element, outputs: Mapping[str, Tensor], /
@@ -314,7 +335,7 @@ def subnormals() -> Iterator[None]:
 def step_(
     rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor],
     epilogues: Sequence[Produced] = (), outputs: Mapping[str, Tensor] = MappingProxyType({}),
-    sums: Tensor | None = None, formats: Sequence[Format] = (), origin: int = 0, master: Tensor | None = None,
+    numbers: Tensor | None = None, marks: Tensor | None = None, formats: Sequence[Format] = (), origin: int = 0, master: Tensor | None = None,
     scales: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:  # fmt: skip
     """One step of `rule` in place, on tensors as they are stored; a row's `frozen` keeps the bits of theta.
@@ -322,13 +343,14 @@ def step_(
     Args:
         rule, row, grad_factor, theta, g, states: as for `new_values`; the epilogues' scalars follow in the row.
         epilogues, outputs: what is run after it, on tensors that it reads and writes, by name.
-        sums: [blocks, sums of all epilogues], for those of each block.
+        numbers: [blocks, numbers of all epilogues], for those of each block.
+        marks: int32 words, in which a bit is set for each element of theta that is another number than before.
         formats: of theta, g, states and outputs; by default what rounds their dtypes to nearest even.
         origin: the number of theta's first element among all of the optimizer's.
         master: what lies elsewhere of theta.
         scales: of the states and outputs that are in 8 bits, by their names.
     """
-    dtype = arithmetic_dtype(theta.dtype)
+    dtype, was = arithmetic_dtype(theta.dtype), theta.clone()
     own = {name: load(state, dtype, scales.get(name)) for name, state in states.items()}
     before = load(theta, dtype, master).clone()
     after, g, u, new = new_values(rule, row, grad_factor, before, load(g, dtype), own)
@@ -340,14 +362,17 @@ def step_(
         store(theta, after, draws[0], master)
     for role, (name, state) in enumerate(states.items(), 2):
         store(state, new[name], draws[role], scales.get(name))
-    element, row, summed = Element(before, load(theta, dtype, master), g, u, new), row[len(rule.scalars) :], []
+    element, row, found = Element(before, load(theta, dtype, master), g, u, new), row[len(rule.scalars) :], []
     role_of = {name: role for role, name in enumerate(outputs, 2 + len(states))}
     for epilogue in epilogues:
         loaded = {name: load(outputs[name], dtype, scales.get(name)) for name in epilogue.outputs}
-        produced, summands = epilogue.equation(_named(epilogue.scalars, row, before), element, loaded)
+        produced, given = epilogue.equation(_named(epilogue.scalars, row, before), element, loaded)
         row = row[len(epilogue.scalars) :]
         for name in epilogue.outputs:
             store(outputs[name], produced[name], draws[role_of[name]], scales.get(name))
-        summed += [block_sums(summands[name]) for name in epilogue.sums]
-    if sums is not None:
-        sums.copy_(torch.stack(summed, -1))
+        found += [block_sums(given[name]) for name in epilogue.sums]
+        found += [block_maxima(given[name]) for name in epilogue.maxima]
+    if numbers is not None:
+        numbers.copy_(torch.stack(found, -1))
+    if marks is not None:
+        marks |= marks_of(was, theta)

@@ -15,10 +15,13 @@ struct Kernel {
   int part_of[kMaxRoles];    // where among these the part of a role is; of a role without, its own place
   int of_epilogues;          // how many there are
   int roles, parts;
-  int width;          // scalars in a row, at least
-  bool sees_stepped;  // some epilogue reads more of an element than the parameter as it is now stored
-  bool random;        // some role is rounded by random bits
-  void (*fused)();    // the loop of these formats, if they have one of their own
+  int width;         // scalars in a row, at least
+  int numbers;       // that epilogues have of a block
+  int sees;          // what they read of an element (epilogues.h)
+  bool reads_after;  // one of them reads the parameter as it is now stored
+  bool marks;        // one of them marks what has changed
+  bool random;       // some role is rounded by random bits
+  void (*fused)();   // the loop of these formats, if they have one of their own
   // Steps the chunks [first, last) of a launch.
   void (*step_chunks)(const Kernel& kernel, const Launch& launch, int64_t first, int64_t last);
   // Adds the squares of their gradients to the exact sums at their places' kOutput.

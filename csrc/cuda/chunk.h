@@ -121,60 +121,79 @@ struct Roles {
   typename S::Memory* state[Rule::kStates + 1];
   typename S::Part* scale[Rule::kStates + 1];  // of the states, if they have them
   typename O::Memory* output[E::kOutputs + 1];
+  uint32_t* marks;  // if the epilogue marks what has changed
 };
 
-// The sums of a block of kBlock elements, while they are under way: of 8 neighbours, then of pairs of these sums half
-// of them apart, until one is left.
-template <class T, int sums>
-struct BlockSums {
-  T block[sums][kBlock];
+// The larger of two numbers >= 0, by their bits: NaN is the largest.
+WD_HOST_DEVICE inline float larger_number(float x, float y) {
+  return bits_to<float>(larger(bits_to<int32_t>(x), bits_to<int32_t>(y)));
+}
+WD_HOST_DEVICE inline double larger_number(double x, double y) {
+  const auto a = bits_to<int64_t>(x), b = bits_to<int64_t>(y);
+  return bits_to<double>(a > b ? a : b);
+}
+
+// The numbers of a block of kBlock elements, while they are under way: of 8 neighbours, then of pairs half of them
+// apart, until one is left. `sums` are added up; of those after them the largest is kept.
+template <class T, int numbers, int sums>
+struct BlockNumbers {
+  T block[numbers][kBlock];
 
   // Element `at` of its block has these.
-  WD_HOST_DEVICE void put(int at, const T* summands) {
+  WD_HOST_DEVICE void put(int at, const T* number) {
     WD_UNROLL
-    for (int n = 0; n < sums; ++n) block[n][at] = summands[n];
+    for (int n = 0; n < numbers; ++n) block[n][at] = number[n];
   }
+
+  WD_HOST_DEVICE static T together(int n, T x, T y) { return n < sums ? x + y : larger_number(x, y); }
 
   // Ends a block, of which `count` elements were put.
   WD_HOST_DEVICE void end(int count, T* to) {
     WD_SYNC();
     WD_EACH_LANE(lane) {
       for (int i = count + lane; i < kBlock; i += kThreads)
-        for (int n = 0; n < sums; ++n) block[n][i] = 0;
+        for (int n = 0; n < numbers; ++n) block[n][i] = 0;
     }
     static_assert(kBlock == kNeighbours * kThreads && kNeighbours == 8, "a lane has its neighbours");
-    Lanes<T[sums]> of_lanes;
+    Lanes<T[numbers]> of_lanes;
     WD_SYNC();
     WD_EACH_LANE(lane) {
-      for (int n = 0; n < sums; ++n) {
+      WD_UNROLL
+      for (int n = 0; n < numbers; ++n) {
         const T* const x = block[n] + lane * kNeighbours;
-        of_lanes[lane][n] = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+        of_lanes[lane][n] = together(n, together(n, together(n, x[0], x[1]), together(n, x[2], x[3])),
+                                     together(n, together(n, x[4], x[5]), together(n, x[6], x[7])));
       }
     }
     WD_SYNC();
     WD_EACH_LANE(lane) {
-      for (int n = 0; n < sums; ++n) block[n][lane] = of_lanes[lane][n];
+      WD_UNROLL
+      for (int n = 0; n < numbers; ++n) block[n][lane] = of_lanes[lane][n];
     }
     for (int half = kThreads / 2; half > 0; half /= 2) {
       WD_SYNC();
       WD_EACH_LANE(lane) {
-        for (int i = lane; i < half; i += kThreads)
-          for (int n = 0; n < sums; ++n) block[n][i] = block[n][i] + block[n][i + half];
+        for (int i = lane; i < half; i += kThreads) {
+          WD_UNROLL
+          for (int n = 0; n < numbers; ++n) block[n][i] = together(n, block[n][i], block[n][i + half]);
+        }
       }
     }
     WD_SYNC();
     WD_EACH_LANE(lane) {
-      if (lane < sums) to[lane] = block[lane][0];
+      if (lane < numbers) to[lane] = block[lane][0];
     }
     WD_SYNC();
   }
 };
 
 template <class T>
-struct BlockSums<T, 0> {
+struct BlockNumbers<T, 0, 0> {
   WD_HOST_DEVICE void put(int, const T*) {}
   WD_HOST_DEVICE void end(int, T*) {}
 };
+template <class T, class E>
+using NumbersOf = BlockNumbers<T, numbers_of<E>(), E::kSums>;
 
 // What a lane has of one round, which begins at `from`: `accesses` of `width` neighbours of every role. If `masked`, of
 // that only what lies below `end`.
@@ -195,6 +214,7 @@ struct Round {
   static constexpr int kScales = S::kTiled ? kStates : 0, kTileLanes = kScaled / width;
   int32_t scale[accesses][kScales + 1], largest[accesses][kScales + 1];
   T fresh[accesses][kScales + 1][width];
+  uint32_t marks[accesses];  // of its neighbours, where these stand in their word
 
   WD_HOST_DEVICE static int at(int from, int lane, int k) { return from + (k * kThreads + lane) * width; }
 
@@ -203,7 +223,7 @@ struct Round {
     for (int k = 0; k < accesses; ++k) {
       const int i = at(from, lane, k);
       if (masked && i >= end) continue;
-      if constexpr (P::kRead) p[k] = read<VectorOf<P, width>>(roles.theta + i);
+      if constexpr (P::kRead || E::kMarks) p[k] = read<VectorOf<P, width>>(roles.theta + i);
       if constexpr (P::kParted) part[k] = read<VectorOfPart<P, width>>(roles.part + i);
       g[k] = read<VectorOf<G, width>>(roles.grad + i);
       WD_UNROLL
@@ -217,13 +237,14 @@ struct Round {
 
   // `draws`: of the words; `first`: the number of the chunk's first element.
   WD_HOST_DEVICE void step_and_store(const Own& roles, const Rule& rule, const E& epilogue, const Draws* draws,
-                                     int64_t first, BlockSums<T, E::kSums>& sums, int from, int end, int lane) {
+                                     int64_t first, NumbersOf<T, E>& numbers, int from, int end, int lane) {
     const bool frozen = rule.frozen != 0;
     WD_UNROLL
     for (int k = 0; k < accesses; ++k) {
       const int i = at(from, lane, k);
       WD_UNROLL
       for (int n = 0; n < kScales; ++n) largest[k][n] = 0;
+      if constexpr (E::kMarks) marks[k] = 0;
       if (masked && i >= end) continue;
       const uint32_t place = Draws::place(first + i);  // neighbours pass no multiple of 2^32
       WD_UNROLL
@@ -241,7 +262,10 @@ struct Round {
         T gradient = G::load(g[k].element + e);
         const T u = step(rule, x, gradient, own);
         const uint32_t here = place + e * Draws::kNext;
+        [[maybe_unused]] const typename P::Memory was = p[k].element[e];
         P::store(p[k].element + e, x, P::kStochastic ? draw_of(kParam, draws[0](here)) : 0, also);
+        if constexpr (E::kMarks)
+          marks[k] |= uint32_t(!frozen && is_changed<P>(was, p[k].element[e])) << (i + e) % kMarked;
         uint32_t word = 0;
         WD_UNROLL
         for (int n = 0; n < kStates; ++n) {
@@ -253,18 +277,18 @@ struct Round {
             S::store(s[k][n].element + e, own[n], S::kStochastic ? draw_of(kState + n, word) : 0);
           }
         }
-        if constexpr (kOutputs + E::kSums > 0) {
-          T output[kOutputs + 1], summands[E::kSums + 1];
+        if constexpr (kOutputs + numbers_of<E>() > 0) {
+          T output[kOutputs + 1], number[numbers_of<E>() + 1];
           WD_UNROLL
           for (int n = 0; n < kOutputs; ++n) output[n] = O::load(o[k][n].element + e);
           const T after = frozen ? before : T(P::load(p[k].element + e, also));
-          if constexpr (E::kSeesStepped)
-            epilogue(Element<T>{before, after, gradient, u, own, kStates}, output, summands);
+          if constexpr (E::kSees == kSeesStepped)
+            epilogue(Element<T>{before, after, gradient, u, own, kStates}, output, number);
           else  // `own` has no address
-            epilogue(Element<T>{after, after, 0, 0, nullptr, 0}, output, summands);
+            epilogue(Element<T>{before, after, gradient, u, nullptr, 0}, output, number);
           WD_UNROLL
           for (int n = 0; n < kOutputs; ++n) O::store(o[k][n].element + e, output[n], 0);
-          sums.put((i + e) % kBlock, summands);
+          numbers.put((i + e) % kBlock, number);
         }
       }
       if (!frozen) write(roles.theta + i, p[k]);
@@ -294,6 +318,23 @@ struct Round {
 #endif
         lanes[lane].scale[k][n] = S::scale(found, Rule::is_signed(n));
       }
+    }
+  }
+
+  // Sets the marks of the words that a lane has part in, which so many neighbouring lanes share; all of them come here.
+  WD_HOST_DEVICE static void set_marks(Lanes<Round>& lanes, const Own& roles, int from, int lane) {
+    constexpr int sharing = kMarked / width;
+    WD_UNROLL
+    for (int k = 0; k < accesses; ++k) {
+      uint32_t found = lanes[lane].marks[k];
+#ifdef __CUDA_ARCH__
+      WD_UNROLL
+      for (int other = 1; other < sharing; other *= 2) found |= __shfl_xor_sync(0xffffffffu, found, other);
+#else
+      const int begin = lane / sharing * sharing;
+      for (int other = begin; other < begin + sharing; ++other) found |= lanes[other].marks[k];
+#endif
+      if (lane % sharing == 0 && found != 0) roles.marks[at(from, lane, k) / kMarked] |= found;
     }
   }
 
@@ -351,7 +392,8 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
                memory<typename G::Memory>(moving.grad, begin),
                {},
                {},
-               {}};
+               {},
+               nullptr};
   WD_UNROLL
   for (int n = 0; n < Rule::kStates; ++n)
     roles.state[n] = memory<typename S::Memory>(place[address_word(kState + n)], begin);
@@ -372,13 +414,15 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
     WD_UNROLL
     for (int word = 0; word < (kState + Rule::kStates + 1) / 2; ++word) draws[word] = of_step.of_word(word);
   }
+  if constexpr (E::kMarks) roles.marks = memory<uint32_t>(place[kMarks], begin / kMarked);
   const int64_t first = launch.places[(chunk & 0xffffffff) * launch.place_words + kOrigin] + begin;
-  WD_SHARED BlockSums<T, E::kSums> sums;
+  WD_SHARED NumbersOf<T, E> numbers;
   // Ends the blocks that end where a round does, which is at a multiple of half a block, or with the chunk.
   const auto end_block = [&](int from, int to) {
-    if (E::kSums == 0 || (to % kBlock != 0 && to < count)) return;
+    constexpr int n = numbers_of<E>();
+    if (n == 0 || (to % kBlock != 0 && to < count)) return;
     const int last = (to < count ? to : count) - 1, first = last / kBlock * kBlock;
-    sums.end(last + 1 - first, memory<T>(place[kOutput], (begin + first) / kBlock * E::kSums));
+    numbers.end(last + 1 - first, memory<T>(place[kOutput], (begin + first) / kBlock * n));
   };
 
   constexpr int vectors = Own::kWidth == 8 ? kVectors / 2 : kVectors;  // 8 elements a lane are enough
@@ -388,7 +432,10 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
     using Whole = Round<Rule, P, G, S, E, Own::kWidth, vectors, false>;
     Lanes<Whole> lanes;
     WD_EACH_LANE(lane) lanes[lane].load(roles, from, done, lane);
-    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, draws, first, sums, from, done, lane);
+    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, draws, first, numbers, from, done, lane);
+    if constexpr (E::kMarks) {
+      WD_EACH_LANE(lane) Whole::set_marks(lanes, roles, from, lane);
+    }
     if constexpr (S::kTiled) {
       WD_EACH_LANE(lane) Whole::find_scales(lanes, lane);
       WD_EACH_LANE(lane) lanes[lane].store_scaled(roles, draws, first, from, done, lane);
@@ -399,7 +446,10 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
     using Part = Round<Rule, P, G, S, E, 1, kSingles, true>;
     Lanes<Part> lanes;
     WD_EACH_LANE(lane) lanes[lane].load(roles, from, count, lane);
-    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, draws, first, sums, from, count, lane);
+    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, draws, first, numbers, from, count, lane);
+    if constexpr (E::kMarks) {
+      WD_EACH_LANE(lane) Part::set_marks(lanes, roles, from, lane);
+    }
     if constexpr (S::kTiled) {
       WD_EACH_LANE(lane) Part::find_scales(lanes, lane);
       WD_EACH_LANE(lane) lanes[lane].store_scaled(roles, draws, first, from, count, lane);

@@ -167,7 +167,7 @@ struct Lists {
       int64_t* const place = places + i * place_words;
       if (!gather_one(roles, n_roles, scales, i, dtypes, device, moving[i], place, spans)) return i;
       place[kOrigin] = origin;
-      place[kOutput] = 0;
+      place[kOutput] = place[kMarks] = 0;
       capacities[i] = moving[i].numel;
       origin += (moving[i].numel + kPadding - 1) / kPadding * kPadding;
     }

@@ -67,12 +67,12 @@ class Reference:
             roles = (own.states, own.outputs, own.scales)
             states, outputs, scales = ({name: next(rest) for name in names} for names in roles)
             master = None if own.master is None else next(rest)
-            sums = None if own.sums is None else own.sums.clone()
+            watched = [t for t in (own.numbers, own.marks) if t is not None]
+            numbers, marks = (None if t is None else t.clone() for t in (own.numbers, own.marks))
             reference.step_(
-                table.rule, rows[own.row], grad_factor, theta, own.grad, states, bucket.spec.epilogues, outputs, sums,
-                bucket.spec.formats, own.origin, master, scales,
+                table.rule, rows[own.row], grad_factor, theta, own.grad, states, bucket.spec.epilogues, outputs,
+                numbers, marks, bucket.spec.formats, own.origin, master, scales,
             )  # fmt: skip
             writes += zip(before, after, strict=True)
-            if sums is not None and own.sums is not None:
-                writes.append((own.sums, sums))
+            writes += zip(watched, [t for t in (numbers, marks) if t is not None], strict=True)
         return writes

@@ -60,16 +60,23 @@ def interpreted() -> bool:
     return not isinstance(module, str) and type(module.step_kernel).__name__ == "InterpretedFunction"
 
 
-def block(formats: tuple[Any, ...], sums: int = 0) -> int:
-    """Elements of a block: 8 a thread, or 4 of float64; where epilogues sum, what they sum."""
-    return BLOCK // 2 if formats[0].dtype == torch.float64 and not sums else BLOCK
+def block(formats: tuple[Any, ...], numbers: int = 0) -> int:
+    """Elements of a block: 8 a thread, or 4 of float64; where epilogues have numbers of blocks, such a block."""
+    return BLOCK // 2 if formats[0].dtype == torch.float64 and not numbers else BLOCK
 
 
-def with_sizes(epilogues: Sequence[Epilogue]) -> tuple[tuple[Any, ...], tuple[tuple[int, int, int, str], ...]]:
+def with_sizes(epilogues: Sequence[Epilogue]) -> tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...]]:
     """The functions of epilogues, and what the kernel must know of each (`step_kernel`)."""
     functions = tuple(own.in_triton() for own in epilogues)
     sizes = [
-        (len(own.scalars), len(own.outputs), len(own.sums), str(getattr(function, "cache_key", "")))
+        (
+            len(own.scalars),
+            len(own.outputs),
+            len(own.numbers),
+            len(own.sums),
+            int(own.marks),
+            str(getattr(function, "cache_key", "")),
+        )  # fmt: skip
         for own, function in zip(epilogues, functions, strict=True)
     ]
     return functions, tuple(sizes)
@@ -175,7 +182,7 @@ class Triton(OnDevice):
             there["rows"].shape[1], size, getattr(kernels, table.rule.name),
             kernels.scaled_root if torch.version.hip else kernels.root, table.rule.scalars, spec.states,
             tuple(fmt.code for fmt in spec.formats), epilogues, sizes,
-            block(spec.formats, sum(own[2] for own in sizes)),
+            block(spec.formats, spec.numbers),
         )  # fmt: skip
         how = options(spec.formats, machine(spec.device)[1], _capability(spec.device), len(spec.outputs))
         key = (table.rule.name, spec)

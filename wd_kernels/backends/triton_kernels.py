@@ -34,6 +34,8 @@ LOST = tl.constexpr(20)  # bits of a float32 that these do not have
 MOVING_WORDS = tl.constexpr(Moving.WORDS)
 ORIGIN = tl.constexpr(Place.ORIGIN)
 OUTPUT = tl.constexpr(Place.OUTPUT)
+MARKS = tl.constexpr(Place.MARKS)
+MARKED = tl.constexpr(Place.MARKED)
 ADDRESSES = tl.constexpr(Place.ADDRESSES)
 
 
@@ -127,7 +129,7 @@ def vector(formats, at):
 
 @triton.constexpr_function
 def total(sizes, which):
-    """How many scalars (0), outputs (1) or sums (2) all epilogues have."""
+    """How many scalars (0), outputs (1), numbers (2), sums among these (3) all epilogues have; which ones mark (4)."""
     return sum(own[which] for own in sizes)
 
 
@@ -135,6 +137,12 @@ def total(sizes, which):
 def place(sizes, e, which, first):
     """Where those of one begin, if those of the first one do at `first`."""
     return first + sum(own[which] for own in sizes[:e])
+
+
+@triton.constexpr_function
+def size(sizes, e, which):
+    """How many of these one epilogue has."""
+    return sizes[e][which]
 
 
 @triton.constexpr_function
@@ -460,6 +468,20 @@ def average(before, after, g, u, states, outputs, scalars):
 
 
 @triton.jit
+def statistics(before, after, g, u, states, outputs, scalars):
+    """Section 8's statistics: the numbers that are summed, then the one whose largest is kept."""
+    moved = after - before
+    nonfinite = tl.where(g - g == 0.0, 0.0, 1.0).to(g.dtype)
+    return (), (g * g, after * after, moved * moved, nonfinite, tl.abs(moved))
+
+
+@triton.jit
+def nothing(before, after, g, u, states, outputs, scalars):
+    """Of an epilogue that marks alone."""
+    return (), ()
+
+
+@triton.jit
 def within(g, limit):
     """g, clipped by value: what is beyond the limit becomes that, with its sign. NaN stays.
 
@@ -511,13 +533,51 @@ def block_sum(x, size: tl.constexpr):
 
 
 @triton.jit
-def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constexpr, root: tl.constexpr,
+def largest(x, size: tl.constexpr):
+    """Of one block of numbers >= 0, by their bits: NaN is the largest."""
+    whole = tl.reshape(x, (size,))
+    bits = whole.to(tl.int64, bitcast=True) if x.dtype == tl.float64 else whole.to(tl.int32, bitcast=True)
+    return tl.reduce(bits, 0, larger).to(x.dtype, bitcast=True)
+
+
+@triton.jit
+def either(x, y):
+    return x | y
+
+
+@triton.jit
+def in_memory(value, stored, format: tl.constexpr):
+    """The number that a parameter's memory holds, by its value, which a part may have the rest of; exact."""
+    if is_split(format):
+        return ((bits_of(value) + 0x8000) & -65536).to(tl.float32, bitcast=True)
+    elif is_copy(format):
+        return widen(stored, BFLOAT16 if format == BFLOAT16_COPY else FLOAT16)
+    else:
+        return value
+
+
+@triton.jit
+def set_marks(marks, x, y, first, block: tl.constexpr):
+    """Sets the bits of those elements of a block that are y after they were x; any NaN is any NaN."""
+    if x.dtype == tl.float64:
+        differ = x.to(tl.int64, bitcast=True) != y.to(tl.int64, bitcast=True)
+    else:
+        differ = bits_of(x) != bits_of(y)
+    differ = differ & ((x == x) | (y == y))
+    each = tl.reshape(differ.to(tl.int32), (block // MARKED, MARKED)) << tl.arange(0, MARKED)[None, :]
+    words = tl.reduce(each, 1, either)
+    at = marks.to(tl.pointer_type(tl.int32)) + first // MARKED + tl.arange(0, block // MARKED)
+    tl.atomic_or(at, words, mask=words != 0, sem="relaxed")
+
+
+@triton.jit
+def move(at, count, scalars, frozen, keys, number, to, marks, first, rule: tl.constexpr, root: tl.constexpr,
          scalar_names: tl.constexpr, states: tl.constexpr, formats: tl.constexpr, epilogues: tl.constexpr,
          sizes: tl.constexpr, block: tl.constexpr, full: tl.constexpr):  # fmt: skip
     """Steps `count` elements from `at` on, a block at most; `full`: a whole block, and every address is aligned.
 
-    `keys` are those of the roles' random bits, `number` is that of the first element; `sums` is where the sums of the
-    segment's blocks go, `first` the place of the first element in it.
+    `keys` are those of the roles' random bits, `number` is that of the first element; `to` is where the numbers of the
+    segment's blocks go, `marks` where its marks are, `first` the place of the first element in it.
     """
     tiles, mask, tile_mask = 0, None, None
     if tiled(formats):  # in rows
@@ -539,6 +599,14 @@ def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constex
         values += (load(at[role], at[part_of(formats, role)], lanes, mask, tiles, tile_mask, formats[role]),)
     own = scalars[: len(scalar_names)]
     theta, g, u, new = step(values[0], values[1], values[2:], states, own, scalar_names, rule, root)
+    if total(sizes, 4) > 0:
+        stored = tl.load(at[0] + lanes, mask=mask) if is_copy(formats[0]) else 0
+        x = in_memory(values[0], stored, formats[0])
+        y = as_stored(theta, formats[0], keys[0], places, 0)
+        if is_copy(formats[0]):
+            stored = narrow(theta, BFLOAT16 if formats[0] == BFLOAT16_COPY else FLOAT16)
+        y = tl.where(frozen, x, in_memory(y, stored, formats[0]))
+        set_marks(marks, x, y if full else tl.where(mask, y, x), first, block)
     if not frozen:
         store(at[0], at[part_of(formats, 0)], lanes, theta, mask, tiles, tile_mask, formats[0], keys[0], places, 0)
     for role in tl.static_range(2, 2 + len(states)):
@@ -546,7 +614,7 @@ def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constex
         store(at[role], part, lanes, new[role - 2], mask, tiles, tile_mask, formats[role], keys[role], places, role)
     for e in tl.static_range(len(epilogues)):
         after = tl.where(frozen, values[0], as_stored(theta, formats[0], keys[0], places, 0))
-        outputs, summands = epilogues[e](
+        outputs, given = epilogues[e](
             values[0], after, g, u, new, of_one(values, 2 + len(states), sizes, e, 1),
             of_one(scalars, len(scalar_names), sizes, e, 0),
         )  # fmt: skip
@@ -555,13 +623,16 @@ def move(at, count, scalars, frozen, keys, number, sums, first, rule: tl.constex
             part = at[part_of(formats, role)]
             store(at[role], part, lanes, output, mask, tiles, tile_mask, formats[role], keys[role], places, role)
         for n in tl.static_range(place(sizes, e, 2, 0), place(sizes, e + 1, 2, 0)):
-            summand = summands[n - place(sizes, e, 2, 0)]
+            own_number = given[n - place(sizes, e, 2, 0)]
             if not full:
-                summand = tl.where(mask, summand, 0.0)
+                own_number = tl.where(mask, own_number, 0.0)
             if tiled(formats):
-                summand = tl.reshape(summand, (block,))
-            to = pointer(sums, arithmetic(formats)) + (first // block * total(sizes, 2) + n)
-            tl.store(to, block_sum(summand, block))
+                own_number = tl.reshape(own_number, (block,))
+            lies = pointer(to, arithmetic(formats)) + (first // block * total(sizes, 2) + n)
+            if n - place(sizes, e, 2, 0) < size(sizes, e, 3):
+                tl.store(lies, block_sum(own_number, block))
+            else:
+                tl.store(lies, largest(own_number, block))
 
 
 @triton.jit
@@ -586,12 +657,13 @@ def step_kernel(chunks, places, moving, rows, control, place_words, row_words, c
 
     Compile-time arguments: the rule, the root that is exact on the target, the names of the rule's scalars and of the
     states, the formats' codes (parameter, gradient, states, outputs of the epilogues), the epilogues, of each how many
-    scalars (which follow the rule's in a row), outputs and sums it has, and what Triton's cache is to know it by (of a
-    function within a tuple it sees the name alone), the elements of a block.
+    scalars (which follow the rule's in a row), outputs, numbers of a block and sums among these it has, whether it
+    marks, and what Triton's cache is to know it by (of a function within a tuple it sees the name alone), the elements
+    of a block.
     """
     n_scalars: tl.constexpr = len(scalar_names) + total(sizes, 0)
-    n_sums: tl.constexpr = total(sizes, 2)
-    rest: tl.constexpr = block if n_sums > 0 else 512  # elements of a block on the masked path
+    n_numbers: tl.constexpr = total(sizes, 2)
+    rest: tl.constexpr = block if n_numbers > 0 else 512  # elements of a block on the masked path
     chunk = tl.load(chunks + tl.program_id(0))
     place = places + (chunk & 0xFFFFFFFF) * place_words + ADDRESSES
     moved = moving + (chunk & 0xFFFFFFFF) * MOVING_WORDS
@@ -620,15 +692,16 @@ def step_kernel(chunks, places, moving, rows, control, place_words, row_words, c
 
     keys = keys_of_roles(row, scalar_names, formats)
     number = tl.load(place - ADDRESSES + ORIGIN) + begin
-    sums = tl.load(place - ADDRESSES + OUTPUT) if n_sums > 0 else 0
+    to = tl.load(place - ADDRESSES + OUTPUT) if n_numbers > 0 else 0
+    marks = tl.load(place - ADDRESSES + MARKS) if total(sizes, 4) > 0 else 0
     done = 0
     if aligned:
         done = count - count % block
         for offset in range(0, done, block):
             move(ahead(at, offset, formats, True), block, scalars, frozen,
-                 keys, number + offset, sums, begin + offset, rule, root, scalar_names, states, formats, epilogues,
+                 keys, number + offset, to, marks, begin + offset, rule, root, scalar_names, states, formats, epilogues,
                  sizes, block, True)  # fmt: skip
     for offset in range(done, count, rest):
         move(ahead(at, offset, formats, False), count - offset, scalars, frozen,
-             keys, number + offset, sums, begin + offset, rule, root, scalar_names, states, formats, epilogues,
+             keys, number + offset, to, marks, begin + offset, rule, root, scalar_names, states, formats, epilogues,
              sizes, rest, False)  # fmt: skip

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import backends, native
 from ..clipping import Limits, Window
+from ..epilogues import Epilogue
 from ..flat import buffers
 from ..flat.states import FlatStates
 from ..formats import Storage
@@ -38,6 +39,7 @@ from ..validation import Extent, check_disjoint, label, read_counts
 from . import memoryless
 from .changes import Changes, Counts, Expected, FlatRange, Inspected, Keys, Kind, Watch, Work, expect
 from .inspection import Finding, Known, inspect
+from .watched import Watched
 
 __all__ = ["TensorTable"]
 
@@ -86,6 +88,9 @@ class TensorTable:
         origins: of parameters, by id, where they are some of an optimizer's; None: they are all.
         inspected: what was inspected in this step, by position; it holds the memory of its tensors.
         accumulated: what the step under way has in the place of gradients; None: these.
+        watches: what watches the next step.
+        marks: gives the words of marks of a parameter that is stepped, where one of these marks.
+        watched: what the last step was watched by; None: by nothing.
     """
 
     def __init__(self, rule: Rule, resolve: Callable[[Spec], Any]) -> None:
@@ -114,6 +119,10 @@ class TensorTable:
         self.watch: Watch | None = None  # None while a step is under way: what interrupts it makes the next start anew
         self.needs: list[Need] | None = None
         self.launches: backends.Prepared | None = None
+        self.watches: tuple[Epilogue, ...] = ()
+        self.marks: Callable[[Tensor], Tensor] | None = None
+        self.watched: Watched | None = None
+        self._watching: dict[tuple[Epilogue, ...], tuple[Watched, backends.Prepared]] = {}
         self.keys: Keys | None = None
         self.written: list[Tensor] | None = None
         self.inspected: dict[int, Finding | None] = {}
@@ -150,7 +159,7 @@ class TensorTable:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError("a step writes in place: it cannot be taken inside a torch.func transform")
         watch, self.watch = self.watch, None
-        self.groups, self.state = groups, state
+        self.groups, self.state, self.watched = groups, state, None
         self._new_histories, self.lives = {}, lives
         asked = limits is not None or lives is not None or self.counting is not None
         if asked and self._move_counts(groups):
@@ -205,6 +214,7 @@ class TensorTable:
         if laid_out and self.written is None:
             self.written = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
         rows, asked, norms, prepared = None, None, self.norms, backends.Prepared([], None)
+        table: Any = self  # as the launches see it
         norms.limits, norms.capturable = limits, self.capturable
         norms.take(self.accumulated, self.params)
         if limits is not None or norms.bank is not None:
@@ -225,6 +235,8 @@ class TensorTable:
                 norms.bank.tables = {key: table for key, table in norms.bank.tables.items() if key in known}
         if laid_out and self.keys and self.launches is not None:
             prepared = self.launches
+            if self.watches:
+                table, prepared = self._watched_launches()
             if norms.bank is None:
                 rows = self.rule.rows(hypers, self.keys, self.averages)
             else:
@@ -243,7 +255,7 @@ class TensorTable:
             increment=_increment_version,
             written=self.written or [],
             launches=prepared.plans,
-            ready=partial(prepared.ready, self) if prepared.ready is not None else None,
+            ready=partial(prepared.ready, table) if prepared.ready is not None else None,
             rows=rows,
             copies=[(f.gapped, f.theta) for f in self.inspected.values() if f is not None and f.gapped is not None],
             puts=self.puts,
@@ -253,6 +265,22 @@ class TensorTable:
             counts=norms.bank is None,
             gradients=None if self.accumulated is None else self.accumulated.by_position(self.params),
         )
+
+    @torch.inference_mode(False)
+    def _watched_launches(self) -> tuple[Watched, backends.Prepared]:
+        """Those of a step that is watched, and the table as they see it."""
+        if self.watches not in self._watching:
+            if self.captures:
+                raise _not_ready("it is watched as its last step was not (statistics, track_changes)")
+            given = self.marks
+            marks = None if given is None else lambda i: given(self.params[i])
+            watched = Watched(self, self.watches, self.resolve, marks)
+            self._watching[self.watches] = watched, backends.prepare(watched)
+        self.watched, prepared = self._watching[self.watches]
+        self.watched.begin(self.active)
+        if self.captures:
+            self.norms.captured.append(self.watched)
+        return self.watched, prepared
 
     def _check_limits(self) -> None:
         if self.unmarked is not None and self.norms.measures:
@@ -522,7 +550,7 @@ class TensorTable:
             self.runs = Segments(*map(torch.zeros_like, (self.runs.moving, self.runs.places, self.runs.capacities)))
         watch.publish(self.state, self.counts, firsts, self.own_segments, self.control, self.ranges, self.runs)
         self.run_firsts = watch.run_firsts
-        self.launches = None
+        self.launches, self._watching = None, {}
 
     # What differs from what the table has -----------------------------------------------------------------------------
 
