@@ -107,7 +107,7 @@ def launch_parameters(optimizer: Any) -> Iterator[Callable[..., None]]:
             how["maxnreg"] = how.get("maxnreg") if registers is None else registers
             return {name: value for name, value in how.items() if name != "maxnreg" or value}
 
-        backend.block, backend.options = lambda formats, sums=0: block or own_block(formats, sums), options
+        backend.block, backend.options = lambda formats, numbers=0: block or own_block(formats, numbers), options
         device_copy.LONGEST, device_copy.PER_PROCESSOR = longest or chunks[0], per_processor or chunks[1]
         optimizer._table.launches = None  # they hold chunks
 

@@ -8,6 +8,7 @@
 
 from . import functional, schedules
 from .backends import BackendName, FallbackWarning
+from .changes import Change, apply_changes
 from .decay_conversion import Conversion, convert_weight_decay
 from .flat import FlatBuffer, flatten_, unflatten_
 from .gradient_release import GradientRelease, release_gradients
@@ -25,6 +26,7 @@ __all__ = [
     "AdagradW",
     "AdamW",
     "BackendName",
+    "Change",
     "Conversion",
     "DecayMode",
     "FallbackWarning",
@@ -33,6 +35,7 @@ __all__ = [
     "GradientRelease",
     "NormalizedDecay",
     "__version__",
+    "apply_changes",
     "convert_state",
     "convert_weight_decay",
     "decay_groups",

@@ -108,6 +108,11 @@ def release_gradients(
     if optimizer._clipping.asked or own is not None:
         what = "of the optimizer" if own is None else f"in param group {own}"
         raise ValueError(f"max_grad_norm, skip_nonfinite or skip_spikes {what} with gradient release: {RELEASED}")
+    if optimizer._statistics is not None or optimizer.track_changes:
+        raise ValueError(
+            "statistics() or track_changes of the optimizer with gradient release, whose blocks are stepped apart: "
+            "allowed is one of them"
+        )
     if optimizer._capturable:
         raise ValueError(
             "capturable=True of the optimizer with gradient release, whose blocks are stepped by hooks of the backward "

@@ -275,11 +275,17 @@ class Tensors(NamedTuple):
 
 
 class Table(Protocol):
-    """What a backend reads: of a TensorTable, and of the lists of a caller."""
+    """What a backend reads: of a TensorTable, of one as watched steps see it, and of the lists of a caller."""
 
-    rule: Rule
-    control: Tensor
     buckets: list[Bucket]
+
+    @property
+    def rule(self) -> Rule:
+        """What is stepped."""
+
+    @property
+    def control(self) -> Tensor:
+        """float64 [2], the gradient factor and the skip flag that every launch reads."""
 
     @property
     def norms(self) -> Norms | None:

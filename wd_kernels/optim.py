@@ -103,6 +103,7 @@ class AdamW(DecoupledOptimizer):
             the mean of all (SWA); or a function of the step count. It is ``state[p]["ema"]``; :meth:`swap_ema` and
             :meth:`ema_state_dict` use it. A group may have its own, which a loaded state does not replace.
         ema_dtype: what it is stored in, as a word of `state_dtype`; float32 by default, also beside 16-bit parameters.
+        track_changes: steps mark which elements of the parameters they change, a bit for each: :meth:`changes`.
         backend: "auto", "cpu", "triton", "cuda" or "reference"; all give the same bits. One that is not there is an
             error.
         foreach, fused: tolerated, and kept in the groups, for torch's callers: there is one implementation. With
@@ -158,6 +159,7 @@ class AdamW(DecoupledOptimizer):
         spike_window: int = 128,
         ema_decay: AverageLike = None,
         ema_dtype: torch.dtype | str = torch.float32,
+        track_changes: bool = False,
         backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -165,7 +167,7 @@ class AdamW(DecoupledOptimizer):
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, max_grad_norm, skip_nonfinite, skip_spikes, spike_window, capturable,
+            params, backend, max_grad_norm, skip_nonfinite, skip_spikes, spike_window, capturable, track_changes,
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize, decay=decay, eta=eta, schedule=schedule, base_lr=base_lr, show_lr=show_lr,
             state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
@@ -202,8 +204,8 @@ class SGDW(DecoupledOptimizer):
         decay: the form of weight decay; "metric_proximal" is "proximal" with :math:`\eta\alpha\lambda`.
         form: "torch" or "paper".
         eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
-        max_grad_norm, max_grad_value, skip_nonfinite, skip_spikes, spike_window, ema_decay, ema_dtype, backend,
-        foreach, fused, capturable, differentiable: as in :class:`AdamW`.
+        max_grad_norm, max_grad_value, skip_nonfinite, skip_spikes, spike_window, ema_decay, ema_dtype, track_changes,
+        backend, foreach, fused, capturable, differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -250,6 +252,7 @@ class SGDW(DecoupledOptimizer):
         spike_window: int = 128,
         ema_decay: AverageLike = None,
         ema_dtype: torch.dtype | str = torch.float32,
+        track_changes: bool = False,
         backend: BackendName = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -257,7 +260,7 @@ class SGDW(DecoupledOptimizer):
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, max_grad_norm, skip_nonfinite, skip_spikes, spike_window, capturable,
+            params, backend, max_grad_norm, skip_nonfinite, skip_spikes, spike_window, capturable, track_changes,
             lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, decay=decay, form=form, eta=eta, schedule=schedule, base_lr=base_lr,
             show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
@@ -290,8 +293,8 @@ class AdagradW(DecoupledOptimizer):
         maximize: ascend.
         decay: the form of weight decay.
         eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
-        max_grad_norm, max_grad_value, skip_nonfinite, skip_spikes, spike_window, ema_decay, ema_dtype, backend,
-        foreach, fused, capturable, differentiable: as in :class:`AdamW`.
+        max_grad_norm, max_grad_value, skip_nonfinite, skip_spikes, spike_window, ema_decay, ema_dtype, track_changes,
+        backend, foreach, fused, capturable, differentiable: as in :class:`AdamW`.
 
     Raises:
         TypeError, ValueError: a hyperparameter or parameter is not allowed; the message names it.
@@ -338,13 +341,14 @@ class AdagradW(DecoupledOptimizer):
         spike_window: int = 128,
         ema_decay: AverageLike = None,
         ema_dtype: torch.dtype | str = torch.float32,
+        track_changes: bool = False,
         backend: BackendName = "auto",
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
         super().__init__(
-            params, backend, max_grad_norm, skip_nonfinite, skip_spikes, spike_window, capturable,
+            params, backend, max_grad_norm, skip_nonfinite, skip_spikes, spike_window, capturable, track_changes,
             lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize, decay=decay, eta=eta,
             schedule=schedule, base_lr=base_lr, show_lr=show_lr, state_dtype=state_dtype,

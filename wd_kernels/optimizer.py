@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from functools import cache, partial
@@ -20,12 +20,15 @@ from . import averaging, backends, live, master_weights, memory_report, native
 from . import state_dict as state_dicts
 from .accumulation import Accumulators
 from .caller import warn
+from .changes import Change, Marks
 from .clipping import Clipping, Limits
+from .epilogues import CHANGES, STATISTICS
 from .flat.states import FlatGradients
 from .rules import AVERAGE, FLAG, LIMIT, Hyper, Rule, check_chosen, flag, pair, state_dtype_word
 from .schedules import stepping
 from .schedules.shapes import named
 from .sharding import local
+from .statistics import Statistics, checked_every
 from .table import TensorTable
 from .validation import Extent, check_disjoint, check_parameter, has_memory, label, meeting
 
@@ -50,6 +53,8 @@ class DecoupledOptimizer(Optimizer):
     _warned_of_scheduler = False
     release: Any = None  # a GradientRelease, while there is one
     _swapped: averaging.Swapped | None = None  # while parameters hold their averages
+    _statistics: Statistics | None = None  # while steps are measured
+    _marks: Marks | None = None  # while changes are tracked
     #: The loss of the next step, for `skip_spikes`: a number or a tensor of one element, the same in all processes.
     latest_loss: Any = None
 
@@ -62,6 +67,7 @@ class DecoupledOptimizer(Optimizer):
         skip_spikes: float | None,
         spike_window: int,
         capturable: bool,
+        track_changes: bool,
         **defaults: Any,
     ) -> None:
         defaults = {**stepping.DEFAULTS, **defaults}
@@ -79,6 +85,7 @@ class DecoupledOptimizer(Optimizer):
         self._clipping = Clipping()
         self._clipping.set(max_grad_norm, skip_nonfinite, skip_spikes, spike_window, "the arguments")
         self._accumulators = Accumulators()
+        self._marks = Marks() if flag("track_changes", track_changes, "the arguments") else None
         super().__init__(params, defaults)
         self._check_overlaps(0)
         self._new_table()
@@ -144,8 +151,16 @@ class DecoupledOptimizer(Optimizer):
         if device is None:
             hypers, ticks = stepping.follow(groups, hypers)
         self._clipping.last = None  # of a step that fails nothing is known
+        measures, marks = self._statistics, self._marks
+        watches = (
+            *((STATISTICS,) if measures is not None and measures.due else ()),
+            *((CHANGES,) if marks is not None else ()),
+        )
+        table.watches, table.marks = watches, None if marks is None else marks.words
         table.step(groups, self.state, hypers, ticks, limits, lives)
         self._settle()
+        if measures is not None:
+            measures.take(table.watched, table.params, table.places, groups)
         self._clipping.last = table.norms.limits
         if self.latest_loss is not None:
             self.latest_loss = None
@@ -505,6 +520,7 @@ class DecoupledOptimizer(Optimizer):
         self.__setstate__({"state": state, "param_groups": groups})
         self._table.flat_states = flat
         master_weights.put(self.state, flat, masters)
+        self._written(p for p, *_ in masters)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -567,6 +583,7 @@ class DecoupledOptimizer(Optimizer):
             masters = master_weights.chosen(self.param_groups, weights)
             planned = master_weights.planned(self.rule, self.param_groups, masters)
             master_weights.put(self.state, self._table.flat_states, planned)
+            self._written(p for p, *_ in planned)
 
     def swap_ema(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
         """Puts the averages (`ema_decay`) in the place of the parameters, rounded to nearest even; to evaluate them.
@@ -664,6 +681,96 @@ class DecoupledOptimizer(Optimizer):
             found = averaging.chosen(model, self.param_groups, self.state, averages)
             averaging.put(self.rule, self.param_groups, self.state, self._table.flat_states, found)
 
+    def statistics(self, every: int | None = 1, model: nn.Module | None = None) -> Statistics:
+        """Measures the next step, and every so many after it: norms of gradients, parameters and what changes of them.
+
+        The pass that steps a tensor adds them up; other steps pay nothing. Sums have the same bits on every backend.
+
+        Args:
+            every: how many steps apart; None ends it.
+            model: whose names parameters have there; by default those that the optimizer was given, or their places.
+
+        Returns:
+            What is measured, the same object for all steps until this is called again: `print(stats)`,
+            ``stats.scalars()`` for a logger, ``stats.tensors.grad_norm`` and others as tensors, ``stats.plot(path)``.
+
+        Raises:
+            TypeError, ValueError: `every` is no number of steps.
+            RuntimeError: gradients are released, whose steps are apart.
+
+        Example:
+            >>> import torch, wd_kernels
+            >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+            >>> opt = wd_kernels.SGDW([("w", w)], lr=0.5)
+            >>> stats = opt.statistics(every=100)
+            >>> w.grad = torch.tensor([6.0, 8.0])
+            >>> opt.step()
+            >>> stats.tensors.grad_norm.tolist(), stats.tensors.update_norm.tolist()
+            ([10.0], [5.0])
+        """
+        self._refuse_within_step("statistics()")
+        if self.release is not None and every is not None:
+            raise RuntimeError("statistics() while gradients are released: each block has a step of its own")
+        kept = Statistics(self.param_groups, 1 if every is None else checked_every(every), model)
+        self._statistics = None if every is None else kept
+        return kept
+
+    @property
+    def track_changes(self) -> bool:
+        """Do steps mark which elements of the parameters they change (`changes`)? It may be set between steps."""
+        return self._marks is not None
+
+    @track_changes.setter
+    def track_changes(self, value: bool) -> None:
+        if flag("track_changes", value, "the optimizer") == self.track_changes:
+            return
+        if value and self.release is not None:
+            raise RuntimeError("track_changes=True while gradients are released: each block has a step of its own")
+        self._refuse_captured("track_changes is set")
+        self._marks = Marks() if value else None
+
+    def changes(self, model: nn.Module | None = None) -> dict[str | int, Change]:
+        """What steps have changed since the last call, or since `track_changes` was set: which elements, and to what.
+
+        An element is there if some step has changed its bits in memory: of a 16-bit parameter with a master weight,
+        those of the parameter itself. Where others have written a parameter, by `load_master_weights` or by putting it
+        elsewhere (``p.data =``), all of it is there; what is written into it by hand is not seen. This waits for the
+        device.
+
+        Args:
+            model: whose names parameters have there; by default those that the optimizer was given, or their positions.
+
+        Returns:
+            Of each parameter that has changed its :class:`wd_kernels.Change`; ``wd_kernels.apply_changes`` writes them
+            into a copy. Of a DTensor, what of it lies in this process.
+
+        Raises:
+            RuntimeError: changes are not tracked.
+            KeyError: a parameter is none of the model's.
+
+        Example:
+            >>> import torch, wd_kernels
+            >>> w = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+            >>> opt = wd_kernels.SGDW([("w", w)], lr=0.5, track_changes=True)
+            >>> w.grad = torch.tensor([0.0, 1.0, 2.0**-10, 0.0], dtype=torch.bfloat16)
+            >>> opt.step()
+            >>> [(c.index.tolist(), c.values.tolist()) for c in opt.changes().values()]
+            [([1], [0.5])]
+            >>> opt.changes()
+            {}
+        """
+        self._refuse_within_step("changes()")
+        self._refuse_swapped("changes()")
+        if self._marks is None:
+            raise RuntimeError("changes() of an optimizer that does not track them: expected track_changes=True before")
+        with self._table.lock, plain_tensors(True):
+            return self._marks.take(self.param_groups, model)
+
+    def _written(self, params: Iterable[Tensor]) -> None:
+        """Somebody else than a step has written these."""
+        if self._marks is not None:
+            self._marks.all_changed(params)
+
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_swapped("a copy is made")
         packed: dict[str, Any] = super().__getstate__()
@@ -673,6 +780,7 @@ class DecoupledOptimizer(Optimizer):
         packed["backend"] = self.backend
         packed["param_groups"] = [state_dicts.with_own_schedule(group) for group in packed["param_groups"]]
         packed["_capturable"] = self._capturable
+        packed["track_changes"] = self.track_changes
         own = self._clipping
         packed["clipping"] = {name: getattr(own, name) for name in ("max_norm", "skip_nonfinite", "sigma", "window")}
         return packed
@@ -681,6 +789,8 @@ class DecoupledOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("backend", "auto")
         self.__dict__.setdefault("_capturable", False)
+        if self.__dict__.pop("track_changes", False):
+            self._marks = Marks()
         clipping = self.__dict__.pop("clipping", {})
         self.__dict__.setdefault("_clipping", Clipping(**clipping))
         self.__dict__.setdefault("_accumulators", Accumulators())

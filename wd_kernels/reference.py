@@ -335,8 +335,8 @@ def subnormals() -> Iterator[None]:
 def step_(
     rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor],
     epilogues: Sequence[Produced] = (), outputs: Mapping[str, Tensor] = MappingProxyType({}),
-    numbers: Tensor | None = None, marks: Tensor | None = None, formats: Sequence[Format] = (), origin: int = 0, master: Tensor | None = None,
-    scales: Mapping[str, Tensor] = MappingProxyType({}),
+    numbers: Tensor | None = None, marks: Tensor | None = None, formats: Sequence[Format] = (), origin: int = 0,
+    master: Tensor | None = None, scales: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:  # fmt: skip
     """One step of `rule` in place, on tensors as they are stored; a row's `frozen` keeps the bits of theta.
 

@@ -103,10 +103,19 @@ def sharded_over(p: Tensor) -> tuple[Any, ...]:
 
 def sum_over(group: Any, rows: Tensor, which: Tensor) -> None:
     """Adds up some of the rows of an integer tensor over a process group, in place. All of its processes call it."""
+    _reduce_over(group, rows, which, torch.distributed.ReduceOp.SUM)
+
+
+def largest_over(group: Any, rows: Tensor, which: Tensor) -> None:
+    """The same of the largest numbers."""
+    _reduce_over(group, rows, which, torch.distributed.ReduceOp.MAX)
+
+
+def _reduce_over(group: Any, rows: Tensor, which: Tensor, operation: Any) -> None:
     there = rows[which].contiguous()
     if not there.is_cuda and torch.distributed.get_backend(group) == "nccl":  # of CPU offload, say
         there = there.cuda()
-    torch.distributed.all_reduce(there, group=group)
+    torch.distributed.all_reduce(there, operation, group=group)
     rows[which] = there.to(rows.device)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["WORDS", "add", "value", "values"]
+__all__ = ["WORDS", "add", "scattered", "value", "values"]
 
 DIGITS, INFINITIES, NANS, WORDS = 68, 68, 69, 70
 MASK = 0xFFFFFFFF  # a digit's largest value
@@ -74,6 +74,29 @@ def values(words: Tensor) -> Tensor:
     found = (upper * 2.0**44 + lower) * _power_of_2(first) * _power_of_2(exponent - first)
     found = torch.where(words[:, INFINITIES] != 0, math.inf, found)
     return torch.where(words[:, NANS] != 0, math.nan, found)
+
+
+def scattered(values: Tensor, slots: Tensor, n: int) -> Tensor:
+    """The sums of float64 numbers >= 0 by their slots, on whatever device they are: [k] and [k] to int64 [n, WORDS].
+
+    A number is three digits from one on, or one to a count, as `summand_of` in csrc/sums.h has it.
+    """
+    bits = values.view(torch.int64)
+    exponent = (bits >> 52) & 0x7FF
+    significand = (bits & ((1 << 52) - 1)) | ((exponent != 0).long() << 52)
+    at = (exponent - 1).clamp(min=0)
+    shift = at & 31
+    low, high = (significand & MASK) << shift, (significand >> 32) << shift
+    middle = (low >> 32) + (high & MASK)
+    digits = (low & MASK, middle & MASK, (high >> 32) + (middle >> 32))
+    special = exponent == 0x7FF
+    count = torch.where(values.isnan(), NANS, INFINITIES)
+    first = slots * WORDS + torch.where(special, count, at >> 5)
+    words = values.new_zeros(n * WORDS, dtype=torch.int64)
+    for k, digit in enumerate(digits):
+        own = torch.where(special, int(k == 0), digit)
+        words.index_add_(0, first + torch.where(special, 0, k), own)
+    return words.view(n, WORDS)
 
 
 def _one_up(carried: Tensor) -> Tensor:

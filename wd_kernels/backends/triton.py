@@ -68,17 +68,10 @@ def block(formats: tuple[Any, ...], numbers: int = 0) -> int:
 def with_sizes(epilogues: Sequence[Epilogue]) -> tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...]]:
     """The functions of epilogues, and what the kernel must know of each (`step_kernel`)."""
     functions = tuple(own.in_triton() for own in epilogues)
-    sizes = [
-        (
-            len(own.scalars),
-            len(own.outputs),
-            len(own.numbers),
-            len(own.sums),
-            int(own.marks),
-            str(getattr(function, "cache_key", "")),
-        )  # fmt: skip
-        for own, function in zip(epilogues, functions, strict=True)
-    ]
+    sizes = []
+    for own, function in zip(epilogues, functions, strict=True):
+        known_by = str(getattr(function, "cache_key", ""))
+        sizes.append((len(own.scalars), len(own.outputs), len(own.numbers), len(own.sums), int(own.marks), known_by))
     return functions, tuple(sizes)
 
 

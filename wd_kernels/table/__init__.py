@@ -2,5 +2,6 @@
 
 from .lists import Lists
 from .table import TensorTable
+from .watched import Watched
 
-__all__ = ["Lists", "TensorTable"]
+__all__ = ["Lists", "TensorTable", "Watched"]

@@ -122,7 +122,7 @@ class TensorTable:
         self.watches: tuple[Epilogue, ...] = ()
         self.marks: Callable[[Tensor], Tensor] | None = None
         self.watched: Watched | None = None
-        self._watching: dict[tuple[Epilogue, ...], tuple[Watched, backends.Prepared]] = {}
+        self._watching: dict[object, tuple[Watched, backends.Prepared]] = {}
         self.keys: Keys | None = None
         self.written: list[Tensor] | None = None
         self.inspected: dict[int, Finding | None] = {}
@@ -269,14 +269,13 @@ class TensorTable:
     @torch.inference_mode(False)
     def _watched_launches(self) -> tuple[Watched, backends.Prepared]:
         """Those of a step that is watched, and the table as they see it."""
-        if self.watches not in self._watching:
+        key = (self.watches, self.marks)
+        if key not in self._watching:
             if self.captures:
-                raise _not_ready("it is watched as its last step was not (statistics, track_changes)")
-            given = self.marks
-            marks = None if given is None else lambda i: given(self.params[i])
-            watched = Watched(self, self.watches, self.resolve, marks)
-            self._watching[self.watches] = watched, backends.prepare(watched)
-        self.watched, prepared = self._watching[self.watches]
+                raise _not_ready("it is watched as no step before it was (statistics, track_changes)")
+            watched = Watched(self, self.watches, self.resolve, self.marks)
+            self._watching[key] = watched, backends.prepare(watched)
+        self.watched, prepared = self._watching[key]
         self.watched.begin(self.active)
         if self.captures:
             self.norms.captured.append(self.watched)

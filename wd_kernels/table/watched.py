@@ -29,7 +29,7 @@ class Watched:
         table: whose.
         epilogues: what watches.
         resolve: gives the backend for a bucket.
-        marks: gives the words of marks of a parameter, by its position; None where nothing marks.
+        marks: gives the words of marks of a parameter; None where nothing marks.
 
     Attributes:
         numbers: of each bucket, what its blocks give: [blocks, numbers], in the arithmetic type; NaN until a step that
@@ -39,7 +39,7 @@ class Watched:
 
     def __init__(
         self, table: Any, epilogues: Sequence[Epilogue], resolve: Callable[[Spec], Any],
-        marks: Callable[[int], Tensor] | None,
+        marks: Callable[[Tensor], Tensor] | None,
     ) -> None:  # fmt: skip
         self._table: Table = table
         self.epilogues = tuple(epilogues)
@@ -68,7 +68,7 @@ class Watched:
                     row = numbers.stride(0) * numbers.itemsize
                     places[segment, Place.OUTPUT] = numbers.data_ptr() + firsts[k] * row
                 if marks is not None:
-                    words = self._marks[i] = marks(i)
+                    words = self._marks[i] = marks(table.params[i])
                     places[segment, Place.MARKS] = words.data_ptr()
         self.segments = Segments(whole.moving, places, whole.capacities)
 
