@@ -3,11 +3,11 @@
 //
 // Include inside the namespace of one instruction set, after rules.h and formats.h; it needs layout.h.
 
-template <class T>
+template <class V>
 struct Element {
-  T before, after;  // the parameter as it was, and as it is now stored
-  T g, u;           // the gradient with its factor, and the update
-  const T* state;   // so many as the rule made them
+  V before, after;  // the parameter as it was, and as it is now stored
+  V g, u;           // the gradient with its factor, and the update
+  const V* state;   // so many as the rule made them
   int states;
 };
 
@@ -24,9 +24,16 @@ struct Exact<double> {
 // What one reads of an element: `after`; `before` and `g` too; all.
 enum Sees : int { kSeesAfter = 0, kSeesMoved = 1, kSeesStepped = 2 };
 
+// 0 where x is, else 1.
+template <class V>
+WD_HOST_DEVICE inline V nonzero(V x) {
+  return x == V{} ? V{} : V{} + 1;
+}
+
 // An aggregate of its scalars (WD_SCALARS), which follow the rule's in a row; `Output` is the format that CUDA C++ has
-// for its outputs (the CPU takes any). Called with an element, its outputs, and where the numbers go that a block has
-// of it: `kSums` that are added up, then `kMaxima`, >= 0 or NaN, of which the largest is kept. If it `kMarks`, there is
+// for its outputs (the CPU takes any). Called with an element, or on the CPU a vector of them, its outputs, and where
+// the numbers go that a block has of it: `kSums` that are added up, then `kMaxima`, >= 0 or NaN, of which the largest
+// is kept. If it `kMarks`, there is
 // a bit for each element, which is set where the parameter has changed in memory.
 template <class T>
 struct NoEpilogue {
@@ -35,7 +42,8 @@ struct NoEpilogue {
   static constexpr int kOutputs = 0, kSums = 0, kMaxima = 0;
   static constexpr Sees kSees = kSeesAfter;
   static constexpr bool kMarks = false;
-  WD_HOST_DEVICE void operator()(const Element<T>&, T*, T*) const {}
+  template <class V>
+  WD_HOST_DEVICE void operator()(const Element<V>&, V*, V*) const {}
 };
 
 template <class E>
@@ -50,8 +58,9 @@ struct Average : NoEpilogue<T> {
   static constexpr int kOutputs = 1;
   WD_SCALARS(ema_decay, one_minus_ema_decay)
 
-  WD_HOST_DEVICE void operator()(const Element<T>& of, T* output, T*) const {
-    const T mixed = lerp(output[0], of.after, ema_decay, one_minus_ema_decay);
+  template <class V>
+  WD_HOST_DEVICE void operator()(const Element<V>& of, V* output, V*) const {
+    const V mixed = lerp(output[0], of.after, ema_decay, one_minus_ema_decay);
     output[0] = ema_decay == 0 ? of.after : mixed;
   }
 };
@@ -63,12 +72,13 @@ struct Statistics : NoEpilogue<T> {
   static constexpr int kSums = 4, kMaxima = 1;
   static constexpr Sees kSees = kSeesMoved;
 
-  WD_HOST_DEVICE void operator()(const Element<T>& of, T*, T* number) const {
-    const T moved = of.after - of.before;
+  template <class V>
+  WD_HOST_DEVICE void operator()(const Element<V>& of, V*, V* number) const {
+    const V moved = of.after - of.before;
     number[0] = of.g * of.g;
     number[1] = of.after * of.after;
     number[2] = moved * moved;
-    number[3] = of.g - of.g == 0 ? T(0) : T(1);
+    number[3] = nonzero(of.g - of.g);
     number[4] = magnitude(moved);
   }
 };

@@ -11,8 +11,8 @@ WD_HOST_DEVICE inline float root(float x) { return __builtin_sqrtf(x); }
 WD_HOST_DEVICE inline double root(double x) { return __builtin_sqrt(x); }
 
 // Starts from the nearer end, as torch.lerp does.
-template <class T>
-WD_HOST_DEVICE inline T lerp(T x, T y, T beta, T w) {
+template <class V, class T>
+WD_HOST_DEVICE inline V lerp(V x, V y, T beta, T w) {
   const bool near = w < T(0.5);
   return (near ? x : y) + (near ? w : -beta) * (y - x);
 }

@@ -17,9 +17,10 @@ struct TestEpilogue : NoEpilogue<T> {
   static constexpr bool kMarks = true;
   WD_SCALARS(fade, weight)
 
-  WD_HOST_DEVICE void operator()(const Element<T>& of, T* output, T* summand) const {
-    T &trace = output[0], &copy = output[1];
-    const T moved = of.after - of.before;
+  template <class V>
+  WD_HOST_DEVICE void operator()(const Element<V>& of, V* output, V* summand) const {
+    V &trace = output[0], &copy = output[1];
+    const V moved = of.after - of.before;
     trace = fade * trace + weight * moved;
     if (of.states > 0) trace = trace + of.state[of.states - 1];
     copy = weight * of.after;
