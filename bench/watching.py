@@ -32,15 +32,16 @@ CASES = {
 def with_norms(opt: Any, params: list[nn.Parameter]) -> Callable[[], object]:
     """A step, and the same norms by torch: of gradients, weights, and what the step has changed."""
     before = [p.detach().clone() for p in params]
+    after: list[torch.Tensor] = list(params)
     grads = [p.grad for p in params if p.grad is not None]
 
     @torch.no_grad()
     def step() -> None:
-        torch._foreach_copy_(before, params)
+        torch._foreach_copy_(before, after)
         opt.step()
         torch._foreach_norm(grads)
-        torch._foreach_norm(params)
-        torch._foreach_sub_(before, params)
+        torch._foreach_norm(after)
+        torch._foreach_sub_(before, after)
         torch._foreach_norm(before)
         torch._foreach_max([own.abs() for own in before])
 

@@ -16,6 +16,7 @@ from engines import Engine
 
 from wd_kernels import backends
 from wd_kernels.backends import BACKENDS, device
+from wd_kernels.table import Watched
 
 __all__ = ["graphs_of"]
 
@@ -40,6 +41,7 @@ class OfLaunches:
         kind: Any = type(BACKENDS[backend])
         for name in ("launch", "squares", "begin"):
             patch.setattr(kind, name, self._noted(getattr(kind, name)))
+        patch.setattr(Watched, "clearing", self._noted(Watched.clearing))
         for module in (device, backends):
             patch.setattr(module, "capturing", lambda of: self.graph is not None)
 

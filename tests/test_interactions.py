@@ -44,7 +44,7 @@ def table() -> dict[tuple[str, str], str]:
 
 FEATURES = (
     "clipping", "by value", "scaling", "skipping", "spikes", "capture", "release", "sharding", "formats", "flat",
-    "accumulation", "schedules", "averages",
+    "accumulation", "schedules", "averages", "watching",
 )  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "clipping": {"max_grad_norm": 0.5},
@@ -55,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "formats": {"master_weights": "split24", "state_dtype": "int8", "seed": 5},
     "schedules": {"schedule": Warmup(4)},
     "averages": {"ema_decay": averages.WarmedEMA(0.75), "ema_dtype": "float32"},
+    "watching": {"track_changes": True},
 }
 #: What an error says, by the feature that meets another.
 ERRORS = {
@@ -84,6 +85,7 @@ def life(features: frozenset[str], backend: str, graphs: Any, mesh: Any = None) 
         wd_kernels.flatten_(params)
     options = {key: value for name in features for key, value in OPTIONS.get(name, {}).items()}
     opt = wd_kernels.AdamW(params, lr=0.05, weight_decay=0.2, backend=backend, **options)
+    stats = opt.statistics() if "watching" in features else None
     if "release" in features:
         wd_kernels.release_gradients(nn.ParameterList(params), opt)
     scale, found_inf = torch.tensor(8.0), torch.tensor(0.0)
@@ -125,17 +127,23 @@ def life(features: frozenset[str], backend: str, graphs: Any, mesh: Any = None) 
         for k, p in enumerate(params):
             own_found[f"{k}"] = local(p).detach().clone()
             own_found |= {f"{k} {name}": local(t).clone() for name, t in opt.state.get(p, {}).items()}
+        if stats is not None:
+            own_found |= {name: value.clone() for name, value in stats.tensors._asdict().items()}
+            for k, change in opt.changes().items():
+                own_found |= {f"{k} index": change.index, f"{k} values": change.values}
         found.append(own_found)
     return found
 
 
 def check(features: frozenset[str], mesh: Any = None) -> None:
     """The life of a device's backend has the reference's bits, captured or not; and it is one that does something."""
-    # CUDA C++ has none of these formats for such gradients, and none that writes averages.
-    backend = "triton" if "formats" in features and features & {"accumulation", "averages"} else "cuda"
+    # CUDA C++ has none of these formats for such gradients, none that writes averages, and no two epilogues.
+    no_kernel = "watching" in features or ("formats" in features and features & {"accumulation", "averages"})
+    engine = Engine("triton", "interpreted") if no_kernel else Engine("cuda", "on_cpu")
+    backend = engine.backend
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(BACKENDS, "cuda", OnCPU())
-        graphs = graphs_of(Engine("cuda", "on_cpu"), patch) if "capture" in features else None
+        graphs = graphs_of(engine, patch) if "capture" in features else None
         found = life(features, backend, graphs, mesh)
     expected = life(features, "reference", None, mesh)
     for step, (a, b) in enumerate(zip(found, expected, strict=True)):

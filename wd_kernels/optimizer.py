@@ -160,7 +160,7 @@ class DecoupledOptimizer(Optimizer):
         table.step(groups, self.state, hypers, ticks, limits, lives)
         self._settle()
         if measures is not None:
-            measures.take(table.watched, table.params, table.places, groups)
+            measures.take(table.watched, table.params, table.places, groups, bool(table.norms.captured))
         self._clipping.last = table.norms.limits
         if self.latest_loss is not None:
             self.latest_loss = None

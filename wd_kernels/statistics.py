@@ -77,7 +77,7 @@ class Statistics:
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], every: int, model: nn.Module | None) -> None:
         self.every, self.fresh = every, False
-        self._taken = 0
+        self._taken, self._captured = 0, False
         self._last: _Step | None = None
         self._found: tuple[Measured, Measured, Measured, Tensor] | None = None
         self._of_model = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
@@ -92,9 +92,13 @@ class Statistics:
 
     def take(
         self, watched: Watched | None, params: Sequence[Tensor], places: Sequence[tuple[int, int]],
-        groups: Sequence[Mapping[str, Any]],
+        groups: Sequence[Mapping[str, Any]], captured: bool,
     ) -> None:  # fmt: skip
-        """A step is taken: with `watched` it was measured, of these parameters of groups."""
+        """A step is taken: with `watched` it was measured, of these parameters of groups.
+
+        `captured`: in a graph, whose replays write the numbers again.
+        """
+        self._captured = captured
         self._taken += 1
         self.fresh = watched is not None and STATISTICS in watched.epilogues
         if self.fresh and watched is not None:
@@ -138,7 +142,7 @@ class Statistics:
     def _all(self) -> tuple[Measured, Measured, Measured, Tensor]:
         if self._last is None:
             raise RuntimeError("no step has been measured yet: the next step() is")
-        if self._found is None:
+        if self._found is None or self._captured:
             with torch._C.DisableTorchFunction():
                 self._found = _measured(self._last, len(self.group_names))
         return self._found

@@ -275,11 +275,15 @@ class TensorTable:
                 raise _not_ready("it is watched as no step before it was (statistics, track_changes)")
             watched = Watched(self, self.watches, self.resolve, self.marks)
             self._watching[key] = watched, backends.prepare(watched)
-        self.watched, prepared = self._watching[key]
-        self.watched.begin(self.active)
+        watched, prepared = self._watching[key]
+        self.watched, watched.stepped = watched, self.active.clone()
         if self.captures:
-            self.norms.captured.append(self.watched)
-        return self.watched, prepared
+            self.norms.captured.append(watched)
+        if prepared.plans or prepared.ready is None:  # nothing of Python's comes between these and the check
+            watched.clearing()()
+            return watched, prepared
+        ready = prepared.ready
+        return watched, prepared._replace(ready=lambda table, rows: [watched.clearing(), *ready(table, rows)])
 
     def _check_limits(self) -> None:
         if self.unmarked is not None and self.norms.measures:

@@ -72,11 +72,14 @@ class Watched:
                     places[segment, Place.MARKS] = words.data_ptr()
         self.segments = Segments(whole.moving, places, whole.capacities)
 
-    def begin(self, stepped: Tensor) -> None:
-        """Before a launch: nothing is known of what it does not step."""
-        self.stepped = stepped.clone()
-        for numbers in self.numbers:
-            numbers.fill_(math.nan)
+    def clearing(self) -> Callable[[], None]:
+        """What is launched before the steps: nothing is known of what they leave out."""
+
+        def clear() -> None:
+            for numbers in self.numbers:
+                numbers.fill_(math.nan)
+
+        return clear
 
     def blocks_of(self, i: int) -> tuple[int, int, int]:
         """Of a parameter: the bucket that has it, its first block there, and how many it has."""
