@@ -38,7 +38,7 @@ def arguments(n: int = 1024, offset: int = 0, aligned: int = 1) -> dict[str, Any
     row[0, 1:] = 0.25
     return {
         "chunks": torch.zeros(1, dtype=torch.int64),
-        "places": torch.tensor([[0, 0, theta.data_ptr() + 4 * offset, *(t.data_ptr() for t in others[1:])]]),
+        "places": torch.tensor([[0, 0, 0, theta.data_ptr() + 4 * offset, *(t.data_ptr() for t in others[1:])]]),
         "moving": torch.tensor([[others[0].data_ptr(), n, 0, aligned]]),
         "control": torch.tensor([1.0, 0.0], dtype=f64),
         "chunk_size": 1024,
@@ -64,9 +64,9 @@ def step(given: dict[str, Any], token: int | None = None) -> None:
     [
         ("chunks", torch.zeros(1), "chunks must be a contiguous"),
         ("chunks", torch.zeros(1, 1, dtype=torch.int64), "chunks must have one dimension"),
-        ("places", torch.zeros(1, 4, dtype=torch.int64), "places must have a word for every role"),
+        ("places", torch.zeros(1, 5, dtype=torch.int64), "places must have a word for every role"),
         ("places", torch.zeros(6, 2, dtype=torch.int64).T, "places must be a contiguous"),
-        ("places", torch.zeros(2, 5, dtype=torch.int64), "2 places beside 1 segments"),
+        ("places", torch.zeros(2, 6, dtype=torch.int64), "2 places beside 1 segments"),
         ("moving", torch.zeros(4, dtype=torch.int64), "moving must have 4 columns"),
         ("rows", torch.zeros(1, 10, dtype=f64), f"rows must have {WIDTH} columns"),
         ("rows", torch.zeros(1, WIDTH), "rows must be a contiguous"),

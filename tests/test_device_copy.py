@@ -142,7 +142,7 @@ def assert_up_to_date(opt: Any) -> None:
             p = table.params[i]
             origin = sum(-(-q.numel() // 32) * 32 for q in table.params[:i])
             roles = [p, *(opt.state[p][name] for name in bucket.spec.states)]
-            words = [origin, table.norms.sum_of(i).data_ptr(), *(t.data_ptr() for t in roles)]
+            words = [origin, table.norms.sum_of(i).data_ptr(), 0, *(t.data_ptr() for t in roles)]
             assert found.there["places"][segment].tolist()[: len(words)] == words
             grad = p.grad
             if grad is None:

@@ -16,9 +16,9 @@ import wd_kernels
 OWN = [
     f"wd_kernels.{name}"
     for name in (
-        "averages", "backends.device_copy", "clipping", "decay_conversion", "flat.flatten", "functional",
+        "averages", "backends.device_copy", "changes", "clipping", "decay_conversion", "flat.flatten", "functional",
         "gradient_release", "layout", "optim", "optimizer", "param_groups", "rules.scalars", "rules.storage",
-        "scales", "sharding", "state_conversion", "sums", "weight_decay_rules",
+        "scales", "sharding", "state_conversion", "statistics", "sums", "weight_decay_rules",
     )
 ]  # fmt: skip
 OWN += [

@@ -97,7 +97,7 @@ def arguments(**changed: Any) -> dict[str, Any]:
     """Of a plan and its rows: a launch of no elements, which is fine, but for what is changed."""
     plain = {
         "chunks": torch.arange(3),
-        "places": torch.zeros(3, 5, dtype=torch.int64),
+        "places": torch.zeros(3, 6, dtype=torch.int64),
         "moving": torch.zeros(3, 4, dtype=torch.int64),
         "control": torch.tensor([1.0, 0.0], dtype=f64),
         "chunk_size": 1024,
@@ -141,11 +141,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"chunks": torch.zeros(3, dtype=torch.int32)}, f"chunks {INT64}"),
     ({"chunks": torch.zeros(3, 1, dtype=torch.int64)}, "chunks must have one dimension"),
     ({"chunks": torch.arange(6)[::2]}, f"chunks {INT64}"),
-    ({"places": torch.zeros(3, 5, dtype=f64)}, f"places {INT64}"),
-    ({"places": torch.zeros(3, 4, dtype=torch.int64)}, "places must have a word for every role"),
-    ({"places": torch.zeros(15, dtype=torch.int64)}, "places must have two dimensions"),
-    ({"places": torch.zeros(5, 3, dtype=torch.int64).t()}, f"places {INT64}"),
-    ({"places": torch.zeros(2, 5, dtype=torch.int64)}, "2 places beside 3 segments"),
+    ({"places": torch.zeros(3, 6, dtype=f64)}, f"places {INT64}"),
+    ({"places": torch.zeros(3, 5, dtype=torch.int64)}, "places must have a word for every role"),
+    ({"places": torch.zeros(18, dtype=torch.int64)}, "places must have two dimensions"),
+    ({"places": torch.zeros(6, 3, dtype=torch.int64).t()}, f"places {INT64}"),
+    ({"places": torch.zeros(2, 6, dtype=torch.int64)}, "2 places beside 3 segments"),
     ({"moving": torch.zeros(3, 4, dtype=f64)}, f"moving {INT64}"),
     ({"moving": torch.zeros(3, 3, dtype=torch.int64)}, "moving must have 4 columns"),
     ({"moving": torch.zeros(12, dtype=torch.int64)}, "moving must have 4 columns"),
@@ -234,7 +234,7 @@ def of_tensors(theta: Tensor, grad: Tensor, m: Tensor, v: Tensor) -> dict[str, A
     """What describes them to a plan."""
     return {
         "chunks": torch.arange(-(-theta.numel() // 1024)) << 32,
-        "places": torch.tensor([[0, 0, theta.data_ptr(), m.data_ptr(), v.data_ptr()]]),
+        "places": torch.tensor([[0, 0, 0, theta.data_ptr(), m.data_ptr(), v.data_ptr()]]),
         "moving": torch.tensor([[grad.data_ptr(), theta.numel(), 0, 0]]),
         "rows": adamw_row(),
     }
