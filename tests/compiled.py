@@ -97,7 +97,7 @@ import sys, pathlib, codegen, probe_triton
 kernel = next(k for k in codegen.kernels() if str(k) == sys.argv[1])
 formats = tuple(fmt.code for fmt in kernel.formats)
 outputs = (1 if formats[0] == 1 else 3,) * 2
-more = {"epilogues": (probe_triton.probe,), "sizes": ((2, 2, 2, probe_triton.probe.cache_key),), "block": 1024}
+more = {"epilogues": (probe_triton.probe,), "sizes": ((2, 2, 3, 2, 1, probe_triton.probe.cache_key),), "block": 1024}
 made = codegen.compiled(kernel, sys.argv[2], {**more, "formats": formats + outputs})
 pathlib.Path(sys.argv[3]).write_text(made.asm["ptx"])
 print(made.metadata.shared)

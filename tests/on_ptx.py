@@ -64,9 +64,10 @@ class Launch:
     """
 
     def __init__(
-        self, kernel: ptx.Kernel, table: Table, bucket: Bucket, tables: list[Tensor], together: int = THREADS
-    ) -> None:
-        self.kernel, self.table, self.bucket, self.together = kernel, table, bucket, together
+        self, kernel: ptx.Kernel, table: Table, bucket: Bucket, tables: list[Tensor], together: int = THREADS,
+        marked_by: str = "or",
+    ) -> None:  # fmt: skip
+        self.kernel, self.table, self.bucket, self.together, self.marked_by = kernel, table, bucket, together, marked_by
         self.blocks = tables[0].numel()
         self.arguments: Callable[[list[Tensor]], list[Any]] = lambda tables: []
         self.report: ptx.Report | None = None
@@ -76,7 +77,7 @@ class Launch:
         """Chunks, places, moving, rows, control: what describes the launch, as the kernel is given it."""
         self.tables = tables
         self.memory = ptx.Memory()
-        _allow(self.memory, self.table, self.bucket, self.together)
+        _allow(self.memory, self.table, self.bucket, self.together, self.marked_by)
         for name, tensor in zip(("chunks", "places", "moving", "rows", "control"), tables, strict=True):
             self.memory.add(name, tensor.data_ptr(), tensor.nbytes, 8)
 
@@ -86,25 +87,31 @@ class Launch:
         self.report = ptx.launch(self.kernel, self.blocks, arguments, self.memory, threads=THREADS, unwritten=reduces)
 
 
-def _allow(memory: ptx.Memory, table: Table, bucket: Bucket, together: int) -> None:
+def _allow(memory: ptx.Memory, table: Table, bucket: Bucket, together: int, marked_by: str) -> None:
     """What the tensors of a bucket are: parameters and states may be written, gradients are only read.
 
-    A scale is read by the threads of its tile, of so many neighbours, and one writes what they found. The padding
-    between neighbours in a flat buffer may be touched too: they are stepped as one.
+    A scale is read by the threads of its tile, of so many neighbours, and one writes what they found. Words of marks
+    are changed in the one way that `marked_by` names, or, if it is "", each is read and written by one thread. The
+    padding between neighbours in a flat buffer may be touched too: they are stepped as one.
     """
     found: dict[int, tuple[str, int, int, bool]] = {}  # by address: name, bytes, bytes with padding, writable
     for i in bucket.members:
         if not table.active[i]:
             continue
-        theta, grad, states, _, outputs, sums, _, master, scales = table.tensors(i)
+        own = table.tensors(i)
+        theta, grad, states, outputs, master, scales = (
+            own.theta, own.grad, own.states, own.outputs, own.master, own.scales,
+        )  # fmt: skip
         place = place_of(theta) if isinstance(theta, torch.nn.Parameter) else None
         roles = [("parameter", theta, True), ("gradient", grad, False)]
         roles += [(f"state {k}", state, True) for k, state in enumerate(states.values())]
         roles += [("master", master, True)] * (master is not None)
         roles += [(f"output {k}", output, True) for k, output in enumerate(outputs.values())]
         roles += [(f"scale {k}", scale, True) for k, scale in enumerate(scales.values())]
-        if sums is not None:
-            memory.add("sums", sums.data_ptr(), sums.nbytes, sums.itemsize, writable=True)
+        if own.numbers is not None:
+            memory.add("numbers", own.numbers.data_ptr(), own.numbers.nbytes, own.numbers.itemsize, writable=True)
+        if own.marks is not None:
+            memory.add("marks", own.marks.data_ptr(), own.marks.nbytes, 4, writable=True, atomic=marked_by)
         for name, tensor, writable in roles:
             size = padded = tensor.numel() * tensor.element_size()
             if place is not None and (name != "gradient" or attached(theta)):
@@ -119,8 +126,8 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket, together: int) -> N
         state = formats[2] if name.startswith("state") else formats[-1]
         kind = "scale" if name.startswith("scale") else name
         known = {"parameter": formats[0], "gradient": formats[1], "master": formats[0].part, "scale": SCALE}
-        own = known.get(kind, state)
-        part = own.dtype.itemsize if own is not None else 0
+        fmt = known.get(kind, state)
+        part = fmt.dtype.itemsize if fmt is not None else 0
         end = min(address + padded, following) if padded > size else address + size
         memory.add(
             name, address, end - address, part, writable, noted=True, together=together if kind == "scale" else 1
@@ -146,7 +153,7 @@ def _memory_of_squares(
                 memory.add("accumulator", theta.data_ptr(), theta.nbytes, theta.element_size(), writable=True)
     for name, tensor in zip(("chunks", "places", "moving"), tables, strict=True):
         memory.add(name, tensor.data_ptr(), tensor.nbytes, 8)
-    memory.add("sums", sums.data_ptr(), sums.nbytes, 8, writable=True, atomic=True)
+    memory.add("sums", sums.data_ptr(), sums.nbytes, 8, writable=True, atomic="add")
     return memory
 
 
@@ -311,7 +318,7 @@ class _TritonKernel:
                 assert block == triton_backend.block(self.which.formats, sum(of_one[2] for of_one in sizes))
             else:
                 assert formats[:-2] == tuple(fmt.code for fmt in self.which.formats)
-                assert sizes[0][:3] == (2, 2, 2)
+                assert sizes[0][:5] == (2, 2, 3, 2, 1)
                 assert block == 1024
             assert how == {"num_warps": THREADS // 32, "enable_fp_fusion": False}
             assert all(tensor.data_ptr() % 16 == 0 for tensor in tables)  # Triton looks, and compiles for it
@@ -372,7 +379,7 @@ class CUDAOnPTX(OnPTX, CUDA):
         token, chunks, places, moving, control, size, *which, rows = given
         assert token == self.token
         assert tuple(which) == native_kernel(table.rule, bucket.spec)
-        launch = Launch(kernel, table, bucket, [chunks, places, moving, rows, control], together=32)
+        launch = Launch(kernel, table, bucket, [chunks, places, moving, rows, control], together=32, marked_by="")
         sizes = places.shape[1], rows.shape[1], size
         # The struct Launch of csrc/layout.h, by value.
         self.step(launch, lambda tables: [struct.pack("<5Qiii4x", *(t.data_ptr() for t in tables), *sizes)])

@@ -685,26 +685,45 @@ def kernel(
     return f"{HEAD}.visible .entry k({head})\n{more}\n{{\n{declared}\n{body}\nret;\n}}\n"
 
 
-def added(body: str, atomic: bool) -> list[int]:
+def changed(body: str, atomic: str, dtype: Any = np.uint64) -> list[int]:
     """What a launch of 64 threads leaves in two words that begin as 7."""
-    words = np.full(2, 7, dtype=np.uint64)
+    words = np.full(2, 7, dtype=dtype)
     memory = ptx.Memory()
-    memory.add("words", words.ctypes.data, words.nbytes, 8, writable=True, atomic=atomic)
-    head = "ld.param.u64 %rd1, [p]; mov.u32 %r1, %tid.x; cvt.u64.u32 %rd2, %r1;"
+    memory.add("words", words.ctypes.data, words.nbytes, words.itemsize, writable=True, atomic=atomic)
+    head = "ld.param.u64 %rd1, [p]; mov.u32 %r1, %tid.x; cvt.u64.u32 %rd2, %r1; and.b32 %r2, %r1, 31;"
     ptx.launch(ptx.parse(kernel(f"{head} {body}")), 1, [words.ctypes.data, 1.0, bytes(12)], memory)
     return [int(word) for word in words]
 
 
 def test_additions_to_memory() -> None:
     """All threads to one word; what was there before is another number for each."""
-    assert added("red.global.gpu.relaxed.add.u64 [%rd1], %rd2;", True) == [7 + sum(range(64)), 7]
+    assert changed("red.global.gpu.relaxed.add.u64 [%rd1], %rd2;", "add") == [7 + sum(range(64)), 7]
     body = "atom.global.gpu.relaxed.add.u64 %rd3, [%rd1], 1; red.global.add.u64 [%rd1+8], %rd3;"
-    assert added(body, True) == [7 + 64, 7 + sum(range(7, 71))]
-    assert added("not.b64 %rd2, %rd2; red.global.add.u64 [%rd1], %rd2;", True)[0] == (7 - sum(range(1, 65))) % 2**64
-    with pytest.raises(ptx.PtxError, match="of words, which is only added to"):
-        added("ld.global.u64 %rd3, [%rd1];", True)
-    with pytest.raises(ptx.PtxError, match="of words, which is no memory that is added to"):
-        added("red.global.add.u64 [%rd1], %rd2;", False)
+    assert changed(body, "add") == [7 + 64, 7 + sum(range(7, 71))]
+    wrapped = changed("not.b64 %rd2, %rd2; red.global.add.u64 [%rd1], %rd2;", "add")
+    assert wrapped[0] == (7 - sum(range(1, 65))) % 2**64
+    with pytest.raises(ptx.PtxError, match="of words, which is for that alone: addition by words of 8 bytes"):
+        changed("ld.global.u64 %rd3, [%rd1];", "add")
+    with pytest.raises(ptx.PtxError, match=r"an addition at .* of words, which is no atomic memory"):
+        changed("red.global.add.u64 [%rd1], %rd2;", "")
+
+
+def test_bits_that_are_set_in_memory() -> None:
+    """All threads to one word, of which what was there before tells those that came later."""
+    each = "shl.b32 %r3, 1, %r2;"
+    assert changed(f"{each} red.global.gpu.relaxed.or.b32 [%rd1+4], %r3;", "or", np.uint32) == [7, FULL]
+    few = f"{each} setp.lt.u32 %p1, %r2, 5; @%p1 atom.global.or.b32 %r4, [%rd1], %r3;"
+    assert changed(f"{few} @%p1 red.global.or.b32 [%rd1+4], %r4;", "or", np.uint32) == [31, 31]
+    with pytest.raises(ptx.PtxError, match="of words, which is for that alone: setting of bits by words of 4 bytes"):
+        changed("st.global.u32 [%rd1], %r1;", "or", np.uint32)
+    with pytest.raises(ptx.PtxError, match=r"a setting of bits at .* of words, which is no atomic memory"):
+        changed("red.global.or.b32 [%rd1], %r1;", "", np.uint32)
+    with pytest.raises(ptx.PtxError, match="of words, which is for that alone: addition by words of 8 bytes"):
+        changed("red.global.or.b32 [%rd1], %r1;", "add")
+    with pytest.raises(ptx.PtxError, match="of words, which is for that alone: setting of bits by words of 8 bytes"):
+        changed("red.global.or.b32 [%rd1], %r1;", "or")
+    with pytest.raises(ptx.PtxError, match="where one of b32 is known"):
+        changed("red.global.or.b64 [%rd1], %rd2;", "or")
 
 
 def test_parameters_by_their_address() -> None:

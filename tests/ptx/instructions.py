@@ -770,28 +770,28 @@ def _access(own: Own) -> Run:
 
 @builds("red", "atom")
 def _atomic(own: Own) -> Run:
-    """An addition to global memory; `atom` gives what was there before."""
+    """An addition to global memory, or bits that are set there; `atom` gives what was there before."""
     own.need("global")
     own.take("gpu")
     own.take("relaxed")
     own.take("gpu")
-    own.need("add")
-    own.need("u64", "s64")
+    how = own.need("add", "or")
+    width = WIDTHS[own.need(*(("u64", "s64") if how == "add" else ("b32",)))]
     with_result = own.instruction.opcode == "atom"
     *result, place, operand = own.done(3 if with_result else 2)
-    write = own.write(result[0], 64) if with_result else None
+    write = own.write(result[0], width) if with_result and result[0] is not None else None
     if not isinstance(place, Address):
         raise own.wrong(f"{place} is no address")
-    address, read, line = _address(own, place, "global"), own.read(operand, 64), own.line
+    address, read, line = _address(own, place, "global"), own.read(operand, width), own.line
 
-    def add(s: Any, at: Any) -> None:
+    def change(s: Any, at: Any) -> None:
         ids = s.ids[at]
         values = np.broadcast_to(read(s, at), ids.shape)
-        before = s.memory.add_to(address(s, at, ids), values, ids, line)
+        before = s.memory.change(how, address(s, at, ids), values, width // 8, ids, line)
         if write is not None:
             write(s, at, before)
 
-    return add
+    return change
 
 
 def _address(own: Own, place: Address, space: str) -> Callable[[Any, Any, Any], Any]:

@@ -15,6 +15,7 @@ __all__ = ["Memory", "Races"]
 
 _FIRST = 4096  # no object lies below
 _LAST = 1 << 47
+_CHANGES = {"add": "addition", "or": "setting of bits"}  # what an error calls them
 
 
 @cache
@@ -68,7 +69,7 @@ class Buffer:
     noted: bool  # are reads noted though nothing can be written?
     together: int  # neighbouring threads that are one, where it is about races
     shift: int
-    atomic: bool = False  # it is added to, and nothing else
+    atomic: str = ""  # what alone is done to it, at once: "add" or "or"
 
 
 class Memory:
@@ -82,12 +83,13 @@ class Memory:
 
     def add(
         self, name: str, address: int, nbytes: int, itemsize: int = 1, writable: bool = False, noted: bool = False,
-        together: int = 1, atomic: bool = False,
+        together: int = 1, atomic: str = "",
     ) -> None:  # fmt: skip
         """Lets a launch read `nbytes` from `address` on, and write them if `writable`; `noted`: for `touched`, too.
 
         So many neighbouring threads, `together`, may read it, and one of them write, after an exchange of theirs.
-        `atomic` memory is added to by whole words, and neither read nor written.
+        `atomic` memory is changed in that one way, "add" or "or", by words of `itemsize` bytes, and neither read nor
+        written.
 
         Raises:
             ValueError: the memory is part of another buffer, or is no memory.
@@ -147,16 +149,16 @@ class Memory:
         for i, value in enumerate(values):
             room[at + i] = value
 
-    def add_to(self, address: Any, values: Any, threads: Any, line: int) -> Any:
-        """Adds each thread's value, of 8 bytes, to what lies at its address; what was there before."""
-        k = self._found(address, 8, threads, line, "addition", atomic=True)
-        self.stored += np.bincount(k, minlength=len(self.buffers)) * 8
-        at = ((address - np.uint64(_FIRST)) // np.uint64(8)).astype(np.int64)
-        room = process(8)
-        before = np.zeros(len(at), dtype=np.uint64)
+    def change(self, how: str, address: Any, values: Any, size: int, threads: Any, line: int) -> Any:
+        """Adds each thread's value, of `size` bytes, to what lies at its address, or sets its bits; what was there."""
+        k = self._found(address, size, threads, line, _CHANGES[how], how)
+        self.stored += np.bincount(k, minlength=len(self.buffers)) * size
+        at = ((address - np.uint64(_FIRST)) // np.uint64(size)).astype(np.int64)
+        room = process(size)
+        before = np.zeros(len(at), dtype=room.dtype)
         for k, (i, value) in enumerate(zip(at.tolist(), values.tolist(), strict=True)):
             before[k] = room[i]
-            room[i] = (int(room[i]) + value) % 2**64
+            room[i] = (int(room[i]) + value) % 2 ** (8 * size) if how == "add" else int(room[i]) | value
         return before
 
     def barrier(self) -> None:
@@ -178,7 +180,7 @@ class Memory:
         own = np.array([b.name == name for b in self.buffers], dtype=bool)
         return int(self.loaded[own].sum()), int(self.stored[own].sum())
 
-    def _found(self, address: Any, width: int, threads: Any, line: int, what: str, atomic: bool = False) -> Any:
+    def _found(self, address: Any, width: int, threads: Any, line: int, what: str, atomic: str = "") -> Any:
         k = np.searchsorted(self._begins, address, side="right") - 1
         if not len(self.buffers):
             raise PtxError(f"a {what} at {int(address[0]):#x}: the launch was given no memory", line)
@@ -196,11 +198,13 @@ class Memory:
             at, thread = int(address[askew][0]), int(threads[askew][0])
             name = self.buffers[int(k[askew][0])].name
             raise PtxError(f"a {what} of {width} bytes of {name} at {at:#x} by thread {thread} is not aligned", line)
-        wrong = np.array([b.atomic for b in self.buffers], dtype=bool)[k] != atomic
+        wrong = np.array([b.atomic != atomic or (bool(atomic) and b.itemsize != width) for b in self.buffers])[k]
         if bool(wrong.any()):
             buffer = self.buffers[int(k[wrong][0])]
-            allowed = "is only added to" if buffer.atomic else "is no memory that is added to"
-            raise PtxError(f"a {what} at {int(address[wrong][0]):#x} of {buffer.name}, which {allowed}", line)
+            only = f"is for that alone: {_CHANGES.get(buffer.atomic)} by words of {buffer.itemsize} bytes"
+            allowed = only if buffer.atomic else "is no atomic memory"
+            article = "an" if what[0] == "a" else "a"
+            raise PtxError(f"{article} {what} at {int(address[wrong][0]):#x} of {buffer.name}, which {allowed}", line)
         return k
 
     def _race(self, note: Any, k: Any, address: Any, width: int, threads: Any, line: int, what: str, own: Any) -> None:
