@@ -232,7 +232,8 @@ WD_HOST_DEVICE inline bool is_changed(const typename Format::Memory& before, con
   using Bits = typename Format::Bits;
   const auto a = bits_to<Bits>(before), b = bits_to<Bits>(after);
   constexpr Bits magnitude = Bits(~Bits(0)) >> 1;
-  return a != b && !((a & magnitude) > Format::kInfinity && (b & magnitude) > Format::kInfinity);
+  const Bits x = a & magnitude, y = b & magnitude;
+  return (a != b) & ((x < y ? x : y) <= Format::kInfinity);
 }
 
 using EightBits = Eight<false>;

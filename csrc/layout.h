@@ -19,9 +19,11 @@
 #ifdef __CUDACC__
 #define WD_HOST_DEVICE __host__ __device__
 #define WD_UNROLL _Pragma("unroll")
+#define WD_ROLLED _Pragma("unroll 1")
 #else
 #define WD_HOST_DEVICE
 #define WD_UNROLL
+#define WD_ROLLED
 #endif
 
 namespace wd {

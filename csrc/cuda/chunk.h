@@ -133,67 +133,85 @@ WD_HOST_DEVICE inline double larger_number(double x, double y) {
   return bits_to<double>(a > b ? a : b);
 }
 
-// The numbers of a block of kBlock elements, while they are under way: of 8 neighbours, then of pairs half of them
-// apart, until one is left. `sums` are added up; of those after them the largest is kept.
-template <class T, int numbers, int sums>
+// The numbers of blocks of kBlock elements: of 8 neighbours, then of pairs half of them apart, until one is left.
+// `sums` are added up; of those after them the largest is kept. A lane brings what `width` neighbours have together.
+// Two blocks have room, in turn, so that one barrier a block is enough.
+template <class T, int numbers, int sums, int width>
 struct BlockNumbers {
-  T block[numbers][kBlock];
+  static constexpr int kWarp = 32, kApart = kBlock / 4;
+  static_assert(kApart == kWarp * kNeighbours && kThreads % kWarp == 0, "a lane of a warp takes 8 elements four times");
+  T part[numbers][2 * kBlock / width];
 
-  // Element `at` of its block has these.
-  WD_HOST_DEVICE void put(int at, const T* number) {
+  WD_HOST_DEVICE static T together(bool adds, T x, T y) { return adds ? x + y : larger_number(x, y); }
+
+  // Of so many neighbours; `of` is not what it was.
+  template <int count>
+  WD_HOST_DEVICE static T of_neighbours(bool adds, T* of) {
     WD_UNROLL
-    for (int n = 0; n < numbers; ++n) block[n][at] = number[n];
+    for (int apart = 1; apart < count; apart *= 2) {
+      WD_UNROLL
+      for (int i = 0; i < count; i += 2 * apart) of[i] = together(adds, of[i], of[i + apart]);
+    }
+    return of[0];
   }
 
-  WD_HOST_DEVICE static T together(int n, T x, T y) { return n < sums ? x + y : larger_number(x, y); }
+  // Element i of a chunk and its neighbours have this.
+  WD_HOST_DEVICE void put(int n, uint32_t i, T found) { part[n][i % (2 * kBlock) / width] = found; }
 
-  // Ends a block, of which `count` elements were put.
-  WD_HOST_DEVICE void end(int count, T* to) {
-    WD_SYNC();
+  // Ends the block that begins at an element of its chunk, of which `count` elements were put.
+  WD_HOST_DEVICE void end(uint32_t first, int count, T* to) {
+    first = first % (2 * kBlock) / width;
     WD_EACH_LANE(lane) {
-      for (int i = count + lane; i < kBlock; i += kThreads)
-        for (int n = 0; n < numbers; ++n) block[n][i] = 0;
+      WD_ROLLED
+      for (int i = (count + width - 1) / width + lane; i < kBlock / width; i += kThreads)
+        for (int n = 0; n < numbers; ++n) part[n][first + i] = 0;
     }
-    static_assert(kBlock == kNeighbours * kThreads && kNeighbours == 8, "a lane has its neighbours");
-    Lanes<T[numbers]> of_lanes;
     WD_SYNC();
-    WD_EACH_LANE(lane) {
-      WD_UNROLL
-      for (int n = 0; n < numbers; ++n) {
-        const T* const x = block[n] + lane * kNeighbours;
-        of_lanes[lane][n] = together(n, together(n, together(n, x[0], x[1]), together(n, x[2], x[3])),
-                                     together(n, together(n, x[4], x[5]), together(n, x[6], x[7])));
+    WD_EACH_LANE(lane) {  // a warp has a number, and one four after it
+      for (int n = lane / kWarp; n < numbers; n += kThreads / kWarp) {
+        const T found = n < sums ? of_block(true, part[n] + first, lane) : of_block(false, part[n] + first, lane);
+        if (lane % kWarp == 0) to[n] = found;
       }
     }
-    WD_SYNC();
-    WD_EACH_LANE(lane) {
+  }
+
+  // Of all of a block, by the lanes of a warp.
+  WD_HOST_DEVICE static T of_block(bool adds, const T* x, int lane) {
+#ifdef __CUDA_ARCH__
+    T found = of_four(adds, x + lane % kWarp * (kNeighbours / width));
+    WD_UNROLL
+    for (int half = kWarp / 2; half > 0; half /= 2)
+      found = together(adds, found, __shfl_xor_sync(0xffffffffu, found, half));
+    return found;
+#else
+    T of[kWarp];
+    for (int i = 0; i < kWarp; ++i) of[i] = of_four(adds, x + i * (kNeighbours / width));
+    for (int half = kWarp / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) of[i] = together(adds, of[i], of[i + half]);
+    return of[0];
+#endif
+  }
+
+  // Of 8 neighbours, and of those a quarter of a block further each.
+  WD_HOST_DEVICE static T of_four(bool adds, const T* x) {
+    T of[4];
+    WD_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      T own[kNeighbours / width];
       WD_UNROLL
-      for (int n = 0; n < numbers; ++n) block[n][lane] = of_lanes[lane][n];
+      for (int i = 0; i < kNeighbours / width; ++i) own[i] = x[k * kApart / width + i];
+      of[k] = of_neighbours<kNeighbours / width>(adds, own);
     }
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-      WD_SYNC();
-      WD_EACH_LANE(lane) {
-        for (int i = lane; i < half; i += kThreads) {
-          WD_UNROLL
-          for (int n = 0; n < numbers; ++n) block[n][i] = together(n, block[n][i], block[n][i + half]);
-        }
-      }
-    }
-    WD_SYNC();
-    WD_EACH_LANE(lane) {
-      if (lane < numbers) to[lane] = block[lane][0];
-    }
-    WD_SYNC();
+    return together(adds, together(adds, of[0], of[2]), together(adds, of[1], of[3]));
   }
 };
 
-template <class T>
-struct BlockNumbers<T, 0, 0> {
-  WD_HOST_DEVICE void put(int, const T*) {}
-  WD_HOST_DEVICE void end(int, T*) {}
+template <class T, int width>
+struct BlockNumbers<T, 0, 0, width> {
+  WD_HOST_DEVICE void end(int, int, T*) {}
 };
-template <class T, class E>
-using NumbersOf = BlockNumbers<T, numbers_of<E>(), E::kSums>;
+template <class T, class E, int width>
+using NumbersOf = BlockNumbers<T, numbers_of<E>(), E::kSums, width>;
 
 // What a lane has of one round, which begins at `from`: `accesses` of `width` neighbours of every role. If `masked`, of
 // that only what lies below `end`.
@@ -215,6 +233,9 @@ struct Round {
   int32_t scale[accesses][kScales + 1], largest[accesses][kScales + 1];
   T fresh[accesses][kScales + 1][width];
   uint32_t marks[accesses];  // of its neighbours, where these stand in their word
+  static constexpr int kNumbers = numbers_of<E>();
+  using Numbers = NumbersOf<T, E, Own::kWidth>;
+  T number[accesses][kNumbers + 1];  // that its neighbours have together
 
   WD_HOST_DEVICE static int at(int from, int lane, int k) { return from + (k * kThreads + lane) * width; }
 
@@ -237,7 +258,7 @@ struct Round {
 
   // `draws`: of the words; `first`: the number of the chunk's first element.
   WD_HOST_DEVICE void step_and_store(const Own& roles, const Rule& rule, const E& epilogue, const Draws* draws,
-                                     int64_t first, NumbersOf<T, E>& numbers, int from, int end, int lane) {
+                                     int64_t first, int from, int end, int lane) {
     const bool frozen = rule.frozen != 0;
     WD_UNROLL
     for (int k = 0; k < accesses; ++k) {
@@ -245,8 +266,11 @@ struct Round {
       WD_UNROLL
       for (int n = 0; n < kScales; ++n) largest[k][n] = 0;
       if constexpr (E::kMarks) marks[k] = 0;
+      WD_UNROLL
+      for (int n = 0; n < kNumbers; ++n) number[k][n] = 0;
       if (masked && i >= end) continue;
       const uint32_t place = Draws::place(first + i);  // neighbours pass no multiple of 2^32
+      T given[kNumbers + 1][width];
       WD_UNROLL
       for (int e = 0; e < width; ++e) {
         typename P::Part* const also = part[P::kParted ? k : 0].element + e;
@@ -265,7 +289,7 @@ struct Round {
         [[maybe_unused]] const typename P::Memory was = p[k].element[e];
         P::store(p[k].element + e, x, P::kStochastic ? draw_of(kParam, draws[0](here)) : 0, also);
         if constexpr (E::kMarks)
-          marks[k] |= uint32_t(!frozen && is_changed<P>(was, p[k].element[e])) << (i + e) % kMarked;
+          if (is_changed<P>(was, p[k].element[e])) marks[k] |= uint32_t(1) << e;
         uint32_t word = 0;
         WD_UNROLL
         for (int n = 0; n < kStates; ++n) {
@@ -277,20 +301,27 @@ struct Round {
             S::store(s[k][n].element + e, own[n], S::kStochastic ? draw_of(kState + n, word) : 0);
           }
         }
-        if constexpr (kOutputs + numbers_of<E>() > 0) {
-          T output[kOutputs + 1], number[numbers_of<E>() + 1];
+        if constexpr (kOutputs + kNumbers > 0) {
+          T output[kOutputs + 1], of_element[kNumbers + 1];
           WD_UNROLL
           for (int n = 0; n < kOutputs; ++n) output[n] = O::load(o[k][n].element + e);
           const T after = frozen ? before : T(P::load(p[k].element + e, also));
           if constexpr (E::kSees == kSeesStepped)
-            epilogue(Element<T>{before, after, gradient, u, own, kStates}, output, number);
+            epilogue(Element<T>{before, after, gradient, u, own, kStates}, output, of_element);
           else  // `own` has no address
-            epilogue(Element<T>{before, after, gradient, u, nullptr, 0}, output, number);
+            epilogue(Element<T>{before, after, gradient, u, nullptr, 0}, output, of_element);
           WD_UNROLL
           for (int n = 0; n < kOutputs; ++n) O::store(o[k][n].element + e, output[n], 0);
-          numbers.put((i + e) % kBlock, number);
+          WD_UNROLL
+          for (int n = 0; n < kNumbers; ++n) given[n][e] = of_element[n];
         }
       }
+      if constexpr (kNumbers > 0) {
+        WD_UNROLL
+        for (int n = 0; n < kNumbers; ++n)
+          number[k][n] = Numbers::template of_neighbours<width>(n < E::kSums, given[n]);
+      }
+      if constexpr (E::kMarks) marks[k] = frozen ? 0 : marks[k] << i % kMarked;
       if (!frozen) write(roles.theta + i, p[k]);
       if constexpr (P::kParted)
         if (!frozen) write(roles.part + i, part[k]);
@@ -335,6 +366,29 @@ struct Round {
       for (int other = begin; other < begin + sharing; ++other) found |= lanes[other].marks[k];
 #endif
       if (lane % sharing == 0 && found != 0) roles.marks[at(from, lane, k) / kMarked] |= found;
+    }
+  }
+
+  // Puts numbers of as many elements as a vector has, which so many neighbouring lanes share; all of them come here.
+  WD_HOST_DEVICE static void put_numbers(Lanes<Round>& lanes, Numbers& numbers, int from, int end, int lane) {
+    constexpr int sharing = Own::kWidth / width;
+    WD_UNROLL
+    for (int k = 0; k < accesses; ++k) {
+      const int i = at(from, lane, k);
+      WD_UNROLL
+      for (int n = 0; n < kNumbers; ++n) {
+#ifdef __CUDA_ARCH__
+        T found = lanes[lane].number[k][n];
+        WD_UNROLL
+        for (int other = 1; other < sharing; other *= 2)
+          found = Numbers::together(n < E::kSums, found, __shfl_xor_sync(0xffffffffu, found, other));
+#else
+        T of[sharing];
+        for (int other = 0; other < sharing; ++other) of[other] = lanes[lane / sharing * sharing + other].number[k][n];
+        const T found = Numbers::template of_neighbours<sharing>(n < E::kSums, of);
+#endif
+        if (lane % sharing == 0 && (!masked || i < end)) numbers.put(n, i, found);
+      }
     }
   }
 
@@ -416,13 +470,15 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
   }
   if constexpr (E::kMarks) roles.marks = memory<uint32_t>(place[kMarks], begin / kMarked);
   const int64_t first = launch.places[(chunk & 0xffffffff) * launch.place_words + kOrigin] + begin;
-  WD_SHARED NumbersOf<T, E> numbers;
+  WD_SHARED NumbersOf<T, E, Own::kWidth> numbers;
+  constexpr int kNumbers = numbers_of<E>();
+  T* to_numbers = nullptr;
+  if constexpr (kNumbers > 0) to_numbers = memory<T>(place[kOutput], begin / kBlock * kNumbers);
   // Ends the blocks that end where a round does, which is at a multiple of half a block, or with the chunk.
   const auto end_block = [&](int from, int to) {
-    constexpr int n = numbers_of<E>();
-    if (n == 0 || (to % kBlock != 0 && to < count)) return;
+    if (kNumbers == 0 || (to % kBlock != 0 && to < count)) return;
     const int last = (to < count ? to : count) - 1, first = last / kBlock * kBlock;
-    numbers.end(last + 1 - first, memory<T>(place[kOutput], (begin + first) / kBlock * n));
+    numbers.end(first, last + 1 - first, to_numbers + first / kBlock * kNumbers);
   };
 
   constexpr int vectors = Own::kWidth == 8 ? kVectors / 2 : kVectors;  // 8 elements a lane are enough
@@ -432,9 +488,12 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
     using Whole = Round<Rule, P, G, S, E, Own::kWidth, vectors, false>;
     Lanes<Whole> lanes;
     WD_EACH_LANE(lane) lanes[lane].load(roles, from, done, lane);
-    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, draws, first, numbers, from, done, lane);
+    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, draws, first, from, done, lane);
     if constexpr (E::kMarks) {
       WD_EACH_LANE(lane) Whole::set_marks(lanes, roles, from, lane);
+    }
+    if constexpr (kNumbers > 0) {
+      WD_EACH_LANE(lane) Whole::put_numbers(lanes, numbers, from, done, lane);
     }
     if constexpr (S::kTiled) {
       WD_EACH_LANE(lane) Whole::find_scales(lanes, lane);
@@ -442,19 +501,23 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
     }
     end_block(from, from + of_round);
   }
-  for (int from = done; from < count; from += kThreads * kSingles) {
-    using Part = Round<Rule, P, G, S, E, 1, kSingles, true>;
+  constexpr int singles = kNumbers > 0 ? kSingles / 2 : kSingles;  // numbers of each take code and registers
+  for (int from = done; from < count; from += kThreads * singles) {
+    using Part = Round<Rule, P, G, S, E, 1, singles, true>;
     Lanes<Part> lanes;
     WD_EACH_LANE(lane) lanes[lane].load(roles, from, count, lane);
-    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, draws, first, numbers, from, count, lane);
+    WD_EACH_LANE(lane) lanes[lane].step_and_store(roles, rule, epilogue, draws, first, from, count, lane);
     if constexpr (E::kMarks) {
       WD_EACH_LANE(lane) Part::set_marks(lanes, roles, from, lane);
+    }
+    if constexpr (kNumbers > 0) {
+      WD_EACH_LANE(lane) Part::put_numbers(lanes, numbers, from, count, lane);
     }
     if constexpr (S::kTiled) {
       WD_EACH_LANE(lane) Part::find_scales(lanes, lane);
       WD_EACH_LANE(lane) lanes[lane].store_scaled(roles, draws, first, from, count, lane);
     }
-    end_block(from, from + kThreads * kSingles);
+    end_block(from, from + kThreads * singles);
   }
 }
 

@@ -9,9 +9,9 @@ namespace cuda {
 namespace {
 
 // Blocks that a multiprocessor is to hold at once, which bounds a thread's registers: so many that enough bytes are on
-// their way, so few that none is spilled (`make codegen`).
+// their way, so few that none is spilled (`make codegen`). First by the roles.
 template <class Rule, class P, class G, class S, class E>
-constexpr int resident() {
+constexpr int resident_by_roles() {
   constexpr int size = sizeof(typename P::Memory);
   constexpr int held = Rule::kStates > 1 ? Rule::kStates : Rule::kStates + E::kOutputs;
   if (held > 1) return size == 8 ? 4 : 8 - held - (P::kStochastic || S::kStochastic);
@@ -23,6 +23,17 @@ constexpr int resident() {
   if (sizeof(typename P::Memory) + sizeof(typename G::Memory) == 4) return 16;
 #endif
   return size == 8 ? 8 : 12;
+}
+
+// What an epilogue makes of a block takes registers of every rule, however few are its roles: marks leave 8 blocks at
+// most, numbers one fewer; of float64 5, numbers 3.
+template <class Rule, class P, class G, class S, class E>
+constexpr int resident() {
+  constexpr bool has_numbers = numbers_of<E>() > 0;
+  constexpr int by_roles = resident_by_roles<Rule, P, G, S, E>();
+  if (!has_numbers && !E::kMarks) return by_roles;
+  if (sizeof(typename P::Memory) == 8) return has_numbers ? 3 : by_roles < 5 ? by_roles : 5;
+  return (by_roles < 8 ? by_roles : 8) - has_numbers;
 }
 
 template <class Rule, class P, class G, class S, class E>
