@@ -10,10 +10,11 @@ interpreting, so this is a process of its own.
 
 In the table: `regs` are registers of a thread (VGPRs on AMD); `stack` bytes of a thread; `access` the widths in bytes
 of the loads of parameter, gradient and states in the loop over full blocks; `B/el` the bytes that this loop moves per
-element (a scale counts for every thread that reads it); `instr/el` its instructions per element (NVIDIA: on the longest
-way that calls nothing, as root and division do for rare numbers; AMD: all, but the scalar unit's); `of` is half
-of what an H200 could issue while its memory moves those bytes; `KiB` the bytes of loads that one processor has on their
-way when every resident program is at the first instruction that waits for one (AMD: has issued all of a round).
+element (a scale counts for every thread that reads it; of what a block has, numbers and marks, its share);
+`instr/el` its instructions per element (NVIDIA: on the longest way that calls nothing, as root and division do for rare
+numbers; AMD: all, but the scalar unit's); `of` is half of what an H200 could issue while its memory moves those bytes;
+`KiB` the bytes of loads that one processor has on their way when every resident program is at the first instruction
+that waits for one (AMD: has issued all of a round).
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ import math
 import multiprocessing
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import disassembly
+import torch
 from byte_model import step_bytes
 from internals import KINDS, aligned
 
-from wd_kernels.epilogues import AVERAGE
+from wd_kernels.epilogues import AVERAGE, CHANGES, STATISTICS
 from wd_kernels.formats import (
     BFLOAT16,
     BFLOAT16_COPY,
@@ -54,6 +56,7 @@ from wd_kernels.formats import (
     arithmetic_dtype,
     format_of,
 )
+from wd_kernels.layout import BLOCK, Place
 from wd_kernels.rules import RULES
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,7 +92,8 @@ EPILOGUE_FORMATS = (
     (FLOAT64, FLOAT64, FLOAT64), (FLOAT32, FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16, FLOAT32),
     (BFLOAT16_COPY, BFLOAT16, FLOAT32),
 )  # fmt: skip
-EPILOGUES = {own.name: own for own in (AVERAGE,)}
+EPILOGUES = {own.name: own for own in (AVERAGE, STATISTICS, CHANGES)}
+TOGETHER = ("average", "statistics", "changes")  # of which Triton alone has kernels
 LIBRARY_FORMATS = (
     (SPLIT32, BFLOAT16, BFLOAT16_STOCHASTIC), (SPLIT24, BFLOAT16, FLOAT32), (SPLIT24_STOCHASTIC, BFLOAT16, FLOAT32),
     (BFLOAT16_COPY, FLOAT32, FLOAT32),
@@ -127,6 +131,29 @@ class Kernel:
         return tuple(full for own in self.epilogues for _ in EPILOGUES[own].outputs)
 
     @property
+    def numbers(self) -> int:
+        """How many an epilogue has of a block."""
+        return sum(len(EPILOGUES[own].numbers) for own in self.epilogues)
+
+    @property
+    def marks(self) -> bool:
+        """Does an epilogue mark what has changed?"""
+        return any(EPILOGUES[own].marks for own in self.epilogues)
+
+    @property
+    def of_blocks(self) -> float:
+        """Bytes of an element's share in what blocks have: their numbers, and words of marks."""
+        size = arithmetic_dtype(self.param.dtype).itemsize
+        return self.numbers * size / BLOCK + self.marks * 4 / Place.MARKED
+
+    @property
+    def moved(self) -> tuple[int, ...]:
+        """Bytes of an element of each role and part that is loaded: the parameter's copy only where it is compared."""
+        parts = [] if self.param.part is None else [self.param.part.dtype.itemsize]
+        copied = parts == [4] and not self.marks
+        return (*([] if copied else [self.param.dtype.itemsize]), *(f.dtype.itemsize for f in self.formats[1:]), *parts)
+
+    @property
     def plain(self) -> bool:
         """Are its states in the arithmetic type, and parameters without a part, as they are by default?"""
         return self.state.dtype == arithmetic_dtype(self.param.dtype) and self.param.part is None
@@ -146,6 +173,8 @@ class Kernel:
         """Bytes of a step of one element, but for scales."""
         part = None if self.param.part is None else self.param.part.dtype
         own = int(step_bytes(self.rule, self.param.dtype, self.grad.dtype, self.state.dtype, part))
+        if self.marks and part == torch.float32:  # the copy is compared with what it was
+            own += self.param.dtype.itemsize
         return own + sum(2 * fmt.dtype.itemsize for fmt in self.outputs)
 
     def __str__(self) -> str:
@@ -181,8 +210,11 @@ def kernels(every: bool = False) -> list[Kernel]:
             found.setdefault(str(own), own)
     for rule, formats, epilogue in product(KINDS, EPILOGUE_FORMATS, EPILOGUES):
         own = Kernel(rule, *formats, (epilogue,))
-        if every or rule in ("adamw", "sgdw") or formats[0] == FLOAT32:
+        if every or rule in ("adamw", "sgdw") or (formats[0] == FLOAT32 and own.outputs):
             found.setdefault(str(own), own)
+    if not every:
+        own = Kernel("adamw", FLOAT32, FLOAT32, FLOAT32, TOGETHER)
+        found[str(own)] = own
     return list(found.values())
 
 
@@ -200,10 +232,11 @@ class Cost(disassembly.Reading):
     elements: int  # of a thread, in one round of the loop over full blocks
     model: int  # bytes that a step of one element loads and stores: by the types in Triton's IR, or the byte model
     layouts: int = 0  # conversions of a layout in the TTGIR
+    of_blocks: float = 0  # of an element: its share in what its block has
 
     @property
     def bytes_per_element(self) -> float:
-        return self.moved / self.elements
+        return self.moved / self.elements + self.of_blocks
 
     @property
     def instructions(self) -> float:
@@ -305,7 +338,8 @@ def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] | None = 
 
     backend, architecture, warp = TARGETS[target]
     rule, states = KINDS[kernel.rule]
-    epilogues, sizes = own.with_sizes([EPILOGUES[name] for name in kernel.epilogues])
+    asked = [EPILOGUES[name] for name in kernel.epilogues]
+    epilogues, sizes = own.with_sizes(asked)
     constants = {
         "rule": getattr(triton_kernels, rule.name),
         "root": triton_kernels.root if backend == "cuda" else triton_kernels.scaled_root,
@@ -326,7 +360,7 @@ def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] | None = 
     aligned_by_16 = {(names.index(name),): [["tt.divisibility", 16]] for name in (*types, "chunk_size")}
     source = ASTSource(triton_kernels.step_kernel, signature, values, aligned_by_16)
     capability = architecture if backend == "cuda" else None
-    options = {**own.options(kernel.formats, warp, capability, len(kernel.outputs)), **changes}
+    options = {**own.options(kernel.formats, warp, capability, asked), **changes}
     return triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
 
 
@@ -382,8 +416,21 @@ def cost(kernel: Kernel, target: str, ptx: Path | None = None, **changes: Any) -
         found = disassembly.nvidia(asm, threads)
     else:
         found = disassembly.amd(asm, target, warp, KINDS[kernel.rule][0].metric != "", moved)
+    found = of_elements(kernel, found)
     elements, layouts = block // threads * max(round(found.moved / moved), 1), asm["ttgir"].count("ttg.convert_layout")
-    return Cost(**vars(found), kernel=str(kernel), target=target, elements=elements, model=model, layouts=layouts)
+    return Cost(
+        **vars(found), kernel=str(kernel), target=target, elements=elements, model=model, layouts=layouts,
+        of_blocks=kernel.of_blocks,
+    )  # fmt: skip
+
+
+def of_elements(kernel: Kernel, found: disassembly.Reading) -> disassembly.Reading:
+    """Without the accesses of one thread to what a block has (numbers, marks), which are narrower than all vectors."""
+    if not kernel.of_blocks:
+        return found
+    narrowest = 16 * min(kernel.moved) // max(kernel.moved)
+    loads, stores = (tuple(w for w in widths if w >= narrowest) for widths in (found.loads, found.stores))
+    return replace(found, loads=loads, stores=stores)
 
 
 def costs(ptx: Path | None = None) -> list[Cost]:

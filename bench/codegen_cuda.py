@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import disassembly
-from codegen import Before, Cost, Kernel, kernels, program
+from codegen import Before, Cost, Kernel, kernels, of_elements, program
 from internals import KINDS
 
 from wd_kernels import formats
@@ -112,8 +112,12 @@ def costs(library: Path = LIBRARY) -> Iterator[Cost]:
                 if not KINDS[kernel.rule][0].metric:
                     inexact += disassembly.sass_inexact(code)
                 found = disassembly.sass_reading(code, disassembly.usage(usages[key]), inexact, THREADS)
+                found = of_elements(kernel, found)
                 elements = found.moved // kernel.model
-                yield Cost(**vars(found), kernel=str(kernel), target=target, elements=elements, model=kernel.model)
+                yield Cost(
+                    **vars(found), kernel=str(kernel), target=target, elements=elements, model=kernel.model,
+                    of_blocks=kernel.of_blocks,
+                )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def sass_reading(code: Sequence[str], used: tuple[int, int, int], inexact: int, 
     """Of a kernel's SASS and what `usage` says of it; programs have `threads` threads."""
     registers, stack, shared = used
     code = [line for line in code if re.match(r"\.L_|\s+/\*[0-9a-f]{4,}\*/\s+[^/\s]", line)]
+    code = _together(code)
     way = longest_way(full_blocks(loops(code, _LABEL, _BRANCH), _sass_load))
     spilled = sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in code)
     programs = min(REGISTERS // (-(-registers // 8) * 8 * threads), 2048 // threads)  # 2048 at most
@@ -104,6 +105,19 @@ def sass_reading(code: Sequence[str], used: tuple[int, int, int], inexact: int, 
     stores = tuple(_sass_width(line) for line in way if "STG" in line)
     stack = max(stack, 4 * spilled)
     return Reading(registers, stack, shared, inexact, loads, stores, len(way), programs * threads, _ahead(way))
+
+
+def _together(code: Sequence[str]) -> list[str]:
+    """Without what a warp does whose threads have parted, which come together before a shuffle, as they are."""
+    parted = {found[1] for line in code if (found := re.search(r"BRA\.DIV.*?`\((\.L_\w+)\)", line))}
+    kept, left = [], False
+    for line in code:
+        label = re.match(_LABEL, line)
+        left = left or bool(label and label[1] in parted)
+        if not left and "BRA.DIV" not in line:
+            kept.append(line)
+        left = left and not re.search(r"/\s+BRA\s", line)
+    return kept
 
 
 def _ahead(way: Sequence[str]) -> int:

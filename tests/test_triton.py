@@ -110,18 +110,23 @@ def test_options() -> None:
     """Registers so that the programs at once are 6 with two states, 5 with three, 4 of float64; for NVIDIA alone.
 
     Random bits take those of one program, on newer ones of two where all roles have 16 bits; narrow gradients beside
-    float32, on the oldest, of one.
+    float32, on the oldest, of one; marks, of one. With numbers of
+    blocks they are 3, or 2 of float64.
     """
+    from wd_kernels.epilogues import AVERAGE, CHANGES, STATISTICS
     from wd_kernels.formats import format_of
 
     def of(
         dtype: torch.dtype, states: int, warp: int = 32, capability: int | None = 90, *,
         state: torch.dtype | None = None, grad: torch.dtype | None = None, averages: bool = False,
+        numbers: bool = False, marks: bool = False,
     ) -> dict[str, Any]:  # fmt: skip
         kept = state or (f64 if dtype == f64 else f32)
         formats = (format_of(dtype), format_of(grad or dtype), *(format_of(kept, state is not None),) * states)
         formats += (format_of(f64 if dtype == f64 else f32),) * averages
-        return triton.options(formats, warp, capability, int(averages))
+        return triton.options(
+            formats, warp, capability, (AVERAGE,) * averages + (STATISTICS,) * numbers + (CHANGES,) * marks
+        )
 
     exact = {"num_warps": 4, "enable_fp_fusion": False}
     assert of(f32, 2) == {**exact, "maxnreg": 80}
@@ -141,3 +146,9 @@ def test_options() -> None:
     assert of(f64, 2, 32, 80, averages=True) == of(f64, 1, averages=True) == {**exact, "maxnreg": 128}
     assert of(bf16, 1, 32, 100, averages=True) == {**exact, "maxnreg": 96}
     assert of(bf16, 1, averages=True) == {**exact, "maxnreg": 80}
+    assert (
+        of(f32, 0, numbers=True) == of(bf16, 2, numbers=True) == of(f64, 1, numbers=True) == {**exact, "maxnreg": 160}
+    )
+    assert of(f64, 2, numbers=True) == {**exact, "maxnreg": 255}
+    assert of(f32, 2, marks=True) == {**exact, "maxnreg": 96}
+    assert of(f32, 1, marks=True) == exact

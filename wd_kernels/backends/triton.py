@@ -75,33 +75,46 @@ def with_sizes(epilogues: Sequence[Epilogue]) -> tuple[tuple[Any, ...], tuple[tu
     return functions, tuple(sizes)
 
 
-def options(formats: tuple[Any, ...], warp: int, capability: int | None, outputs: int = 0) -> dict[str, Any]:
-    """How a kernel is compiled: exact arithmetic and, for AdamW, the registers that some programs at once leave it.
+def options(
+    formats: tuple[Any, ...], warp: int, capability: int | None, epilogues: Sequence[Epilogue] = ()
+) -> dict[str, Any]:
+    """How a kernel is compiled: exact arithmetic and, where it holds much, the registers that some programs leave it.
 
     Left to itself, ptxas puts a register on the stack now and then, so that one program more fits on a processor. The
     numbers are the best of which it keeps all in registers, with the oldest and the newest Triton (`make codegen`).
-    `capability`: of an NVIDIA GPU, 90, say; None of another. `outputs`: how many of the formats are epilogues'.
+    `capability`: of an NVIDIA GPU, 90, say; None of another.
     """
     how: dict[str, Any] = {"num_warps": THREADS // warp, "enable_fp_fusion": False}
-    states = len(formats) - 2  # and what epilogues write
-    if capability is not None and states >= 2:
-        param, grad, state = (fmt.dtype.itemsize for fmt in formats[:3])
+    if capability is not None and (programs := _programs(formats, capability, epilogues)) is not None:
+        how["maxnreg"] = min(REGISTERS // (programs * THREADS) // 16 * 16, 255)
+    return how
+
+
+def _programs(formats: tuple[Any, ...], capability: int, epilogues: Sequence[Epilogue]) -> int | None:
+    """How many are to be on a processor at once; None: ptxas finds as many as it should."""
+    param, grad, *others = (fmt.dtype.itemsize for fmt in formats)  # states, and what epilogues write
+    outputs, numbers, marks = (
+        any(getattr(own, what) for own in epilogues) for what in ("outputs", "numbers", "marks")
+    )  # fmt: skip
+    programs = 4 if param == 8 else 8 - len(others)
+    if len(others) >= 2:
         copied = formats[0].part is not None and formats[0].part.dtype == torch.float32
-        programs = 4 if param == 8 else 8 - states
+        full = param == others[0] == 2 and capability >= (90 if len(others) == 2 else 100)
         if any(fmt.stochastic for fmt in formats):
-            full = param == state == 2 and capability >= (90 if states == 2 else 100)
             programs -= 3 if full and formats[0].part is not None and capability >= 100 else 2 if full else 1
             programs -= 1 if any(fmt.binades for fmt in formats) else 0
-        elif states == 2 and (grad < param or copied) and capability < 90:
+        elif len(others) == 2 and (grad < param or copied) and capability < 90:
             programs -= 1
-        if (
-            outputs
-            and capability >= 90
-            and ((param == 8 and states > 2) or (param == 2 == states and capability >= 100))
-        ):
+        wide, narrow = param == 8 and len(others) > 2, param == 2 == len(others) and capability >= 100
+        if outputs and capability >= 90 and (wide or narrow):
             programs -= 1
-        how["maxnreg"] = REGISTERS // (programs * THREADS) // 16 * 16
-    return how
+    elif not numbers:
+        return None
+    # What an epilogue makes of a block takes registers too: marks those of one program; numbers are held of all
+    # elements until they are added up, in float64 of a block that is twice as long as others, and beside the rest.
+    if numbers:
+        return 2 if (param == 8 and len(others) >= 2) or outputs or marks else 3
+    return programs - 1 if marks else programs
 
 
 def options_before(kernel: str, warp: int, capability: int | None) -> dict[str, Any]:
@@ -177,7 +190,7 @@ class Triton(OnDevice):
             tuple(fmt.code for fmt in spec.formats), epilogues, sizes,
             block(spec.formats, spec.numbers),
         )  # fmt: skip
-        how = options(spec.formats, machine(spec.device)[1], _capability(spec.device), len(spec.outputs))
+        how = options(spec.formats, machine(spec.device)[1], _capability(spec.device), spec.epilogues)
         key = (table.rule.name, spec)
         return self._launch(kernels.step_kernel, key, spec.device, chunks.numel(), own_arguments, how)
 
