@@ -63,7 +63,7 @@ def operators() -> Any:
 
 @dataclass
 class ProbeTable:
-    """One bucket (`layout.Table`): lists of parameters, gradients (None: it is missing), states, traces and copies."""
+    """One bucket (`layout.Table`): lists of parameters, gradients (or None), states, outputs of epilogues."""
 
     rule: Rule
     states: tuple[str, ...]
@@ -73,13 +73,15 @@ class ProbeTable:
     control: Tensor = field(default_factory=lambda: torch.tensor([1.0, 0.0], dtype=torch.float64))
     device_copies: dict[Any, Any] = field(default_factory=dict)
     norms: Any = None
+    epilogues: tuple[Epilogue, ...] = (PROBE,)
 
     def __post_init__(self) -> None:
         params, grads = self.roles[:2]
         dtype = full_state_dtype(params[0].dtype)
         spare = [torch.empty_like(p, dtype=next(g.dtype for g in grads if g is not None)) for p in params]
         own = [params, [g if g is not None else s for g, s in zip(grads, spare, strict=True)], *self.roles[2:]]
-        self.numbers = [torch.full((-(-p.numel() // BLOCK), len(PROBE.numbers)), 7.0, dtype=dtype) for p in params]
+        width = sum(len(own.numbers) for own in self.epilogues)
+        self.numbers = [torch.full((-(-p.numel() // BLOCK), width), 7.0, dtype=dtype) for p in params]
         self.marks = [torch.zeros(-(-p.numel() // Place.MARKED), dtype=torch.int32) for p in params]
         self.segments = Segments.empty(len(params), len(own) - 2)
         for k, tensors in enumerate(zip(*own, strict=True)):
@@ -92,7 +94,7 @@ class ProbeTable:
         self.segments.moving[:, Moving.NUMEL] *= self.active
         formats = tuple(fmt for fmt in (format_of(role[0].dtype) for role in own) if fmt is not None)
         self.buckets = [
-            Bucket(Spec(params[0].device, self.states, formats, (PROBE,)), self.backend, 0, 0, range(len(params)))
+            Bucket(Spec(params[0].device, self.states, formats, self.epilogues), self.backend, 0, 0, range(len(params)))
         ]
 
     @property
@@ -105,5 +107,7 @@ class ProbeTable:
     def tensors(self, i: int) -> Tensors:
         theta, grad, *others = (role[i] for role in self.roles)
         states = dict(zip(self.states, others, strict=False))
-        outputs = dict(zip(PROBE.outputs, others[len(states) :], strict=True))
-        return Tensors(theta, grad, states, self.rows_of[i], outputs, self.numbers[i], self.marks[i])
+        spec = self.buckets[0].spec
+        outputs = dict(zip(spec.outputs, others[len(states) :], strict=True))
+        numbers, marks = self.numbers[i] if spec.numbers else None, self.marks[i] if spec.marks else None
+        return Tensors(theta, grad, states, self.rows_of[i], outputs, numbers, marks)

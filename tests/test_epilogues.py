@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wd_kernels import backends, native, reference
 from wd_kernels.backends import BACKENDS, cpu, device
+from wd_kernels.epilogues import AVERAGE, CHANGES, STATISTICS, Epilogue
 from wd_kernels.rules import RULES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow
@@ -41,14 +42,15 @@ def group_of(case: Case) -> dict[str, Any]:
     return {"weight_decay": 0.2, "maximize": False, "eta": 0.9, **own, **case.options}
 
 
-def made(case: Case, large: bool = False) -> ProbeTable:
+def made(case: Case, large: bool = False, epilogues: tuple[Epilogue, ...] = (PROBE,)) -> ProbeTable:
     """Parameters of every piece and one that is transposed, in rows 0, 1 and 2, of which the last is frozen."""
     generator = torch.Generator().manual_seed(0)
     shaped = torch.randn(37, 41, generator=generator).to(case.dtype).mT
-    outputs = bf16 if case.dtype != f64 else f64
     roles: list[list[Any]] = []
     arithmetic = f64 if case.dtype == f64 else f32
-    dtypes = (case.dtype, case.grad_dtype, *(arithmetic for _ in states_of(case)), outputs, outputs)
+    output = bf16 if case.dtype != f64 and PROBE in epilogues else arithmetic
+    outputs = (output for own in epilogues for _ in own.outputs)
+    dtypes = (case.dtype, case.grad_dtype, *(arithmetic for _ in states_of(case)), *outputs)
     for role, dtype in enumerate(dtypes):
         own = []
         for n, offset in (*PIECES, *[LARGE] * large):
@@ -57,20 +59,22 @@ def made(case: Case, large: bool = False) -> ProbeTable:
         like = shaped if role == 0 else torch.randn(37, 41, generator=generator).to(dtype).mT
         roles.append([*own, like.abs() if role >= 2 else like])
     roles[1][MISSING] = None
-    return ProbeTable(RULES[case.rule], states_of(case), roles, [k % 3 for k in range(len(roles[0]))])
+    rows = [k % 3 for k in range(len(roles[0]))]
+    return ProbeTable(RULES[case.rule], states_of(case), roles, rows, epilogues=epilogues)
 
 
-def rows_of(case: Case, t: int) -> Tensor:
-    """Three rows, each with the epilogue's scalars behind it."""
+def rows_of(case: Case, t: int, scalars: int = 2) -> Tensor:
+    """Three rows, each with the epilogues' scalars behind it."""
     rule, group = RULES[case.rule], group_of(case)
     groups = [{**group, "lr": 0.1 / t}, {**group, "lr": 0.02 * t, "weight_decay": 0.05}, {**group, "lr": 0.0}]
     rows = rule.rows(rule.hypers(groups), [(g, t, t == 1) for g in range(3)])
-    return torch.cat([rows, torch.tensor([[s * (1 + 0.1 * t + g) for s in SCALARS] for g in range(3)], dtype=f64)], 1)
+    own = [[s * (1 + 0.1 * t + g) for s in SCALARS[:scalars]] for g in range(3)]
+    return torch.cat([rows, torch.tensor(own, dtype=f64).view(3, scalars)], 1)
 
 
-def steps(case: Case, backend: Any, large: bool) -> list[list[Tensor]]:
+def steps(case: Case, backend: Any, large: bool, epilogues: tuple[Epilogue, ...] = (PROBE,)) -> list[list[Tensor]]:
     """All that is written, after each step; the second has a gradient factor, the third is skipped."""
-    table = made(case, large)
+    table = made(case, large, epilogues)
     table.buckets[0].backend = backend
     found = []
     for t in (1, 2, 3):
@@ -79,7 +83,10 @@ def steps(case: Case, backend: Any, large: bool) -> list[list[Tensor]]:
             if grad is not None:
                 grad.copy_(gradient(Piece(tuple(grad.shape)), case.grad_dtype, 100 * t + k))
         grads = [grad if grad is None else grad.clone() for grad in table.roles[1]]
-        (plans, ready, *_), rows = backend.prepare(table, table.buckets), rows_of(case, t)
+        (plans, ready, *_), rows = (
+            backend.prepare(table, table.buckets),
+            rows_of(case, t, sum(len(own.scalars) for own in epilogues)),
+        )
         backends.launch([*plans, *(ready(table, rows) if ready is not None else [])], rows)
         for grad, before in zip(table.roles[1], grads, strict=True):
             assert grad is before is None or torch.equal(grad, before)
@@ -97,13 +104,15 @@ ENGINES = [
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The backend of an engine that has the probe."""
+    """The backend of an engine; what has the probe has nothing else."""
     name, form = request.param.split("-", 1)
+    probe = request.function is test_every_engine_gives_the_references_bits
     if name == "cpu":
         if absent(form):
             pytest.skip(f"this processor has no {form}")
         monkeypatch.setenv("WD_KERNELS_ISA", form)
-        monkeypatch.setattr(native, "C", extension())
+        if probe:
+            monkeypatch.setattr(native, "C", extension())
         return BACKENDS["cpu"]
     if "/" in form:
         version, target = form.split("/")
@@ -111,7 +120,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             pytest.skip(why_not)
         return {"triton": TritonOnPTX, "cuda": CUDAOnPTX}[name](version, target)
     if name == "cuda":
-        monkeypatch.setattr(OnCPU, "ops", property(lambda self: operators()))
+        if probe:
+            monkeypatch.setattr(OnCPU, "ops", property(lambda self: operators()))
         return OnCPU()
     return BACKENDS["triton"]
 
@@ -137,6 +147,32 @@ def test_every_engine_gives_the_references_bits(
     for b, c in zip(*expected[1:], strict=True):
         assert_same_bits(b, c, "a skipped step")
     assert sum(not torch.equal(a, b) for a, b in zip(*expected[:2], strict=True)) > len(expected[0]) / 2
+
+
+#: The package's own, and all of these at once, which only some backends run.
+OWN = {"statistics": (STATISTICS,), "changes": (CHANGES,), "all": (AVERAGE, STATISTICS, CHANGES)}
+OWN_ENGINES = [*ENGINES, "triton-newest/sm_80", "cuda-nvcc/library"]
+OWN_ROWS = covering({"engine": OWN_ENGINES, "own": list(OWN), "dtypes": [(f32, f32), (bf16, bf16), (f64, f64)]})
+
+
+@pytest.mark.parametrize(
+    ("backend", "own", "dtypes"), [(of["engine"], of["own"], of["dtypes"]) for of in OWN_ROWS],
+    indirect=["backend"], ids=[f"{of['engine']}-{of['own']}-{of['dtypes'][0]}" for of in OWN_ROWS],
+)  # fmt: skip
+def test_every_engine_gives_the_references_numbers_and_marks(
+    backend: Any, own: str, dtypes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "chunk_size", lambda elements, processors: 2048)
+    monkeypatch.setattr(cpu, "CHUNK", 2048)
+    if own == "all" and (backend.name == "cuda" or isinstance(backend, TritonOnPTX)):  # compiled of this one alone
+        dtypes = (f32, f32)
+        if backend.name == "cuda":
+            own = "statistics"
+    (case,) = with_dtypes(BODIES[:1], [dtypes])
+    found, expected = steps(case, backend, False, OWN[own]), steps(case, BACKENDS["reference"], False, OWN[own])
+    for t, (a, b) in enumerate(zip(found, expected, strict=True)):
+        for k, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"step {t + 1}, tensor {k}")
 
 
 # The arithmetic, by other hands ---------------------------------------------------------------------------------------
