@@ -238,7 +238,11 @@ CLIPPING = [
         "wd_kernels/sharding.py",
         "sharded",
         ("sharding: what is replicated counts for every rank", "if not own.is_replicate() and spec", "if spec"),
-        ("sharding: each process has its own norm", "    torch.distributed.all_reduce(there, group=group)\n", ""),
+        (
+            "sharding: each process has its own norm",
+            "    torch.distributed.all_reduce(there, operation, group=group)\n",
+            "",
+        ),
     ),
     *_of(
         "wd_kernels/backends/device.py",
@@ -279,11 +283,15 @@ BY_VALUE = [
         "csrc/rules.h",
         "clipping_by_value kernels",
         ("by value, c++: a NaN becomes the limit", "return limit < g ? limit : g;", "return g < limit ? g : limit;"),
-        ("by value, c++: what is negative is not clipped", "  g = at_least(-rule.grad_limit, g);\n", ""),
+        (
+            "by value, c++: what is negative is not clipped",
+            "  return at_least(-rule.grad_limit, g);\n",
+            "  return g;\n",
+        ),
         (
             "by value, c++: gradients are clipped before their factor",
-            "  g = g * rule.grad_scale;\n  g = at_most(rule.grad_limit, g);\n  g = at_least(-rule.grad_limit, g);\n",
-            "  g = at_most(rule.grad_limit, g);\n  g = at_least(-rule.grad_limit, g);\n  g = g * rule.grad_scale;\n",
+            "  g = g * rule.grad_scale;\n  g = at_most(rule.grad_limit, g);\n  return at_least(-rule.grad_limit, g);\n",
+            "  g = at_most(rule.grad_limit, g);\n  return at_least(-rule.grad_limit, g) * rule.grad_scale;\n",
         ),
         ("by value, nvcc: a NaN becomes the limit", "min.NaN.f32", "min.f32"),
     ),
@@ -579,17 +587,23 @@ CPU_EPILOGUES = _of(
         "sums[k] = sums[k] + sums[k + half];",
         "sums[k] = sums[2 * k] + sums[2 * k + 1];",
     ),
-    ("cpu: what a last block lacks is the block before", "i = within + n; i < kBlock;", "i = within + n; i < 0;"),
+    (
+        "cpu: what a last block lacks is the block before",
+        "i = (count + kNeighbours - 1) / kNeighbours; i < kGroups;",
+        "i = (count + kNeighbours - 1) / kNeighbours; i < 0;",
+    ),
     (
         "cpu: an epilogue sees the parameter as it was not yet rounded",
-        "if (!in_place[kParam])  // as",
+        "if (!in_place[kParam] && kernel.reads_after)  // as",
         "if (in_place[kParam] && frozen)  // as",
     ),
     (
         "cpu: a later thread's sums go where the first one's do",
-        "(own.begin + done) / kBlock * sums;",
-        "done / kBlock * sums;",
+        "(own.begin + done) / kBlock * kernel.numbers;",
+        "done / kBlock * kernel.numbers;",
     ),
+    ("cpu: the largest of a block is of the block before, too", "numbers.largest[k] = Vector<T>{};\n  }", "}"),
+    ("cpu: what is not there has numbers", "if (i + lanes > count)", "if (i > count)"),
 )
 
 CPU_AVERAGES = _of(
@@ -597,8 +611,8 @@ CPU_AVERAGES = _of(
     "averages",
     (
         "cpu: what follows a loop of its own begins late",
-        "done % kPiece == 0) step",
-        "done % kPiece == 0 && done > 0) step",
+        "done % piece == 0) step",
+        "done % piece == 0 && done > 0) step",
     ),
     (
         "cpu: the loop of formats takes outputs for parts",
@@ -607,14 +621,119 @@ CPU_AVERAGES = _of(
     ),
     (
         "cpu: a loop of its own leaves the last piece",
-        "count - done < kPiece ? count : done + kPiece",
-        "done + kPiece < count ? done + kPiece : done",
+        "count - done < piece ? count : done + piece",
+        "done + piece < count ? done + piece : done",
     ),
     (
         "cpu: rows lie as far apart as this kernel reads",
         "launch.rows + own.moving.row * launch.row_width",
         "launch.rows + own.moving.row * kernel.width",
     ),
+)
+
+WATCHING = (
+    _of(
+        "csrc/cpu/mover.inc",
+        "watching",
+        ("watching, cpu: marks are of the stretch", "+ (own.begin + done) / kMarked", "+ done / kMarked"),
+        ("watching, cpu: a loop of its own hides what was before", "compares ? kTile : kPiece", "kPiece"),
+        (
+            "watching, cpu: marks of the last tile alone",
+            "marks[done / kMarked] |= marks_of",
+            "marks[done / kMarked] = marks_of",
+        ),
+    )
+    + _of(
+        "csrc/formats.h",
+        "watching",
+        ("watching, native: a NaN that stays has changed", "return (a != b) & (", "return (a != b) | (0 & "),
+    )
+    + _of(
+        "csrc/epilogues.h",
+        "watching",
+        ("watching, native: the change is squared once", "number[2] = moved * moved;", "number[2] = moved;"),
+        (
+            "watching, native: weights as they were",
+            "number[1] = of.after * of.after;",
+            "number[1] = of.before * of.before;",
+        ),
+    )
+    + _of(
+        "wd_kernels/backends/triton_kernels.py",
+        "watching",
+        ("watching, triton: infinities are finite", "g - g == 0.0, 0.0, 1.0)", "g == g, 0.0, 1.0)"),
+        ("watching, triton: marks of what is not there", "y if full else tl.where(mask, y, x)", "y"),
+        ("watching, triton: marks of what is frozen", "y = tl.where(frozen, x, in_memory(", "y = (in_memory("),
+        ("watching, triton: a copy is what its master is", "+ 0x8000) & -65536)", ") & -1)"),
+    )
+    + _of(
+        "wd_kernels/statistics.py",
+        "watching",
+        ("watching: every step is measured", "return self._taken % self.every == 0", "return True"),
+        (
+            "watching: a graph's numbers are found once",
+            "if self._found is None or self._captured:",
+            "if self._found is None:",
+        ),
+        ("watching: what had no gradient counts", "rows *= stepped[:, None]", "pass"),
+        ("watching: shards are measured apart", "        sum_over(process_group, rows, which)\n", ""),
+        ("watching: the largest of a shard", "        largest_over(process_group, largest, which)\n", ""),
+        (
+            "watching: a step is measured though it was skipped",
+            "& (each[:, wide + 1] == 0)",
+            "& (each[:, wide + 1] >= 0)",
+        ),
+    )
+    + _of(
+        "wd_kernels/changes.py",
+        "watching",
+        ("watching: what is read stays marked", "            own.words.zero_()\n", "            pass\n"),
+        ("watching: memory that was exchanged has not changed", "known is None else -1", "known is None else 0"),
+        ("watching: a bit of padding is an element", "    index = index[index < here.numel()]\n", ""),
+        (
+            "watching: elements in the order of memory",
+            "    if here.is_contiguous():\n        return index",
+            "    return index",
+        ),
+        (
+            "watching: changes are written before all are checked",
+            "        writes.append((t, index, values.to(t.device)))",
+            "        t.view(-1)[index] = values",
+        ),
+    )
+    + _of(
+        "wd_kernels/optimizer.py",
+        "watching",
+        (
+            "watching: masters that were loaded have not changed",
+            "            self._written(p for p, *_ in planned)\n",
+            "",
+        ),
+        (
+            "watching: a copy tracks nothing",
+            'packed["track_changes"] = self.track_changes',
+            'packed["track_changes"] = False',
+        ),
+    )
+    + _of(
+        "wd_kernels/table/watched.py",
+        "watching",
+        ("watching: numbers of a step that was skipped", "numbers.fill_(math.nan)", "pass"),
+    )
+    + _of(
+        "wd_kernels/table/table.py",
+        "watching",
+        ("watching: marks that nobody reads any more", "key = (self.watches, self.marks)", "key = self.watches"),
+    )
+    + _of(
+        "wd_kernels/sums.py",
+        "watching",
+        (
+            "watching: digits that carry are cut",
+            "digits = (low & MASK, middle & MASK, (high >> 32) + (middle >> 32))",
+            "digits = (low & MASK, middle & MASK, high >> 32)",
+        ),
+    )
 )
 
 AVERAGES_NATIVE = _of(
@@ -754,18 +873,26 @@ CUDA_CHUNK = _of(
 CUDA_EPILOGUES = _of(
     "csrc/cuda/chunk.h",
     "epilogues",
-    ("cuda: a block adds up what mirrors itself, not halves", "+ block[n][i + half];", "+ block[n][2 * half - 1 - i];"),
+    (
+        "cuda: a block adds up what mirrors itself, not halves",
+        "together(adds, of[i], of[i + half]);",
+        "together(adds, of[i], of[2 * half - 1 - i]);",
+    ),
     (
         "cuda: what a last block lacks is the block before",
-        "for (int i = count + lane; i < kBlock;",
-        "for (int i = count + lane; i < 0;",
+        "+ lane; i < kBlock / width;",
+        "+ lane; i < 0;",
     ),
     (
         "cuda: an epilogue sees the parameter as it was not yet rounded",
         "frozen ? before : T(P::load(p[k].element + e, also))",
         "frozen ? before : x",
     ),
-    ("cuda: a later chunk's sums go where the first one's do", "(begin + first) / kBlock", "first / kBlock"),
+    (
+        "cuda: a later chunk's sums go where the first one's do",
+        "memory<T>(place[kOutput], begin / kBlock * kNumbers)",
+        "memory<T>(place[kOutput], 0)",
+    ),
 )
 
 CHECK_LAUNCH = _of(
@@ -1172,7 +1299,7 @@ REFERENCE_EPILOGUES = _of(
         "padded[:, :half] + padded[:, half:]",
         "padded[:, ::2] + padded[:, 1::2]",
     ),
-    ("reference: blocks are summed up in order of indices", "key=lambda dim: -x.stride()[dim]", "key=lambda dim: dim"),
+    ("reference: blocks are summed up in order of indices", "flat = _in_order(x)", "flat = x.flatten()"),
     (
         "reference: an epilogue sees the parameter as it was not yet rounded",
         "Element(before, load(theta, dtype, master), g, u, new)",
@@ -1274,8 +1401,8 @@ TRITON = _of(
     "triton codegen interpreter",
     (
         "triton: products and sums are fused",
-        '"enable_fp_fusion": False}\n    states',
-        '"enable_fp_fusion": True}\n    states',
+        '"enable_fp_fusion": False}\n    if capability is not None and (',
+        '"enable_fp_fusion": True}\n    if capability is not None and (',
     ),
     (
         "triton: a kernel of other formats is taken as compiled",
@@ -1473,8 +1600,8 @@ TABLE = _of(
     ),
     (
         "table: chunks of other buckets stay",
-        "self.run_firsts = watch.run_firsts\n        self.launches = None",
-        "self.run_firsts = watch.run_firsts",
+        "self.launches, self._watching = None, {}",
+        "self._watching = {}",
     ),
     (
         "table: a step count that was exchanged is ignored",
@@ -2196,7 +2323,7 @@ MASTERS = [
             "if (!frozen) write(roles.part + i, part[k]);",
             "write(roles.part + i, part[k]);",
         ),
-        ("cuda: a copy is read", "if constexpr (P::kRead) p[k]", "p[k]"),
+        ("cuda: a copy is read", "if constexpr (P::kRead || E::kMarks) p[k]", "p[k]"),
     ),
     *_of(
         "wd_kernels/backends/triton_kernels.py",
@@ -2334,6 +2461,7 @@ FAULTS: tuple[Fault, ...] = (
     *CPU_MOVER,
     *CPU_EPILOGUES,
     *CPU_AVERAGES,
+    *WATCHING,
     *AVERAGES_NATIVE,
     *AVERAGES_TRITON,
     *AVERAGES,
