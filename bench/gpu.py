@@ -6,7 +6,7 @@
     python bench/gpu.py --out DIR --rehearse                         # on the CPU with tiny tensors
 
 DIR then has gpu.json (everything, written after every case), gpu.txt (the tables), tests.txt, clipping.txt,
-accumulation.txt, averages.txt and peers.png. Each part has a budget of time; what fails is said in the report and ends
+accumulation.txt, averages.txt, watching.txt and peers.png. Each part has a budget of time; what fails is said in the report and ends
 nothing else.
 bench/report.py keeps gpu.json.
 """
@@ -35,9 +35,17 @@ sys.path.insert(0, str(ROOT))  # nothing need be installed; the package is impor
 
 BUILD = (sys.executable, "setup.py", "build_ext", "--inplace")
 TESTS = (sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-vv", "-p", "no:cacheprovider", "tests")
-PROGRAMS = ("clipping", "accumulation", "averages")  # that print a table
+PROGRAMS = ("clipping", "accumulation", "averages", "watching")  # that print a table
 PARTS = ("build", "tests", "copy", *PROGRAMS, "steps", "plots")
-SECONDS = {"build": 100.0, "tests": 220.0, "clipping": 50.0, "accumulation": 20.0, "averages": 25.0, "steps": 200.0}
+SECONDS = {
+    "build": 100.0,
+    "tests": 220.0,
+    "clipping": 50.0,
+    "accumulation": 20.0,
+    "averages": 25.0,
+    "watching": 25.0,
+    "steps": 200.0,
+}
 
 
 def run(arguments: Sequence[str], seconds: float, path: Path) -> tuple[int | None, str, str]:

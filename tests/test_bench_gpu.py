@@ -130,12 +130,19 @@ REHEARSAL = ("--rehearse",)
 
 def test_a_rehearsal_from_end_to_end(tmp_path):
     cases = ("--case", "1x100000-float32", "--case", "changing")
-    arguments = ("--out", tmp_path, *REHEARSAL, "--only", "copy,clipping,accumulation,averages,steps,plots", *cases)
+    arguments = (
+        "--out",
+        tmp_path,
+        *REHEARSAL,
+        "--only",
+        "copy,clipping,accumulation,averages,watching,steps,plots",
+        *cases,
+    )
     done = subprocess.run(
         program(*arguments), env=surroundings(), cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    written = ["accumulation.txt", "averages.txt", "clipping.txt", "gpu.json", "gpu.txt", "peers.png"]
+    written = ["accumulation.txt", "averages.txt", "clipping.txt", "gpu.json", "gpu.txt", "peers.png", "watching.txt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == written
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "gpu.json").read_text())
@@ -162,6 +169,8 @@ def test_a_rehearsal_from_end_to_end(tmp_path):
     assert "add, norm / ours" in (tmp_path / "accumulation.txt").read_text()
     assert report["averages"]["says"].startswith("exit status 0")
     assert "torch / ours" in (tmp_path / "averages.txt").read_text()
+    assert report["watching"]["says"].startswith("exit status 0")
+    assert "over a step" in (tmp_path / "watching.txt").read_text()
     machine = report["machine_info"]
     assert machine["wd_kernels"]["wd_kernels"] == wd_kernels.__version__
     assert {"torch", "triton", "python"} <= machine["wd_kernels"].keys()
