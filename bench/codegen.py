@@ -94,6 +94,9 @@ EPILOGUE_FORMATS = (
 )  # fmt: skip
 EPILOGUES = {own.name: own for own in (AVERAGE, STATISTICS, CHANGES)}
 TOGETHER = ("average", "statistics", "changes")  # of which Triton alone has kernels
+#: Of the formats, those that the CUDA library has kernels for whose decay pulls; and kernels that are compiled so.
+PULLED_FORMATS = ((FLOAT32, FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16, FLOAT32))
+PULLED = (("adamw", 1, 0), ("adamw", 2, 0), ("sgdw", 1, 1), ("adagradw", 2, 0))
 LIBRARY_FORMATS = (
     (SPLIT32, BFLOAT16, BFLOAT16_STOCHASTIC), (SPLIT24, BFLOAT16, FLOAT32), (SPLIT24_STOCHASTIC, BFLOAT16, FLOAT32),
     (BFLOAT16_COPY, FLOAT32, FLOAT32),
@@ -107,7 +110,7 @@ class Kernel:
     """One specialisation: a key of internals.KINDS, the formats of parameter, gradient and states, and epilogues.
 
     States in 8 bits are uint8 where they are never negative, and called int8 all the same. What epilogues write has the
-    arithmetic type.
+    arithmetic type. `pull`: what the decay pulls to, 1 a center, 2 a reference (`Spec.pull`).
     """
 
     rule: str
@@ -115,6 +118,7 @@ class Kernel:
     grad: Format
     state: Format
     epilogues: tuple[str, ...] = ()
+    pull: int = 0
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -122,13 +126,18 @@ class Kernel:
         rule, names = KINDS[self.rule]
         signed = {state.name: state.signed for state in rule.states}
         states = [self.state if signed[name] else unsigned(self.state) for name in names]
-        return self.param, self.grad, *states, *self.outputs
+        return self.param, self.grad, *states, *self.outputs, *self.references
 
     @property
     def outputs(self) -> tuple[Format, ...]:
         """Of what epilogues write."""
         full = format_of(arithmetic_dtype(self.param.dtype))
         return tuple(full for own in self.epilogues for _ in EPILOGUES[own].outputs)
+
+    @property
+    def references(self) -> tuple[Format, ...]:
+        """Of what parameters decay to, which is only read."""
+        return (format_of(self.param.dtype),) if self.pull == 2 else ()
 
     @property
     def numbers(self) -> int:
@@ -161,12 +170,12 @@ class Kernel:
     @property
     def scaled(self) -> bool:
         """Are its states in 8 bits?"""
-        return self.state.binades > 0 and len(self.formats) > 2 + len(self.outputs)
+        return self.state.binades > 0 and len(self.formats) > 2 + len(self.outputs) + len(self.references)
 
     @property
     def common(self) -> bool:
         """Are its formats those that are compiled for all targets?"""
-        return (self.param, self.grad, self.state) in FORMATS and not self.epilogues
+        return (self.param, self.grad, self.state) in FORMATS and not (self.epilogues or self.pull)
 
     @property
     def model(self) -> int:
@@ -175,11 +184,12 @@ class Kernel:
         own = int(step_bytes(self.rule, self.param.dtype, self.grad.dtype, self.state.dtype, part))
         if self.marks and part == torch.float32:  # the copy is compared with what it was
             own += self.param.dtype.itemsize
-        return own + sum(2 * fmt.dtype.itemsize for fmt in self.outputs)
+        own += sum(2 * fmt.dtype.itemsize for fmt in self.outputs)
+        return own + sum(fmt.dtype.itemsize for fmt in self.references)
 
     def __str__(self) -> str:
         names, full = dict.fromkeys((self.param.name, self.grad.name)), arithmetic_dtype(self.param.dtype)
-        more = "".join(f" + {name}" for name in self.epilogues)
+        more = "".join(f" + {name}" for name in self.epilogues) + ("", ", pulled", ", to a reference")[self.pull]
         states = "" if self.state.dtype == full else f"; {self.state.name} states"
         return f"{self.rule} ({', '.join(names)}{states}){more}"
 
@@ -212,6 +222,10 @@ def kernels(every: bool = False) -> list[Kernel]:
         own = Kernel(rule, *formats, (epilogue,))
         if every or rule in ("adamw", "sgdw") or (formats[0] == FLOAT32 and own.outputs):
             found.setdefault(str(own), own)
+    pulled = product(KINDS, (1, 2), range(len(PULLED_FORMATS))) if every else PULLED
+    for rule, pull, which in pulled:
+        own = Kernel(rule, *PULLED_FORMATS[which], (), pull)
+        found.setdefault(str(own), own)
     if not every:
         own = Kernel("adamw", FLOAT32, FLOAT32, FLOAT32, TOGETHER)
         found[str(own)] = own
@@ -349,6 +363,7 @@ def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] | None = 
         "epilogues": epilogues,
         "sizes": sizes,
         "block": own.block(kernel.formats, sum(of_one[2] for of_one in sizes)),
+        "pull": kernel.pull,
         **(constants or {}),
     }
     types = {"chunks": "*i64", "places": "*i64", "moving": "*i64", "rows": "*fp64", "control": "*fp64"}
@@ -360,7 +375,7 @@ def compiled(kernel: Kernel, target: str, constants: Mapping[str, Any] | None = 
     aligned_by_16 = {(names.index(name),): [["tt.divisibility", 16]] for name in (*types, "chunk_size")}
     source = ASTSource(triton_kernels.step_kernel, signature, values, aligned_by_16)
     capability = architecture if backend == "cuda" else None
-    options = {**own.options(kernel.formats, warp, capability, asked), **changes}
+    options = {**own.options(kernel.formats, warp, capability, asked, kernel.pull), **changes}
     return triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
 
 

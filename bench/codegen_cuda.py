@@ -61,7 +61,10 @@ def name(kernel: Kernel) -> str:
     asked = [str(state.name in states).lower() for state in rule.states if state.asked_by]
     names = (_FORMATS[own] for own in (kernel.param, kernel.grad, kernel.state))
     epilogue = "".join(own.capitalize() for own in kernel.epilogues) or "NoEpilogue"
-    parts = (f"{rule.title}<{', '.join([arithmetic, *asked])}>", *names, f"{epilogue}<{arithmetic}>")
+    own = f"{rule.title}<{', '.join([arithmetic, *asked])}>"
+    if kernel.pull:
+        own = f"Pulled<wd::cuda::{own}, {str(kernel.pull == 2).lower()}>"
+    parts = (own, *names, f"{epilogue}<{arithmetic}>")
     return ", ".join(f"wd::cuda::{part}" for part in parts)
 
 

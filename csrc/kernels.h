@@ -80,11 +80,23 @@
   ROW(1 << 2, Changes<T>)
 #endif
 
+// Beside the bits of states, a variant has these of a rule whose decay pulls to a center, or to a reference beside each
+// parameter (wd_kernels/layout.py, `native_kernel`).
+constexpr int64_t kPulled = 1 << 4, kReferring = 2 << 4;
+
+// Does CUDA C++ have kernels of these formats that pull?
+template <class P, class G, class S>
+constexpr bool pulls_in() {
+  return P::kCode == G::kCode && code_of<S>(true) == kFloat32 && (P::kCode == kFloat32 || P::kCode == kBFloat16);
+}
+
 // `Of<Rule>::found()` for a rule with its states, or null where there is none.
 template <class T, template <class> class Of>
 auto find_rule(int64_t rule, int64_t variant) -> decltype(Of<SGDW<T, true>>::found()) {
-#define WD_ROW(number, bits, ...) \
-  if (rule == number && variant == bits) return Of<__VA_ARGS__>::found();
+#define WD_ROW(number, bits, ...)                                                                    \
+  if (rule == number && variant == bits) return Of<__VA_ARGS__>::found();                            \
+  if (rule == number && variant == (bits | kPulled)) return Of<Pulled<__VA_ARGS__, false>>::found(); \
+  if (rule == number && variant == (bits | kReferring)) return Of<Pulled<__VA_ARGS__, true>>::found();
   WD_EACH_RULE(WD_ROW)
 #undef WD_ROW
   return nullptr;

@@ -130,7 +130,9 @@ enum SettingWord : int {
   kDecayMode = 3,
   kBaseLr = 4,
   kSeed = 5,
-  kOwnSettings = 6
+  kDecayCenter = 6,
+  kDecayThreshold = 7,
+  kOwnSettings = 8
 };
 
 // After the sources: the schedule's table, float64 [2, length] of eta and of what multiplies the weight decay (0: it

@@ -50,6 +50,7 @@ struct DecayScalars {
       scale = 1 / (1 + eta * lambda);
     }
     if (mode == 4) metric = a * lambda;
+    if (mode == 5) decay = a * eta * lambda;
   }
 };
 
@@ -59,13 +60,19 @@ struct DecayScalars {
   T __VA_ARGS__;        \
   static const char* scalar_names() { return #__VA_ARGS__; }
 
+// Of a rule by itself: its decay pulls to 0 (`Pulled` is one that pulls elsewhere).
+struct Plain {
+  static constexpr bool kPulls = false;
+  static constexpr int kRefers = 0;
+};
+
 template <class T, bool amsgrad>
-struct AdamW {
+struct AdamW : Plain {
   using Arithmetic = T;
   static constexpr int kStates = amsgrad ? 3 : 2;
   WD_HOST_DEVICE static constexpr bool is_signed(int state) { return state == 0; }
   WD_SCALARS(frozen, grad_scale, grad_limit, l2, decay, metric, beta1, one_minus_beta1, beta2, one_minus_beta2, eps,
-             scaled_lr, t, step_size, inv_sqrt_bias2, seed)
+             scaled_lr, t, step_size, inv_sqrt_bias2, seed, decay_center, decay_threshold)
 
   WD_HOST_DEVICE T operator()(T theta, T g, T* state) const {
     T &m = state[0], &v = state[1];
@@ -101,12 +108,12 @@ struct AdamW {
 };
 
 template <class T, bool momentum_buffer>
-struct SGDW {
+struct SGDW : Plain {
   using Arithmetic = T;
   static constexpr int kStates = momentum_buffer ? 1 : 0;
   WD_HOST_DEVICE static constexpr bool is_signed(int) { return true; }
   WD_SCALARS(frozen, grad_scale, grad_limit, l2, decay, momentum, update_grad, update_buf, step_size, first_grad_coef,
-             later_grad_coef, t, grad_coef, seed)
+             later_grad_coef, t, grad_coef, seed, decay_center, decay_threshold)
 
   WD_HOST_DEVICE T operator()(T, T g, T* state) const {
     if constexpr (momentum_buffer) {
@@ -139,12 +146,12 @@ struct SGDW {
 };
 
 template <class T>
-struct AdagradW {
+struct AdagradW : Plain {
   using Arithmetic = T;
   static constexpr int kStates = 1;
   WD_HOST_DEVICE static constexpr bool is_signed(int) { return false; }
   WD_SCALARS(frozen, grad_scale, grad_limit, l2, eps, lr_decay, scaled_lr, fixed_decay, scaled_decay, scaled_metric, t,
-             step_size, decay, metric, seed)
+             step_size, decay, metric, seed, decay_center, decay_threshold)
 
   WD_HOST_DEVICE T operator()(T theta, T g, T* state) const {
     T& sum = state[0];
@@ -171,6 +178,13 @@ struct AdagradW {
     decay = fixed_decay + scaled_decay / slowed;
     metric = scaled_metric / slowed;
   }
+};
+
+// A rule whose decay pulls to its center, or, if it `refers`, to a reference beside each element.
+template <class Rule, bool refers>
+struct Pulled : Rule {
+  static constexpr bool kPulls = true;
+  static constexpr int kRefers = refers;
 };
 
 // How many scalars an aggregate of them has: 0 if it is empty, though its size is 1.
@@ -242,11 +256,19 @@ WD_HOST_DEVICE inline T with_factor(const Rule& rule, T g) {
 }
 
 // The step that all rules share: theta, g (which takes its factor) and states become what they are after it; returns
-// the update.
+// the update. `to`: of a rule that refers, its reference.
 template <class Rule, class T>
-WD_HOST_DEVICE inline T step(const Rule& rule, T& theta, T& g, T* state) {
+WD_HOST_DEVICE inline T step(const Rule& rule, T& theta, T& g, T* state, [[maybe_unused]] T to = 0) {
   g = with_factor(rule, g);
-  const T u = rule(theta, g + rule.l2 * theta, state);
-  theta = theta - (rule.decay * theta + u);
-  return u;
+  if constexpr (Rule::kPulls) {
+    const T pulled = theta - (Rule::kRefers ? to : rule.decay_center);
+    const T u = rule(pulled, g + rule.l2 * pulled, state);
+    const T decayed = u * pulled < rule.decay_threshold ? T(0) : rule.decay * pulled;  // NaN decays
+    theta = theta - (decayed + u);
+    return u;
+  } else {
+    const T u = rule(theta, g + rule.l2 * theta, state);
+    theta = theta - (rule.decay * theta + u);
+    return u;
+  }
 }

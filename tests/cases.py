@@ -87,6 +87,17 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+#: What a decay pulls to, and where: options of any rule.
+PULLS: dict[str, dict[str, Any]] = {
+    "center": {"decay_center": 0.75},
+    "cautious": {"cautious": True},
+    "cautious-center": {"decay_center": -0.5, "cautious": True},
+    "to": {"decay_to": "initial"},
+    "cautious-to": {"decay_to": "initial", "cautious": True},
+}
+#: The decay modes that may be cautious.
+SUBTRACTED = ("lr_scaled", "independent", "corrected")
+
 
 def snapshot(params: Iterable[Tensor], opt: Optimizer) -> dict[str, Tensor]:
     """Copies of all parameters and states, on the CPU."""

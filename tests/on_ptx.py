@@ -49,7 +49,7 @@ def kernel_of(rule: Rule, spec: Spec) -> codegen.Kernel:
     assert len(set(states)) <= 1, f"no kernel is compiled of the formats {[fmt.name for fmt in states]}"
     state = states[0] if states else format_of(arithmetic_dtype(param.dtype))
     names = tuple(own.name for own in spec.epilogues if own.name in codegen.EPILOGUES)
-    return codegen.Kernel(_KIND_OF[rule.name, spec.states], param, grad, state, names)
+    return codegen.Kernel(_KIND_OF[rule.name, spec.states], param, grad, state, names, spec.pull)
 
 
 def is_probe(spec: Spec) -> bool:
@@ -99,13 +99,14 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket, together: int, mark
         if not table.active[i]:
             continue
         own = table.tensors(i)
-        theta, grad, states, outputs, master, scales = (
-            own.theta, own.grad, own.states, own.outputs, own.master, own.scales,
+        theta, grad, states, outputs, master, scales, reference = (
+            own.theta, own.grad, own.states, own.outputs, own.master, own.scales, own.reference,
         )  # fmt: skip
         place = place_of(theta) if isinstance(theta, torch.nn.Parameter) else None
         roles = [("parameter", theta, True), ("gradient", grad, False)]
         roles += [(f"state {k}", state, True) for k, state in enumerate(states.values())]
         roles += [("master", master, True)] * (master is not None)
+        roles += [("reference", reference, False)] * (reference is not None)
         roles += [(f"output {k}", output, True) for k, output in enumerate(outputs.values())]
         roles += [(f"scale {k}", scale, True) for k, scale in enumerate(scales.values())]
         if own.numbers is not None:
@@ -126,6 +127,7 @@ def _allow(memory: ptx.Memory, table: Table, bucket: Bucket, together: int, mark
         state = formats[2] if name.startswith("state") else formats[-1]
         kind = "scale" if name.startswith("scale") else name
         known = {"parameter": formats[0], "gradient": formats[1], "master": formats[0].part, "scale": SCALE}
+        known["reference"] = formats[-1]
         fmt = known.get(kind, state)
         part = fmt.dtype.itemsize if fmt is not None else 0
         end = min(address + padded, following) if padded > size else address + size
@@ -306,11 +308,12 @@ class _TritonKernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def go(*arguments: Any, **how: Any) -> None:
             tables = list(arguments[:5])
-            words, row_words, size, rule, root, scalars, states, formats, epilogues, sizes, block = arguments[5:]
+            words, row_words, size, rule, root, scalars, states, formats, epilogues, sizes, block, pull = arguments[5:]
             # What the PTX was compiled for (bench/codegen.py, tests/compiled.py) is what the launch says.
             own, spec = self.table.rule, self.bucket.spec
             assert (rule, root, scalars, states) == (own.name, "root", own.scalars, spec.states)
             assert words == tables[1].shape[1]
+            assert pull == spec.pull
             assert row_words == tables[3].shape[1] >= len(scalars) + sum(of_one[0] for of_one in sizes)
             assert epilogues == tuple(own.in_triton() for own in spec.epilogues)
             if not is_probe(spec):

@@ -114,7 +114,7 @@ for dtype in (torch.float32, torch.bfloat16):
     for size, offset in ((1024, 0), (2048, 16), (16384, 32)):
         arguments = (words[offset:], words, words[16:], numbers, numbers[16:], 6 + offset, 20 + offset, size,
                      kernels.adamw, kernels.root, ADAMW.scalars, ("exp_avg", "exp_avg_sq"),
-                     tuple(f.code for f in formats), (), (), triton.block(formats))
+                     tuple(f.code for f in formats), (), (), triton.block(formats), 0)
         how = triton.options(formats, 32, 90)
         compiled = kernels.step_kernel.warmup(*arguments, grid=(1,), **how)
         print(known(), compiled.metadata.num_warps, compiled.metadata.enable_fp_fusion)

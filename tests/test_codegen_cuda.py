@@ -142,4 +142,4 @@ def test_the_library_needs_no_torch_with_cuda_to_link_and_no_cuda_runtime_beside
 def test_sizes() -> None:
     """CUDA 13 compresses it; a wheel, in which it lies compressed, is below 5 MiB anyway (test_dist.py)."""
     compresses = int(codegen_cuda.compiler().split()[1].split(".")[0]) >= 13
-    assert codegen_cuda.LIBRARY.stat().st_size < (4 if compresses else 14) * 2**20
+    assert codegen_cuda.LIBRARY.stat().st_size < (4.5 if compresses else 16) * 2**20

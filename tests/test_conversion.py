@@ -45,7 +45,7 @@ def shrunk(
     return found
 
 
-MODES = ("lr_scaled", "independent", "proximal", "metric_proximal", "l2")
+MODES = ("lr_scaled", "independent", "proximal", "metric_proximal", "l2", "corrected")
 
 
 @pytest.mark.parametrize("schedule", [None, Cosine(20, end=0.1)], ids=["constant", "cosine"])
@@ -69,8 +69,8 @@ def test_the_optimizers_decay_alike(rule: str, source: str, target: str, schedul
         assert deviation < 1e-11
     else:
         assert deviation == pytest.approx(found.deviation, rel=1e-6, abs=1e-11)
-    linear = {"lr_scaled", "independent", "l2"}
-    alike = (source in linear) == (target in linear)
+    families = ({"lr_scaled", "independent", "l2"}, {"proximal", "metric_proximal"}, {"corrected"})
+    alike = any({source, target} <= family for family in families)
     assert found.exact == ((alike or schedule is None) and not (rule == "adamw" and "l2" in (source, target)))
     assert (found.deviation > 1e-4) == (not alike and schedule is not None)
 
@@ -80,6 +80,13 @@ def test_worked_by_hand() -> None:
     assert convert_weight_decay(0.001, "independent", "lr_scaled", lr=0.01) == (pytest.approx(0.1), True, 0.0)
     assert convert_weight_decay(0.5, "independent", "proximal", lr=1) == (1.0, True, 0.0)  # 1/(1 + 1) = 1 - 0.5
     assert convert_weight_decay(1.0, "proximal", "lr_scaled", lr=0.25) == (2.0, True, 0.0)
+    assert convert_weight_decay(0.2, "corrected", "lr_scaled", lr=0.5) == (0.2, True, 0.0)
+    # eta 1/2 in every step: eta^2 alpha lambda is eta alpha (lambda/2)
+    half = convert_weight_decay(0.2, "corrected", "lr_scaled", lr=0.5, schedule=lambda t: 0.5, steps=3)
+    assert half == (0.1, True, 0.0)
+    # x = 0.5 * 0.25 * 0.4 = 0.05 of a weight: x / (1 - x) is eta lambda
+    prox = convert_weight_decay(0.4, "corrected", "proximal", lr=0.5, schedule=lambda t: 0.5, steps=3)
+    assert prox == (pytest.approx(0.05 / 0.95 / 0.5, rel=1e-15), True, 0.0)
     assert convert_weight_decay(3.0, "metric_proximal", "proximal", lr=0.5, metric=0.25) == (6.0, True, 0.0)
     assert convert_weight_decay(0.2, "l2", "lr_scaled", lr=0.5, rule="sgdw") == (0.2, True, 0.0)
     assert convert_weight_decay(0.2, "l2", "lr_scaled", lr=0.05, metric=0.1) == (pytest.approx(2.0), False, 0.0)
@@ -149,7 +156,11 @@ def test_there_and_back(
     more: dict[str, Any] = {"lr": lr, "rule": rule, "momentum": momentum, "metric": metric, "steps": steps}
     more["schedule"] = Warmup(steps) if warm else Cosine(steps, end=0.05)
     scale = (
-        1.0 if source in ("independent", "proximal") else lr if rule == "sgdw" or source == "lr_scaled" else lr / metric
+        1.0
+        if source in ("independent", "proximal")
+        else lr
+        if rule == "sgdw" or source in ("lr_scaled", "corrected")
+        else lr / metric
     )
     strength = amount * (1 - math.sqrt(momentum)) ** 2 / scale
     there = convert_weight_decay(strength, source, target, **more)

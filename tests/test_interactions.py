@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import wd_kernels
 from wd_kernels import averages
 from wd_kernels.backends import BACKENDS
-from wd_kernels.schedules import Warmup
+from wd_kernels.schedules import Cosine, Warmup
 from wd_kernels.sharding import local
 
 PAGE = Path(__file__).parent.parent / "docs" / "training-loop.md"
@@ -44,7 +44,7 @@ def table() -> dict[tuple[str, str], str]:
 
 FEATURES = (
     "clipping", "by value", "scaling", "skipping", "spikes", "capture", "release", "sharding", "formats", "flat",
-    "accumulation", "schedules", "averages", "watching",
+    "accumulation", "schedules", "averages", "watching", "vocabulary",
 )  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "clipping": {"max_grad_norm": 0.5},
@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "schedules": {"schedule": Warmup(4)},
     "averages": {"ema_decay": averages.WarmedEMA(0.75), "ema_dtype": "float32"},
     "watching": {"track_changes": True},
+    "vocabulary": {"decay_to": "initial", "cautious": True, "weight_decay_schedule": Cosine(6, end=3.0)},
 }
 #: What an error says, by the feature that meets another.
 ERRORS = {
@@ -137,8 +138,10 @@ def life(features: frozenset[str], backend: str, graphs: Any, mesh: Any = None) 
 
 def check(features: frozenset[str], mesh: Any = None) -> None:
     """The life of a device's backend has the reference's bits, captured or not; and it is one that does something."""
-    # CUDA C++ has none of these formats for such gradients, none that writes averages, and no two epilogues.
-    no_kernel = "watching" in features or ("formats" in features and features & {"accumulation", "averages"})
+    # CUDA C++ has none of these formats for such gradients, none that writes averages, no two epilogues, and none of
+    # these that pulls.
+    few = [{"formats", "accumulation"}, {"formats", "averages"}, {"formats", "vocabulary"}, {"averages", "vocabulary"}]
+    no_kernel = "watching" in features or any(pair <= features for pair in few)
     engine = Engine("triton", "interpreted") if no_kernel else Engine("cuda", "on_cpu")
     backend = engine.backend
     with pytest.MonkeyPatch.context() as patch:

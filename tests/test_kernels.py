@@ -17,10 +17,12 @@ import torch
 from cases import (
     DTYPES,
     EDGES,
+    PULLS,
     REAL,
     SMALL,
     STORAGE,
     STORED,
+    SUBTRACTED,
     VARIANTS,
     Case,
     Piece,
@@ -325,6 +327,82 @@ def test_gradient_factors_and_skipped_steps(of: dict[str, Any], engine: Engine) 
     assert_same(found[0], found[2])
     assert not torch.equal(found[2]["0"], found[3]["0"])
     assert not torch.equal(found[-1]["0"], controlled(case, "reference", [(1, 0)] * 5, pieces=FEW)[-1]["0"])
+
+
+# What a decay pulls to ------------------------------------------------------------------------------------------------
+
+PULLING = (*REAL, STORED[1], STORED[2], STORED[4], STORED[6], STORED[7], STORED[8], STORED[9])
+ANY = [e for e in ENGINES if e in CPU or str(e) in ("triton-interpreted", "triton-gpu")]
+OF_CUDA = [e for e in ENGINES if str(e) in ("cuda-on_cpu", "cuda-gpu")]  # which has these formats alone
+
+
+def has_meaning(of: Mapping[str, Any]) -> bool:
+    """A cautious decay is one that is subtracted; a complex weight has no center."""
+    options = PULLS[of["pull"]]
+    complex_center = "decay_center" in options and of.get("complex") and of["dtypes"] in COMPLEX
+    return not complex_center and (of["decay"] in SUBTRACTED or "cautious" not in options)
+
+
+def pulled_case(of: Mapping[str, Any]) -> Case:
+    case = case_of({**of, "kernel": (of["body"], of["dtypes"])})
+    options = {**case.options, **PULLS[of["pull"]]}
+    return Case(case.rule, f"{case.name}-{of['pull']}", options, case.dtype, case.grad_dtype)
+
+
+def pulled(engines: Sequence[Engine], dtypes: Sequence[Any], **options: Sequence[Any]) -> list[Any]:
+    """A covering array over bodies, formats, pulls and decay modes."""
+    own = {"engine": engines, "dtypes": dtypes, "body": tuple(BODIES), "pull": tuple(PULLS), "decay": DECAY_MODES}
+    found = covering({**own, "variant": range(4), **options}, has_meaning)
+    return [
+        pytest.param(of, id=f"{of['engine']}-{pulled_case(of)}", marks=[pytest.mark.gpu] * (of["engine"].form == "gpu"))
+        for of in found
+    ]
+
+
+#: What is compiled for all targets (`codegen.PULLED`): body, formats, pull, decay.
+OF_PTX = (
+    ("adamw", (f32, f32), "cautious-center", "corrected"), ("adamw", (f32, f32), "cautious-to", "lr_scaled"),
+    ("adamw", (f32, f32), "to", "metric_proximal"), ("sgdw", (bf16, bf16), "center", "l2"),
+    ("sgdw", (bf16, bf16), "cautious", "independent"), ("adagradw", (f32, f32), "to", "proximal"),
+)  # fmt: skip
+
+
+def pulled_on_ptx() -> list[Any]:
+    found = []
+    for (k, engine), (body, dtypes, pull, decay) in itertools.product(enumerate(COMPILED), OF_PTX):
+        of = {"engine": engine, "body": body, "dtypes": dtypes, "pull": pull, "decay": decay, "variant": k}
+        found.append(pytest.param({**of, "pieces": "small"}, id=f"{engine}-{pulled_case(of)}"))
+    return [own for k, own in enumerate(found) if k % 2 == 0 or k < len(OF_PTX)]  # every other one of later engines
+
+
+PULLED = [
+    *pulled(ANY, PULLING, complex=(False, True), pieces=("small", "edges")),
+    *pulled(OF_CUDA, ((f32, f32), (bf16, bf16)), pieces=("small", "edges")),
+    *pulled_on_ptx(),
+]
+
+
+@pytest.mark.parametrize("of", PULLED)
+def test_pulled_matrix(of: dict[str, Any], engine: Engine) -> None:
+    """The matrix again, of kernels whose decay pulls to a center or a reference, or is left out."""
+    case, pieces = pulled_case(of), PIECES[of["pieces"]]
+    steps = 3 if of["pieces"] == "edges" else 7
+    found = run(case, engine.backend, pieces=pieces, steps=steps, device=engine.device)
+    assert_same(found, run(case, "reference", pieces=pieces, steps=steps))
+    references = [name for name in found if name.endswith("decay_reference")]
+    assert bool(references) == ("decay_to" in case.options)
+    for name in references:  # what was begun with
+        k = int(name.split()[0])
+        start = make_params(pieces, case.dtype, case.grad_dtype)[k].detach()
+        assert torch.equal(found[name], start.to(found[name].dtype))
+
+
+@pytest.mark.parametrize("of", [of for of in PULLED if of.values[0]["engine"] not in COMPILED][::4])
+def test_peculiar_numbers_that_are_pulled(of: dict[str, Any], engine: Engine) -> None:
+    """Infinities, NaN and zeros of both signs, whose product with the update says whether they decay."""
+    case = pulled_case({**of, "complex": False})
+    assert_same(peculiar_run(case, engine.backend, device=engine.device), peculiar_run(case, "reference"))
+    assert_same(frozen_run(case, engine.backend, engine.device), frozen_run(case, "reference"))
 
 
 # What a launch moves --------------------------------------------------------------------------------------------------

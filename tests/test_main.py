@@ -99,7 +99,7 @@ def test_the_self_check_has_every_rule_variant_decay_and_dtype():
     cases = self_check.all_cases()
     assert len(set(cases)) == len(cases)
     ordinary = [c for c in cases if c.shapes is self_check.SHAPES]
-    assert len(ordinary) == (3 + 5 + 3) * 5 * 4
+    assert len(ordinary) == (3 + 5 + 3) * 6 * 4
     sizes = [torch.Size(shape).numel() for shape in self_check.SHAPES]
     assert {0, 1, 33, 1025} <= set(sizes)
     assert any(torch.Size(shape).numel() > 32768 for c in cases for shape in c.shapes)

@@ -191,7 +191,7 @@ REFUSED_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"rows": torch.zeros(2, W - 1, dtype=f64)}, f"rows must have {W} columns"),
     ({"rows": torch.zeros(2, len(SGDW.scalars), dtype=f64)}, f"rows must have {W} columns"),
     ({"rows": torch.zeros(2, W, dtype=f64, device="meta")}, f"rows {FLOAT64}"),
-    ({"rule": 1, "formats": [2, 2], "rows": torch.zeros(2, 13, dtype=f64)}, "rows must have 14 columns"),
+    ({"rule": 1, "formats": [2, 2], "rows": torch.zeros(2, 13, dtype=f64)}, "rows must have 16 columns"),
 ]
 
 

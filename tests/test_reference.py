@@ -69,6 +69,7 @@ def stepped(case: Case, backend: str, theta: Tensor, grads: Sequence[Tensor]) ->
         ("independent", 1 * 0.5 - 0.1, 0.4 * 0.5 + 0.1 / 3),
         ("proximal", (1 - 0.1) / 1.5, ((1 - 0.1) / 1.5 + 0.1 / 3) / 1.5),
         ("metric_proximal", (1 - 0.1) / 1.05, ((1 - 0.1) / 1.05 + 0.1 / 3) / 1.05),
+        ("corrected", 1 * 0.95 - 0.1, 0.85 * 0.95 + 0.1 / 3),
         # g = 1.5: m = 0.75, v = 1.125, direction 1. Then g = -1 + 0.45 = -0.55: m = 0.1, m / bias1 = 2/15,
         # v = 0.5625 + 0.15125 = 0.71375, v / bias2 = 0.9516666...
         ("l2", 0.9, 0.9 - 0.1 * (2 / 15) / math.sqrt(0.71375 / 0.75)),
@@ -179,6 +180,7 @@ def decay_scalars(mode: str, lam: float, eta: float, a: float, sgdw: bool) -> tu
         "lr_scaled": (0.0, a * lam, 1.0, 0.0),
         "independent": (0.0, eta * lam, 1.0, 0.0),
         "metric_proximal": (0.0, 0.0, 1.0, a * lam),
+        "corrected": (0.0, a * eta * lam, 1.0, 0.0),
     }[mode]
 
 
@@ -231,6 +233,8 @@ def in_numpy(case: Case, theta: Tensor, grads: Sequence[Tensor]) -> list[np.ndar
             step_size = kind((scale * (eta * lr)) / slowed)
             if o["decay"] == "lr_scaled":
                 decay = ((eta * lr) * WEIGHT_DECAY) / slowed
+            if o["decay"] == "corrected":
+                decay = (((eta * lr) * eta) * WEIGHT_DECAY) / slowed
             metric = kind(((eta * lr) * WEIGHT_DECAY) / slowed if o["decay"] == "metric_proximal" else 0)
             s = s + g * g
             u = (step_size * g + metric * x) / ((np.sqrt(s) + kind(o["eps"])) + metric)
@@ -302,6 +306,7 @@ def exactly(case: Case, theta: float, grads: Sequence[float]) -> Decimal:
             "proximal": lambda x, d, move, a, eta: (x - move / d) / (1 + eta * lam),
             # argmin over y of lam / 2 * y**2 + d / (2 * a) * (y - (x - move / d))**2
             "metric_proximal": lambda x, d, move, a, eta: (d * x - move) / (d + a * lam),
+            "corrected": lambda x, d, move, a, eta: (1 - a * eta * lam) * x - move / d,
         }[o["decay"]](x, d, move, a, eta)
     return x
 
@@ -513,7 +518,7 @@ def test_native_root_and_division_are_exact(isa: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [f32, f64, bf16, f16])
 @pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
-@pytest.mark.parametrize("decay", ["l2", "lr_scaled", "independent", "proximal", "metric_proximal"])
+@pytest.mark.parametrize("decay", ["l2", "lr_scaled", "independent", "proximal", "metric_proximal", "corrected"])
 def test_lr_zero_freezes_weights_only(rule: str, decay: str, dtype: torch.dtype, backend: str) -> None:
     """Infinite and NaN weights keep their bits too; moments and counts advance as under any other lr."""
     options = VARIANTS[rule]["momentum" if rule == "sgdw" else "plain"]

@@ -32,7 +32,7 @@ ADAGRADW_GROUP: dict[str, Any] = {
 GROUPS = {"adamw": ADAMW_GROUP, "sgdw": SGDW_GROUP, "adagradw": ADAGRADW_GROUP}
 RULES = {"adamw": ADAMW, "sgdw": SGDW, "adagradw": ADAGRADW}
 
-#: What makes a count part of a row, and no kernel reads.
+#: What makes a count part of a row, or ends it, and no equation reads.
 FOR_COUNTS = {
     "adamw": ("scaled_lr", "seed"), "sgdw": ("first_grad_coef", "later_grad_coef", "seed"),
     "adagradw": ("lr_decay", "scaled_lr", "fixed_decay", "scaled_decay", "scaled_metric", "seed"),
@@ -42,7 +42,7 @@ FOR_COUNTS = {
 def named(rule: str, values: Tensor) -> dict[str, float]:
     """A row by the names of its scalars, but those that equations do not read."""
     found = dict(zip(RULES[rule].scalars, values.tolist(), strict=True))
-    return {name: value for name, value in found.items() if name not in FOR_COUNTS[rule]}
+    return {name: value for name, value in found.items() if name not in (*FOR_COUNTS[rule], *rules.LAST)}
 
 
 def unused(rule: Rule) -> Rule:
@@ -96,6 +96,7 @@ ADAMW_DECAY = {
     "independent": {"l2": 0.0, "decay": 0.5 * 0.2, "step_size": (0.5 * 0.1) / 0.75, "metric": 0.0},
     "proximal": {"l2": 0.0, "decay": 0.1 / 1.1, "step_size": ((1 / 1.1) * 0.05) / 0.75, "metric": 0.0},
     "metric_proximal": {"l2": 0.0, "decay": 0.0, "step_size": 0.05 / 0.75, "metric": (0.5 * 0.1) * 0.2},
+    "corrected": {"l2": 0.0, "decay": ((0.5 * 0.1) * 0.5) * 0.2, "step_size": 0.05 / 0.75, "metric": 0.0},
 }
 
 
@@ -117,6 +118,7 @@ def test_adamw_row(decay: str) -> None:
         ("independent", {"l2": 0, "decay": 0.1, "step_size": 0.0666666666666666667, "metric": 0}),
         ("proximal", {"l2": 0, "decay": 0.0909090909090909091, "step_size": 0.0606060606060606061, "metric": 0}),
         ("metric_proximal", {"l2": 0, "decay": 0, "step_size": 0.0666666666666666667, "metric": 0.01}),
+        ("corrected", {"l2": 0, "decay": 0.005, "step_size": 0.0666666666666666667, "metric": 0}),
     ],
 )
 def test_adamw_row_in_decimals(decay: str, decimals: dict[str, float]) -> None:
@@ -157,6 +159,7 @@ SGDW_DECAY = {
     "independent": {"l2": 0.0, "decay": 0.5 * 0.2, "scale": 1.0},
     "proximal": {"l2": 0.0, "decay": (0.5 * 0.2) / (1 + 0.5 * 0.2), "scale": 1 / (1 + 0.5 * 0.2)},
     "metric_proximal": {"l2": 0.0, "decay": (0.05 * 0.2) / (1 + 0.05 * 0.2), "scale": 1 / (1 + 0.05 * 0.2)},
+    "corrected": {"l2": 0.0, "decay": ((0.5 * 0.1) * 0.5) * 0.2, "scale": 1.0},
 }
 
 
@@ -217,6 +220,7 @@ ADAGRADW_DECAY = {
     "independent": {"l2": 0.0, "decay": 0.5 * 0.2, "step_size": 0.05 / 1.5, "metric": 0.0},
     "proximal": {"l2": 0.0, "decay": 0.1 / 1.1, "step_size": ((1 / 1.1) * 0.05) / 1.5, "metric": 0.0},
     "metric_proximal": {"l2": 0.0, "decay": 0.0, "step_size": 0.05 / 1.5, "metric": (0.05 * 0.2) / 1.5},
+    "corrected": {"l2": 0.0, "decay": ((0.05 * 0.5) * 0.2) / 1.5, "step_size": 0.05 / 1.5, "metric": 0.0},
 }
 
 
@@ -410,7 +414,7 @@ def test_states_needed() -> None:
 
 ZERO_UP = "allowed are finite numbers >= 0"
 NUMBER = "expected a number or a tensor of one element"
-MODES = "allowed are 'l2', 'lr_scaled', 'independent', 'proximal', 'metric_proximal'"
+MODES = "allowed are 'l2', 'lr_scaled', 'independent', 'proximal', 'metric_proximal', 'corrected'"
 PAIR = r"expected a pair \(beta1, beta2\)"
 BETA = "allowed are 0 <= beta < 1"
 BOTH: list[tuple[str, Any, type[Exception], str, str]] = [

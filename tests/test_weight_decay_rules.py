@@ -259,7 +259,7 @@ FOR, OF, SCALED = weight_decay_for, timescale_of, scaled_weight_decay
         (FOR, {"timescale": 1.9, "lr": 1, "schedule": Cosine(99)}, ValueError, r"is 1\.9 steps"),
         (FOR, {"timescale": 9, "lr": 1, "decay": "l2"}, ValueError, r"'l2'.*gradients.*convert_weight_decay"),
         (OF, {"weight_decay": 1, "lr": 1, "decay": "metric_proximal"}, ValueError, "in timescale_of: allowed"),
-        (OF, {"weight_decay": 1, "lr": 1, "decay": "L2"}, ValueError, r"decay='L2' .*'proximal'$"),
+        (OF, {"weight_decay": 1, "lr": 1, "decay": "L2"}, ValueError, r"decay='L2' .*'corrected'$"),
         (OF, {"weight_decay": -1, "lr": 1}, ValueError, r"weight_decay=-1\.0 in timescale_of"),
         (SCALED, {"law": "linear"}, ValueError, "law='linear' in scaled_weight_decay: allowed are 'timescale'"),
         (SCALED, {"law": "per_step", "decay": "l2"}, ValueError, "decay='l2' in scaled_weight_decay"),

@@ -7,13 +7,15 @@ mode                  a step takes off                                          
 ====================  =========================================================================  ==========
 ``lr_scaled``         :math:`x = \eta\,\alpha\lambda`                                            linear
 ``independent``       :math:`x = \eta\,\lambda`                                                  linear
+``corrected``         :math:`x = \eta^2\alpha\lambda`                                             squared
 ``l2``                :math:`x = \eta\,\alpha\lambda`; AdamW: over :math:`D`                     linear
 ``l2`` with momentum  the lesser root of :math:`p^2 - (1 - \mu + x)p + x`                        linear (*)
 ``proximal``          :math:`x/(1 + x)`, :math:`x = \eta\,\lambda`                               hyperbolic
 ``metric_proximal``   :math:`x/(1 + x)`, :math:`x = \eta\,\alpha\lambda`; AdamW: over :math:`D`  hyperbolic
 ====================  =========================================================================  ==========
 
-So each mode is a family and a coefficient :math:`c`, with :math:`x = \eta c`. Within a family a conversion is exact in
+So each mode is a family and a coefficient :math:`c`, with :math:`x = \eta c`; of a squared one :math:`x = \eta^2 c`.
+Within a family a conversion is exact in
 every step of every schedule. Between them it is exact at a constant :math:`\eta`; else it is made so that the whole run
 shrinks a weight as much. With (*), and with ``l2`` for AdamW, whose :math:`D = \sqrt{\hat v} + \epsilon` moves with the
 gradients and with the decay, it is an approximation. AdagradW is as AdamW, with :math:`D = \sqrt s + \epsilon` and the
@@ -66,7 +68,8 @@ def convert_weight_decay(
     r"""The weight decay with which `target` decays as `source` does with `weight_decay`.
 
     The schedule is that of :math:`\eta`, also of what ``"from_lr"`` makes of an LR scheduler. Under an LR scheduler
-    without ``"from_lr"``, :math:`\eta` stays 1, and ``"independent"`` and ``"proximal"`` do not follow it.
+    without ``"from_lr"``, :math:`\eta` stays 1: ``"independent"`` and ``"proximal"`` do not follow it, and
+    ``"corrected"`` is ``"lr_scaled"``.
 
     Args:
         weight_decay: :math:`\lambda \ge 0` in the source mode.
@@ -96,7 +99,8 @@ def convert_weight_decay(
         (1.0, True)
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Proposition 1 (SGD) and
-    Proposition 2 (why AdamW's `l2` is only approximated); Zhuang et al., TMLR 2022, section 3 (proximal).
+    Proposition 2 (why AdamW's `l2` is only approximated); Zhuang et al., TMLR 2022, section 3 (proximal); Defazio,
+    "Why Gradients Rapidly Increase Near the End of Training", 2025 (corrected).
     """
     decay = at_least_zero("weight_decay", weight_decay, WHERE)
     alpha, mu = at_least_zero("lr", lr, WHERE), at_least_zero("momentum", momentum, WHERE)
@@ -114,18 +118,23 @@ def convert_weight_decay(
             f"momentum={momentum} with rule={rule!r} in {WHERE}: allowed are 0 <= momentum < 1, for "
             f"{' and '.join(map(repr, with_momentum))}"
         )
-    etas = [eta for eta in multipliers(schedule, steps, WHERE) if eta]
+    each = [multipliers(schedule, steps, WHERE, mode) for mode in (source, target)]
+    pairs = [pair for pair in zip(*each, strict=True) if all(pair)]
     if source == target or decay == 0:
         return Conversion(decay, True, 0.0)
 
     scales = [_scale(mode, own, alpha, metric) for mode in (source, target)]
     c = decay * scales[0]
-    before = [_taken(source, eta * c, mu) for eta in etas]
-    same_family, constant = _hyperbolic(source) == _hyperbolic(target), min(etas) == max(etas)
+    before = [_taken(source, own * c, mu) for own, _ in pairs]
+    etas = [other for _, other in pairs]
+    constant = all(min(own) == max(own) for own in zip(*pairs, strict=True))
+    if constant:
+        c *= pairs[0][0] / pairs[0][1]  # of the target's multiplier, where they are not the same
+    same_family = _family(source) == _family(target)
     heavy = mu > 0 and "l2" in (source, target)
     if heavy or not (same_family or constant):
         c = _solve(target, -sum(math.log1p(-taken) for taken in before), etas, mu)
-    elif not same_family:
+    elif _hyperbolic(source) != _hyperbolic(target):
         c = c / (1.0 - etas[0] * c) if _hyperbolic(target) else c / (1.0 + etas[0] * c)
     if not math.isfinite(c / scales[1]):
         raise ValueError(f"lr={lr} in {WHERE}: no finite weight decay of {target!r} decays as much")
@@ -136,8 +145,10 @@ def convert_weight_decay(
     return Conversion(c / scales[1], False, deviation)
 
 
-def multipliers(schedule: Callable[[int], float] | None, steps: int | None, where: str) -> list[float]:
-    """What multiplies the coefficient of the decay in each step; without a schedule, in one step for all."""
+def multipliers(
+    schedule: Callable[[int], float] | None, steps: int | None, where: str, mode: str = "lr_scaled"
+) -> list[float]:
+    """What multiplies the coefficient of a mode's decay in each step; without a schedule, in one step for all."""
     count = None if steps is None else whole(steps, f"steps={steps!r} in {where}")
     if schedule is None:
         return [1.0]
@@ -151,7 +162,7 @@ def multipliers(schedule: Callable[[int], float] | None, steps: int | None, wher
         raise ValueError(f"steps=None in {where}: {schedule!r} has no end, so say how many steps the run has")
     factor = getattr(schedule, "decay_factor", lambda t: 1.0)
     etas = [
-        at_least_zero(f"schedule({t})", schedule(t), where)
+        at_least_zero(f"schedule({t})", schedule(t), where) ** (2 if mode == "corrected" else 1)
         * at_least_zero(f"schedule.decay_factor({t})", factor(t), where)
         for t in range(count)
     ]
@@ -164,11 +175,15 @@ def _hyperbolic(mode: str) -> bool:
     return mode in ("proximal", "metric_proximal")
 
 
+def _family(mode: str) -> str:
+    return "hyperbolic" if _hyperbolic(mode) else "squared" if mode == "corrected" else "linear"
+
+
 def _scale(mode: str, rule: Rule, alpha: float, metric: float | None) -> float:
     """c / lambda."""
     if mode in ("independent", "proximal"):
         return 1.0
-    if not rule.metric or mode == "lr_scaled":
+    if not rule.metric or mode in ("lr_scaled", "corrected"):
         return alpha
     if metric is None:
         raise ValueError(

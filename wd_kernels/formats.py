@@ -18,6 +18,7 @@ __all__ = [
     "EMA_NAME",
     "FORMATS",
     "MASTER_NAME",
+    "REFERENCE_NAME",
     "SCALE",
     "TILE",
     "Format",
@@ -178,6 +179,8 @@ def exact_in(source: torch.dtype, target: torch.dtype) -> bool:
 
 #: The key of a parameter's state that has its average.
 EMA_NAME = "ema"
+#: The key of a parameter's state that has what it decays to.
+REFERENCE_NAME = "decay_reference"
 #: The key of a parameter's state that has its master weight, or what the parameter lacks of it.
 MASTER_NAME = "master_param"
 _MASTERS = {"float32": torch.float32, "split32": torch.int16, "split24": torch.int8}
@@ -218,12 +221,16 @@ class Storage:
         """What is asked for one state."""
         if name == EMA_NAME:
             return self.average
+        if name == REFERENCE_NAME:
+            return "param"
         return self.states if isinstance(self.states, str) else dict(self.states).get(name, "float32")
 
     def state_dtype(self, state: _State, dtype: torch.dtype) -> torch.dtype:
         """The dtype of a state of a parameter of `dtype`."""
         if state.name == MASTER_NAME:
             return self.master_dtype(dtype) or torch.float32
+        if state.name == REFERENCE_NAME:  # it holds every first weight exactly
+            return torch.float32 if self.master_dtype(dtype) is not None else dtype
         eight = torch.int8 if state.signed else torch.uint8
         words = {"bfloat16": torch.bfloat16, "int8": eight, "param": dtype}
         return words.get(self.word(state.name)) or full_state_dtype(dtype)

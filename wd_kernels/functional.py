@@ -4,10 +4,11 @@ r"""The step for who brings their own state: lists of tensors, or flat buffers. 
     adamw_flat_  sgdw_flat_  adagradw_flat_   one flat buffer each, such as a shard of a ZeRO-style partition
     accumulate_                               gradients of several backward passes, and the norm of their sum
 
-They do what the classes do, to the bit, in every decay mode and through every backend, and remember nothing:
-the caller keeps the states and counts the steps. Each is an operator of torch.ops too (`torch_ops.py`), with the
-scalars as numbers or as tensors of one element, and `torch.compile` traces these functions as that. A number of another
-value makes it compile again; a tensor of another value does not.
+They do what the classes do, to the bit, in every decay mode ("corrected" too) and through every backend, and remember
+nothing: the caller keeps the states and counts the steps. Centers, references, caution and schedules of the weight
+decay are the classes' alone. Each is an operator of torch.ops too (`torch_ops.py`), with the scalars as numbers or as
+tensors of one element, and `torch.compile` traces these functions as that. A number of another value makes it compile
+again; a tensor of another value does not.
 """
 
 from __future__ import annotations

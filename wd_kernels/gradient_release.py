@@ -347,6 +347,7 @@ class _Block:
     def __init__(self, opt: DecoupledOptimizer, params: Sequence[Tensor], places: dict[int, tuple[int, int]]) -> None:
         self.params = tuple(params)
         self.table = TensorTable(opt.rule, cache(partial(backends.resolve, opt.backend)))
+        self.table.references = opt._references
         self.of_groups: dict[int, list[tuple[Tensor, int]]] = {}
         for p in sorted(params, key=lambda p: places[id(p)]):
             g, k = places[id(p)]

@@ -32,7 +32,7 @@ from .formats import (
 )
 from .norms import Norms
 from .reference import BLOCK  # chunks are multiples of it, and begin where their segment's alignment holds
-from .rules import EMA, MASTER, Rule, State, code_of
+from .rules import EMA, MASTER, REFERENCE, Rule, State, code_of
 
 __all__ = [
     "BLOCK",
@@ -157,9 +157,10 @@ class Spec:
 
     Attributes:
         states: by name, in the rule's order.
-        formats: of parameter, gradient, each state, and each output of the epilogues.
+        formats: of parameter, gradient, each state, each output of the epilogues, and the reference.
         epilogues: what is run with the rule, in the order of their codes.
         parts: by name, what lies elsewhere of these roles, in their order.
+        pull: 0, or what the decay pulls to: a center (1), a reference beside each parameter (2); `Pull.level`.
     """
 
     device: torch.device
@@ -167,6 +168,12 @@ class Spec:
     formats: tuple[Format, ...]
     epilogues: tuple[Epilogue, ...] = ()
     parts: tuple[str, ...] = ()
+    pull: int = 0
+
+    @property
+    def refers(self) -> bool:
+        """Has each parameter a reference?"""
+        return self.pull == 2
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -191,7 +198,7 @@ class Spec:
     @property
     def beside(self) -> tuple[str, ...]:
         """By name, all that lies beside a parameter and its gradient, in the order of a place's addresses."""
-        return (*self.states, *self.outputs, *self.parts)
+        return (*self.states, *self.outputs, *([REFERENCE.name] if self.refers else []), *self.parts)
 
     @property
     def scales(self) -> int:
@@ -199,22 +206,30 @@ class Spec:
         return sum(fmt.part is SCALE for fmt in self.formats)
 
 
+#: The bit of a variant from which on it says what a decay pulls to (csrc/kernels.h, `kPulled`).
+PULLED = 4
+
+
 def native_kernel(rule: Rule, spec: Spec) -> tuple[int, int, int, list[int]]:
     """(rule, variant, epilogues, formats), by which native code finds the kernel of a bucket."""
     epilogues = sum(own.code for own in spec.epilogues)
     formats = [*spec.formats, *(fmt.part for fmt in spec.formats if fmt.part is not None)]
-    return code_of(rule), rule.variant(spec.states), epilogues, [fmt.code for fmt in formats]
+    variant = rule.variant(spec.states) + (spec.pull << PULLED)
+    return code_of(rule), variant, epilogues, [fmt.code for fmt in formats]
 
 
 @lru_cache
 def spec_of(
-    device: torch.device, dtypes: tuple[torch.dtype, ...], states: tuple[State, ...], stochastic: tuple[bool, bool]
-) -> Spec | None:
+    device: torch.device, dtypes: tuple[torch.dtype, ...], states: tuple[State, ...], stochastic: tuple[bool, bool],
+    pull: int = 0,
+) -> Spec | None:  # fmt: skip
     """The bucket of a parameter, a gradient and states of these dtypes; None where there is none.
 
     Args:
-        states: of the rule; then `EMA` and `MASTER`, where they are there, and the scales of what is in 8 bits.
+        states: of the rule; then `EMA`, `REFERENCE` and `MASTER`, where they are there, and the scales of what is in 8
+            bits.
         stochastic: are parameters, are states rounded stochastically, where their dtype can be?
+        pull: as of `Spec`.
     """
     param, grad = dtypes[:2]
     kinds = dict(zip(states, dtypes[2:], strict=True))
@@ -229,11 +244,14 @@ def spec_of(
     if scales != {state.name: SCALE.dtype for state, dtype in own.items() if has_scales(dtype)}:
         return None
     formats = [format_of(param, stochastic[0], master), format_of(grad)]
-    formats += [format_of(dtype, stochastic[1], scales.get(state.name)) for state, dtype in own.items()]
+    formats += [
+        format_of(dtype, stochastic[1] and state is not REFERENCE, scales.get(state.name))
+        for state, dtype in own.items()
+    ]
     names = tuple(state.name for state in states)
     epilogues = (AVERAGE,) if EMA in own else ()
-    of_rule = names[: len(own) - len(epilogues)]
-    return Spec(device, of_rule, tuple(formats), epilogues, names[len(own) :])
+    of_rule = names[: len(own) - len(epilogues) - (REFERENCE in own)]
+    return Spec(device, of_rule, tuple(formats), epilogues, names[len(own) :], pull)
 
 
 @dataclass
@@ -263,15 +281,17 @@ class Tensors(NamedTuple):
     origin: int = 0
     master: Tensor | None = None
     scales: Mapping[str, Tensor] = MappingProxyType({})  # by the names of states and outputs
+    reference: Tensor | None = None  # what it decays to
 
     @classmethod
     def of(cls, theta: Tensor, grad: Tensor, beside: Mapping[str, Tensor], row: int, origin: int) -> Tensors:
         """Of a parameter with all that lies beside it, by name."""
         scales = {name: beside[scale_name(name)] for name in beside if scale_name(name) in beside}
-        others = {MASTER.name, EMA.name, *map(scale_name, scales)}
+        others = {MASTER.name, EMA.name, REFERENCE.name, *map(scale_name, scales)}
         states = {name: t for name, t in beside.items() if name not in others}
         outputs = {EMA.name: beside[EMA.name]} if EMA.name in beside else {}
-        return cls(theta, grad, states, row, outputs, None, None, origin, beside.get(MASTER.name), scales)
+        master, reference = beside.get(MASTER.name), beside.get(REFERENCE.name)
+        return cls(theta, grad, states, row, outputs, None, None, origin, master, scales, reference)
 
 
 class Table(Protocol):

@@ -15,17 +15,17 @@ from torch import Tensor
 from .averages import AverageDecay, Mean, is_tabled
 from .layout import CPU
 from .norms import Bank
-from .rules import AVERAGE, LIMIT, VALUE, Hyper, Rule, at_least_zero, pair
+from .rules import AVERAGE, CENTER, LIMIT, VALUE, Hyper, Rule, at_least_zero, pair
 from .schedules import Schedule, stepping
 from .schedules.shapes import named
-from .schedules.tables import can_be_tabled
+from .schedules.tables import can_be_tabled, with_decay
 
 __all__ = ["LIVE", "Live", "of_host", "read", "sources"]
 
 #: The hyperparameters that may be tensors on the device.
 LIVE = ("lr", "eta", "weight_decay", "betas", "eps")
 #: Of these the host wants to know the number.
-READ_HERE = (LIMIT, VALUE, AVERAGE, "base_lr", "seed")
+READ_HERE = (LIMIT, VALUE, AVERAGE, CENTER, "base_lr", "seed")
 #: After the sources of settings: of schedules a table's address, its length, and whether it goes on; of averages an
 #: address and a length (csrc/layout.h, `SourceWord`).
 OF_TABLES = 5
@@ -82,8 +82,17 @@ def read(
                 raise ValueError(f"eta={eta!r} in {where} with schedule='from_lr', which sets it: allowed is 1")
             schedule = None
         else:
-            _check_schedule(group, capturable, device, where)
+            _check_schedule("schedule", group, capturable, device, where)
             tensors, numbers = {k: t for k, t in tensors.items() if k != "eta"}, {**numbers, "eta": 1.0}
+        if group.get(stepping.WEIGHT_DECAY) is not None:
+            _check_schedule(stepping.WEIGHT_DECAY, group, capturable, device, where)
+            if "eta" in tensors:
+                raise TypeError(
+                    f"eta of {where} is a tensor, with weight_decay_schedule={named(group[stepping.WEIGHT_DECAY])}: "
+                    "allowed is a number, or a schedule"
+                )
+            eta = 1.0 if schedule is not None or stepping.follows_lr(group) else float(group.get("eta", 1.0))
+            schedule = with_decay(schedule, eta, group[stepping.WEIGHT_DECAY])
         plain.append({**group, **numbers} if numbers else group)
         lives.append(Live(tensors, _base_lr(group, g), schedule))
     return rule.hypers(plain, default=default), lives
@@ -179,12 +188,12 @@ def _check_average(average: object, capturable: bool, device: torch.device, wher
         average.settles()  # its table is not too long
 
 
-def _check_schedule(group: Mapping[str, Any], capturable: bool, device: torch.device, where: str) -> None:
+def _check_schedule(key: str, group: Mapping[str, Any], capturable: bool, device: torch.device, where: str) -> None:
     why = "capturable=True" if capturable else f"skip_nonfinite or a GradScaler, on {device}"
-    schedule = group["schedule"]
+    schedule = group[key]
     if not can_be_tabled(schedule):
         raise ValueError(
-            f"schedule={named(schedule)} in {where} is Python code, with {why}: what may be skipped or captured is "
+            f"{key}={named(schedule)} in {where} is Python code, with {why}: what may be skipped or captured is "
             "counted on the device, which cannot call it. Allowed are those of wd_kernels.schedules and what derives "
             "from their Schedule, which become tables there, and schedule='from_lr' with an LR scheduler of torch"
         )

@@ -10,7 +10,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from .formats import MASTER_NAME, SCALE, has_scales, is_steppable, tiles
-from .rules import EMA, Rule
+from .rules import EMA, REFERENCE, Rule
 from .sharding import local
 
 __all__ = ["MemoryReport", "MemoryRow", "report"]
@@ -103,7 +103,7 @@ def report(
                 add("accumulators", total.dtype, total.nbytes, 0)
             for state in settings.states:
                 dtype = settings.storage.state_dtype(state, here.dtype)
-                add(state.name, dtype, n * dtype.itemsize, 0 if state is EMA else own)
+                add(state.name, dtype, n * dtype.itemsize, 0 if state in (EMA, REFERENCE) else own)
                 if has_scales(dtype):
                     add(state.scale.name, SCALE.dtype, tiles(n), 0)
             master = settings.storage.master_dtype(here.dtype)

@@ -22,7 +22,7 @@ from .averages import AverageDecay
 from .clipping import Asked, Limits, Window, number
 from .epilogues import AVERAGE
 from .reference import sqrt
-from .rules import Rule
+from .rules import LAST, Rule
 from .schedules import Schedule
 from .schedules.tables import ScheduleTable, tabled
 from .sharding import sharded_over, sum_over
@@ -161,7 +161,7 @@ class Bank:
         if self.rows is None or self.rows.shape != shape:
             self.rows = make(shape)
         if self.groups is None:
-            self.groups = make(len(self.clips), len(rule.group_scalars) + 1)
+            self.groups = make(len(self.clips), len(rule.group_scalars) + len(LAST))
         return self.rows, self.groups
 
     def table(self, schedule: Schedule) -> ScheduleTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -11,7 +12,17 @@ from torch.optim.optimizer import ParamsT
 from .averages import AverageLike
 from .backends import BackendName
 from .optimizer import DecoupledOptimizer
-from .rules import ADAGRADW, ADAMW, TORCHS_DECAY, DecayMode, Form, MasterWeights, StateDtype, StochasticRounding
+from .rules import (
+    ADAGRADW,
+    ADAMW,
+    TORCHS_DECAY,
+    DecayMode,
+    DecayTo,
+    Form,
+    MasterWeights,
+    StateDtype,
+    StochasticRounding,
+)
 from .rules import SGDW as SGDW_RULE
 from .schedules.stepping import ScheduleLike
 
@@ -38,6 +49,7 @@ class AdamW(DecoupledOptimizer):
     ``"l2"``              :math:`g \leftarrow g + \lambda\theta`, :math:`\lambda' = 0`: torch.optim.Adam
     ``"proximal"``        the whole step is divided by :math:`1 + \eta\lambda`: ProxAdam
     ``"metric_proximal"`` the prox of :math:`\frac{\lambda}{2}\|\theta\|^2` in Adam's own metric
+    ``"corrected"``       :math:`\lambda' = \eta\alpha\cdot\eta\lambda`: AdamC, for weights before a norm
     ====================  =====================================================================================
 
     Decay and update are summed before they are rounded into the parameter once. Parameters may be float64, float32,
@@ -55,7 +67,21 @@ class AdamW(DecoupledOptimizer):
             it by the learning rate.
         amsgrad: keep the largest second moment (Reddi et al., 2018).
         maximize: ascend.
-        decay: the form of weight decay, see above.
+        decay: the form of weight decay, see above. "corrected" falls as :math:`\eta^2`, so :math:`\eta` must be the
+            schedule's: with ``"from_lr"`` it follows torch's LR schedulers; beside one without, it is "lr_scaled".
+        decay_center: what weights decay to: :math:`\theta - c` takes the place of :math:`\theta` in the decay of every
+            mode. 1 for the gains of norms. Not for complex parameters.
+        decay_to: the same with a tensor for each parameter (L2-SP): a list in the order of the group's parameters, a
+            dict by their names, or "initial", the weights as they are before their first step. It is
+            ``state[p]["decay_reference"]``, of the parameter's dtype, or float32 beside a master weight; one that lies
+            so is referred to, and others are copied. It is saved, and a loaded one takes its place.
+        cautious: weights decay only where that agrees with the update u: where :math:`u\,(\theta - c) < 0` the decay is
+            0. With "lr_scaled", "independent" and "corrected"; an error with "l2", which decays in the gradient, and
+            with proximal modes, which divide the whole step.
+        weight_decay_schedule: what multiplies `weight_decay`, apart from :math:`\eta`: a function of the completed
+            steps, such as those of :mod:`wd_kernels.schedules`, counted in ``group["schedule_step"]`` as `schedule` is.
+            DINO's rise from 0.04 to 0.4 is ``weight_decay=0.04, weight_decay_schedule=Cosine(steps, end=10)``.
+            These four, and not the numbers, are the live group's when a state is loaded.
         eta: the schedule multiplier :math:`\eta \ge 0`; 0 freezes weights as lr 0 does. ``group["eta"]``, where it is
             not 1.
         schedule: sets :math:`\eta` before every step: a function of the number of completed steps, such as those of
@@ -128,7 +154,10 @@ class AdamW(DecoupledOptimizer):
         [0.899, 0.899, 0.899]
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2 and appendix B;
-    Zhuang et al., "Understanding AdamW through Proximal Methods and Scale-Freeness", TMLR 2022, section 3.
+    Zhuang et al., "Understanding AdamW through Proximal Methods and Scale-Freeness", TMLR 2022, section 3; Defazio,
+    "Why Gradients Rapidly Increase Near the End of Training", 2025 (corrected); Li et al., "Explicit Inductive Bias for
+    Transfer Learning with Convolutional Networks", ICML 2018 (L2-SP); Chen et al., "Cautious Weight Decay", 2025; Caron
+    et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021 (DINO's schedule).
     """
 
     rule = ADAMW
@@ -144,6 +173,10 @@ class AdamW(DecoupledOptimizer):
         *,
         maximize: bool = False,
         decay: DecayMode = "lr_scaled",
+        decay_center: float = 0.0,
+        decay_to: DecayTo = None,
+        cautious: bool = False,
+        weight_decay_schedule: Callable[[int], float] | None = None,
         eta: Number = 1.0,
         schedule: ScheduleLike = None,
         base_lr: Number | None = None,
@@ -173,6 +206,8 @@ class AdamW(DecoupledOptimizer):
             state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
             master_weights=master_weights, seed=seed, max_grad_value=max_grad_value, ema_decay=ema_decay,
             ema_dtype=ema_dtype, foreach=foreach, fused=fused, differentiable=differentiable,
+            decay_center=decay_center, decay_to=decay_to, cautious=cautious,
+            weight_decay_schedule=weight_decay_schedule,
         )  # fmt: skip
 
 
@@ -203,6 +238,7 @@ class SGDW(DecoupledOptimizer):
         maximize: ascend.
         decay: the form of weight decay; "metric_proximal" is "proximal" with :math:`\eta\alpha\lambda`.
         form: "torch" or "paper".
+        decay_center, decay_to, cautious, weight_decay_schedule,
         eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
         max_grad_norm, max_grad_value, skip_nonfinite, skip_spikes, spike_window, ema_decay, ema_dtype, track_changes,
         backend, foreach, fused, capturable, differentiable: as in :class:`AdamW`.
@@ -236,6 +272,10 @@ class SGDW(DecoupledOptimizer):
         *,
         maximize: bool = False,
         decay: DecayMode = "lr_scaled",
+        decay_center: float = 0.0,
+        decay_to: DecayTo = None,
+        cautious: bool = False,
+        weight_decay_schedule: Callable[[int], float] | None = None,
         form: Form = "torch",
         eta: Number = 1.0,
         schedule: ScheduleLike = None,
@@ -266,6 +306,8 @@ class SGDW(DecoupledOptimizer):
             show_lr=show_lr, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
             master_weights=master_weights, seed=seed, max_grad_value=max_grad_value, ema_decay=ema_decay,
             ema_dtype=ema_dtype, foreach=foreach, fused=fused, differentiable=differentiable,
+            decay_center=decay_center, decay_to=decay_to, cautious=cautious,
+            weight_decay_schedule=weight_decay_schedule,
         )  # fmt: skip
 
 
@@ -291,7 +333,8 @@ class AdagradW(DecoupledOptimizer):
         initial_accumulator_value: what sums begin with, >= 0; of a complex parameter both parts do.
         eps: :math:`\epsilon \ge 0`.
         maximize: ascend.
-        decay: the form of weight decay.
+        decay: the form of weight decay. "corrected" is slowed once, by `lr_decay`, and falls as :math:`\eta^2`.
+        decay_center, decay_to, cautious, weight_decay_schedule,
         eta, schedule, base_lr, show_lr, state_dtype, stochastic_rounding, seed,
         max_grad_norm, max_grad_value, skip_nonfinite, skip_spikes, spike_window, ema_decay, ema_dtype, track_changes,
         backend, foreach, fused, capturable, differentiable: as in :class:`AdamW`.
@@ -326,6 +369,10 @@ class AdagradW(DecoupledOptimizer):
         *,
         maximize: bool = False,
         decay: DecayMode = "lr_scaled",
+        decay_center: float = 0.0,
+        decay_to: DecayTo = None,
+        cautious: bool = False,
+        weight_decay_schedule: Callable[[int], float] | None = None,
         eta: Number = 1.0,
         schedule: ScheduleLike = None,
         base_lr: Number | None = None,
@@ -355,4 +402,6 @@ class AdagradW(DecoupledOptimizer):
             stochastic_rounding=stochastic_rounding,
             master_weights=master_weights, seed=seed, max_grad_value=max_grad_value, ema_decay=ema_decay,
             ema_dtype=ema_dtype, foreach=foreach, fused=fused, differentiable=differentiable,
+            decay_center=decay_center, decay_to=decay_to, cautious=cautious,
+            weight_decay_schedule=weight_decay_schedule,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import averaging, backends, live, master_weights, memory_report, native
+from . import averaging, backends, live, master_weights, memory_report, native, references
 from . import state_dict as state_dicts
 from .accumulation import Accumulators
 from .caller import warn
@@ -24,7 +24,7 @@ from .changes import Change, Marks
 from .clipping import Clipping, Limits
 from .epilogues import CHANGES, STATISTICS
 from .flat.states import FlatGradients
-from .rules import AVERAGE, FLAG, LIMIT, Hyper, Rule, check_chosen, flag, pair, state_dtype_word
+from .rules import AVERAGE, FLAG, GIVEN, LIMIT, REFERENCE, TO, Hyper, Rule, check_chosen, flag, pair, state_dtype_word
 from .schedules import stepping
 from .schedules.shapes import named
 from .sharding import local
@@ -78,6 +78,7 @@ class DecoupledOptimizer(Optimizer):
         backends.check(backend)
         self.backend = backend
         self._make_plain(defaults, "the arguments")
+        self._given = references.taken(defaults)  # to the groups of the constructor that are given no others
         self.rule.hypers([defaults], where="the arguments")
         stepping.check(defaults, "the arguments")
         if defaults["schedule"] is not None and defaults["eta"] != 1:
@@ -86,7 +87,9 @@ class DecoupledOptimizer(Optimizer):
         self._clipping.set(max_grad_norm, skip_nonfinite, skip_spikes, spike_window, "the arguments")
         self._accumulators = Accumulators()
         self._marks = Marks() if flag("track_changes", track_changes, "the arguments") else None
+        self._references: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
+        self._given = None
         self._check_overlaps(0)
         self._new_table()
 
@@ -96,6 +99,7 @@ class DecoupledOptimizer(Optimizer):
         # No reference to this optimizer: what is dropped is freed at once, not when the garbage collector comes.
         self._table = TensorTable(self.rule, cache(partial(backends.resolve, self.backend)))
         self._table.capturable = self._capturable
+        self._table.references = self._references
         self._flat_gradients = FlatGradients()
         self._clipping.last = None
 
@@ -396,6 +400,8 @@ class DecoupledOptimizer(Optimizer):
         try:
             _name_empty_groups([*self.param_groups, param_group])
             self._make_plain(param_group, f"param group {index}")
+            given_to = references.taken(param_group)
+            given_to = self._given if TO not in param_group else given_to
             asked = dict(param_group)
             try:
                 super().add_param_group(param_group)
@@ -418,13 +424,25 @@ class DecoupledOptimizer(Optimizer):
             for k, p in enumerate(group["params"]):
                 if p.requires_grad and not is_lazy(p):  # what is not trained may be anything
                     check_parameter(p, label(group, index, k))
+            found = {} if given_to is None else references.matched(self.rule, group, index, given_to)
+            if group.get(TO) == GIVEN and given_to is None:
+                self._require_references(group, index)
             if "_table" in self.__dict__:  # the constructor checks all groups at once
                 self._check_overlaps(index)
             self._warn_of_typos(asked, index)
+            self._references.update(found)
         except BaseException:
             undo = [partial(param_group.clear), partial(param_group.update, given)]  # the caller's, to be tried again
             native.insist([partial(self.param_groups.__delitem__, slice(index, None)), *undo])
             raise
+
+    def _require_references(self, group: Mapping[str, Any], index: int) -> None:
+        for k, p in enumerate(group["params"]):
+            if p not in self._references and REFERENCE.name not in self.state.get(p, ()):
+                raise ValueError(
+                    f"decay_to='given' in param group {index}, and {label(group, index, k)} has no tensor that it "
+                    "decays to: give decay_to= of the group, one tensor for each of its parameters, or None"
+                )
 
     def _make_plain(self, settings: dict[str, Any], where: str) -> None:
         """Numbers and words, as checkpoints hold them, of what is an array, a dtype, or a list of a configuration."""
@@ -517,6 +535,7 @@ class DecoupledOptimizer(Optimizer):
         groups, state, flat, masters = state_dicts.load(
             self.rule, self.param_groups, state_dict, self.defaults["decay"], convert_states
         )
+        references.retained(groups, self.state, state)
         self.__setstate__({"state": state, "param_groups": groups})
         self._table.flat_states = flat
         master_weights.put(self.state, flat, masters)
@@ -780,6 +799,7 @@ class DecoupledOptimizer(Optimizer):
         packed["backend"] = self.backend
         packed["param_groups"] = [state_dicts.with_own_schedule(group) for group in packed["param_groups"]]
         packed["_capturable"] = self._capturable
+        packed["_references"] = self._references
         packed["track_changes"] = self.track_changes
         own = self._clipping
         packed["clipping"] = {name: getattr(own, name) for name in ("max_norm", "skip_nonfinite", "sigma", "window")}
@@ -794,6 +814,8 @@ class DecoupledOptimizer(Optimizer):
         clipping = self.__dict__.pop("clipping", {})
         self.__dict__.setdefault("_clipping", Clipping(**clipping))
         self.__dict__.setdefault("_accumulators", Accumulators())
+        self.__dict__.setdefault("_given", None)
+        self.__dict__.setdefault("_references", {})
         self.defaults = {**stepping.DEFAULTS, **self.defaults}
         self.defaults.pop("schedule_step", None)  # version 0.1 had it there
         for group in self.param_groups:

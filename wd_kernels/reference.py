@@ -287,8 +287,9 @@ class Produced(Protocol):
 
 
 def new_values(
-    rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor],
+    pull: int = 0, to: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
     """One step on one tensor: (theta after it, g with its factor, update u, states after it), in theta's dtype.
 
     Args:
@@ -296,6 +297,7 @@ def new_values(
         row: float64 [len(rule.scalars)], or longer.
         grad_factor: float64 factor of the gradient (1 unless gradients are unscaled or clipped).
         theta, g, states: the loaded tensors, float32 or float64, of one shape; states by name.
+        pull, to: what decays is theta less the row's center (1), or less `to`, a loaded tensor (2).
     """
     s = _named(rule.scalars, row, theta)
     factor = torch.tensor(grad_factor, dtype=torch.float64, device="cpu").to(theta)
@@ -303,8 +305,14 @@ def new_values(
     g = g * (s.grad_scale * factor)
     g = torch.where(g > s.grad_limit, s.grad_limit, g)  # NaN stays
     g = torch.where(g < -s.grad_limit, -s.grad_limit, g)
-    u, new = rule.equation(s, theta, g + s.l2 * theta, states)
-    theta = theta - (s.decay * theta + u)
+    if not pull:
+        u, new = rule.equation(s, theta, g + s.l2 * theta, states)
+        theta = theta - (s.decay * theta + u)
+        return theta, g, u, new
+    pulled = theta - (s.decay_center if to is None else to)
+    u, new = rule.equation(s, pulled, g + s.l2 * pulled, states)
+    decayed = torch.where(u * pulled < s.decay_threshold, 0.0, s.decay * pulled)  # NaN decays
+    theta = theta - (decayed + u)
     return theta, g, u, new
 
 
@@ -336,7 +344,8 @@ def step_(
     rule: Equation, row: Tensor, grad_factor: float, theta: Tensor, g: Tensor, states: Mapping[str, Tensor],
     epilogues: Sequence[Produced] = (), outputs: Mapping[str, Tensor] = MappingProxyType({}),
     numbers: Tensor | None = None, marks: Tensor | None = None, formats: Sequence[Format] = (), origin: int = 0,
-    master: Tensor | None = None, scales: Mapping[str, Tensor] = MappingProxyType({}),
+    master: Tensor | None = None, scales: Mapping[str, Tensor] = MappingProxyType({}), pull: int = 0,
+    to: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One step of `rule` in place, on tensors as they are stored; a row's `frozen` keeps the bits of theta.
 
@@ -349,11 +358,13 @@ def step_(
         origin: the number of theta's first element among all of the optimizer's.
         master: what lies elsewhere of theta.
         scales: of the states and outputs that are in 8 bits, by their names.
+        pull, to: as for `new_values`, `to` as it is stored.
     """
     dtype, was = arithmetic_dtype(theta.dtype), theta.clone()
     own = {name: load(state, dtype, scales.get(name)) for name, state in states.items()}
     before = load(theta, dtype, master).clone()
-    after, g, u, new = new_values(rule, row, grad_factor, before, load(g, dtype), own)
+    center = None if to is None else load(to, dtype)
+    after, g, u, new = new_values(rule, row, grad_factor, before, load(g, dtype), own, pull, center)
     written = (theta, g, *states.values(), *outputs.values())
     formats = formats or [format_of(t.dtype, part=torch.uint8 if has_scales(t.dtype) else None) for t in written]
     seed, step = (int(row[rule.scalars.index(name)]) for name in ("seed", "t"))

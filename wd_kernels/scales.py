@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .formats import SCALE, TILE, Storage, code_name, has_scales, scale_name, tiles
 from .reference import load, store
-from .rules import EMA, RULES, State
+from .rules import EMA, REFERENCE, RULES, State
 from .sharding import check_sharding, is_sharded, local, sharded_like, spec_of
 from .validation import check_address, check_type, conform_state, same_layout, without_memory
 
@@ -34,9 +34,9 @@ __all__ = [
     "widened",
 ]
 
-#: The states of every rule and averages, and their scales, by name.
-STATES: dict[str, State] = {state.name: state for rule in RULES.values() for state in (*rule.states, EMA)}
-SCALES: dict[str, State] = {state.scale.name: state.scale for state in STATES.values()}
+#: The states of every rule, averages and references, and their scales, by name.
+STATES: dict[str, State] = {state.name: state for rule in RULES.values() for state in (*rule.states, EMA, REFERENCE)}
+SCALES: dict[str, State] = {state.scale.name: state.scale for state in STATES.values() if state is not REFERENCE}
 
 
 def _first_cut(shape: Sequence[int]) -> int:

@@ -27,7 +27,7 @@ from .caller import warn
 from .flat.buffers import place_of
 from .flat.states import FlatStates
 from .formats import MASTER_NAME, TILE, Storage, code_name, format_of, has_scales, is_steppable
-from .rules import AVERAGE, EMA, FLAG, LIMIT, MASTER, RULES, VALUE, Rule
+from .rules import AVERAGE, CAUTIOUS, EMA, FLAG, LIMIT, MASTER, PULLS, REFERENCE, RULES, TO, VALUE, Rule
 from .schedules import stepping
 from .schedules.shapes import is_called, named
 from .schedules.stepping import follows_lr
@@ -38,10 +38,11 @@ __all__ = ["export", "load", "settle", "unwrapped", "with_own_counts", "with_own
 
 HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch would step: the live group's stay
 STORED = ("state_dtype", "stochastic_rounding", "master_weights", "ema_dtype")  # so do these
-LIVE = (*HOW, *STORED, "schedule", "show_lr", LIMIT, VALUE, AVERAGE)  # what a loaded group does not replace
+#: What a loaded group does not replace.
+LIVE = (*HOW, *STORED, "schedule", stepping.WEIGHT_DECAY, "show_lr", LIMIT, VALUE, AVERAGE, *PULLS)
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 #: What lies beside parameters whose states have not begun.
-NO_STATES = {MASTER_NAME, EMA.name, EMA.scale.name, code_name(EMA.name)}
+NO_STATES = {MASTER_NAME, REFERENCE.name, EMA.name, EMA.scale.name, code_name(EMA.name)}
 #: What lies beside parameters, of every rule: that of another one is kept in a loaded state, as it should lie.
 STATES = frozenset([MASTER_NAME, *scales.STATES, *scales.SCALES])
 
@@ -59,9 +60,9 @@ def settle(rule: Rule, group: dict[str, Any], default: str) -> None:
     decays = not _is_zero(group.get("weight_decay", 0.0))
     if rule.mode_of(group, default) != mode or (mode not in rule.torch.decays and decays):
         group["decay"] = mode
-    counted = group.get("schedule") is not None and not follows_lr(group)
+    kept = [*(["eta"] if stepping.called(group) else []), *(["schedule_step"] if stepping.counted(group) else [])]
     for key, absent in {**stepping.SETTINGS, **rule.absent}.items():
-        said = key != FLAG and key in group and not (counted and key in ("eta", "schedule_step"))
+        said = key != FLAG and key in group and key not in kept
         if said and type(group[key]) in (int, float, bool, str, type(None)) and group[key] == absent:
             del group[key]
 
@@ -69,11 +70,10 @@ def settle(rule: Rule, group: dict[str, Any], default: str) -> None:
 def with_own_schedule(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group with numbers in the place of what a device counts of its schedule, and shows there."""
     own = dict(group)
-    if own.get("schedule") is not None and not follows_lr(own):
-        if isinstance(own.get("schedule_step"), Tensor):
-            own["schedule_step"] = stepping.check(own, "a param group")
-        if isinstance(own.get("eta"), Tensor):
-            own["eta"] = float(own["eta"])
+    if stepping.counted(own) and isinstance(own.get("schedule_step"), Tensor):
+        own["schedule_step"] = stepping.check(own, "a param group")
+    if stepping.called(own) and isinstance(own.get("eta"), Tensor):
+        own["eta"] = float(own["eta"])
     return own
 
 
@@ -99,7 +99,7 @@ def export(rule: Rule, packed: Mapping[str, Any], live: Sequence[Mapping[str, An
     for packed_group in packed["param_groups"]:
         group = with_own_schedule(packed_group)
         settle(rule, group, default)
-        for key in ("schedule", AVERAGE):
+        for key in ("schedule", stepping.WEIGHT_DECAY, AVERAGE):
             if callable(group.get(key)):
                 group[key] = named(group[key])
         groups.append(group)
@@ -133,7 +133,7 @@ def _stepped(state: Mapping[Any, Any]) -> set[Any]:
 def _counts_for_more(storage: Storage, p: Tensor, found: Any) -> bool:
     """Are a parameter or its states rounded by their step count, or is it averaged by that?"""
     kept = found.items() if isinstance(found, dict) else ()
-    states = [t.dtype for name, t in kept if isinstance(t, Tensor) and name != MASTER_NAME]
+    states = [t.dtype for name, t in kept if isinstance(t, Tensor) and name not in (MASTER_NAME, REFERENCE.name)]
     roles = [(p.dtype, storage.stochastic_params), *((dtype, storage.stochastic_states) for dtype in states)]
     in_8_bits = storage.stochastic_states and any(map(has_scales, states))
     return (
@@ -214,6 +214,8 @@ def load(
                 if AVERAGE not in saved[g]:  # else that has been said
                     kept_nowhere.add(g)
                 value = {name: own for name, own in value.items() if name not in (EMA.name, EMA.scale.name)}
+            if groups[g].get(TO) is None and isinstance(value, Mapping) and REFERENCE.name in value:
+                value = {name: own for name, own in value.items() if name != REFERENCE.name}
             value = master_weights.imported(value, saved[g], what)
             if convert and isinstance(value, Mapping) and MASTER_NAME in value:
                 value, master = _without_master(value, p, what, storages[g])
@@ -247,7 +249,7 @@ def _load_group(
         "decay": _saved_mode(rule, saved, own, default),
         **_form(rule, saved),
     }
-    rule.hypers([{**own, **loaded, **decay}], where=where, default=default)
+    rule.hypers([{**own, **loaded, **decay, CAUTIOUS: False}], where=where, default=default)
     for key in _form(rule, own):
         loaded.pop(key, None)
     same_form, nothing = _form(rule, saved) == _form(rule, own), _is_zero(decay["weight_decay"])
@@ -266,12 +268,15 @@ def _load_group(
         loaded.pop("eta", None)  # what a schedule has set last is not a constant to go on with
     elif schedule is None:
         loaded.setdefault("eta", 1.0)
-    if theirs is None and not loaded.get("schedule_step"):
+    if not _counted(saved) and not loaded.get("schedule_step"):
         loaded.pop("schedule_step", None)  # it has counted nothing: what was set of ours stays
     if theirs is not None and not is_called(schedule, str(theirs)):
         remarks.append(f"it has schedule={theirs}, this optimizer goes on with schedule={named(schedule)}")
+    theirs, of_decay = saved.get(stepping.WEIGHT_DECAY), own.get(stepping.WEIGHT_DECAY)
+    if theirs is not None and not is_called(of_decay, str(theirs)):
+        remarks.append(f"it has {stepping.WEIGHT_DECAY}={theirs}, this optimizer goes on with {named(of_decay)}")
     remarks += _load_lr(own, saved, loaded)
-    for key in ("stochastic_rounding", VALUE, AVERAGE):
+    for key in ("stochastic_rounding", VALUE, AVERAGE, *PULLS):
         was, goes_on = (_plain({**rule.absent, **group}[key]) for group in (saved, own))
         goes_on = named(goes_on) if callable(goes_on) else goes_on
         if key in saved and was != goes_on:
@@ -346,10 +351,9 @@ def _of_another_decay(
 
 def _begins(group: Mapping[str, Any], saved: Mapping[str, Any], states: Sequence[Any]) -> list[str]:
     """What is to be said of a schedule that begins anew beside states that do not."""
-    if group.get("schedule") is None or follows_lr(group) or not states or group.get("schedule_step"):
+    if not stepping.counted(group) or not states or group.get("schedule_step") or _counted(saved):
         return []
-    if saved.get("schedule") is not None:
-        return []
+    key = "schedule" if stepping.called(group) else stepping.WEIGHT_DECAY
     counts = [
         own["step"] for own in states if isinstance(own, Mapping) and isinstance(own.get("step"), (Tensor, int, float))
     ]
@@ -358,9 +362,14 @@ def _begins(group: Mapping[str, Any], saved: Mapping[str, Any], states: Sequence
         return []
     so_many = f", {steps} steps by its states" if counts else ""
     return [
-        f"it has followed no schedule{so_many}: schedule={named(group['schedule'])} begins at its first step. To begin "
+        f"it has followed no schedule{so_many}: {key}={named(group[key])} begins at its first step. To begin "
         f"elsewhere, set group['schedule_step']{f' = {steps}' if counts else ''}, before loading or after"
     ]
+
+
+def _counted(saved: Mapping[str, Any]) -> bool:
+    """Had a saved group a schedule, whose steps it has counted?"""
+    return saved.get("schedule") is not None or saved.get(stepping.WEIGHT_DECAY) is not None
 
 
 def _misnamed(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

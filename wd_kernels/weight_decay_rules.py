@@ -32,7 +32,8 @@ __all__ = ["ScalingLaw", "scaled_weight_decay", "timescale_of", "weight_decay_fo
 
 ScalingLaw: TypeAlias = Literal["timescale", "normalized", "per_step"]
 
-MODES = ("lr_scaled", "independent", "proximal")
+MODES = ("lr_scaled", "independent", "proximal", "corrected")
+WITH_LR = ("lr_scaled", "corrected")
 #: What a law makes of a step's share: powers of (batch size / training samples) and of the number of epochs.
 LAWS: dict[str, tuple[float, float]] = {"timescale": (1.0, 0.0), "normalized": (0.5, -0.5), "per_step": (0.0, 0.0)}
 
@@ -51,14 +52,15 @@ def weight_decay_for(
     .. math:: \lambda = \frac{1}{\bar\eta\,\alpha\,\tau}\;(\text{lr\_scaled}),\qquad
        \frac{1}{\bar\eta\,\tau}\;(\text{independent}),\qquad \frac{1}{\bar\eta\,(\tau - 1)}\;(\text{proximal})
 
+    (corrected: as lr_scaled, with the mean of :math:`\eta^2` for :math:`\bar\eta`)
     with :math:`\tau` in steps, `timescale` times `steps_per_epoch`. A weight to which no update comes is at
     :math:`1/e` of itself after :math:`\tau` steps, nearly: at :math:`(1 - 1/\tau)^\tau`, if :math:`\eta` is constant.
 
     Args:
         timescale: :math:`\tau`, in epochs if `steps_per_epoch` is given, else in steps. The authors look for it between
             one epoch and all that there are.
-        decay: "lr_scaled", "independent" or "proximal".
-        lr: :math:`\alpha > 0`; only "lr_scaled" needs it.
+        decay: "lr_scaled", "independent", "proximal" or "corrected".
+        lr: :math:`\alpha > 0`; "lr_scaled" and "corrected" need it.
         steps_per_epoch: training samples by batch size, which need not be whole.
         schedule: :math:`\eta` by the number of completed steps, over whose mean :math:`\tau` is meant; with
             `NormalizedDecay` the weight decay is :math:`\lambda_{norm}`. None: :math:`\tau` is meant at
@@ -82,7 +84,7 @@ def weight_decay_for(
     (``lr_scaled``); the other modes by the same share of a weight in a step.
     """
     where = "weight_decay_for"
-    lr_factor, etas = _lr_factor(decay, lr, where), multipliers(schedule, steps, where)
+    lr_factor, etas = _lr_factor(decay, lr, where), multipliers(schedule, steps, where, decay)
     tau = _positive("timescale", timescale, where) * _positive("steps_per_epoch", steps_per_epoch, where)
     mean = sum(etas) / len(etas)
     if tau <= 1 or (decay != "proximal" and max(etas) >= mean * tau):
@@ -126,7 +128,7 @@ def timescale_of(
     Source: Wang & Aitchison, "How to set AdamW's weight decay as you scale model and dataset size", ICML 2025.
     """
     where = "timescale_of"
-    lr_factor, etas = _lr_factor(decay, lr, where), multipliers(schedule, steps, where)
+    lr_factor, etas = _lr_factor(decay, lr, where), multipliers(schedule, steps, where, decay)
     per_epoch = _positive("steps_per_epoch", steps_per_epoch, where)
     x = at_least_zero("weight_decay", weight_decay, where) * lr_factor * sum(etas) / len(etas)
     return (1.0 / x + (decay == "proximal")) / per_epoch if x else math.inf
@@ -164,7 +166,7 @@ def scaled_weight_decay(
     Args:
         weight_decay: :math:`\lambda \ge 0` that was found.
         law: which to follow; docs/weight-decay.md says when which holds.
-        decay: "lr_scaled", "independent" or "proximal", before and after.
+        decay: "lr_scaled", "independent", "proximal" or "corrected", before and after.
         lr: new by old :math:`\alpha`, as all ratios > 0.
         batch_size: samples a step.
         dataset_size: samples an epoch; tokens, where each is seen once.
@@ -172,7 +174,7 @@ def scaled_weight_decay(
 
     Raises:
         TypeError, ValueError: naming the argument; a mode that has no time scale; a step that would take all of a
-            weight, or more (``lr_scaled`` cannot tell).
+            weight, or more (``lr_scaled`` and ``corrected`` cannot tell).
 
     Example:
         >>> scaled_weight_decay(0.1, law="timescale", dataset_size=8)  # eight times the data
@@ -194,7 +196,7 @@ def scaled_weight_decay(
     per_epoch, of_epochs = LAWS[law]
     per_step = _positive("batch_size", batch_size, where) / _positive("dataset_size", dataset_size, where)
     factor: float = per_step**per_epoch * _positive("epochs", epochs, where) ** of_epochs
-    if decay == "lr_scaled":
+    if decay in WITH_LR:
         return number * factor / lr_factor
     share = factor * (number / (1.0 + number) if decay == "proximal" else number)
     if share >= 1.0:
@@ -215,11 +217,11 @@ def _lr_factor(decay: str, lr: float | None, where: str) -> float:
         known = because if decay in DECAY_MODES else ""
         raise ValueError(f"decay={decay!r} in {where}: allowed are {', '.join(map(repr, MODES))}{known}")
     if lr is None:
-        if decay == "lr_scaled":
-            raise TypeError(f"lr=None in {where}: expected a number, which 'lr_scaled' multiplies the weight decay by")
+        if decay in WITH_LR:
+            raise TypeError(f"lr=None in {where}: expected a number, which {decay!r} multiplies the weight decay by")
         return 1.0
     given = _positive("lr", lr, where)
-    return given if decay == "lr_scaled" else 1.0
+    return given if decay in WITH_LR else 1.0
 
 
 def _positive(name: str, value: float, where: str) -> float:

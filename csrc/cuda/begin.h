@@ -121,6 +121,9 @@ WD_HOST_DEVICE inline double kept_of_average(const int64_t* words, int64_t t) {
   return table[place_in(t - 1, length)];
 }
 
+// Settings that end a row as they are: the seed, the center and the threshold of the decay.
+constexpr int kLast = kOwnSettings - kSeed;
+
 // Scalars of a row that is made here: those of the rule, then the average's.
 template <class Rule>
 WD_HOST_DEVICE constexpr int row_width() {
@@ -134,7 +137,7 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
   WD_SHARED bool skip, moves, spike;
   WD_SHARED int found[kThreads];  // what a lane has seen: an lr that is not 0, a schedule beyond its table
   constexpr int width = kOwnSettings + Rule::kOwn, kMoves = 1, kPast = 2;
-  constexpr int group_width = offsetof(Rule, t) / sizeof(double) + 1;
+  constexpr int of_group = offsetof(Rule, t) / sizeof(double), group_width = of_group + kLast;
   WD_EACH_LANE(lane) {
     found[lane] = 0;
     for (int g = lane; g < of.of_groups; g += kThreads) {
@@ -160,8 +163,9 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
       double scalars[width_of<Rule>()];
       __builtin_memcpy(scalars, &row, sizeof(Rule));
       WD_UNROLL
-      for (int k = 0; k + 1 < group_width; ++k) of.groups[int64_t(g) * group_width + k] = scalars[k];
-      of.groups[int64_t(g) * group_width + group_width - 1] = own[kSeed];
+      for (int k = 0; k < of_group; ++k) of.groups[int64_t(g) * group_width + k] = scalars[k];
+      WD_UNROLL
+      for (int k = 0; k < kLast; ++k) of.groups[int64_t(g) * group_width + of_group + k] = own[kSeed + k];
     }
   }
   const double scale = double(*of.grad_scale);
@@ -259,9 +263,9 @@ WD_HOST_DEVICE inline void begin_step(const Begin& of) {
       double scalars[width_of<Rule>()];
       const double* const known = of.groups + group * group_width;
       WD_UNROLL
-      for (int k = 0; k < width_of<Rule>(); ++k) scalars[k] = k + 1 < group_width ? known[k] : 0;
+      for (int k = 0; k < width_of<Rule>(); ++k) scalars[k] = k < of_group ? known[k] : 0;
       __builtin_memcpy(&row, scalars, sizeof(Rule));
-      row.seed = known[group_width - 1];
+      row.seed = known[of_group], row.decay_center = known[of_group + 1], row.decay_threshold = known[of_group + 2];
       row.grad_scale = row.grad_scale * of.clips[group];
       const int64_t t = int64_t(of.steps[param]) + 1;
       row.count(t, of.fresh[param] != 0);

@@ -121,7 +121,8 @@ struct Roles {
   typename S::Memory* state[Rule::kStates + 1];
   typename S::Part* scale[Rule::kStates + 1];  // of the states, if they have them
   typename O::Memory* output[E::kOutputs + 1];
-  uint32_t* marks;  // if the epilogue marks what has changed
+  uint32_t* marks;               // if the epilogue marks what has changed
+  const typename P::Memory* to;  // of a rule that refers, the references: as the parameter is stored
 };
 
 // The larger of two numbers >= 0, by their bits: NaN is the largest.
@@ -228,6 +229,7 @@ struct Round {
   VectorOf<G, width> g[accesses];
   VectorOf<S, width> s[accesses][kStates + 1];
   VectorOf<O, width> o[accesses][kOutputs + 1];
+  VectorOf<P, width> to[Rule::kRefers ? accesses : 1];
   // Of states that have scales: these, the states until the largest of a tile is known, and the largest of them.
   static constexpr int kScales = S::kTiled ? kStates : 0, kTileLanes = kScaled / width;
   int32_t scale[accesses][kScales + 1], largest[accesses][kScales + 1];
@@ -253,6 +255,7 @@ struct Round {
       for (int n = 0; n < kScales; ++n) scale[k][n] = roles.scale[n][i / kScaled];
       WD_UNROLL
       for (int n = 0; n < kOutputs; ++n) o[k][n] = read<VectorOf<O, width>>(roles.output[n] + i);
+      if constexpr (Rule::kRefers) to[k] = read<VectorOf<P, width>>(roles.to + i);
     }
   }
 
@@ -284,7 +287,7 @@ struct Round {
         }
         const T before = x;
         T gradient = G::load(g[k].element + e);
-        const T u = step(rule, x, gradient, own);
+        const T u = step(rule, x, gradient, own, Rule::kRefers ? T(P::load(to[k].element + e, also)) : T(0));
         const uint32_t here = place + e * Draws::kNext;
         [[maybe_unused]] const typename P::Memory was = p[k].element[e];
         P::store(p[k].element + e, x, P::kStochastic ? draw_of(kParam, draws[0](here)) : 0, also);
@@ -454,6 +457,8 @@ WD_HOST_DEVICE inline void step_chunk(const Launch& launch, int64_t block) {
   WD_UNROLL
   for (int n = 0; n < E::kOutputs; ++n)
     roles.output[n] = memory<typename E::Output::Memory>(place[address_word(kState + Rule::kStates + n)], begin);
+  if constexpr (Rule::kRefers)
+    roles.to = memory<typename P::Memory>(place[address_word(kState + Rule::kStates + E::kOutputs)], begin);
   if constexpr (P::kParted)
     roles.part = memory<typename P::Part>(place[address_word(kState + Rule::kStates + E::kOutputs)], begin);
   if constexpr (S::kTiled) {
@@ -536,13 +541,16 @@ struct WithFormats {
     static const Kernel* found() {
       if constexpr (Rule::kStates == 0 && sizeof(typename S::Memory) != sizeof(typename P::Arithmetic)) {
         return nullptr;  // its rows are those that have no format of states to tell
+      } else if constexpr (Rule::kPulls && (!pulls_in<P, G, S>() || E::kOutputs + numbers_of<E>() > 0 || E::kMarks)) {
+        return nullptr;
       } else {
         constexpr int n = Rule::kStates, scales = S::kTiled ? n : 0;
         static const Kernel kernel = {
             Of<Rule, P, G, S, E>::entry(),
-            kState + n + E::kOutputs + P::kParted + scales,
+            kState + n + E::kOutputs + Rule::kRefers + P::kParted + scales,
             width_of<Rule>() + width_of<E>(),
             n,
+            Rule::kRefers,
             {code_of<S>(Rule::is_signed(0)), code_of<S>(Rule::is_signed(1)), code_of<S>(Rule::is_signed(2))}};
         return &kernel;
       }
@@ -557,10 +565,11 @@ const Kernel* find_with(int64_t rule, int64_t variant, const int64_t* formats, i
   if (formats[kParam] != P::kCode || formats[kGrad] != G::kCode) return nullptr;
   const Kernel* const kernel = find_rule<T, WithFormats<Of, P, G, S, E>::template Found>(rule, variant);
   if (kernel == nullptr || kernel->roles != roles) return nullptr;
-  const int outputs = kState + kernel->states, parts = outputs + E::kOutputs;
+  const int outputs = kState + kernel->states, to = outputs + E::kOutputs, parts = to + kernel->refers;
   for (int n = 0; n < kernel->states; ++n)
     if (formats[kState + n] != kernel->formats[n]) return nullptr;
-  const bool same = all_are(E::Output::kCode, formats, outputs, parts) && all_are(kPart, formats, parts, roles);
+  const bool same = all_are(E::Output::kCode, formats, outputs, to) && all_are(P::kCode, formats, to, parts) &&
+                    all_are(kPart, formats, parts, roles);
   return same ? kernel : nullptr;
 }
 

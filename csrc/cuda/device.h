@@ -9,7 +9,7 @@ namespace cuda {
 struct Kernel {
   const void* entry;
   int roles, width;  // scalars in a row
-  int states;
+  int states, refers;
   int64_t formats[3];  // of the states
 };
 

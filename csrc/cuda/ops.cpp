@@ -61,8 +61,10 @@ int64_t token() {
 const Kernel* known(int64_t rule, int64_t variant, int64_t epilogues, const std::vector<int64_t>& formats) {
   check_roles("cuda_step_", formats.size());
   const Kernel* kernel = find(rule, variant, epilogues, formats.data(), int(formats.size()));
-  STD_TORCH_CHECK(kernel != nullptr,
-                  "there is no CUDA kernel for this rule, these epilogues and these storage formats");
+  STD_TORCH_CHECK(
+      kernel != nullptr,
+      "there is no CUDA kernel for this rule, these epilogues and these storage formats, with what its decay "
+      "pulls to: backend='triton' is compiled for any");
   return kernel;
 }
 

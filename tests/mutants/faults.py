@@ -316,7 +316,7 @@ BY_VALUE = [
     *_of(
         "wd_kernels/state_dict.py",
         "clipping_by_value",
-        ("by value: a saved limit is loaded", '"show_lr", LIMIT, VALUE, AVERAGE)', '"show_lr", LIMIT, AVERAGE)'),
+        ("by value: a saved limit is loaded", "LIMIT, VALUE, AVERAGE, *PULLS)", "LIMIT, AVERAGE, *PULLS)"),
     ),
     *_of(
         "wd_kernels/functional.py",
@@ -486,7 +486,7 @@ CAPTURE = [
         "capture",
         (
             "capture: a saved schedule_step is the device's",
-            'if isinstance(own.get("schedule_step"), Tensor):',
+            'if stepping.counted(own) and isinstance(own.get("schedule_step"), Tensor):',
             "if False:",
         ),
     ),
@@ -810,6 +810,117 @@ AVERAGES = (
         ("averages: a mean begins anywhere", "count > average.after:", "count < 0:"),
     )
 )
+
+VOCABULARY = [
+    *_of(
+        "csrc/rules.h",
+        "decay_vocabulary kernels",
+        ("pull, c++: corrected is lr_scaled", "decay = a * eta * lambda;", "decay = a * lambda;"),
+        ("pull, c++: caution looks at the weight", "u * pulled < rule.decay", "u * theta < rule.decay"),
+        ("pull, c++: l2 pulls to 0", "rule(pulled, g + rule.l2 * pulled", "rule(pulled, g + rule.l2 * theta"),
+        ("pull, c++: the metric pulls to 0", "rule(pulled, g", "rule(theta, g"),
+    ),
+    *_of(
+        "csrc/cpu/mover.inc",
+        "decay_vocabulary kernels",
+        ("pull, cpu: a reference is another role", "tiles[kernel.roles - 1]", "tiles[kernel.roles - 2]"),
+    ),
+    *_of(
+        "csrc/cuda/begin.h",
+        "decay_vocabulary",
+        (
+            "pull, cuda: a threshold is the center",
+            "row.decay_threshold = known[of_group + 2]",
+            "row.decay_threshold = known[of_group + 1]",
+        ),
+    ),
+    *_of(
+        "csrc/cuda/chunk.h",
+        "kernels decay_vocabulary",
+        ("pull, cuda: a reference is the round's first", "P::load(to[k].element", "P::load(to[0].element"),
+    ),
+    *_of(
+        "wd_kernels/backends/triton_begin.py",
+        "decay_vocabulary",
+        ("pull, triton: corrected is lr_scaled", "a * eta * lam, decay)", "a * lam, decay)"),
+        (
+            "pull, triton: all that ends rows is the seed",
+            "of_settings, there)\n            tl.store(groups + g * group_width + group_scalars + i",
+            "of_settings, there) * (i == 0)\n            tl.store(groups + g * group_width + group_scalars + i",
+        ),
+    ),
+    *_of(
+        "wd_kernels/backends/triton_kernels.py",
+        "kernels decay_vocabulary",
+        ("pull, triton: caution looks at the weight", "u * pulled <", "u * theta <"),
+        ("pull, triton: a reference is a state", "values[len(formats) - 1]", "values[2]"),
+    ),
+    *_of(
+        "wd_kernels/reference.py",
+        "decay_vocabulary",
+        ("pull, reference: caution looks at the weight", "u * pulled <", "u * theta <"),
+        ("pull, reference: l2 pulls to 0", "g + s.l2 * pulled", "g + s.l2 * theta"),
+    ),
+    *_of(
+        "wd_kernels/rules/scalars.py",
+        "decay_vocabulary rules reference",
+        ("pull: corrected is lr_scaled", "return 0.0, a * eta * lam, 1.0, 0.0", "return 0.0, a * lam, 1.0, 0.0"),
+    ),
+    *_of(
+        "wd_kernels/rules/pull.py",
+        "decay_vocabulary",
+        ("pull: all are cautious", "0.0 if self.cautious else -math.inf", "0.0"),
+        ("pull: a cautious l2 is taken", "if cautious and decay in WHOLE:", "if False:"),
+        ("pull: a center beside references is taken", "if to is not None and center != 0.0:", "if False:"),
+    ),
+    *_of(
+        "wd_kernels/table/inspection.py",
+        "decay_vocabulary",
+        ("pull: references begin as zeros", "if state in (EMA, REFERENCE):", "if state is EMA:"),
+        ("pull: both parts of complex weights have the center", "if pull.center and p.is_complex():", "if False:"),
+    ),
+    *_of(
+        "wd_kernels/table/table.py",
+        "decay_vocabulary",
+        ("pull: two may not have one reference", "written=name != REFERENCE.name", "written=True"),
+    ),
+    *_of(
+        "wd_kernels/references.py",
+        "decay_vocabulary",
+        ("pull: a parameter may be its own reference", "if to is p:", "if False:"),
+        ("pull: a loaded state takes what was given", "if kept is not None and REF", "if kept is None and REF"),
+    ),
+    *_of(
+        "wd_kernels/formats.py",
+        "decay_vocabulary",
+        (
+            "pull: first weights are rounded beside a master",
+            "return torch.float32 if self.master_dtype(dtype) is not None else dtype",
+            "return dtype",
+        ),
+    ),
+    *_of(
+        "wd_kernels/schedules/stepping.py",
+        "decay_vocabulary",
+        ("pull: two schedules are one", "found[0], found[1] * decayed", "found[0], found[1]"),
+        ("pull: a schedule alone does not count", 'ticks.append((group, "schedule_step", t + 1))', "pass"),
+    ),
+    *_of(
+        "wd_kernels/schedules/tables.py",
+        "decay_vocabulary",
+        ("pull: a device has no schedule of the decay", "own(t)) * self.decays(t)", "own(t))"),
+    ),
+    *_of(
+        "wd_kernels/state_dict.py",
+        "decay_vocabulary",
+        ("pull: a loaded group has what was saved", "LIMIT, VALUE, AVERAGE, *PULLS)", "LIMIT, VALUE, AVERAGE)"),
+    ),
+    *_of(
+        "wd_kernels/decay_conversion.py",
+        "conversion",
+        ("pull: corrected is converted as lr_scaled", '(2 if mode == "corrected" else 1)', "1"),
+    ),
+]
 
 CPU_PLAN = _of(
     "csrc/cpu/plan.cpp",
@@ -1741,7 +1852,7 @@ VALIDATION = _of(
 CHECKPOINT = _of(
     "wd_kernels/state_dict.py",
     "checkpoint schedules",
-    ("checkpoint: a saved schedule's name replaces the schedule", '"schedule", "show_lr", L', '"show_lr", L'),
+    ("checkpoint: a saved schedule's name replaces the schedule", '*STORED, "schedule", s', "*STORED, s"),
     ("checkpoint: lambda is loaded without its mode", 'loaded.pop("weight_decay", None)', "pass"),
     ("checkpoint: a decay of 0 is not loaded", '_is_zero(decay["weight_decay"])\n', "False\n"),
     (
@@ -1790,7 +1901,7 @@ CHECKPOINT = _of(
     ),
     (
         "checkpoint: bad hyperparameters load",
-        "    rule.hypers([{**own, **loaded, **decay}], where=where, default=default)\n",
+        "    rule.hypers([{**own, **loaded, **decay, CAUTIOUS: False}], where=where, default=default)\n",
         "",
     ),
     (
@@ -1994,7 +2105,7 @@ SCHEDULES = [
         "schedules",
         (
             "stepping: a group that joins starts its schedule anew",
-            'group["schedule_step"] = next(shared, 0)',
+            'group["schedule_step"] = next(counts, 0)',
             'group["schedule_step"] = 0',
         ),
         (
@@ -2007,8 +2118,8 @@ SCHEDULES = [
         ("stepping: a first lr is that of the moment", 'group.get("initial_lr", group["lr"])', 'group["lr"]'),
         (
             "stepping: from_lr scales the lr too",
-            "result[i] = settings, lr, _ratio(lr, base_lr, eta, i), lr",
-            "result[i] = settings, lr, _ratio(lr, base_lr, eta, i), lr * _ratio(lr, base_lr, eta, i)",
+            "eta, a = _ratio(lr, base_lr, eta, i), lr",
+            "eta, a = _ratio(lr, base_lr, eta, i), lr * _ratio(lr, base_lr, eta, i)",
         ),
         (
             "stepping: eta is written before the step",
@@ -2056,8 +2167,8 @@ AROUND = [
         ("conversion: small decays lose digits", "-sum(math.log1p(-taken) for", "-sum(math.log(1 - taken) for"),
         (
             "conversion: steps without decay count as a changing schedule",
-            "[eta for eta in multipliers(schedule, steps, WHERE) if eta]",
-            "multipliers(schedule, steps, WHERE)",
+            "[pair for pair in zip(*each, strict=True) if all(pair)]",
+            "list(zip(*each, strict=True))",
         ),
     ),
     *_of(
@@ -2066,7 +2177,7 @@ AROUND = [
         ("rules of decay: a proximal step takes what a linear one does", "(tau - 1.0 if decay", "(tau if decay"),
         ("rules of decay: a schedule's peak may take all of a weight", "max(etas) >= mean * tau", "1 >= tau"),
         ("rules of decay: the way back forgets the schedule", "* sum(etas) / len(etas)\n    return", "\n    return"),
-        ("rules of decay: every mode follows the lr", 'given if decay == "lr_scaled" else 1.0', "given"),
+        ("rules of decay: every mode follows the lr", "given if decay in WITH_LR else 1.0", "given"),
         (
             "rules of decay: normalised by epochs, not by steps",
             '"normalized": (0.5, -0.5)',
@@ -2402,7 +2513,11 @@ MASTERS = [
         "wd_kernels/memory_report.py",
         "master_weights",
         ("memory report: masters are left out", "add(MASTER_NAME, master, n * master.itemsize, 0)", "pass"),
-        ("memory report: torch's states are float32", "0 if state is EMA else own)", "0 if state is EMA else 4 * n)"),
+        (
+            "memory report: torch's states are float32",
+            "0 if state in (EMA, REFERENCE) else own)",
+            "0 if state in (EMA, REFERENCE) else 4 * n)",
+        ),
     ),
     *_of(
         "wd_kernels/state_conversion.py",
@@ -2465,6 +2580,7 @@ FAULTS: tuple[Fault, ...] = (
     *AVERAGES_NATIVE,
     *AVERAGES_TRITON,
     *AVERAGES,
+    *VOCABULARY,
     *CLIPPING,
     *BY_VALUE,
     *CAPTURE,

@@ -71,7 +71,7 @@ class Reference:
             numbers, marks = (None if t is None else t.clone() for t in (own.numbers, own.marks))
             reference.step_(
                 table.rule, rows[own.row], grad_factor, theta, own.grad, states, bucket.spec.epilogues, outputs,
-                numbers, marks, bucket.spec.formats, own.origin, master, scales,
+                numbers, marks, bucket.spec.formats, own.origin, master, scales, bucket.spec.pull, own.reference,
             )  # fmt: skip
             writes += zip(before, after, strict=True)
             writes += zip(watched, [t for t in (numbers, marks) if t is not None], strict=True)

@@ -76,27 +76,27 @@ def with_sizes(epilogues: Sequence[Epilogue]) -> tuple[tuple[Any, ...], tuple[tu
 
 
 def options(
-    formats: tuple[Any, ...], warp: int, capability: int | None, epilogues: Sequence[Epilogue] = ()
+    formats: tuple[Any, ...], warp: int, capability: int | None, epilogues: Sequence[Epilogue] = (), pull: int = 0
 ) -> dict[str, Any]:
     """How a kernel is compiled: exact arithmetic and, where it holds much, the registers that some programs leave it.
 
     Left to itself, ptxas puts a register on the stack now and then, so that one program more fits on a processor. The
     numbers are the best of which it keeps all in registers, with the oldest and the newest Triton (`make codegen`).
-    `capability`: of an NVIDIA GPU, 90, say; None of another.
+    `capability`: of an NVIDIA GPU, 90, say; None of another. `pull`: of the `Spec`; a reference counts as a state.
     """
     how: dict[str, Any] = {"num_warps": THREADS // warp, "enable_fp_fusion": False}
-    if capability is not None and (programs := _programs(formats, capability, epilogues)) is not None:
+    if capability is not None and (programs := _programs(formats, capability, epilogues, pull)) is not None:
         how["maxnreg"] = min(REGISTERS // (programs * THREADS) // 16 * 16, 255)
     return how
 
 
-def _programs(formats: tuple[Any, ...], capability: int, epilogues: Sequence[Epilogue]) -> int | None:
+def _programs(formats: tuple[Any, ...], capability: int, epilogues: Sequence[Epilogue], pull: int) -> int | None:
     """How many are to be on a processor at once; None: ptxas finds as many as it should."""
     param, grad, *others = (fmt.dtype.itemsize for fmt in formats)  # states, and what epilogues write
     outputs, numbers, marks = (
         any(getattr(own, what) for own in epilogues) for what in ("outputs", "numbers", "marks")
     )  # fmt: skip
-    programs = 4 if param == 8 else 8 - len(others)
+    programs = 4 if param == 8 else 8 - len(others) - (pull == 1)
     if len(others) >= 2:
         copied = formats[0].part is not None and formats[0].part.dtype == torch.float32
         full = param == others[0] == 2 and capability >= (90 if len(others) == 2 else 100)
@@ -188,9 +188,9 @@ class Triton(OnDevice):
             there["rows"].shape[1], size, getattr(kernels, table.rule.name),
             kernels.scaled_root if torch.version.hip else kernels.root, table.rule.scalars, spec.states,
             tuple(fmt.code for fmt in spec.formats), epilogues, sizes,
-            block(spec.formats, spec.numbers),
+            block(spec.formats, spec.numbers), spec.pull,
         )  # fmt: skip
-        how = options(spec.formats, machine(spec.device)[1], _capability(spec.device), spec.epilogues)
+        how = options(spec.formats, machine(spec.device)[1], _capability(spec.device), spec.epilogues, spec.pull)
         key = (table.rule.name, spec)
         return self._launch(kernels.step_kernel, key, spec.device, chunks.numel(), own_arguments, how)
 

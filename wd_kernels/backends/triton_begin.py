@@ -27,7 +27,9 @@ DIGITS = tl.constexpr(sums.DIGITS)
 INFINITIES = tl.constexpr(sums.INFINITIES)
 NANS = tl.constexpr(sums.NANS)
 SUM_WORDS = tl.constexpr(sums.WORDS)
-LR, ETA, WEIGHT_DECAY, DECAY, BASE_LR, SEED, OWN = (tl.constexpr(k) for k in range(7))
+LR, ETA, WEIGHT_DECAY, DECAY, BASE_LR, SEED = (tl.constexpr(k) for k in range(6))
+OWN = tl.constexpr(8)
+LAST = tl.constexpr(3)  # settings that end a row as they are: the seed, the center and the threshold of the decay
 SOURCES = tl.constexpr(5)
 OF_AVERAGE = tl.constexpr(2)  # scalars that follow a rule's
 OWN_LIMITS = tl.constexpr(7)
@@ -189,6 +191,7 @@ def decay_scalars(mode, lam, eta, a):
     l2 = tl.where(mode == 0.0, lam, 0.0)
     decay = tl.where(mode == 1.0, a * lam, tl.where(mode == 2.0, eta * lam, 0.0))
     decay = tl.where(mode == 3.0, (eta * lam) / shrunk, decay)
+    decay = tl.where(mode == 5.0, a * eta * lam, decay)
     return l2, decay, tl.where(mode == 3.0, 1.0 / shrunk, 1.0), tl.where(mode == 4.0, a * lam, 0.0)
 
 
@@ -275,7 +278,7 @@ def kept_of_average(words, t, there):
 def make_groups(settings, sources, schedule_steps, groups, of_groups, group: tl.constexpr, of_rule: tl.constexpr,
                 group_scalars: tl.constexpr):  # fmt: skip
     """What groups give to rows. Returns whether an lr is not 0, and a schedule beyond its table."""
-    group_width: tl.constexpr = group_scalars + 1
+    group_width: tl.constexpr = group_scalars + LAST
     of_settings: tl.constexpr = OWN + of_rule
     lane = tl.arange(0, 128)
     moves = tl.full((), 0, tl.int32)
@@ -288,7 +291,6 @@ def make_groups(settings, sources, schedule_steps, groups, of_groups, group: tl.
         lam = setting(settings, sources, g, WEIGHT_DECAY, of_settings, there)
         mode = setting(settings, sources, g, DECAY, of_settings, there)
         base_lr = setting(settings, sources, g, BASE_LR, of_settings, there)
-        seed = setting(settings, sources, g, SEED, of_settings, there)
         settings_of_rule = ()
         for i in tl.static_range(of_rule):
             settings_of_rule += (setting(settings, sources, g, OWN + i, of_settings, there),)
@@ -307,7 +309,9 @@ def make_groups(settings, sources, schedule_steps, groups, of_groups, group: tl.
         part = group(lr, eta, a, lam, mode, settings_of_rule)
         for i in tl.static_range(group_scalars):
             tl.store(groups + g * group_width + i, part[i], mask=there)
-        tl.store(groups + g * group_width + group_scalars, seed, mask=there)
+        for i in tl.static_range(LAST):
+            ending = setting(settings, sources, g, SEED + i, of_settings, there)
+            tl.store(groups + g * group_width + group_scalars + i, ending, mask=there)
         moves = tl.maximum(moves, tl.reduce(tl.where(there & (lr != 0.0), 1, 0), 0, larger))
         past = tl.maximum(past, tl.reduce(tl.where(tabled & (endless != 0) & (t >= length), 1, 0), 0, larger))
     return moves, past
@@ -322,11 +326,11 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
     """Begins a step: decides on the norm of the gradients, makes the rows, counts (csrc/layout.h, `Begin`).
 
     One program. Compile-time arguments: the rule's functions of groups and of counts, how many settings it has of its
-    own, how many scalars a row has that depend on the group and on the count (a seed follows), which of them the clip
+    own, how many scalars a row has that depend on the group and on the count (`LAST` follow), which of them the clip
     of a group multiplies.
     """
-    group_width: tl.constexpr = group_scalars + 1
-    width: tl.constexpr = group_scalars + count_scalars + 1 + OF_AVERAGE
+    group_width: tl.constexpr = group_scalars + LAST
+    width: tl.constexpr = group_scalars + count_scalars + LAST + OF_AVERAGE
     moves, past = make_groups(settings, sources, schedule_steps, groups, of_groups, group, of_rule, group_scalars)
     scale = tl.load(grad_scale).to(tl.float64)
     measures = tl.load(limits) != 0
@@ -398,8 +402,9 @@ def begin_kernel(sums, totals, slots_of, limits, grad_scale, found_inf, settings
             tl.store(rows + row * width + i, known[i], mask=there)
         for i in tl.static_range(count_scalars):
             tl.store(rows + row * width + group_scalars + i, of_count[i], mask=there)
-        seed = tl.load(groups + of * group_width + group_scalars, mask=there, other=0.0)
-        tl.store(rows + row * width + (width - OF_AVERAGE - 1), seed, mask=there)
+        for i in tl.static_range(LAST):
+            ending = tl.load(groups + of * group_width + group_scalars + i, mask=there, other=0.0)
+            tl.store(rows + row * width + (group_scalars + count_scalars) + i, ending, mask=there)
         kept = kept_of_average(sources + of * (OWN + of_rule + SOURCES) + (OWN + of_rule + 3), t, there)
         tl.store(rows + row * width + (width - 2), kept, mask=there)
         tl.store(rows + row * width + (width - 1), 1.0 - kept, mask=there)

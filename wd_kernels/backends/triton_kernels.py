@@ -406,7 +406,7 @@ def adamw(theta, g, states, names: tl.constexpr, scalars, root: tl.constexpr):
     """Section 3 on a block: (update, states); `names` are those of the states."""
     (
         frozen, grad_scale, grad_limit, l2, decay, metric, beta1, one_minus_beta1, beta2, one_minus_beta2, eps,
-        scaled_lr, t, step_size, inv_sqrt_bias2, seed,
+        scaled_lr, t, step_size, inv_sqrt_bias2, seed, decay_center, decay_threshold,
     ) = scalars  # fmt: skip
     m, v = states[0], states[1]
     m = lerp(m, g, beta1, one_minus_beta1)
@@ -426,7 +426,7 @@ def sgdw(theta, g, states, names: tl.constexpr, scalars, root: tl.constexpr):
     """Section 4 on a block: (update, states)."""
     (
         frozen, grad_scale, grad_limit, l2, decay, momentum, update_grad, update_buf, step_size, first_grad_coef,
-        later_grad_coef, t, grad_coef, seed,
+        later_grad_coef, t, grad_coef, seed, decay_center, decay_threshold,
     ) = scalars  # fmt: skip
     if has(names, "momentum_buffer"):
         b = momentum * states[0] + grad_coef * g
@@ -443,7 +443,7 @@ def adagradw(theta, g, states, names: tl.constexpr, scalars, root: tl.constexpr)
     """Section 3a on a block: (update, states)."""
     (
         frozen, grad_scale, grad_limit, l2, eps, lr_decay, scaled_lr, fixed_decay, scaled_decay, scaled_metric,
-        t, step_size, decay, metric, seed,
+        t, step_size, decay, metric, seed, decay_center, decay_threshold,
     ) = scalars  # fmt: skip
     total = states[0] + g * g
     d = root(total) + eps
@@ -496,12 +496,22 @@ def within(g, limit):
 
 @triton.jit
 def step(theta, g, states, names: tl.constexpr, scalars, scalar_names: tl.constexpr, rule: tl.constexpr,
-         root: tl.constexpr):  # fmt: skip
-    """The step that all rules share: (theta after it, g with its factor, update, states after it)."""
+         root: tl.constexpr, pull: tl.constexpr, to):  # fmt: skip
+    """The step that all rules share: (theta after it, g with its factor, update, states after it).
+
+    `pull`: what decays is theta less the center (1), or less the reference `to` (2).
+    """
     g = g * scalars[position(scalar_names, "grad_scale")]
     g = within(g, scalars[position(scalar_names, "grad_limit")])
-    u, new = rule(theta, g + scalars[position(scalar_names, "l2")] * theta, states, names, scalars, root)
-    return theta - (scalars[position(scalar_names, "decay")] * theta + u), g, u, new
+    if pull == 0:
+        u, new = rule(theta, g + scalars[position(scalar_names, "l2")] * theta, states, names, scalars, root)
+        return theta - (scalars[position(scalar_names, "decay")] * theta + u), g, u, new
+    else:
+        pulled = theta - (scalars[position(scalar_names, "decay_center")] if pull == 1 else to)
+        u, new = rule(pulled, g + scalars[position(scalar_names, "l2")] * pulled, states, names, scalars, root)
+        against = u * pulled < scalars[position(scalar_names, "decay_threshold")]  # NaN decays
+        decayed = tl.where(against, 0.0, scalars[position(scalar_names, "decay")] * pulled)
+        return theta - (decayed + u), g, u, new
 
 
 # Mover ----------------------------------------------------------------------------------------------------------------
@@ -573,7 +583,7 @@ def set_marks(marks, x, y, first, block: tl.constexpr):
 @triton.jit
 def move(at, count, scalars, frozen, keys, number, to, marks, first, rule: tl.constexpr, root: tl.constexpr,
          scalar_names: tl.constexpr, states: tl.constexpr, formats: tl.constexpr, epilogues: tl.constexpr,
-         sizes: tl.constexpr, block: tl.constexpr, full: tl.constexpr):  # fmt: skip
+         sizes: tl.constexpr, block: tl.constexpr, pull: tl.constexpr, full: tl.constexpr):  # fmt: skip
     """Steps `count` elements from `at` on, a block at most; `full`: a whole block, and every address is aligned.
 
     `keys` are those of the roles' random bits, `number` is that of the first element; `to` is where the numbers of the
@@ -598,7 +608,8 @@ def move(at, count, scalars, frozen, keys, number, to, marks, first, rule: tl.co
     for role in tl.static_range(len(formats)):
         values += (load(at[role], at[part_of(formats, role)], lanes, mask, tiles, tile_mask, formats[role]),)
     own = scalars[: len(scalar_names)]
-    theta, g, u, new = step(values[0], values[1], values[2:], states, own, scalar_names, rule, root)
+    reference = values[len(formats) - 1]  # where there is one, it is the last
+    theta, g, u, new = step(values[0], values[1], values[2:], states, own, scalar_names, rule, root, pull, reference)
     if total(sizes, 4) > 0:
         stored = tl.load(at[0] + lanes, mask=mask) if is_copy(formats[0]) else 0
         x = in_memory(values[0], stored, formats[0])
@@ -652,14 +663,15 @@ def ahead(at, offset, formats: tl.constexpr, full: tl.constexpr):
 @triton.jit(do_not_specialize=["place_words", "row_words"])
 def step_kernel(chunks, places, moving, rows, control, place_words, row_words, chunk_size,
                 rule: tl.constexpr, root: tl.constexpr, scalar_names: tl.constexpr, states: tl.constexpr,
-                formats: tl.constexpr, epilogues: tl.constexpr, sizes: tl.constexpr, block: tl.constexpr):  # fmt: skip
+                formats: tl.constexpr, epilogues: tl.constexpr, sizes: tl.constexpr, block: tl.constexpr,
+                pull: tl.constexpr = 0):  # fmt: skip
     """Steps one chunk.
 
     Compile-time arguments: the rule, the root that is exact on the target, the names of the rule's scalars and of the
-    states, the formats' codes (parameter, gradient, states, outputs of the epilogues), the epilogues, of each how many
-    scalars (which follow the rule's in a row), outputs, numbers of a block and sums among these it has, whether it
-    marks, and what Triton's cache is to know it by (of a function within a tuple it sees the name alone), the elements
-    of a block.
+    states, the formats' codes (parameter, gradient, states, outputs of the epilogues, reference), the epilogues, of
+    each how many scalars (which follow the rule's in a row), outputs, numbers of a block and sums among these it has,
+    whether it marks, and what Triton's cache is to know it by (of a function within a tuple it sees the name alone),
+    the elements of a block, what the decay pulls to (`Spec.pull`).
     """
     n_scalars: tl.constexpr = len(scalar_names) + total(sizes, 0)
     n_numbers: tl.constexpr = total(sizes, 2)
@@ -700,8 +712,8 @@ def step_kernel(chunks, places, moving, rows, control, place_words, row_words, c
         for offset in range(0, done, block):
             move(ahead(at, offset, formats, True), block, scalars, frozen,
                  keys, number + offset, to, marks, begin + offset, rule, root, scalar_names, states, formats, epilogues,
-                 sizes, block, True)  # fmt: skip
+                 sizes, block, pull, True)  # fmt: skip
     for offset in range(done, count, rest):
         move(ahead(at, offset, formats, False), count - offset, scalars, frozen,
              keys, number + offset, to, marks, begin + offset, rule, root, scalar_names, states, formats, epilogues,
-             sizes, rest, False)  # fmt: skip
+             sizes, rest, pull, False)  # fmt: skip

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from ..averages import AverageDecay, checked, decay_of
-from ..formats import EMA_NAME, MASTER_NAME, Storage, scale_name
+from ..formats import EMA_NAME, MASTER_NAME, REFERENCE_NAME, Storage, scale_name
 from ..reference import store
+from .pull import PULLS, Pull, check_pull
 from .scalars import DECAY_MODES, at_least_zero, norm_limit
 from .storage import STORAGE, check_storage
 
-__all__ = ["EMA", "MASTER", "Hyper", "Hyperparameter", "Part", "Rule", "Settings", "State", "TorchTwin"]
+__all__ = ["EMA", "MASTER", "REFERENCE", "Hyper", "Hyperparameter", "Part", "Rule", "Settings", "State", "TorchTwin"]
 
 #: The key of torch's groups that tells AdamW from Adam.
 FLAG = "decoupled_weight_decay"
@@ -37,9 +38,11 @@ VALUE = "max_grad_value"
 #: And of one whose parameters are averaged.
 AVERAGE = "ema_decay"
 #: Keys that a group of any rule may have beside those of storage, and what one without them means.
-LIMITS = {LIMIT: None, VALUE: None, AVERAGE: None}
+LIMITS = {LIMIT: None, VALUE: None, AVERAGE: None, **PULLS}
 #: Of a group, whatever its rule.
-SETTINGS = ("lr", "eta", "weight_decay", "decay", "base_lr", "seed")
+SETTINGS = ("lr", "eta", "weight_decay", "decay", "base_lr", "seed", "decay_center", "decay_threshold")
+#: At the end of a row, whatever its rule: kernels that do not pull read the first alone.
+LAST = ("seed", "decay_center", "decay_threshold")
 MISSING = object()
 
 
@@ -98,6 +101,8 @@ class State:
 
 #: The average of a parameter, which an epilogue writes: it begins as the parameter, at any step count.
 EMA = State(EMA_NAME, "emas", late=True)
+#: What a parameter decays to, which is only read: as the parameter, at any step count, where it is not given.
+REFERENCE = State(REFERENCE_NAME, "decay_references", late=True)
 #: What lies beside a 16-bit parameter that has a master weight: it begins as the parameter, at any step count.
 MASTER = State(MASTER_NAME, "master_params", late=True)
 
@@ -152,6 +157,7 @@ class Settings(NamedTuple):
     seed: int = 0
     max_grad_norm: float | None = None  # of the group alone
     average: Callable[[int], float] | None = None  # what is kept of the average of a parameter, by its step count
+    pull: Pull = Pull()
 
 
 #: All that a row takes from a group: (settings, lr, eta, a), where a, the scaled learning rate, is eta * lr.
@@ -199,7 +205,7 @@ class Rule:
     _memo: dict[tuple[Any, ...], Settings] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scalars", (*self.group_scalars, *self.count_scalars, "seed"))
+        object.__setattr__(self, "scalars", (*self.group_scalars, *self.count_scalars, *LAST))
         object.__setattr__(self, "settings", (*SETTINGS, *self.own))
         object.__setattr__(self, "keys", tuple(own.name for own in self.hyperparameters))
         flag = {FLAG: None} if self.torch.decoupled_flag else {}
@@ -207,7 +213,7 @@ class Rule:
         object.__setattr__(self, "read", ("lr", "eta", *self.keys, *flag, *STORAGE, *LIMITS))
         object.__setattr__(self, "absent", {"eta": 1.0, **absent, **flag, **STORAGE, **LIMITS})
 
-    #: The names of a row's scalars: its two parts, then the seed.
+    #: The names of a row's scalars: its two parts, then `LAST`.
     scalars: tuple[str, ...] = field(init=False)
     #: The names of what a device makes a group part of (csrc/layout.h, `SettingWord`).
     settings: tuple[str, ...] = field(init=False)
@@ -290,7 +296,12 @@ class Rule:
         average = checked(whole[AVERAGE], where)
         if average is not None:
             settings = settings._replace(states=(*settings.states, EMA), average=average)
-        settings = settings._replace(storage=storage, seed=seed, max_grad_norm=norm_limit(whole[LIMIT], where))
+        pull = check_pull(whole, settings.decay, where)
+        if pull.refers:
+            settings = settings._replace(states=(*settings.states, REFERENCE))
+        settings = settings._replace(
+            pull=pull, storage=storage, seed=seed, max_grad_norm=norm_limit(whole[LIMIT], where)
+        )
         # A tensor may hold another number under the same key: only plain values are remembered.
         if all(type(v) in PLAIN or isinstance(v, AverageDecay) for k in key for v in (k if type(k) is tuple else (k,))):
             if len(self._memo) >= 4096:  # a schedule that moves weight_decay makes a new key a step
@@ -313,7 +324,7 @@ class Rule:
             base_lrs: of groups whose eta is lr over it; of others 0.
         """
         rows = [
-            (lr, eta, own.weight_decay, DECAY_MODES.index(own.decay), base_lr, own.seed, *own.own)
+            (lr, eta, own.weight_decay, DECAY_MODES.index(own.decay), base_lr, own.seed, *own.pull.scalars, *own.own)
             for (own, lr, eta, _), base_lr in zip(hypers, base_lrs, strict=True)
         ]
         return torch.tensor(rows, dtype=torch.float64, device="cpu").view(len(rows), len(self.settings))
@@ -326,13 +337,14 @@ class Rule:
         flat: list[float] = []
         group_part, count_part = self.group_part, self.count_part
         part: Part = ()
-        last, seed = -1, 0
+        last, of_group = -1, (0.0, 0.0, 0.0)
         for group, t, fresh in keys:
             if group != last:
-                last, part, seed = group, group_part(*hypers[group]), hypers[group][0].seed
+                last, part, own = group, group_part(*hypers[group]), hypers[group][0]
+                of_group = (own.seed, *own.pull.scalars)
             flat += part
             flat += count_part(part, t, fresh)
-            flat.append(seed)
+            flat += of_group
             if averages:
                 kept = decay_of(hypers[group][0].average, t)
                 flat += (kept, 1.0 - kept)

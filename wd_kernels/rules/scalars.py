@@ -27,7 +27,8 @@ __all__ = [
     "value_limit",
 ]
 
-DecayMode: TypeAlias = Literal["l2", "lr_scaled", "independent", "proximal", "metric_proximal"]
+DecayMode: TypeAlias = Literal["l2", "lr_scaled", "independent", "proximal", "metric_proximal", "corrected"]
+#: By the numbers that native code has for them.
 DECAY_MODES: tuple[str, ...] = get_args(DecayMode)
 
 
@@ -176,4 +177,6 @@ def decay_scalars(mode: str, lam: float, eta: float, a: float) -> tuple[float, f
         return 0.0, eta * lam, 1.0, 0.0
     if mode == "proximal":
         return 0.0, (eta * lam) / (1.0 + eta * lam), 1.0 / (1.0 + eta * lam), 0.0
+    if mode == "corrected":
+        return 0.0, a * eta * lam, 1.0, 0.0
     return 0.0, 0.0, 1.0, a * lam

@@ -1,7 +1,8 @@
 """What an optimizer does with the schedules of its groups: it checks them, follows them, and counts.
 
 A group's `schedule` is None (its `eta` stands), a callable, or "from_lr". Its `schedule_step` counts the steps that a
-callable has seen; it is saved with the group, the schedule itself is not. With `show_lr` the group's `lr` shows what
+callable has seen; it is saved with the group, the schedule itself is not. `weight_decay_schedule` multiplies the
+group's weight decay by the same count, whatever sets eta. With `show_lr` the group's `lr` shows what
 the schedule makes of its `base_lr`. A key that a group lacks has its value in `SETTINGS`. Nothing is written before a
 step is done.
 """
@@ -21,10 +22,13 @@ __all__ = [
     "DEFAULTS",
     "FROM_LR",
     "SETTINGS",
+    "WEIGHT_DECAY",
     "ScheduleLike",
     "Tick",
     "adopt",
+    "called",
     "check",
+    "counted",
     "follow",
     "follows_lr",
     "moved_beside",
@@ -32,7 +36,11 @@ __all__ = [
 
 FROM_LR = "from_lr"
 #: The keys of a group, and what they are where nothing is given.
-SETTINGS: dict[str, Any] = {"schedule": None, "schedule_step": 0, "base_lr": None, "show_lr": False}
+SETTINGS: dict[str, Any] = {
+    "schedule": None, "schedule_step": 0, "base_lr": None, "show_lr": False, "weight_decay_schedule": None,
+}  # fmt: skip
+#: The key of a schedule of the weight decay.
+WEIGHT_DECAY = "weight_decay_schedule"
 
 #: Those that the optimizer has arguments for.
 DEFAULTS = {key: value for key, value in SETTINGS.items() if key != "schedule_step"}
@@ -48,6 +56,16 @@ def follows_lr(group: Mapping[str, Any]) -> bool:
     return isinstance(schedule, str) and schedule == FROM_LR
 
 
+def called(group: Mapping[str, Any]) -> bool:
+    """Has the group a schedule of eta that is called?"""
+    return group.get("schedule") is not None and not follows_lr(group)
+
+
+def counted(group: Mapping[str, Any]) -> bool:
+    """Has it one of eta or of the weight decay, whose steps are counted?"""
+    return called(group) or group.get(WEIGHT_DECAY) is not None
+
+
 def check(group: Mapping[str, Any], where: str) -> int:
     """A group's completed steps. Raises TypeError or ValueError if its schedule, or what goes with it, is wrong."""
     schedule, base_lr = group.get("schedule"), group.get("base_lr")
@@ -60,6 +78,7 @@ def check(group: Mapping[str, Any], where: str) -> int:
             f"schedule={schedule!r} in {where} cannot be called: expected a function of the completed steps, None, or "
             f"{FROM_LR!r}, which follows an LR scheduler"
         )
+    _check_of_weight_decay(group.get(WEIGHT_DECAY), where)
     shows = flag("show_lr", group.get("show_lr", False), where)
     if shows and (schedule is None or follows_lr(group)):
         raise ValueError(f"show_lr=True in {where} with schedule={schedule!r}: it shows what a callable schedule does")
@@ -80,6 +99,21 @@ def check(group: Mapping[str, Any], where: str) -> int:
     return completed
 
 
+def _check_of_weight_decay(schedule: Any, where: str) -> None:
+    if isinstance(schedule, type):
+        raise TypeError(f"{WEIGHT_DECAY}={schedule.__name__} in {where} is a class: expected {schedule.__name__}(...)")
+    if schedule is not None and not callable(schedule):
+        raise TypeError(
+            f"{WEIGHT_DECAY}={schedule!r} in {where} cannot be called: expected a function of the completed steps, by "
+            "which the weight decay is multiplied, or None"
+        )
+    if hasattr(schedule, "decay_factor"):
+        raise ValueError(
+            f"{WEIGHT_DECAY}={schedule!r} in {where} has a weight decay of its own beside eta: allowed is schedule= "
+            "for it; the two are multiplied"
+        )
+
+
 def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapping[str, Any]], where: str) -> None:
     """Completes a new group: `base_lr` is its first lr; a schedule that it shares with others goes on where they are.
 
@@ -98,6 +132,10 @@ def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapp
     if "base_lr" not in given and not follows_lr(group) and not group["show_lr"]:
         group["base_lr"] = None
     check(group, where)
+    shared = next((key for key in ("schedule", WEIGHT_DECAY) if callable(group[key])), None)
+    if shared is not None and shared not in given and "schedule_step" not in given:
+        counts = (check(own, "another group") for own in others if own.get(shared) is group[shared])
+        group["schedule_step"] = next(counts, 0)
     if group["schedule"] is None:
         return
     inherited = "schedule" not in given
@@ -125,9 +163,6 @@ def adopt(group: dict[str, Any], given: Mapping[str, Any], others: Sequence[Mapp
             f"{where} takes its lr={group['lr']} for its base_lr, which the schedule multiplies; that of other groups "
             "shows what it has made of theirs: give base_lr"
         )
-    if inherited and "schedule_step" not in given:
-        shared = (check(own, "another group") for own in others if own.get("schedule") is group["schedule"])
-        group["schedule_step"] = next(shared, 0)
 
 
 def _eta_of(group: Mapping[str, Any]) -> float:
@@ -142,25 +177,37 @@ def follow(groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> tuple[l
             wrong.
     """
     result, ticks = list(hypers), list[Tick]()
-    schedules = [group.get("schedule") for group in groups]
-    if schedules.count(None) == len(schedules):
+    schedules = [(group.get("schedule"), group.get(WEIGHT_DECAY)) for group in groups]
+    if schedules.count((None, None)) == len(schedules):
         return result, ticks
     seen: dict[tuple[int, int], tuple[float, float]] = {}  # groups mostly share a schedule, which is asked once
-    for i, (group, schedule) in enumerate(zip(groups, schedules, strict=True)):
-        if schedule is None:
+    for i, (group, (schedule, of_decay)) in enumerate(zip(groups, schedules, strict=True)):
+        if schedule is None and of_decay is None:
             continue
-        settings, lr, eta, _ = result[i]
-        t, base_lr = group.get("schedule_step", 0), group.get("base_lr")
-        if follows_lr(group):
-            result[i] = settings, lr, _ratio(lr, base_lr, eta, i), lr
+        settings, lr, eta, a = result[i]
+        t, base_lr, decayed = group.get("schedule_step", 0), group.get("base_lr"), 1.0
+        if of_decay is not None:
+            if type(t) is not int or (id(of_decay), t) not in seen:
+                t = check(group, f"param group {i}")
+                decayed = at_least_zero(f"{WEIGHT_DECAY}({t})", of_decay(t), f"param group {i}")
+                seen[id(of_decay), t] = decayed, 1.0
+            decayed = seen[id(of_decay), t][0]
+        if not called(group):
+            if of_decay is not None:
+                settings = settings._replace(weight_decay=settings.weight_decay * decayed)
+                ticks.append((group, "schedule_step", t + 1))
+            if follows_lr(group):
+                eta, a = _ratio(lr, base_lr, eta, i), lr
+            result[i] = settings, lr, eta, a
             continue
         found = seen.get((id(schedule), t)) if type(t) is int and base_lr is None else None
         if found is None:
             t = check(group, f"param group {i}")
+            assert schedule is not None
             found = seen[id(schedule), t] = _multipliers(schedule, t, f"param group {i}")
         if base_lr is not None:
             lr = _base_of_shown(lr, base_lr, eta, i)
-        eta, factor = found
+        eta, factor = found[0], found[1] * decayed
         if factor != 1.0:
             settings = settings._replace(weight_decay=settings.weight_decay * factor)
         result[i] = settings, lr, eta, eta * lr

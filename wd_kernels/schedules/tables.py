@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from .composed import Product, Sequential
 from .normalized import NormalizedDecay
-from .shapes import Schedule
+from .shapes import Constant, Schedule
 
-__all__ = ["LONGEST", "ScheduleTable", "can_be_tabled", "tabled"]
+__all__ = ["LONGEST", "ScheduleTable", "WithDecay", "can_be_tabled", "tabled", "with_decay"]
 
 #: Steps of the table of a schedule that never settles, since it restarts for ever.
 LONGEST = 2**20
@@ -34,10 +35,45 @@ class ScheduleTable(NamedTuple):
     endless: bool
 
 
+@dataclass(frozen=True, eq=False)
+class WithDecay(Schedule):
+    """A schedule of eta, with one of the weight decay beside it."""
+
+    schedule: Schedule
+    decays: Schedule
+
+    @property
+    def settles(self) -> int | None:
+        first, second = self.schedule.settles, self.decays.settles
+        return None if first is None or second is None else max(first, second)
+
+    def __call__(self, t: int) -> float:
+        return self.schedule(t)
+
+    def decay_factor(self, t: int) -> float:
+        own = getattr(self.schedule, "decay_factor", None)
+        return (1.0 if own is None else own(t)) * self.decays(t)
+
+
+_together: dict[tuple[int, int, float], WithDecay] = {}  # by the ids of what they hold
+
+
+def with_decay(schedule: Schedule | None, eta: float, decays: Schedule) -> WithDecay:
+    """The same object for the same two: a device knows its table by it. `eta`: where there is no schedule of it."""
+    key = id(schedule), id(decays), eta
+    if key not in _together or _together[key].decays is not decays:
+        if len(_together) >= 1024:
+            _together.clear()
+        _together[key] = WithDecay(Constant(eta) if schedule is None else schedule, decays)
+    return _together[key]
+
+
 def can_be_tabled(schedule: object) -> bool:
     """Is it made of `Schedule` alone, which are functions of the completed steps and nothing else?"""
     if isinstance(schedule, (Sequential, Product)):
         return all(map(can_be_tabled, schedule.parts))
+    if isinstance(schedule, WithDecay):
+        return can_be_tabled(schedule.schedule) and can_be_tabled(schedule.decays)
     if isinstance(schedule, NormalizedDecay):
         return can_be_tabled(schedule.schedule)
     return isinstance(schedule, Schedule)
@@ -79,8 +115,11 @@ def _made(schedule: Schedule, longest: int) -> ScheduleTable:
         if wrong.any():
             t = int(wrong.nonzero()[0])
             raise ValueError(f"{name}({t})={float(row[t])} of {schedule!r}: allowed are finite numbers >= 0")
+    given = schedule.decays if isinstance(schedule, WithDecay) else schedule
     for later in (1, 2, 3, 10, 1000) if settles is not None else ():
         value = schedule(steps[-1] + later)
+        if given is not schedule and given(steps[-1] + later) != given(steps[-1]):
+            raise ValueError(f"{given!r} goes on after step {steps[-1]}, where it settles by its `settles`")
         if value != values[0, -1]:
             raise ValueError(
                 f"{schedule!r} settles at step {settles}, by its `settles` (or `steps`), and is "

@@ -15,7 +15,7 @@ from ..flat.states import FlatStates
 from ..formats import SCALE, TILE, Storage, arithmetic_dtype, has_scales
 from ..layout import Spec, spec_of
 from ..reference import load, store
-from ..rules import AVERAGE, EMA, MASTER, Rule, State
+from ..rules import AVERAGE, CENTER, EMA, GIVEN, MASTER, REFERENCE, TO, Pull, Rule, State
 from ..scales import check_tiles, conform_scale, lies_otherwise, like_scale, scale_of
 from ..sharding import check_sharding, local, sharded_like
 from ..validation import check_roles, check_storage, check_type, conform_state, is_dense, same_layout, step_count
@@ -69,23 +69,27 @@ def inspect(
     rule: Rule,
     states: Sequence[State],
     storage: Storage,
+    pull: Pull,
     settings: Mapping[str, Any],
     what: str,
     old: Known | None,
     flat: FlatStates,
     count: float | None = None,
+    given: Tensor | None = None,
 ) -> Finding:
     """Everything that must hold of one parameter, its gradient and its state. Writes nothing but stand-ins.
 
     Args:
         p, grad_itself: the parameter and its gradient.
         own: its state dictionary, or None.
-        rule, states, storage: what steps it, the states that its group asks for, and how they are to be stored.
+        rule, states, storage, pull: what steps it, the states that its group asks for, how they are to be stored, and
+            what its decay pulls to.
         settings: its group, which has the states' first values.
         what: how errors call the parameter.
         old: what was known of it, whose stand-ins are used again.
         flat: makes the states of flat parameters.
         count: its step count, where that is known already.
+        given: what it was given to decay to.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the parameter, what was found and what is allowed.
@@ -108,7 +112,13 @@ def inspect(
         grad_copy = _stand_in(theta, grad.dtype, old.grad_copy if old else None).copy_(grad)
         grad = grad_copy
 
-    present = [state.name for state in states if state is not EMA and own.get(state.name) is not None]
+    if pull.center and p.is_complex():
+        raise TypeError(
+            f"{what} has dtype {p.dtype}, with decay_center={settings.get(CENTER)}: its real and its imaginary parts "
+            "would both decay to that; allowed is decay_to= with a tensor"
+        )
+    of_rule = [state for state in states if state not in (EMA, REFERENCE)]
+    present = [state.name for state in of_rule if own.get(state.name) is not None]
     if own.get("step") is not None:
         count = step_count(own["step"] if count is None else count, f"the step count of {what}")
     elif present and rule.torch.counts_steps:
@@ -136,6 +146,8 @@ def inspect(
     kept_master = local(kept).detach() if isinstance(kept, Tensor) else None
     like = like_scale(p, theta) if scales else theta
     put: dict[str, Tensor] = {}
+    if given is not None and settings.get(TO) == GIVEN and own.get(REFERENCE.name) is None:
+        own[REFERENCE.name] = put[REFERENCE.name] = given
     memory, themselves = list[Tensor](), list[Tensor]()
     begun: dict[str, Tensor] = {}  # the scales of new states
     for state in states:
@@ -152,8 +164,15 @@ def inspect(
             if state in dtypes and has_scales(dtype):
                 scale = _zeros(like, theta.device, state.scale.name, SCALE.dtype, place, flat, TILE)
                 begun[state.scale.name] = scale
+            if state is REFERENCE and settings.get(TO) == GIVEN:
+                raise ValueError(
+                    f"the state of {what} has no {state.name!r}, and decay_to='given' in its group: allowed are a "
+                    "tensor there, like the parameter, and decay_to='initial', which begins with the weights as they "
+                    "are now"
+                )
             if state is EMA:
                 _check_mean(settings.get(AVERAGE), count, what)
+            if state in (EMA, REFERENCE):
                 store(now, load(theta, arithmetic_dtype(theta.dtype), kept_master), None, scale)
             elif state is not MASTER:
                 now = state.begin(now, settings, scale)
@@ -173,7 +192,8 @@ def inspect(
         memory.append(now.data)
         themselves.append(value)
     kinds = (theta.dtype, grad.dtype, *(t.dtype for t in memory))
-    spec = spec_of(theta.device, kinds, tuple(states), (storage.stochastic_params, storage.stochastic_states))
+    stochastic = (storage.stochastic_params, storage.stochastic_states)
+    spec = spec_of(theta.device, kinds, tuple(states), stochastic, pull.level)
     assert spec is not None
     known = Known(spec, (lies.data_ptr(), lies.shape, lies.stride()), param_copy, grad_copy)
     # What a device made in a first step that it skipped has not begun: a count of 0, and zeros.

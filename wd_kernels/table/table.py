@@ -31,7 +31,7 @@ from ..formats import Storage
 from ..layout import CPU, Bucket, Moving, Place, Segments, Spec, Tensors, numel_of, origins, padded, write_segment
 from ..live import Live, of_host, sources
 from ..norms import Accumulated, Bank, Norms, same_objects
-from ..rules import EMA, MASTER, Hyper, Rule, State
+from ..rules import EMA, MASTER, REFERENCE, Hyper, Pull, Rule, State
 from ..schedules import stepping
 from ..schedules.stepping import Tick
 from ..sharding import is_sharded, is_unmarked_shard, local, shard_offset
@@ -57,8 +57,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-#: What a group asks for: states, and how they are stored.
-Need: TypeAlias = tuple[tuple[State, ...], Storage]
+#: What a group asks for: states, how they are stored, and what its decay pulls to.
+Need: TypeAlias = tuple[tuple[State, ...], Storage, Pull]
 #: How often a step looks again at what a signal's handler or another thread changes meanwhile, before it gives up.
 TRIES = 1000
 PATIENCE = 8
@@ -88,6 +88,7 @@ class TensorTable:
         origins: of parameters, by id, where they are some of an optimizer's; None: they are all.
         inspected: what was inspected in this step, by position; it holds the memory of its tensors.
         accumulated: what the step under way has in the place of gradients; None: these.
+        references: what parameters were given to decay to, which their states have from their first step on.
         watches: what watches the next step.
         marks: gives the words of marks of a parameter that is stepped, where one of these marks.
         watched: what the last step was watched by; None: by nothing.
@@ -95,7 +96,7 @@ class TensorTable:
 
     def __init__(self, rule: Rule, resolve: Callable[[Spec], Any]) -> None:
         self.rule, self.resolve = rule, resolve
-        self.states = (*rule.states, EMA, MASTER, *(state.scale for state in (*rule.states, EMA)))
+        self.states = (*rule.states, EMA, REFERENCE, MASTER, *(state.scale for state in (*rule.states, EMA)))
         self.control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=CPU)
         self.controlled = False  # by the limits of the last step
         self.counting: torch.device | None = None
@@ -127,6 +128,7 @@ class TensorTable:
         self.written: list[Tensor] | None = None
         self.inspected: dict[int, Finding | None] = {}
         self.accumulated: Accumulated | None = None
+        self.references: Mapping[Tensor, Tensor] = {}
         self.puts: list[tuple[int, Tensor, Any, dict[str, Any], dict[str, Any]]] = []
         _tables.add(self)
 
@@ -149,7 +151,7 @@ class TensorTable:
         Raises:
             TypeError, ValueError, RuntimeError: naming the parameter; nothing was written.
         """
-        needs = [(own[0].states, own[0].storage) for own in hypers]
+        needs = [(own[0].states, own[0].storage, own[0].pull.kind) for own in hypers]
         if not isinstance(state, dict):
             raise TypeError(f"the optimizer's state is a {type(state).__name__}: expected a dict")
         if self.watch is None and memoryless.wanted(groups):
@@ -333,7 +335,7 @@ class TensorTable:
             if on:
                 own = self.tensors(i)
                 roles = [own.theta.detach(), *own.states.values(), *own.outputs.values(), *own.scales.values()]
-                roles += [] if own.master is None else [own.master]
+                roles += [t for t in (own.master, own.reference) if t is not None]
                 self.norms.captured.append(roles)
                 self.norms.captured_at[i] = [t.data_ptr() for t in roles]
 
@@ -362,13 +364,15 @@ class TensorTable:
         self.norms.counts = []
         for g, (group, own) in enumerate(zip(self.groups, lives, strict=True)):
             steps, eta = bank.views[g]
-            schedule = group.get("schedule")
-            if own.schedule is None and schedule is not None and not stepping.follows_lr(group):
+            if own.schedule is None and stepping.counted(group):
                 continue  # the host follows it
-            shown = {"schedule_step": steps, "eta": eta}
-            if own.schedule is None:  # it may have had one, whose last values stay; within a capture nothing is read
-                left = [(key, view) for key, view in shown.items() if group.get(key) is view]
-                ticks += [(group, key, None if self.captures else view.item()) for key, view in left]
+            shown = {"schedule_step": steps} if stepping.counted(group) else {}
+            shown |= {"eta": eta} if stepping.called(group) else {}
+            # It may have had one, whose last values stay; within a capture nothing is read.
+            all_views = {"schedule_step": steps, "eta": eta}
+            left = [(key, view) for key, view in all_views.items() if key not in shown and group.get(key) is view]
+            ticks += [(group, key, None if self.captures else view.item()) for key, view in left]
+            if own.schedule is None:
                 continue
             ticks += [(group, key, view) for key, view in shown.items() if group.get(key) is not view]
             if group.get("schedule_step") is not steps and not self.captures:
@@ -506,8 +510,8 @@ class TensorTable:
         self.counts: Counts = Counts(steps, active, torch.zeros(n, dtype=torch.uint8, device=CPU))
         self._group_of = [g for g, _ in watch.places]
         self._known_row_keys = None
-        self.averages = any(EMA in states for states, _ in needs)
-        self.beside = max((len(states) + storage.parts(states) for states, storage in needs), default=0)
+        self.averages = any(EMA in states for states, *_ in needs)
+        self.beside = max((len(states) + storage.parts(states) for states, storage, _ in needs), default=0)
         self.own_segments = Segments.empty(n, self.beside)
         if any(type(t) is not Tensor for t in (self.control, self.own_segments.moving)):
             raise RuntimeError(
@@ -632,7 +636,8 @@ class TensorTable:
         group = self.groups[g]
         own, old = self.state.get(p), self.known[i]
         what = label(group, g, k)
-        return inspect(p, grad, own, self.rule, *self.needs[g], group, what, old, self.flat_states, count)
+        given = self.references.get(p)
+        return inspect(p, grad, own, self.rule, *self.needs[g], group, what, old, self.flat_states, count, given)
 
     def _take_count(self, watch: Watch, i: int, f: Finding) -> dict[str, Any]:
         """Makes the step count the table's own; returns what the state dictionary is to be given."""
@@ -677,11 +682,13 @@ class TensorTable:
             if f is None:
                 own = self.state.get(p, {})
                 lies = local(p).detach()
-                states = [local(t) for state in self.states if isinstance(t := own.get(state.name), Tensor)]
+                states = {s.name: local(t) for s in self.states if isinstance(t := own.get(s.name), Tensor)}
             else:
-                lies, states = f.theta if f.gapped is None else f.gapped, list(f.memory)
+                lies = f.theta if f.gapped is None else f.gapped
+                states = dict(zip(f.known.spec.beside, f.memory, strict=True))
             extents.append(Extent(lies, what))
-            extents += [Extent(s, f"a state of {what}") for s in states]
+            for name, t in states.items():
+                extents.append(Extent(t, f"a state of {what}", written=name != REFERENCE.name))
         check_disjoint(extents)
 
     def _range(self, f: Finding) -> tuple[int, int, int, int]:
