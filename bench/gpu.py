@@ -6,8 +6,8 @@
     python bench/gpu.py --out DIR --rehearse                         # on the CPU with tiny tensors
 
 DIR then has gpu.json (everything, written after every case), gpu.txt (the tables), tests.txt, clipping.txt,
-accumulation.txt, averages.txt, watching.txt and peers.png. Each part has a budget of time; what fails is said in the report and ends
-nothing else.
+accumulation.txt, averages.txt, watching.txt and peers.png. Each part has a budget of time; what fails is said in the
+report and ends nothing else.
 bench/report.py keeps gpu.json.
 """
 
