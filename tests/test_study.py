@@ -16,7 +16,20 @@ from report import replaced
 from semantics import mode_of
 from study import program, report, train
 from study.findings import HELD_OUT, Errors, Findings, Fit, Mean, best_decays, fit
-from study.plan import GROWTHS, METHODS, RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids, growths
+from study.plan import (
+    GROWTHS,
+    METHODS,
+    RIVALS,
+    SCHEDULES,
+    Plan,
+    anytime,
+    budgets,
+    finals,
+    grids,
+    growths,
+    variant_grids,
+    variants,
+)
 from study.report import render, section
 from study.train import NOISE, VALIDATION, Networks, Run, split
 from torch.nn import functional as F
@@ -321,6 +334,24 @@ def test_what_is_packed_comes_back(tiny: tuple[Findings, Path]) -> None:
     assert render(back) == render(found)
 
 
+def test_variants_are_compared_at_their_best_with_new_seeds(tiny: tuple[Findings, Path]) -> None:
+    found, _ = tiny
+    places = found.varied("noisy")
+    run = variants(TINY, "noisy", places)
+    assert list(places) == ["AdamW lr_scaled", "cautious", "corrected"]
+    own = [(c["lr"], c["weight_decay"]) for c in run.configs]
+    assert own == list(places.values())
+    assert [(c["decay"], c.get("cautious")) for c in run.configs] == [
+        ("lr_scaled", None), ("lr_scaled", True), ("corrected", None)
+    ]  # fmt: skip
+    others = {seed for own in (*grids(TINY).values(), *variant_grids(TINY).values()) for seed in own.draws}
+    assert not others & set(run.draws)
+    errors = found.variants
+    assert found.gained("noisy", "cautious").value == pytest.approx(
+        float(errors["noisy", "AdamW lr_scaled"].mean() - errors["noisy", "cautious"].mean())
+    )
+
+
 def test_the_choice_is_made_on_validation_alone(tiny: tuple[Findings, Path]) -> None:
     found, _ = tiny
     lrs, decays = METHODS["Adam-L2"].grid(3)
@@ -353,6 +384,13 @@ def test_the_program(
     assert text.startswith("before\n<!-- study:begin -->\n`make study` trains")
     assert text.endswith("<!-- study:end -->\nafter\n")
     assert "stale words" not in text
+    kept = json.loads((results / "study.json").read_text())
+    lacking = {key: value for key, value in kept.items() if key not in ("variant_grids", "variants")}
+    (results / "study.json").write_text(json.dumps(lacking))
+    assert program.main(["--work", str(work), "--add"]) == 0
+    added = json.loads((results / "study.json").read_text())
+    assert added["about"].pop("added")["networks"] == 4 * 9 * 2 + 2 * 3 * 2
+    assert added == kept
     with pytest.raises(SystemExit):
         program.main(["--rehearse", "--save"])
     assert "--rehearse shows nothing that is worth keeping" in capsys.readouterr().err

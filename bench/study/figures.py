@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from .findings import HELD_OUT, Array, Findings, best_decays
-from .plan import BUDGET_LR, GROWTHS, LAWS, METHODS, RIVALS, SCHEDULES
+from .plan import BUDGET_LR, GROWTHS, LAWS, METHODS, PLAIN, RIVALS, SCHEDULES, VARIANTS
 from .report import signed
 from .train import NOISE, STEPS_AN_EPOCH
 
@@ -38,6 +38,8 @@ def draw(found: Findings, folder: Path) -> list[Path]:
         figures["budgets"] = _by_network(found, _budgets, (11, 4.4), against)
         figures["anytime"] = _by_network(found, _anytime, (13, 4.6), "Anytime performance")
         figures["growths"] = _growths(found)
+        varied = "Plain, cautious and corrected decay of AdamW, each at its best, retrained with new seeds"
+        figures["variants"] = _by_network(found, _variants, (11, 4.2), varied)
         for name, figure in figures.items():
             figure.savefig(folder / f"study_{name}.png", dpi=130)
     return [folder / f"study_{name}.png" for name in figures]
@@ -148,6 +150,22 @@ def _anytime(found: Findings, axes: Axes, network: str) -> None:
     axes.set_ylabel("error on held-out digits, %")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(loc="best")
+
+
+def _variants(found: Findings, axes: Axes, network: str) -> None:
+    """(f) Test error of each at its best."""
+    for k, (name, color) in enumerate(zip((PLAIN, *VARIANTS), (BLUE, GREEN, BROWN), strict=True)):
+        values = 100 * found.variants[network, name]
+        mean, spread = values.mean(), 1.96 * values.std(ddof=1) / np.sqrt(len(values))
+        jitter = np.random.default_rng(k).uniform(-0.12, 0.12, len(values))
+        axes.plot(k + jitter, values, ".", color=color, alpha=0.4, markersize=6)
+        axes.errorbar(k, mean, spread, fmt="o", color=color, capsize=5, markersize=7)
+        if name in VARIANTS:
+            gain = found.gained(network, name)
+            text = f"{100 * gain.value:+.2f} ± {196 * gain.error:.2f} below plain"
+            axes.annotate(text, (k, values.max()), (0, 6), textcoords="offset points", ha="center", fontsize=9)
+    axes.set(xticks=range(1 + len(VARIANTS)), xticklabels=["plain", *VARIANTS], ylabel="test error, %")
+    axes.margins(x=0.2, y=0.15)
 
 
 def _growths(found: Findings) -> Figure:

@@ -10,14 +10,17 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .plan import GROWTHS, METHODS, RIVALS, Plan
+from .plan import GROWTHS, METHODS, PLAIN, RIVALS, VARIANTS, Method, Plan
 from .train import STEPS_AN_EPOCH, TRAIN, VALIDATION
 
 Array: TypeAlias = NDArray[np.float64]
 TEST = 1797 - TRAIN - VALIDATION
 HELD_OUT = VALIDATION + TEST
 #: Parts of the findings, and the number of samples of each share of errors, where it is not of both held-out sets.
-KEPT = {"grids": TEST, "budgets": TEST, "finals": TEST, "anytime": HELD_OUT, "growths": TEST}
+KEPT = {
+    "grids": TEST, "budgets": TEST, "finals": TEST, "anytime": HELD_OUT, "growths": TEST, "variant_grids": TEST,
+    "variants": TEST,
+}  # fmt: skip
 GOOD = 2.0  # a row counts if its best error is within this factor of the grid's
 BRACKET = 2.0  # and if both its ends are worse than its best by this many standard errors
 DRAWS = 2000
@@ -124,6 +127,9 @@ class Findings:
     #: Over both held-out sets, by network and configuration: [epochs, seeds].
     anytime: dict[tuple[str, str], Array] = field(default_factory=dict)
     growths: dict[tuple[str, str, int], Errors] = field(default_factory=dict)  # by network, growth, size
+    variant_grids: dict[tuple[str, str], Errors] = field(default_factory=dict)  # by network, variant
+    #: On the test sets of new seeds, by network and variant, the plain one too: [seeds].
+    variants: dict[tuple[str, str], Array] = field(default_factory=dict)
 
     def table(self, method: str, network: str) -> Array:
         """A cosine grid's errors over both held-out sets, [lrs, decays, seeds]."""
@@ -136,9 +142,21 @@ class Findings:
 
     def chosen(self, method: str, network: str, schedule: str) -> tuple[float, float]:
         """(lr, weight decay) that is best on the validation sets."""
-        best = int(np.argmin(self.grids[method, network, schedule].validation.mean(-1)))
-        lrs, decays = METHODS[method].grid(self.plan.size)
+        return self._chosen(METHODS[method], self.grids[method, network, schedule])
+
+    def _chosen(self, method: Method, errors: Errors) -> tuple[float, float]:
+        best = int(np.argmin(errors.validation.mean(-1)))
+        lrs, decays = method.grid(self.plan.size)
         return lrs[best // self.plan.size], decays[best % self.plan.size]
+
+    def varied(self, network: str) -> dict[str, tuple[float, float]]:
+        """The same of the plain AdamW, and of each variant, under the cosine."""
+        own = {name: self._chosen(method, self.variant_grids[network, name]) for name, method in VARIANTS.items()}
+        return {PLAIN: self.chosen(PLAIN, network, "cosine"), **own}
+
+    def gained(self, network: str, variant: str) -> Mean:
+        """How far a variant's test error is below the plain one's, seed by seed."""
+        return Mean.of(self.variants[network, PLAIN] - self.variants[network, variant])
 
     def gap(self, network: str, schedule: str) -> Mean:
         """How far AdamW's test error is below Adam-L2's, seed by seed."""
@@ -196,5 +214,5 @@ class Findings:
             return np.asarray(own) / samples
 
         settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in kept["plan"].items()}
-        own = {part: {tuple(key): shares(v, n) for *key, v in kept[part]} for part, n in KEPT.items()}
+        own = {part: {tuple(key): shares(v, n) for *key, v in kept.get(part, ())} for part, n in KEPT.items()}
         return cls(Plan(**settings), kept["about"], **own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,14 @@ _METHODS = (
     Method("metric-proximal", "AdamW", {"decay": "metric_proximal"}, -1, (-2, 0), _ADAM, (1e-5, 10.0)),
 )
 METHODS = {method.name: method for method in _METHODS}
+
+
+#: (f) What the weight decay of AdamW can be besides, in the place of the plain one.
+PLAIN = "AdamW lr_scaled"
+VARIANTS = {
+    "cautious": replace(METHODS[PLAIN], name="cautious", options={"decay": "lr_scaled", "cautious": True}),
+    "corrected": replace(METHODS[PLAIN], name="corrected", options={"decay": "corrected"}),
+}
 
 
 LAWS = {"time scale": "timescale", "normalised": "normalized", "per step": "per_step", "λ kept": "kept"}
@@ -185,6 +193,23 @@ def finals(plan: Plan, network: str, places: Places) -> Run:
     steps = plan.epochs * STEPS_AN_EPOCH
     configs = tuple(METHODS[name].config(*place, SCHEDULES[s](steps)) for (name, s), place in places.items())
     return Run(f"finals-{network}", network, "AdamW", configs, plan.epochs, plan.finals, first_seed=1000)
+
+
+def variant_grids(plan: Plan) -> dict[tuple[str, str], Run]:
+    """The grids of figure (f), by (network, variant), cosine: plain AdamW has its own in figure (a)."""
+    schedule, runs = Cosine(plan.epochs * STEPS_AN_EPOCH), {}
+    for network, (name, method) in itertools.product(NOISE, VARIANTS.items()):
+        lrs, decays = method.grid(plan.size)
+        configs = tuple(method.config(lr, decay, schedule) for lr in lrs for decay in decays)
+        runs[network, name] = Run(f"grid-{name}-{network}", network, method.rule, configs, plan.epochs, plan.seeds)
+    return runs
+
+
+def variants(plan: Plan, network: str, places: Mapping[str, tuple[float, float]]) -> Run:
+    """Figure (f): each of them at its place, and the plain one, trained with new seeds."""
+    schedule, methods = Cosine(plan.epochs * STEPS_AN_EPOCH), {**METHODS, **VARIANTS}
+    configs = tuple(methods[name].config(*place, schedule) for name, place in places.items())
+    return Run(f"variants-{network}", network, "AdamW", configs, plan.epochs, plan.finals, first_seed=3000)
 
 
 def anytime(plan: Plan, network: str, places: Places) -> tuple[list[str], Run]:

@@ -2,6 +2,7 @@
 
     python bench/study                    # trains what is not yet trained, prints and draws what it says
     python bench/study --save             # and keeps pictures, findings and numbers in bench/results
+    python bench/study --add              # trains what the kept findings lack, and adds it to them
     python bench/study --readme           # and writes the README's section
     python bench/study --rehearse         # the same in little, in a minute
 
@@ -17,6 +18,7 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from report import README, RESULTS, replaced
 from . import train
 from .figures import draw
 from .findings import Errors, Findings
-from .plan import RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids, growths
+from .plan import RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids, growths, variant_grids, variants
 from .report import render, section
 from .train import NOISE, Run
 
@@ -75,11 +77,26 @@ def collect(plan: Plan, work: Path) -> Findings:
         curves = trainer(run).both().transpose(1, 0, 2)
         found.anytime |= {(network, name): own for name, own in zip(names, curves, strict=True)}
     found.growths = {key: trainer(run) for key, run in growths(plan).items()}
+    vary(found, trainer)
+    found.about = about(trainer)
+    return found
+
+
+def vary(found: Findings, trainer: Trainer) -> None:
+    """Trains figure (f)."""
+    found.variant_grids = {key: trainer(run) for key, run in variant_grids(found.plan).items()}
+    for network in NOISE:
+        places = found.varied(network)
+        errors = trainer(variants(found.plan, network, places)).test
+        found.variants |= {(network, name): own for name, own in zip(places, errors, strict=True)}
+
+
+def about(trainer: Trainer) -> dict[str, Any]:
+    """When, where, with what, and how long."""
     threads = torch.get_num_threads()
     machine = f"{threads} thread{'s' * (threads > 1)} of {get_cpu_info().get('brand_raw', 'an unknown processor')}"
-    found.about = {"date": str(date.today()), "seconds": round(trainer.seconds), "networks": trainer.networks}
-    found.about |= {"machine": machine, "torch": torch.__version__}
-    return found
+    found = {"date": str(date.today()), "seconds": round(trainer.seconds), "networks": trainer.networks}
+    return {**found, "machine": machine, "torch": torch.__version__}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,15 +105,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path(".study"), help="finished runs (default: .study)")
     parser.add_argument("--rehearse", action="store_true", help="a small plan, which shows nothing but that all works")
     parser.add_argument("--save", action="store_true", help="keep pictures and numbers in bench/results")
+    parser.add_argument("--add", action="store_true", help="train what the kept findings lack alone, and keep it too")
     parser.add_argument("--readme", action="store_true", help="make the README's section anew, of what is kept")
     arguments = parser.parse_args(argv)
-    if arguments.rehearse and (arguments.save or arguments.readme):
-        parser.error("--rehearse shows nothing that is worth keeping: allowed is neither --save nor --readme")
-    if arguments.save or not arguments.readme:
-        found = collect(REHEARSAL if arguments.rehearse else Plan(), arguments.work)
+    if arguments.rehearse and (arguments.save or arguments.add or arguments.readme):
+        parser.error("--rehearse shows nothing that is worth keeping: allowed is neither --save, --add nor --readme")
+    if arguments.save or arguments.add or not arguments.readme:
+        if arguments.add:
+            found = Findings.unpacked(json.loads((RESULTS / "study.json").read_text()))
+            trainer = Trainer(arguments.work)
+            vary(found, trainer)
+            found.about["added"] = about(trainer)
+        else:
+            found = collect(REHEARSAL if arguments.rehearse else Plan(), arguments.work)
         text = render(found)
         print(text, end="")
-        folder = RESULTS if arguments.save else arguments.work
+        folder = RESULTS if arguments.save or arguments.add else arguments.work
         (folder / "study.json").write_text(json.dumps(found.packed(), separators=(",", ":")) + "\n")
         (folder / "study.txt").write_text(text)
         for path in draw(found, folder):

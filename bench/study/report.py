@@ -11,11 +11,12 @@ from report import markdown
 from tables import filled
 
 from .findings import Findings, Mean
-from .plan import BUDGET_LR, GROWTHS, LAWS, METHODS, RIVALS, SCHEDULES
+from .plan import BUDGET_LR, GROWTHS, LAWS, METHODS, PLAIN, RIVALS, SCHEDULES, VARIANTS
 from .train import BATCH, NOISE, STEPS_AN_EPOCH, TRAIN
 
 Rows = list[tuple[str, ...]]
 BY_LAYER = "by layer"
+VARIED = "Cautious and corrected decay beside the plain one, each at its best, with new seeds: test error"
 GROWN = "Best weight decay as data or width grow: exponents, and those that each law says"
 
 
@@ -27,7 +28,8 @@ def signed(slope: int) -> str:
 def tables(found: Findings) -> dict[str, Rows]:
     """By title.
 
-    (a) slopes and best errors, (b) what was best under each schedule, (c) budgets, (d) ends of periods, (e) growth.
+    (a) slopes and best errors, (b) what was best under each schedule, (c) budgets, (d) ends of periods, (e) growth, (f)
+    variants.
     """
     ends = found.plan.period_ends()
     of_slopes = ("slope (95%)", "derived", "seen?", "paper's reading", "seen?")
@@ -57,7 +59,25 @@ def tables(found: Findings) -> dict[str, Rows]:
         "Error on held-out digits at the ends of AdamWR's periods: mean ± standard error": anytime,
         GROWN: growing(found),
         "The same from size to size: λ, and its error on held-out digits, %": followed(found),
+        VARIED: varied(found),
     }
+
+
+def varied(found: Findings) -> Rows:
+    """(f) Test errors of the plain decay and its variants, and how far these are below it."""
+    rows: Rows = [("network", "decay", "lr", "λ", "error, %", "below the plain one, %", "95%", "better?")]
+    for network in NOISE:
+        for name, (lr, decay) in found.varied(network).items():
+            error = str(Mean.of(found.variants[network, name]))
+            cells = ("", "", "")
+            if name in VARIANTS:
+                gain = found.gained(network, name)
+                low, high = (100 * (gain.value + sign * 1.96 * gain.error) for sign in (-1, 1))
+                verdict = "not to be told" if low <= 0 <= high else "yes" if low > 0 else "no, worse"
+                cells = (f"{100 * gain.value:+.2f}", f"{low:+.2f} to {high:+.2f}", verdict)
+            title = "plain (lr_scaled)" if name == PLAIN else name
+            rows.append((network, title, f"{lr:.2g}", f"{decay:.2g}", error, *cells))
+    return rows
 
 
 def growing(found: Findings) -> Rows:
@@ -88,7 +108,8 @@ def followed(found: Findings) -> Rows:
 
 def render(found: Findings) -> str:
     """All tables as text."""
-    head = ", ".join(f"{key} {value}" for key, value in found.about.items())
+    about = {**found.about, **{f"{key} (added)": value for key, value in found.about.get("added", {}).items()}}
+    head = ", ".join(f"{key} {value}" for key, value in about.items() if key != "added")
     return "\n\n".join([head, *(f"{title}\n\n{aligned(rows)}" for title, rows in tables(found).items())]) + "\n"
 
 
@@ -147,6 +168,13 @@ all matrices but the first falls as 1/width. *Yes*: the 95% interval holds the e
 """
 
 
+VARYING = """\
+**Cautious and corrected decay against the plain one**, AdamW `lr_scaled` under the cosine. Each was tuned on a grid of
+its own, as large as the others', and what was best of each trained again with {finals} new seeds; differences are seed
+by seed{added}.
+"""
+
+
 PICTURES = {
     "ridges_normalised": "Error over learning rate and weight decay, normalised network",
     "ridges_noisy": "The same, network without normalisation and noisy labels",
@@ -154,6 +182,7 @@ PICTURES = {
     "budgets": "The best weight decay against the training budget",
     "anytime": "Anytime performance of AdamWR, AdamW and Adam-L2",
     "growths": "The best weight decay as data and width grow, and what each law makes of that of the least size",
+    "variants": "Cautious, corrected and plain decay, each at its best, with new seeds",
 }
 
 
@@ -165,6 +194,8 @@ def section(found: Findings) -> str:
     rows = [(claim, *(own[claim] for own in seen)) for claim in seen[0]]
     samples, widths = (f"{least} to {most}" for least, *_, most in (found.plan.samples, found.plan.widths))
     data, wide = found.plan.grown_epochs
+    added = found.about.get("added")
+    added = f" ({added['networks']} networks more, on {added['machine']}, {added['date']})" if added else ""
     parts = [
         filled(opening),
         filled(RIDGES),
@@ -173,6 +204,8 @@ def section(found: Findings) -> str:
         markdown([("claim", *(f"on the {network} network" for network in NOISE)), *rows]),
         filled(GROWING.format(samples=samples, data=data, widths=widths, wide=wide, seeds=3 * found.plan.seeds)),
         markdown(tables(found)[GROWN]),
+        filled(VARYING.format(finals=found.plan.finals, added=added)),
+        markdown(varied(found)),
         *(f"![{title}](bench/results/study_{name}.png)" for name, title in PICTURES.items()),
         "All numbers are in [bench/results](bench/results/study.txt). To train again, and to keep what comes:",
         "    make study\n    .venv/bin/python bench/study --save --readme",
