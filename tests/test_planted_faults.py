@@ -20,6 +20,7 @@ from engines import COMPILED, Engine
 from on_ptx import Launch
 
 from wd_kernels.formats import FLOAT32
+from wd_kernels.layout import Place
 
 CASE = Case("adamw", "independent", {"betas": (0.9, 0.95), "decay": "independent"})
 #: Together they make every operation matter: both ends of lerp, every scalar.
@@ -197,7 +198,7 @@ def test_an_offset_of_32_bits(engine: Engine, own: Any) -> None:
             launch.kernel = kernel or launch.kernel
             chunks, places, moving = (tables(launch, name) for name in ("chunks", "places", "moving"))
             size = 1024
-            for word in range(2, 5):
+            for word in range(Place.ADDRESSES, Place.ADDRESSES + 3):
                 places[:, word] -= begin * 4
             moving[:, 0] -= begin * 4
             moving[:, 1] += begin * (moving[:, 1] > 0)

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -448,6 +449,104 @@ def test_a_model_names_them() -> None:
     assert set(opt.changes()) == {0, 1, 2, 3}
 
 
+def test_marks_stay_those_that_launches_write() -> None:
+    """Memory that is exchanged and comes back, groups that go and come: nothing that a step changes is lost."""
+    p, q = nn.Parameter(torch.ones(40)), nn.Parameter(torch.ones(70))
+    opt = wd_kernels.SGDW([{"params": [p]}, {"params": [q]}], lr=0.5, track_changes=True)
+    p.grad, q.grad = torch.ones(40), torch.ones(70)
+    opt.step()
+    assert set(opt.changes()) == {0, 1}
+    old = p.data
+    p.data = old.clone()
+    assert set(opt.changes()) == {0}
+    p.data = old
+    opt.step()
+    assert opt.changes()[0].index.tolist() == list(range(40))
+    p.data = torch.full((90,), 2.0)  # of another size, and back
+    opt.changes()
+    p.data = old
+    for _ in range(3):
+        opt.step()
+        assert set(opt.changes()) == {0, 1}
+    group = opt.param_groups.pop()
+    assert opt.changes() == {}
+    opt.param_groups.append(group)
+    opt.step()
+    assert set(opt.changes()) == {0, 1}
+
+
+def test_memory_at_an_address_that_came_back_is_another() -> None:
+    for n in (100, 10**5):
+        p = nn.Parameter(torch.ones(n))
+        opt = wd_kernels.SGDW([p], lr=0.5, track_changes=True)
+        p.grad = torch.zeros(n)
+        opt.step()
+        opt.changes()
+        for value in (2.0, 3.0, 4.0):
+            p.data = torch.full((n,), value)
+        assert opt.changes()[0].values.tolist() == [4.0] * n
+
+
+def test_masters_that_are_loaded_before_the_first_step_are_changes() -> None:
+    p = nn.Parameter(torch.ones(40, dtype=bf16))
+    opt = wd_kernels.AdamW([("w", p)], lr=1e-5, weight_decay=0.01, master_weights="split32", track_changes=True)
+    opt.load_master_weights({"w": torch.full((40,), 7.0)})
+    assert opt.changes()["w"].values.tolist() == [7.0] * 40
+    other = nn.Parameter(torch.ones(40, dtype=bf16))
+    again = wd_kernels.AdamW([("w", other)], lr=1e-5, master_weights="split24", track_changes=True)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    again.load_state_dict(opt.state_dict(), convert_states=True)
+    assert again.changes()["w"].index.numel() == 40
+
+
+def test_names_that_repeat_lose_nothing() -> None:
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    opt = wd_kernels.SGDW(
+        [{"params": list(a.named_parameters())}, {"params": list(b.named_parameters())}], lr=0.5, track_changes=True
+    )
+    stats = opt.statistics()
+    assert len(set(stats.names)) == 4
+    for p in (*a.parameters(), *b.parameters()):
+        p.grad = torch.ones_like(p)
+    opt.step()
+    with pytest.raises(ValueError, match=r"two parameters .* 'weight'.*changes\(model\)"):
+        opt.changes()
+    assert set(opt.changes(nn.Sequential(a, b), clear=False)) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert len(opt.changes(torch.compile(nn.Sequential(a, b)))) == 4
+    assert opt.changes(nn.Sequential(a, b)) == {}
+
+
+def test_changes_are_saved_and_reach_shared_weights(tmp_path: Path) -> None:
+    model, opt = trained(track_changes=True)
+    give_gradients(model, 1)
+    opt.step()
+    torch.save(opt.changes(), tmp_path / "changes.pt")
+    loaded = torch.load(tmp_path / "changes.pt")
+    served = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in served.parameters():
+            p.zero_()
+    wd_kernels.apply_changes(served, loaded)
+    for p, q in zip(model.parameters(), served.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(TypeError, match="changes is a list"):
+        wd_kernels.apply_changes(served, [])
+    with pytest.raises(ValueError, match="expanded"):
+        wd_kernels.apply_changes({"0.bias": torch.zeros(1).expand(70)}, {"0.bias": loaded["0.bias"]})
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
+        opt.changes([model])
+
+
+def test_a_dimension_of_one_may_have_any_stride() -> None:
+    p = nn.Parameter(torch.randn(2, 3).t().as_strided((3, 1, 2), (1, 0, 3)))
+    opt = wd_kernels.SGDW([p], lr=0.1, track_changes=True)
+    p.grad = torch.zeros(3, 1, 2)
+    p.grad[1, 0, 1] = p.grad[2, 0, 0] = 1.0
+    opt.step()
+    assert opt.changes()[0].index.tolist() == [3, 4]
+
+
 def test_bad_changes_write_nothing() -> None:
     Change = wd_kernels.Change
     w, v = torch.zeros(4), torch.zeros(2, 2)
@@ -639,6 +738,76 @@ def test_a_failed_step_is_not_measured() -> None:
     assert not stats.fresh
     opt.step()
     assert (stats.fresh, stats.step) == (True, 3)
+
+
+def test_numbers_stay_those_of_their_step() -> None:
+    """Of an object that measures no more, of steps that fail, of steps without gradients, of what was loaded since."""
+    p = nn.Parameter(torch.ones(4))
+    opt = wd_kernels.AdamW([p], lr=0.5)
+    first = opt.statistics()
+    p.grad = torch.ones(4)
+    opt.step()
+    second = opt.statistics()
+    assert not first.fresh
+    p.grad = torch.full((4,), 100.0)
+    opt.step()
+    assert (first.step, first.tensors.grad_norm.item(), second.tensors.grad_norm.item()) == (1, 2.0, 200.0)
+    state, opt.state[p]["exp_avg"] = opt.state[p]["exp_avg"], torch.ones(3)
+    with pytest.raises(ValueError, match="exp_avg"):
+        opt.step()
+    assert (second.fresh, second.step, second.tensors.grad_norm.item()) == (False, 1, 200.0)
+    opt.state[p]["exp_avg"] = state
+    p.grad = None
+    opt.step()
+    assert (second.fresh, second.step, second.tensors.grad_norm.item()) == (False, 1, 200.0)
+    held = weakref.ref(opt.state[p]["exp_avg"])
+    del state
+    opt.load_state_dict(opt.state_dict())
+    p.grad = torch.ones(4)
+    opt.statistics(every=None)
+    opt.step()
+    assert held() is None
+    assert pickle.loads(pickle.dumps(second)).tensors.grad_norm.item() == 200.0
+    with pytest.raises(AttributeError):
+        second.every = 0
+
+
+def test_toggling_keeps_no_launches() -> None:
+    p = nn.Parameter(torch.ones(100))
+    opt = wd_kernels.SGDW([p], lr=0.5)
+    p.grad = torch.ones(100)
+    for _ in range(6):
+        opt.track_changes = True
+        opt.step()
+        opt.track_changes = False
+    opt.statistics()
+    opt.step()
+    assert len(opt._table._watching) <= 2
+
+
+def test_names_follow_groups() -> None:
+    p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    opt = wd_kernels.SGDW([p, q], lr=0.5)
+    stats = opt.statistics()
+    p.grad = q.grad = torch.ones(4)
+    opt.step()
+    opt.param_groups[0]["params"] = [p]
+    opt.add_param_group({"params": [q], "name": "all of it"})
+    opt.step()
+    assert stats.groups.grad_norm.tolist() == [2.0, 2.0]
+    assert stats.group_names == ("0", "all of it")
+    opt.param_groups[0]["name"] = "all of it"
+    opt.step()
+    assert len({key for key in stats.scalars() if key.startswith("grad_norm/groups.")}) == 2
+    names = wd_kernels.SGDW([("all", p), ("groups.0", q)], lr=0.5)
+    of = names.statistics()
+    names.step()
+    assert len({key for key in of.scalars() if key.startswith("grad_norm/")}) == 4
+    short = wd_kernels.SGDW([("p", p)], lr=0.5, track_changes=True)
+    short.statistics()
+    short.param_groups[0]["params"].append(q)
+    short.step()
+    assert set(short.changes()) == {"p", 1}
 
 
 def test_groups_come_and_go() -> None:

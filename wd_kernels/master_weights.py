@@ -43,7 +43,7 @@ def named(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Name, Tensor, i
         names = group.get("param_names")
         for k, p in enumerate(group["params"]):
             if not is_lazy(p) and is_steppable(p.dtype):
-                yield position if names is None else names[k], p, g, k
+                yield position if names is None or k >= len(names) else names[k], p, g, k
             position += 1
 
 

@@ -20,7 +20,7 @@ from . import averaging, backends, live, master_weights, memory_report, native, 
 from . import state_dict as state_dicts
 from .accumulation import Accumulators
 from .caller import warn
-from .changes import Change, Marks
+from .changes import Change, Marks, check_model
 from .clipping import Clipping, Limits
 from .epilogues import CHANGES, STATISTICS
 from .flat.states import FlatGradients
@@ -160,11 +160,14 @@ class DecoupledOptimizer(Optimizer):
             *((STATISTICS,) if measures is not None and measures.due else ()),
             *((CHANGES,) if marks is not None else ()),
         )
-        table.watches, table.marks = watches, None if marks is None else marks.words
+        table.watches, table.marks = watches, marks
+        if measures is not None:
+            measures.fresh = False
         table.step(groups, self.state, hypers, ticks, limits, lives)
         self._settle()
         if measures is not None:
-            measures.take(table.watched, table.params, table.places, groups, bool(table.norms.captured))
+            captured = bool(table.norms.captured)
+            measures.take(table.watched, table.params, table.places, groups, table.active, captured)
         self._clipping.last = table.norms.limits
         if self.latest_loss is not None:
             self.latest_loss = None
@@ -730,7 +733,9 @@ class DecoupledOptimizer(Optimizer):
         self._refuse_within_step("statistics()")
         if self.release is not None and every is not None:
             raise RuntimeError("statistics() while gradients are released: each block has a step of its own")
-        kept = Statistics(self.param_groups, 1 if every is None else checked_every(every), model)
+        kept = Statistics(self.param_groups, 1 if every is None else checked_every(every), check_model(model))
+        if self._statistics is not None:
+            self._statistics.fresh = False  # it measures no more
         self._statistics = None if every is None else kept
         return kept
 
@@ -748,16 +753,18 @@ class DecoupledOptimizer(Optimizer):
         self._refuse_captured("track_changes is set")
         self._marks = Marks() if value else None
 
-    def changes(self, model: nn.Module | None = None) -> dict[str | int, Change]:
+    def changes(self, model: nn.Module | None = None, *, clear: bool = True) -> dict[str | int, Change]:
         """What steps have changed since the last call, or since `track_changes` was set: which elements, and to what.
 
         An element is there if some step has changed its bits in memory: of a 16-bit parameter with a master weight,
         those of the parameter itself. Where others have written a parameter, by `load_master_weights` or by putting it
-        elsewhere (``p.data =``), all of it is there; what is written into it by hand is not seen. This waits for the
-        device.
+        elsewhere (``p.data =``, after its first step), all of it is there; what is written into it by hand, or by
+        ``model.load_state_dict``, is not seen. Who applies changes begins with a copy of all weights from when
+        `track_changes` was set. This waits for the device.
 
         Args:
             model: whose names parameters have there; by default those that the optimizer was given, or their positions.
+            clear: forget them: who could not send them asks again without it.
 
         Returns:
             Of each parameter that has changed its :class:`wd_kernels.Change`; ``wd_kernels.apply_changes`` writes them
@@ -766,6 +773,7 @@ class DecoupledOptimizer(Optimizer):
         Raises:
             RuntimeError: changes are not tracked.
             KeyError: a parameter is none of the model's.
+            ValueError: two parameters have one name.
 
         Example:
             >>> import torch, wd_kernels
@@ -783,7 +791,7 @@ class DecoupledOptimizer(Optimizer):
         if self._marks is None:
             raise RuntimeError("changes() of an optimizer that does not track them: expected track_changes=True before")
         with self._table.lock, plain_tensors(True):
-            return self._marks.take(self.param_groups, model)
+            return self._marks.take(self.param_groups, model, clear)
 
     def _written(self, params: Iterable[Tensor]) -> None:
         """Somebody else than a step has written these."""

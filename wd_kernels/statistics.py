@@ -10,8 +10,8 @@ import importlib
 import math
 import operator
 import os
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from . import sums
 from .epilogues import STATISTICS
-from .norms import reductions, same_objects
+from .norms import reductions
 from .reference import sqrt
 from .sharding import largest_over, sum_over
+from .state_dict import unwrapped
 from .table import Watched
 
 __all__ = ["Measured", "Statistics", "checked_every"]
@@ -52,14 +53,25 @@ class Measured(NamedTuple):
     nonfinite: Tensor
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One that was measured."""
+class _Blocks:
+    """What the launches of a step have left: numbers of blocks, by bucket, and whose they are.
 
-    number: int
-    watched: Watched
-    params: Sequence[Tensor]
-    group_of: Sequence[int]
+    Attributes:
+        numbers: [blocks, numbers of STATISTICS] of each bucket.
+        slots: of each of these blocks, its parameter; on the host.
+        stepped: which parameters had a gradient.
+        live: the numbers are those of a captured step, whose replays write them.
+    """
+
+    def __init__(self, watched: Watched, stepped: Tensor, live: bool) -> None:
+        self.numbers, self.slots, self.stepped, self.live = [], [], stepped.clone() != 0, live
+        for bucket, numbers in zip(watched.buckets, watched.numbers, strict=True):
+            before = bucket.spec.epilogues[: bucket.spec.epilogues.index(STATISTICS)]
+            first = sum(len(own.numbers) for own in before)
+            own = numbers[:, first : first + len(STATISTICS.numbers)]
+            self.numbers.append(own if live else own.clone())
+            counts = torch.tensor([watched.blocks_of(i)[2] for i in bucket.members], device="cpu")
+            self.slots.append(torch.tensor(list(bucket.members), device="cpu").repeat_interleave(counts))
 
 
 class Statistics:
@@ -70,18 +82,23 @@ class Statistics:
     them look.
 
     Attributes:
-        every: so many steps apart it measures.
-        step: the number of the step that the numbers are of, counted from 1 since it was asked for; 0: none yet.
         fresh: did the last step measure?
+        names, group_names: of parameters and groups, in order.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], every: int, model: nn.Module | None) -> None:
-        self.every, self.fresh = every, False
-        self._taken, self._captured = 0, False
-        self._last: _Step | None = None
+        self._every, self.fresh = every, False
+        self._taken = self._step = 0
+        self._blocks: _Blocks | None = None
+        self._reductions: list[tuple[Any, Tensor]] = []
+        self._group_of: list[int] = []
         self._found: tuple[Measured, Measured, Measured, Tensor] | None = None
-        self._of_model = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+        of_model = model.named_parameters() if model is not None else ()
+        self._of_model = {id(p): (weakref.ref(p), unwrapped(name)) for name, p in of_model}
         self._name(groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_of_model": {}, "_reductions": []}
 
     # The optimizer's part ---------------------------------------------------------------------------------------------
 
@@ -92,36 +109,56 @@ class Statistics:
 
     def take(
         self, watched: Watched | None, params: Sequence[Tensor], places: Sequence[tuple[int, int]],
-        groups: Sequence[Mapping[str, Any]], captured: bool,
+        groups: Sequence[Mapping[str, Any]], stepped: Tensor, captured: bool,
     ) -> None:  # fmt: skip
         """A step is taken: with `watched` it was measured, of these parameters of groups.
 
-        `captured`: in a graph, whose replays write the numbers again.
+        Args:
+            stepped: which of them had a gradient.
+            captured: in a graph, whose replays write the numbers again.
         """
-        self._captured = captured
         self._taken += 1
         self.fresh = watched is not None and STATISTICS in watched.epilogues
-        if self.fresh and watched is not None:
-            if self._last is None or not same_objects(self._last.params, params):
-                self._name(groups)
-            self._last = _Step(self._taken, watched, params, [g for g, _ in places])
-            self._found = None
+        if not self.fresh or watched is None:
+            return
+        self._name(groups)
+        self._step, self._found, self._group_of = self._taken, None, [g for g, _ in places]
+        self._blocks = _Blocks(watched, stepped, captured)
+        device = watched.buckets[0].spec.device if watched.buckets else torch.device("cpu")
+        self._reductions = reductions(params, list(range(len(params))), device)
 
     def _name(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        names: list[str] = []
+        def unlike(name: str, otherwise: str) -> str:
+            known.add(own := otherwise if name in known else name)
+            return own
+
+        known: set[str] = set()
+        self.group_names: tuple[str, ...] = tuple(
+            unlike(str(own.get("name", g)), f"{own.get('name')} (group {g})") for g, own in enumerate(groups)
+        )
+        known = {"all", *(f"groups.{name}" for name in self.group_names)}
+        names = []
         for g, group in enumerate(groups):
-            own = group.get("param_names")
+            own = group.get("param_names") or ()
             for k, p in enumerate(group["params"]):
-                name = self._of_model.get(id(p), f"{g}.{k}" if own is None else str(own[k]))
-                names.append(name if name not in names else f"{name} (group {g}, index {k})")
+                name = str(own[k]) if k < len(own) else f"{g}.{k}"
+                known_as = self._of_model.get(id(p))
+                if known_as is not None and known_as[0]() is p:
+                    name = known_as[1]
+                names.append(unlike(name, f"{name} (group {g}, index {k})"))
         self.names: tuple[str, ...] = tuple(names)
-        self.group_names: tuple[str, ...] = tuple(str(own.get("name", g)) for g, own in enumerate(groups))
 
     # What was measured ------------------------------------------------------------------------------------------------
 
     @property
+    def every(self) -> int:
+        """So many steps apart it measures."""
+        return self._every
+
+    @property
     def step(self) -> int:
-        return 0 if self._last is None else self._last.number
+        """The number of the step that the numbers are of, counted from 1 since it was asked for; 0: none yet."""
+        return self._step
 
     @property
     def tensors(self) -> Measured:
@@ -138,13 +175,14 @@ class Statistics:
         """Of all parameters together: [1] each."""
         return self._all()[2]
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def _all(self) -> tuple[Measured, Measured, Measured, Tensor]:
-        if self._last is None:
+        if self._blocks is None:
             raise RuntimeError("no step has been measured yet: the next step() is")
-        if self._found is None or self._captured:
+        if self._found is None or self._blocks.live:
             with torch._C.DisableTorchFunction():
-                self._found = _measured(self._last, len(self.group_names))
+                self._found = _measured(self._blocks, self._group_of, len(self.group_names), self._reductions)
         return self._found
 
     def scalars(self, prefix: str = "", tensors: bool = True) -> dict[str, float]:
@@ -183,16 +221,18 @@ class Statistics:
         }
 
     def __str__(self) -> str:
-        if self._last is None:
+        if self._blocks is None:
             return "statistics: no step has been measured yet"
-        of_tensors, of_groups, of_all, _ = self._all()
+        of_tensors, of_groups, of_all, known = self._all()
+        each = iter(known.tolist())
         lines: list[tuple[str, ...]] = [("", "|g|", "|p|", "|dp|", "max |dp|", "|dp|/|p|", "non-finite")]
-        groups = [f"group {name}" for name in self.group_names] if len(self.group_names) > 1 else []
+        groups = [f"group {name}" for name in self.group_names]
         for own, names in ((of_tensors, self.names), (of_groups, groups), (of_all, ["all"])):
-            for name, values in zip(names, torch.stack(own, 1).tolist(), strict=False):
-                *floats, count = values
-                numbers = [f"{x:.4g}" if not math.isnan(x) else "-" for x in floats]
-                lines.append((name, *numbers, f"{count:.0f}" if not math.isnan(count) else "-"))
+            for name, (*floats, count) in zip(names, torch.stack(own, 1).tolist(), strict=True):
+                there = next(each)
+                numbers = [f"{x:.4g}" if there else "-" for x in floats]
+                if names is not groups or len(groups) > 1:
+                    lines.append((name, *numbers, f"{count:.0f}" if there else "-"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = "\n".join(
             "  ".join(cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in enumerate(own)).rstrip()
@@ -246,43 +286,45 @@ def checked_every(every: Any) -> int:
         with contextlib.suppress(TypeError):
             number = operator.index(every)
     if number is None:
-        raise TypeError(f"every={every!r}: expected a number of steps, or None, which ends it")
+        raise TypeError(
+            f"every={every!r}: expected a number of steps, or None, which ends it; a model is given as model="
+        )
     if number < 1:
         raise ValueError(f"every={every!r}: allowed are whole numbers >= 1, and None, which ends it")
     return number
 
 
-def _measured(step: _Step, groups: int) -> tuple[Measured, Measured, Measured, Tensor]:
-    """Of tensors, of groups, of all; and of all of these, in order, whether they were measured."""
-    watched, n = step.watched, len(step.params)
-    device = watched.buckets[0].spec.device if watched.buckets else torch.device("cpu")
+def _measured(
+    blocks: _Blocks, group_of: Sequence[int], groups: int, over: Sequence[tuple[Any, Tensor]]
+) -> tuple[Measured, Measured, Measured, Tensor]:
+    """Of tensors, of groups, of all; and of all of these, in order, whether they were measured.
+
+    `over`: (process group, parameters) whose numbers are added up.
+    """
+    n = len(group_of)
+    device = blocks.numbers[0].device if blocks.numbers else torch.device("cpu")
     make = partial(torch.zeros, dtype=torch.int64, device=device)
     wide = len(_SUMMED) * sums.WORDS
     rows = make(
         n, wide + 2
     )  # the words of the sums, then how many gradients are not finite, and blocks without numbers
     largest = make(n)
-    for bucket, numbers in zip(watched.buckets, watched.numbers, strict=True):
-        before = bucket.spec.epilogues[: bucket.spec.epilogues.index(STATISTICS)]
-        first = sum(len(own.numbers) for own in before)
-        counts = [watched.blocks_of(i)[2] for i in bucket.members]
-        slots = torch.tensor(list(bucket.members), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
-        slots = slots.to(device, non_blocking=True)
-        own_numbers = numbers[:, first : first + len(STATISTICS.numbers)].double().to(device)
-        named = dict(zip(STATISTICS.numbers, own_numbers.unbind(1), strict=True))
+    for numbers, of_host in zip(blocks.numbers, blocks.slots, strict=True):
+        slots = of_host.to(device, non_blocking=True)
+        named = dict(zip(STATISTICS.numbers, numbers.double().to(device).unbind(1), strict=True))
         words = torch.stack([sums.scattered(named[name], slots, n) for name in _SUMMED], 1)
         missing = named["nonfinite"].isnan()
         rows[:, :wide] += words.view(n, wide)
         rows[:, wide].index_add_(0, slots, named["nonfinite"].nan_to_num(0.0).long())
         rows[:, wide + 1].index_add_(0, slots, missing.long())
         largest.scatter_reduce_(0, slots, named["largest"].view(torch.int64) & ((1 << 63) - 1), "amax")
-    stepped = (watched.stepped != 0).to(device, non_blocking=True)
+    stepped = blocks.stepped.to(device, non_blocking=True)
     rows *= stepped[:, None]
     largest *= stepped
-    for process_group, which in reductions(step.params, list(range(n)), device):
+    for process_group, which in over:
         sum_over(process_group, rows, which)
         largest_over(process_group, largest, which)
-    of_group = torch.tensor(step.group_of, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+    of_group = torch.tensor(group_of, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
     group_rows, group_largest = make(groups, wide + 2), make(groups)
     group_rows.index_add_(0, of_group, rows)
     group_largest.scatter_reduce_(0, of_group, largest, "amax")

@@ -672,7 +672,7 @@ WATCHING = (
         ("watching: every step is measured", "return self._taken % self.every == 0", "return True"),
         (
             "watching: a graph's numbers are found once",
-            "if self._found is None or self._captured:",
+            "if self._found is None or self._blocks.live:",
             "if self._found is None:",
         ),
         ("watching: what had no gradient counts", "rows *= stepped[:, None]", "pass"),
@@ -687,7 +687,7 @@ WATCHING = (
     + _of(
         "wd_kernels/changes.py",
         "watching",
-        ("watching: what is read stays marked", "            own.words.zero_()\n", "            pass\n"),
+        ("watching: what is read stays marked", "            self._put(p, _lies(p), 0)\n", "            pass\n"),
         ("watching: memory that was exchanged has not changed", "known is None else -1", "known is None else 0"),
         ("watching: a bit of padding is an element", "    index = index[index < here.numel()]\n", ""),
         (
@@ -723,7 +723,7 @@ WATCHING = (
     + _of(
         "wd_kernels/table/table.py",
         "watching",
-        ("watching: marks that nobody reads any more", "key = (self.watches, self.marks)", "key = self.watches"),
+        ("watching: marks that nobody reads any more", "key = (self.watches, own_marks)", "key = (self.watches, None)"),
     )
     + _of(
         "wd_kernels/sums.py",

@@ -90,7 +90,7 @@ class TensorTable:
         accumulated: what the step under way has in the place of gradients; None: these.
         references: what parameters were given to decay to, which their states have from their first step on.
         watches: what watches the next step.
-        marks: gives the words of marks of a parameter that is stepped, where one of these marks.
+        marks: has the words of marks of the parameters, where one of these marks.
         watched: what the last step was watched by; None: by nothing.
     """
 
@@ -121,9 +121,9 @@ class TensorTable:
         self.needs: list[Need] | None = None
         self.launches: backends.Prepared | None = None
         self.watches: tuple[Epilogue, ...] = ()
-        self.marks: Callable[[Tensor], Tensor] | None = None
+        self.marks: Any = None  # a `changes.Marks`
         self.watched: Watched | None = None
-        self._watching: dict[object, tuple[Watched, backends.Prepared]] = {}
+        self._watching: dict[tuple[object, object], tuple[Watched, backends.Prepared]] = {}
         self.keys: Keys | None = None
         self.written: list[Tensor] | None = None
         self.inspected: dict[int, Finding | None] = {}
@@ -213,6 +213,7 @@ class TensorTable:
         Other threads may run while many elements are stepped, unless they keep exchanging what is to be stepped.
         """
         laid_out = self.keys is not None and self.launches is not None
+        self.watched = None
         if laid_out and self.written is None:
             self.written = [p for p, on in zip(self.params, self.active.tolist(), strict=True) if on]
         rows, asked, norms, prepared = None, None, self.norms, backends.Prepared([], None)
@@ -271,14 +272,17 @@ class TensorTable:
     @torch.inference_mode(False)
     def _watched_launches(self) -> tuple[Watched, backends.Prepared]:
         """Those of a step that is watched, and the table as they see it."""
-        key = (self.watches, self.marks)
+        own_marks = None if self.marks is None else (self.marks, self.marks.generation)
+        key = (self.watches, own_marks)
         if key not in self._watching:
             if self.captures:
                 raise _not_ready("it is watched as no step before it was (statistics, track_changes)")
-            watched = Watched(self, self.watches, self.resolve, self.marks)
+            words = None if self.marks is None else self.marks.words
+            watched, known = Watched(self, self.watches, self.resolve, words), self._watching
+            self._watching = {own: made for own, made in known.items() if own[1] in (None, own_marks)}
             self._watching[key] = watched, backends.prepare(watched)
-        watched, prepared = self._watching[key]
-        self.watched, watched.stepped = watched, self.active.clone()
+        self.watched, prepared = self._watching[key]
+        watched = self.watched
         if self.captures:
             self.norms.captured.append(watched)
         if self.norms.bank is None or prepared.ready is None:  # the host may skip all launches

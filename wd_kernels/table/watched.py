@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..epilogues import Epilogue
-from ..layout import BLOCK, CPU, Bucket, Place, Segments, Spec, Table, Tensors
+from ..layout import BLOCK, Bucket, Place, Segments, Spec, Table, Tensors
 
 __all__ = ["Watched"]
 
@@ -34,7 +34,6 @@ class Watched:
     Attributes:
         numbers: of each bucket, what its blocks give: [blocks, numbers], in the arithmetic type; NaN until a step that
             is not skipped.
-        stepped: of each parameter, whether the last such step had a gradient of it.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class Watched:
         self.device_copies: dict[torch.device, Any] = {}
         self.buckets: list[Bucket] = []
         self.numbers: list[Tensor] = []
-        self.stepped: Tensor = torch.zeros(0, device=CPU)
         self._marks: dict[int, Tensor] = {}
         self._blocks: dict[int, tuple[int, int, int]] = {}  # of a parameter: its bucket, its first block, how many
         whole = table.whole
