@@ -87,6 +87,9 @@ def options(
     how: dict[str, Any] = {"num_warps": THREADS // warp, "enable_fp_fusion": False}
     if capability is not None and (programs := _programs(formats, capability, epilogues, pull)) is not None:
         how["maxnreg"] = min(REGISTERS // (programs * THREADS) // 16 * 16, 255)
+    several = len(epilogues) > 1 and any(own.numbers for own in epilogues)
+    if warp == 64 and several:  # AMD's: the oldest Triton would put some on the stack, to have more waves
+        how["waves_per_eu"] = 2
     return how
 
 
