@@ -16,11 +16,13 @@ from cases import CLASSES, PULLS, SUBTRACTED, Piece, bf16, c64, f16, f32, f64, g
 from covering import covering
 from engines import MIRRORED, Engine, engine_params
 from graphs import graphs_of
+from on_cpu import OnCPU
 from torch import Tensor, nn
 
 import wd_kernels
+from wd_kernels import backends
 from wd_kernels.rules import DECAY_MODES, RULES
-from wd_kernels.schedules import Cosine, NormalizedDecay, WarmRestarts, Warmup
+from wd_kernels.schedules import Cosine, NormalizedDecay, Schedule, WarmRestarts, Warmup
 
 LR, DECAY = 0.05, 0.3
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -762,3 +764,92 @@ def test_torchs_distributed_checkpoints(to: str) -> None:
             set_optimizer_state_dict(model, opt, get_optimizer_state_dict(*lives[0]))
         lives.append((model, opt))
     same(*(train(opt, list(model.parameters()), 2, 2) for model, opt in lives))
+
+
+# What a fresh reader found ------------------------------------------------------------------------------------------
+
+
+def test_a_reference_outlives_a_load_while_nothing_asks_for_it() -> None:
+    found = []
+    for resumed in (False, True):
+        p = nn.Parameter(torch.ones(1))
+        opt = wd_kernels.SGDW([p], lr=1.0, weight_decay=0.5, decay_to="initial")
+        for decay_to in ("initial", None, "initial"):
+            opt.param_groups[0]["decay_to"] = decay_to
+            p.grad = torch.full((1,), 0.25)
+            opt.step()
+            if resumed and decay_to is None:
+                opt.load_state_dict(opt.state_dict())
+        found.append((p.item(), opt.state[p]["decay_reference"].item()))
+    assert found[0] == found[1] == (0.3125, 1.0)
+
+
+def test_references_are_taken_as_they_come() -> None:
+    pretrained = nn.Linear(3, 2)
+    for given in (pretrained.parameters(), nn.ParameterList(pretrained.parameters())):
+        model = nn.Linear(3, 2)
+        opt = wd_kernels.SGDW(model.parameters(), lr=0.1, weight_decay=0.5, decay_to=given)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        before = model.weight.detach().clone()
+        opt.step()
+        expected = before - 0.05 * (before - pretrained.weight.detach())
+        torch.testing.assert_close(model.weight.detach(), expected)
+
+
+def test_a_failed_constructor_leaves_the_callers_tensors() -> None:
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    to = torch.zeros(3)
+    groups = [{"params": [p], "decay_to": [to]}, {"params": [q], "lr": -1}]
+    with pytest.raises(ValueError, match="lr=-1"):
+        wd_kernels.AdamW(groups)
+    groups[1]["lr"] = 0.1
+    for _ in range(2):
+        opt = wd_kernels.AdamW(groups)
+        assert opt.param_groups[0]["decay_to"] == "given"
+        assert groups[0]["decay_to"] == [to]
+
+
+def test_references_of_other_dtypes_and_aliases_are_refused_when_they_are_given() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match=r"float32: allowed is torch.bfloat16, .*master_weights="):
+        wd_kernels.AdamW([p], decay_to=[torch.ones(3)])
+    wd_kernels.AdamW([p], decay_to=[torch.ones(3)], master_weights="split32")
+    with pytest.raises(ValueError, match="is the parameter itself"):
+        wd_kernels.AdamW([("p", p)], decay_to={"p": p.detach()})
+
+
+def test_corrected_beside_an_lr_scheduler_asks_for_from_lr() -> None:
+    for options, says in (({}, True), ({"schedule": "from_lr"}, False)):
+        p = nn.Parameter(torch.ones(3))
+        opt = wd_kernels.AdamW([p], lr=0.1, weight_decay=0.5, decay="corrected", **options)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 10)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(4):
+                p.grad = torch.ones(3)
+                opt.step()
+                scheduler.step()
+        assert sum("schedule='from_lr' makes it follow" in str(w.message) for w in seen) == says
+
+
+def test_a_users_schedule_of_the_decay_is_read_anew_by_a_device() -> None:
+    class Mine(Schedule):
+        k = 1.0
+        settles = 2
+
+        def __call__(self, t: int) -> float:
+            return self.k
+
+    own = Mine()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backends.BACKENDS, "cuda", OnCPU())
+        for k in (1.0, 3.0):
+            own.k = k
+            p = nn.Parameter(torch.ones(3))
+            p.grad = torch.zeros(3)
+            opt = wd_kernels.SGDW(
+                [p], lr=1.0, weight_decay=0.25, weight_decay_schedule=own, skip_nonfinite=True, backend="cuda"
+            )
+            opt.step()
+            assert p.tolist() == [1 - 0.25 * k] * 3

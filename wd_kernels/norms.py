@@ -135,7 +135,7 @@ class Bank:
         firsts = [sum(own < group for own in group_of_slot) for group in range(groups + 1)]
         make = partial(torch.zeros, device=device)
         f32, f64, i64 = (partial(make, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.int64))
-        schedule_steps, etas = i64(groups), f64(groups)
+        schedule_steps, etas = i64(groups), f64(groups) + 1
         return cls(
             device=device,
             steps=f32(params),

@@ -51,6 +51,7 @@ class DecoupledOptimizer(Optimizer):
 
     rule: Rule
     _warned_of_scheduler = False
+    _corrected = False  # was some group made with that decay mode?
     release: Any = None  # a GradientRelease, while there is one
     _swapped: averaging.Swapped | None = None  # while parameters hold their averages
     _statistics: Statistics | None = None  # while steps are measured
@@ -135,7 +136,7 @@ class DecoupledOptimizer(Optimizer):
                 if self._accumulators.full:
                     self._take_accumulated(groups)
                 ticks, lives = self._take_step(groups, loss)
-        if (ticks or lives) and not self._warned_of_scheduler:
+        if (ticks or lives or self._corrected) and not self._warned_of_scheduler:
             self._warn_of_scheduler(groups)
         return loss
 
@@ -367,6 +368,14 @@ class DecoupledOptimizer(Optimizer):
             )
 
     def _warn_of_scheduler(self, groups: list[dict[str, Any]]) -> None:
+        index = stepping.moved_uncorrected(groups) if self._corrected else None
+        if index is not None:
+            self._warned_of_scheduler = True
+            warn(
+                f"an LR scheduler moves lr in param group {index}, whose decay='corrected' is 'lr_scaled' while eta "
+                "stays 1: schedule='from_lr' makes it follow the LR scheduler"
+            )
+            return
         index = stepping.moved_beside(groups)
         if index is not None:
             self._warned_of_scheduler = True
@@ -397,6 +406,8 @@ class DecoupledOptimizer(Optimizer):
             raise RuntimeError("a group is added while gradients are released: remove() the release, and make another")
         if "_table" in self.__dict__:
             self._refuse_captured("a group is added")
+        if not isinstance(param_group.get(TO), (str, type(None))):
+            param_group = dict(param_group)  # of which the caller's keeps its tensors
         if isinstance(param_group.get("params"), Iterator):
             param_group["params"] = list(param_group["params"])
         index, given = len(self.param_groups), dict(param_group)
@@ -419,6 +430,7 @@ class DecoupledOptimizer(Optimizer):
                     f"capturable={self._capturable}: allowed is what all groups have"
                 )
             group["decay"] = self.rule.mode_of(asked, self.defaults["decay"])
+            self._corrected |= group["decay"] == "corrected"
             self.rule.hypers([group], first=index)
             check_chosen(group["weight_decay"], group["decay"], group["lr"], f"param group {index}")
             stepping.adopt(group, asked, self.param_groups[:index], f"param group {index}")

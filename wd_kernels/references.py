@@ -7,12 +7,13 @@ were given with its first step: an optimizer whose state is not empty has begun,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .formats import exact_in
 from .rules import GIVEN, REFERENCE, TO, Rule
 from .sharding import check_sharding, local, sharded_like
 from .validation import check_type, conform_state, label
@@ -26,6 +27,8 @@ Given = Sequence[Any] | Mapping[str, Any]
 def taken(settings: MutableMapping[str, Any]) -> Given | None:
     """The tensors that `settings` have as "decay_to", whose word they are given; None where there are none."""
     to = settings.get(TO)
+    if isinstance(to, (Iterator, nn.ParameterList)):
+        to = list(to)
     if isinstance(to, str) or not isinstance(to, (Sequence, Mapping)):
         return None
     settings[TO] = GIVEN
@@ -62,12 +65,18 @@ def matched(rule: Rule, group: Mapping[str, Any], index: int, given: Given) -> d
             raise TypeError(f"{what} is a {type(to).__name__}: expected a tensor")
         if is_lazy(p) or is_lazy(to):
             raise ValueError(f"{what} or its parameter has no shape yet: run a forward pass of the lazy module first")
-        if to is p:
-            raise ValueError(f"{what} is the parameter itself, which moves: give a copy, or decay_to='initial'")
         check_type(to, what)
         check_sharding(p, to, what)
         theta, there = local(p).detach(), local(to).detach()
-        made = conform_state(theta, theta, there, storage.state_dtype(REFERENCE, theta.dtype), what)
+        wanted = storage.state_dtype(REFERENCE, theta.dtype)
+        if not exact_in(there.dtype, wanted):
+            raise TypeError(
+                f"{what} has dtype {there.dtype}: allowed is {wanted}, that of its parameter: to.to({wanted}), or keep "
+                "it as it is beside master_weights="
+            )
+        if to is p or (p.numel() and there.data_ptr() == theta.data_ptr()):
+            raise ValueError(f"{what} is the parameter itself, which moves: give a copy, or decay_to='initial'")
+        made = conform_state(theta, theta, there, wanted, what)
         own = to.detach() if to.requires_grad else to
         found[p] = own if made is there else sharded_like(p, made)
     return found
@@ -76,7 +85,7 @@ def matched(rule: Rule, group: Mapping[str, Any], index: int, given: Given) -> d
 def retained(groups: Sequence[Mapping[str, Any]], before: Mapping[Any, Any], state: Any) -> None:
     """Puts references into a loaded `state` that has none of a parameter: those that there were `before`."""
     for group in groups:
-        for p in group["params"] if group.get(TO) is not None else ():
+        for p in group["params"]:
             own = before.get(p)
             kept = own.get(REFERENCE.name) if isinstance(own, Mapping) else None
             if kept is not None and REFERENCE.name not in state.get(p, ()):

@@ -214,7 +214,8 @@ def load(
                 if AVERAGE not in saved[g]:  # else that has been said
                     kept_nowhere.add(g)
                 value = {name: own for name, own in value.items() if name not in (EMA.name, EMA.scale.name)}
-            if groups[g].get(TO) is None and isinstance(value, Mapping) and REFERENCE.name in value:
+            dropped = groups[g].get(TO) is None and saved[g].get(TO) is not None  # which is said
+            if dropped and isinstance(value, Mapping) and REFERENCE.name in value:
                 value = {name: own for name, own in value.items() if name != REFERENCE.name}
             value = master_weights.imported(value, saved[g], what)
             if convert and isinstance(value, Mapping) and MASTER_NAME in value:

@@ -42,7 +42,7 @@ class Measured(NamedTuple):
         update_norm: :math:`\|\Delta\theta\|_2` of what the step has changed.
         max_update: :math:`\max|\Delta\theta|`.
         update_ratio: update_norm / param_norm.
-        nonfinite: how many elements of the gradients are infinite or NaN.
+        nonfinite: how many elements of the gradients are infinite or NaN, as they are stepped.
     """
 
     grad_norm: Tensor

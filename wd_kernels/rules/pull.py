@@ -64,7 +64,8 @@ def check_pull(group: Mapping[str, Any], decay: str, where: str) -> Pull:
     if not isinstance(to, (str, type(None))):
         raise TypeError(
             f"decay_to of {where} is a {type(to).__name__}: tensors are given to the optimizer when it, or the group, "
-            "is made; later, allowed are None, 'initial', and 'given' with a tensor of each parameter in "
+            "is made, as a list with one for each parameter, or a dict by name; later, allowed are None, 'initial', "
+            "and 'given' with a tensor of each parameter in "
             "opt.state[p]['decay_reference']"
         )
     if to not in (None, INITIAL, GIVEN):

@@ -232,6 +232,17 @@ def moved_beside(groups: Sequence[Mapping[str, Any]]) -> int | None:
     return None
 
 
+def moved_uncorrected(groups: Sequence[Mapping[str, Any]]) -> int | None:
+    """The first group whose "corrected" decay does not see that an LR scheduler of torch's kind moves its lr."""
+    for i, group in enumerate(groups):
+        first, lr = group.get("initial_lr"), group["lr"]
+        if first is None or group.get("schedule") is not None or group.get("decay") != "corrected":
+            continue
+        if not isinstance(lr, Tensor) and lr not in (0.0, first):
+            return i
+    return None
+
+
 def _base_of_shown(lr: float, base_lr: Any, eta: float, index: int) -> float:
     """The lr of a group whose `lr` shows what its schedule made of it; 0 where somebody freezes the group by it."""
     base = at_least_zero("base_lr", base_lr, f"param group {index}")

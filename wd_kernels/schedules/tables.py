@@ -97,6 +97,7 @@ def tabled(schedule: Schedule) -> ScheduleTable:
 def _is_ours(schedule: object) -> bool:
     """Is what it is said by the fields that are compared? Of a class that derives from it, not."""
     inner = [*getattr(schedule, "parts", ()), *([schedule.schedule] if isinstance(schedule, NormalizedDecay) else [])]
+    inner += [schedule.schedule, schedule.decays] if isinstance(schedule, WithDecay) else []
     return type(schedule).__module__.startswith(_PACKAGE) and all(map(_is_ours, inner))
 
 
