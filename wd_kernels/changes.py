@@ -116,7 +116,8 @@ class Marks:
             whole = known.lies != _lies(p)
             index = torch.arange(here.numel(), device=here.device) if whole else _marked(known.words, here)
             if index.numel():
-                values = here.reshape(-1)[index]
+                flat = here.reshape(-1)
+                values = flat.clone() if index.numel() == flat.numel() else flat[index]
                 found[name] = Change(index.int() if here.numel() < 2**31 else index, values, here.shape)
         if not clear:
             return found
@@ -150,13 +151,21 @@ class Marks:
 
 def _marked(words: Tensor, here: Tensor) -> Tensor:
     """Which elements of a parameter's flattened tensor are marked, in order: int64 [n]."""
-    bits = torch.arange(Place.MARKED, dtype=torch.int32, device=words.device)
+    bits = torch.arange(8, dtype=torch.uint8, device=words.device)
     parts = [torch.empty(0, dtype=torch.int64, device=words.device)]
     for first in range(0, words.numel(), _WORDS):
         own = words[first : first + _WORDS]
+        if bool((own == -1).all()):
+            begin = first * Place.MARKED
+            parts.append(torch.arange(begin, begin + own.numel() * Place.MARKED, device=words.device))
+            continue
         at = own.nonzero()[:, 0]
-        row, bit = ((own[at][:, None] >> bits) & 1).nonzero().unbind(1)
-        parts.append((at[row] + first) * Place.MARKED + bit)
+        few = 4 * at.numel() < own.numel()
+        each = (own[at] if few else own).view(torch.uint8)
+        found = ((each[:, None] >> bits) & 1).view(torch.bool).flatten().nonzero()[:, 0]
+        if few:
+            found = at[found // Place.MARKED] * Place.MARKED + found % Place.MARKED
+        parts.append(found + first * Place.MARKED)
     index = torch.cat(parts)
     if here.is_complex():
         index = torch.unique_consecutive(index // 2)

@@ -64,14 +64,12 @@ class _Blocks:
     """
 
     def __init__(self, watched: Watched, stepped: Tensor, live: bool) -> None:
-        self.numbers, self.slots, self.stepped, self.live = [], [], stepped.clone() != 0, live
+        self.numbers, self.slots, self.stepped, self.live = [], watched.slots, stepped != 0, live
         for bucket, numbers in zip(watched.buckets, watched.numbers, strict=True):
             before = bucket.spec.epilogues[: bucket.spec.epilogues.index(STATISTICS)]
             first = sum(len(own.numbers) for own in before)
             own = numbers[:, first : first + len(STATISTICS.numbers)]
             self.numbers.append(own if live else own.clone())
-            counts = torch.tensor([watched.blocks_of(i)[2] for i in bucket.members], device="cpu")
-            self.slots.append(torch.tensor(list(bucket.members), device="cpu").repeat_interleave(counts))
 
 
 class Statistics:
@@ -91,6 +89,7 @@ class Statistics:
         self._taken = self._step = 0
         self._blocks: _Blocks | None = None
         self._reductions: list[tuple[Any, Tensor]] = []
+        self._known: tuple[weakref.ref[Watched], list[Any]] | None = None  # what these are of
         self._group_of: list[int] = []
         self._found: tuple[Measured, Measured, Measured, Tensor] | None = None
         of_model = model.named_parameters() if model is not None else ()
@@ -98,7 +97,7 @@ class Statistics:
         self._name(groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_of_model": {}, "_reductions": []}
+        return {**self.__dict__, "_of_model": {}, "_reductions": [], "_known": None}
 
     # The optimizer's part ---------------------------------------------------------------------------------------------
 
@@ -121,11 +120,16 @@ class Statistics:
         self.fresh = watched is not None and STATISTICS in watched.epilogues
         if not self.fresh or watched is None:
             return
-        self._name(groups)
-        self._step, self._found, self._group_of = self._taken, None, [g for g, _ in places]
-        self._blocks = _Blocks(watched, stepped, captured)
-        device = watched.buckets[0].spec.device if watched.buckets else torch.device("cpu")
-        self._reductions = reductions(params, list(range(len(params))), device)
+        self._step, self._found, self._blocks = self._taken, None, _Blocks(watched, stepped, captured)
+        # Where parameters or groups are others, the launches are.
+        named = [(own.get("name"), id(own.get("param_names")), len(own.get("param_names") or ())) for own in groups]
+        known = self._known
+        if known is None or known[0]() is not watched or known[1] != named:
+            self._known = weakref.ref(watched), named
+            self._name(groups)
+            self._group_of = [g for g, _ in places]
+            device = watched.buckets[0].spec.device if watched.buckets else torch.device("cpu")
+            self._reductions = reductions(params, list(range(len(params))), device)
 
     def _name(self, groups: Sequence[Mapping[str, Any]]) -> None:
         def unlike(name: str, otherwise: str) -> str:

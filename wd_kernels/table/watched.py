@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..epilogues import Epilogue
-from ..layout import BLOCK, Bucket, Place, Segments, Spec, Table, Tensors
+from ..layout import BLOCK, CPU, Bucket, Place, Segments, Spec, Table, Tensors
 
 __all__ = ["Watched"]
 
@@ -34,6 +34,7 @@ class Watched:
     Attributes:
         numbers: of each bucket, what its blocks give: [blocks, numbers], in the arithmetic type; NaN until a step that
             is not skipped.
+        slots: of each of these blocks, its parameter's position; on the host.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Watched:
         self.numbers: list[Tensor] = []
         self._marks: dict[int, Tensor] = {}
         self._blocks: dict[int, tuple[int, int, int]] = {}  # of a parameter: its bucket, its first block, how many
+        self.slots: list[Tensor] = []
         whole = table.whole
         places = whole.places.clone()
         for bucket in table.buckets:
@@ -54,7 +56,9 @@ class Watched:
             spec = replace(bucket.spec, epilogues=tuple(epilogues))
             self.buckets.append(Bucket(spec, resolve(spec), bucket.index, bucket.first, bucket.members))
             numels = whole.capacities[bucket.first : bucket.first + len(bucket.members)]
-            counts = (-(-numels // BLOCK)).tolist()
+            of_each = -(-numels // BLOCK)
+            counts = of_each.tolist()
+            self.slots.append(torch.tensor(list(bucket.members), device=CPU).repeat_interleave(of_each))
             shape = (sum(counts) if spec.numbers else 0, spec.numbers)
             numbers = torch.full(shape, math.nan, dtype=spec.arithmetic, device=spec.device)
             self.numbers.append(numbers)
@@ -78,10 +82,6 @@ class Watched:
                 numbers.fill_(math.nan)
 
         return clear
-
-    def blocks_of(self, i: int) -> tuple[int, int, int]:
-        """Of a parameter: the bucket that has it, its first block there, and how many it has."""
-        return self._blocks[i]
 
     @property
     def memory(self) -> list[Tensor]:
