@@ -113,12 +113,15 @@ class Marks:
         found: dict[str | int, Change] = {}
         for name, p in names:
             here, known = local(p).detach(), self._of[p]
-            whole = known.lies != _lies(p)
-            index = torch.arange(here.numel(), device=here.device) if whole else _marked(known.words, here)
-            if index.numel():
-                flat = here.reshape(-1)
-                values = flat.clone() if index.numel() == flat.numel() else flat[index]
-                found[name] = Change(index.int() if here.numel() < 2**31 else index, values, here.shape)
+            small = torch.int32 if here.numel() < 2**31 else torch.int64
+            if known.lies != _lies(p) or _all_marked(known.words, numel_of(here)):
+                if here.numel():
+                    every = torch.arange(here.numel(), dtype=small, device=here.device)
+                    found[name] = Change(every, here.flatten().clone(), here.shape)
+                continue
+            index = _marked(known.words, here) if here.numel() else None
+            if index is not None and index.numel():
+                found[name] = Change(index.to(small), here.reshape(-1)[index], here.shape)
         if not clear:
             return found
         for _, p in names:
@@ -149,16 +152,18 @@ class Marks:
         return own
 
 
+def _all_marked(words: Tensor, count: int) -> bool:
+    """Are so many elements?"""
+    full, rest = divmod(count, Place.MARKED)
+    return bool((words[:full] == -1).all()) and (not rest or int(words[full]) & (1 << rest) - 1 == (1 << rest) - 1)
+
+
 def _marked(words: Tensor, here: Tensor) -> Tensor:
     """Which elements of a parameter's flattened tensor are marked, in order: int64 [n]."""
     bits = torch.arange(8, dtype=torch.uint8, device=words.device)
-    parts = [torch.empty(0, dtype=torch.int64, device=words.device)]
+    parts = []
     for first in range(0, words.numel(), _WORDS):
         own = words[first : first + _WORDS]
-        if bool((own == -1).all()):
-            begin = first * Place.MARKED
-            parts.append(torch.arange(begin, begin + own.numel() * Place.MARKED, device=words.device))
-            continue
         at = own.nonzero()[:, 0]
         few = 4 * at.numel() < own.numel()
         each = (own[at] if few else own).view(torch.uint8)
@@ -166,10 +171,11 @@ def _marked(words: Tensor, here: Tensor) -> Tensor:
         if few:
             found = at[found // Place.MARKED] * Place.MARKED + found % Place.MARKED
         parts.append(found + first * Place.MARKED)
-    index = torch.cat(parts)
+    index = torch.cat(parts) if len(parts) != 1 else parts[0]
     if here.is_complex():
         index = torch.unique_consecutive(index // 2)
-    index = index[index < here.numel()]
+    if here.numel() % Place.MARKED:  # the last word may have bits of no element
+        index = index[index < here.numel()]
     if here.is_contiguous():
         return index
     stride = here.stride() if is_dense(here) else torch.empty_like(here, device="meta").stride()

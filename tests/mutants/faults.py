@@ -689,7 +689,7 @@ WATCHING = (
         "watching",
         ("watching: what is read stays marked", "            self._put(p, _lies(p), 0)\n", "            pass\n"),
         ("watching: memory that was exchanged has not changed", "known is None else -1", "known is None else 0"),
-        ("watching: a bit of padding is an element", "    index = index[index < here.numel()]\n", ""),
+        ("watching: a bit of padding is an element", "        index = index[index < here.numel()]\n", "        pass\n"),
         (
             "watching: elements in the order of memory",
             "    if here.is_contiguous():\n        return index",
@@ -887,7 +887,11 @@ VOCABULARY = [
     *_of(
         "wd_kernels/references.py",
         "decay_vocabulary",
-        ("pull: a parameter may be its own reference", "if to is p:", "if False:"),
+        (
+            "pull: a parameter may be its own reference",
+            "if to is p or (p.numel() and there.data_ptr() == theta.data_ptr()):",
+            "if False:",
+        ),
         ("pull: a loaded state takes what was given", "if kept is not None and REF", "if kept is None and REF"),
     ),
     *_of(
