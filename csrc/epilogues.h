@@ -33,8 +33,7 @@ WD_HOST_DEVICE inline V nonzero(V x) {
 // An aggregate of its scalars (WD_SCALARS), which follow the rule's in a row; `Output` is the format that CUDA C++ has
 // for its outputs (the CPU takes any). Called with an element, or on the CPU a vector of them, its outputs, and where
 // the numbers go that a block has of it: `kSums` that are added up, then `kMaxima`, >= 0 or NaN, of which the largest
-// is kept. If it `kMarks`, there is
-// a bit for each element, which is set where the parameter has changed in memory.
+// is kept. If it `kMarks`, there is a bit for each element, which is set where the parameter has changed in memory.
 template <class T>
 struct NoEpilogue {
   using Arithmetic = T;

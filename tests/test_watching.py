@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
 import re
@@ -785,6 +786,24 @@ def test_toggling_keeps_no_launches() -> None:
     opt.statistics()
     opt.step()
     assert len(opt._table._watching) <= 2
+
+
+def test_what_is_dropped_is_freed_at_once() -> None:
+    """Not when the garbage collector comes: a table and its watched launches are no circle."""
+    p = nn.Parameter(torch.ones(100))
+    opt = wd_kernels.AdamW([p], lr=0.5, track_changes=True)
+    opt.statistics()
+    p.grad = torch.ones(100)
+    gc.collect()
+    gc.disable()
+    try:
+        opt.step()
+        table, state = weakref.ref(opt._table), weakref.ref(opt.state[p]["exp_avg"])
+        opt.load_state_dict(opt.state_dict())
+        assert table() is None
+        assert state() is None
+    finally:
+        gc.enable()
 
 
 def test_names_follow_groups() -> None:

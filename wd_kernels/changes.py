@@ -214,9 +214,11 @@ def apply_changes(target: nn.Module | Mapping[Any, Tensor], changes: Mapping[Any
         >>> torch.equal(served.weight, trained.weight)
         True
     """
-    own: Mapping[Any, Tensor] = target  # type: ignore[assignment]
+    own: Mapping[Any, Tensor]
     if isinstance(target, nn.Module):
         own = {unwrapped(name): p for name, p in target.named_parameters(remove_duplicate=False)}
+    else:
+        own = target
     for what, named_so in (("the target", own), ("changes", changes)):
         if not isinstance(named_so, Mapping):
             raise TypeError(f"{what} is a {type(named_so).__name__}: expected a module or a dict by name")

@@ -836,6 +836,7 @@ class DecoupledOptimizer(Optimizer):
         self.__dict__.setdefault("_accumulators", Accumulators())
         self.__dict__.setdefault("_given", None)
         self.__dict__.setdefault("_references", {})
+        self._corrected = any(group.get("decay") == "corrected" for group in self.param_groups)
         self.defaults = {**stepping.DEFAULTS, **self.defaults}
         self.defaults.pop("schedule_step", None)  # version 0.1 had it there
         for group in self.param_groups:

@@ -138,7 +138,7 @@ class Statistics:
 
         known: set[str] = set()
         self.group_names: tuple[str, ...] = tuple(
-            unlike(str(own.get("name", g)), f"{own.get('name')} (group {g})") for g, own in enumerate(groups)
+            unlike(str(own.get("name", g)), f"{own.get('name', g)} (group {g})") for g, own in enumerate(groups)
         )
         known = {"all", *(f"groups.{name}" for name in self.group_names)}
         names = []

@@ -8,6 +8,7 @@ in flat buffers.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -41,7 +42,9 @@ class Watched:
         self, table: Any, epilogues: Sequence[Epilogue], resolve: Callable[[Spec], Any],
         marks: Callable[[Tensor], Tensor] | None,
     ) -> None:  # fmt: skip
-        self._table: Table = table
+        self._table: Table = weakref.proxy(
+            table
+        )  # which holds it: no circle, whose memory the collector would free late
         self.epilogues = tuple(epilogues)
         self.device_copies: dict[torch.device, Any] = {}
         self.buckets: list[Bucket] = []
