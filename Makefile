@@ -15,7 +15,12 @@ PARALLEL ?= -n 2 --dist worksteal
 OLDEST_TRITON := triton==3.6.0
 OLDEST        := $(VENV)/triton-oldest
 
-.PHONY: demo test mutants torture bench peers bench-gpu codegen convergence study check lint format dist clean
+# The libraries that people train with, in an environment of its own beside the same torch.
+ECOSYSTEM := $(VENV)/ecosystem
+# Those that ask for a torchvision, whose compiled operators only its own torch can load (tests/ecosystem does without).
+ALONE := timm==1.0.31 torchvision==0.28.0
+
+.PHONY: demo test test-ecosystem mutants torture bench peers bench-gpu codegen convergence study check lint format dist clean
 
 demo: $(NATIVE)
 	$(RUN) bench/demo.py
@@ -25,6 +30,9 @@ TESTS ?= not slow and not gpu
 
 test: $(NATIVE) $(OLDEST)
 	$(RUN) -m pytest $(PARALLEL) -m "$(TESTS)"
+
+test-ecosystem: $(NATIVE) $(ECOSYSTEM)/ready  ## real training loops of other libraries, beside torch's class in the same loop
+	PYTHONPATH=. $(ECOSYSTEM)/bin/python -m pytest $(PARALLEL) -c tests/ecosystem/pytest.ini tests/ecosystem $(MATRIX)
 
 mutants: $(NATIVE) $(OLDEST)  ## plants 616 faults in copies of the product: do the tests that should see each? (some hours)
 	$(RUN) tests/mutants/run.py --hints-only $(MUTANTS)
@@ -75,6 +83,13 @@ $(VENV)/ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements-dev.txt)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(ECOSYSTEM)/ready: requirements-ecosystem.txt requirements-peers.txt $(VENV)/ready
+	$(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements-dev.txt)
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt -r requirements-ecosystem.txt
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(ALONE)
 	touch $@
 
 $(OLDEST): $(VENV)/ready

@@ -1,0 +1,63 @@
+"""What works with which library: a test says it by `@pytest.mark.works("accelerate", "save and load")`.
+
+`--save-matrix` writes the table, with the versions that were there, where docs and README show it.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+BEGIN, END = "<!-- matrix:begin -->", "<!-- matrix:end -->"
+SHOWN = pytest.StashKey[dict[tuple[str, str], set[str]]]()
+torch.set_num_threads(1)
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--save-matrix", action="store_true", help="write what passed into docs and README")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SHOWN] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marks = list(item.iter_markers("works"))
+        if not marks:
+            raise pytest.UsageError(f'{item.nodeid} does not say what it shows: @pytest.mark.works("library", "what")')
+        item.user_properties.extend(("works", list(mark.args)) for mark in marks)
+
+
+def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> None:
+    """Keeps how each claim fared; with xdist this is called where the reports of all workers come together."""
+    if report.when == "call" or report.outcome != "passed":
+        for name, own in report.user_properties:
+            if name == "works":
+                config.stash[SHOWN].setdefault((own[0], own[1]), set()).add(report.outcome)
+
+
+def table(shown: dict[tuple[str, str], set[str]]) -> str:
+    """Markdown: a row for each library, its version, and what passed; what did not is said in its own words."""
+    rows = ["| library | version | works, each test beside torch's class and resumed |", "|---|---|---|"]
+    for library in sorted({name for name, _ in shown}, key=str.lower):
+        own = {what: outcomes for (name, what), outcomes in shown.items() if name == library}
+        cells = [what if outcomes == {"passed"} else f"**not: {what}**" for what, outcomes in own.items()]
+        rows.append(f"| {library} | {version(library)} | {', '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not session.config.getoption("--save-matrix") or hasattr(session.config, "workerinput"):
+        return
+    for path in (ROOT / "docs" / "compatibility.md", ROOT / "README.md"):
+        text = path.read_text()
+        if BEGIN in text:
+            before, after = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
+            path.write_text(f"{before}{BEGIN}\n{table(session.config.stash[SHOWN])}\n{END}{after}")
