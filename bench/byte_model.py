@@ -1,15 +1,13 @@
-"""Bytes that a step must move: what each role's format costs to read and to write.
-
-A parameter and its states are read and written, a gradient is read. Dividing by the time of a step gives a rate that
-can be held against the machine's memory, and that is comparable between optimizers of different formats.
-"""
+"""Bytes that a step must move, of ours by wd_kernels.byte_model, and of others' by what their states are stored in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from internals import KINDS, has_scales
+from internals import KINDS
+
+from wd_kernels.byte_model import Stored
 
 #: How many states each rule has.
 STATES = {kind: len(states) for kind, (_, states) in KINDS.items()}
@@ -19,15 +17,8 @@ BLOCK, SHORTEST = 256, 4096  # elements that share a float32 scale; shorter tens
 def step_bytes(
     rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype, master: torch.dtype | None = None
 ) -> float:
-    """Bytes per parameter and step, all states being of one dtype.
-
-    A float32 master is read in place of the parameter, a remainder beside it; both are written. States in 8 bits have a
-    scale of a byte for every 32.
-    """
-    read = 0 if master == torch.float32 else param.itemsize
-    parts = 0 if master is None else 2 * master.itemsize
-    each = state.itemsize + (1 / 32 if has_scales(state) else 0)
-    return read + param.itemsize + parts + grad.itemsize + 2 * STATES[rule] * each
+    """Bytes per parameter and step, all states being of one dtype."""
+    return Stored(param, grad, (state,) * STATES[rule], master).step_bytes
 
 
 def _blocks(plain: int, n: int, numel: int | None, tail: bool) -> float:

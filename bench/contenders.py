@@ -21,27 +21,15 @@ from typing import Any
 
 import torch
 from internals import bare_launch, time_launches
-from peers import FLAT, LR, OURS, Peer, first_line
+from peers import FLAT, LR, OURS, Peer
 from torch import Tensor
 from workloads import BARE_LOOP, CEILING, REFERENCE, TIMED, Case
 
 import wd_kernels
+from wd_kernels.turns import Contender, filled, first_line, random_values
 
 SOURCE = Path(__file__).parent / "stream.cpp"
 PLAIN = ("float32", "float32 or wider", "own dtype")
-
-
-@dataclass(eq=False)
-class Contender:
-    """One optimizer on tensors."""
-
-    name: str
-    groups: int
-    bytes_per_parameter: float
-    step: Callable[[], object]
-    prepare: Callable[[], object] | None = None  # what comes before each step, untimed
-    inside: Callable[[], float] | None = None  # seconds that its launches took so far, where they are timed from within
-    host: float = 0.0  # seconds of a step on the host, about
 
 
 @dataclass
@@ -54,17 +42,10 @@ class Tensors:
 
     @classmethod
     def of(cls, case: Case, grad: torch.dtype, device: torch.device) -> Tensors:
-        """Tensors of a case, from one block of values: the largest would take minutes to draw."""
-        values = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(device)
-
-        def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            new = torch.empty(shape, dtype=dtype, device=device)
-            for part in torch.split(new.view(-1), len(values)):
-                part.copy_(values[: len(part)])
-            return new
-
-        params = [torch.nn.Parameter(tensor(shape, case.dtype)) for shape in case.shapes]
-        slopes = [tensor(shape, grad) for shape in case.shapes]
+        """Tensors of a case, from one block of values."""
+        values = random_values(device)
+        params = [torch.nn.Parameter(filled(shape, case.dtype, values)) for shape in case.shapes]
+        slopes = [filled(shape, grad, values) for shape in case.shapes]
         for p, slope in zip(params, slopes, strict=True):
             if grad != case.dtype:
                 p.grad_dtype = grad

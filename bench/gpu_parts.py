@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import Contender, Tensors
+from contenders import Tensors
 from internals import launch_parameters, versions_here
-from peers import OURS, PEERS, first_line, load, on
+from peers import OURS, PEERS, load, on
 from tables import render
 from turns import Timer, entry, measure, rounds
 from workloads import BARE_LOOP, CEILING, REFERENCE, SMALL, Case, gpu_cases
 
 import wd_kernels
+from wd_kernels.turns import Contender, first_line
 
 WAYS = ("device", "wall", "host")
 MOST_OF_A_CASE = 15.0  # seconds; a hundredth in a rehearsal
@@ -148,7 +149,7 @@ def tune(report: Report, device: torch.device, seconds: float) -> str:
         with launch_parameters(optimizer) as use:
             prepare = lru_cache(1)(lambda name, use=use: use(**VARIANTS[name]))  # does nothing for the same name again
             them = [Contender(name, 1, moved, optimizer.step, partial(prepare, name)) for name in VARIANTS]
-            found = rounds(case, them, skipped, share, timer)
+            found = rounds(them, skipped, share, timer, case.elements)
         report.values["benchmarks"] += [entry(case, *one) for one in found]
         report.values["left_out"] |= {str(case): skipped} if skipped else {}
         report.save()

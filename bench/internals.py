@@ -14,11 +14,12 @@ from typing import Any
 from unittest.mock import patch
 
 from wd_kernels import native
-from wd_kernels.__main__ import aligned, choices, versions
 from wd_kernels.backends import Prepared, device_copy
 from wd_kernels.backends import launch as launch_all
 from wd_kernels.backends import triton as backend
+from wd_kernels.commands.check import choices, versions
 from wd_kernels.formats import format_of, has_scales
+from wd_kernels.printing import aligned
 from wd_kernels.rules import RULES, Rule
 
 __all__ = [

@@ -16,6 +16,8 @@ import torch
 from byte_model import STATE_FORMATS, STATES
 from internals import KINDS
 
+from wd_kernels.turns import first_line
+
 OURS, FUSED, FOREACH, DEEPSPEED = "wd_kernels", "torch fused", "torch foreach", "DeepSpeed CPU"
 FLAT = f"{OURS} flat"  # on flat parameters
 CUDA = f"{OURS} CUDA"  # by the CUDA library's kernels, where "auto" takes Triton's
@@ -95,12 +97,6 @@ PEERS = (
 def on(device: str) -> list[Peer]:
     """Those that are measured on a type of device."""
     return [peer for peer in PEERS if device in peer.devices]
-
-
-def first_line(error: BaseException) -> str:
-    """An error as one short line."""
-    text = str(error).strip() or "no message"
-    return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
 
 
 def load(peers: Sequence[Peer]) -> tuple[dict[Peer, Callable[..., Any]], dict[str, str]]:

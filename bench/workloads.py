@@ -1,12 +1,10 @@
 """What the benchmarks step: sizes, shapes of known models, dtypes, rules, threads, groups, and the scaling sweeps.
 
-A case is a text, such as 300x100000-float32-new or gpt2-bfloat16-kept; CPU and GPU have lists of such texts. Every
-model has the shapes that the published one has, so that its total is the published number of parameters.
+A case is a text, such as 300x100000-float32-new or gpt2-bfloat16-kept; CPU and GPU have lists of such texts.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +13,8 @@ from typing import Any
 import torch
 from byte_model import STATES
 from peers import DEEPSPEED, FLAT, FUSED, OURS, RULES, Peer
+
+from wd_kernels.model_shapes import Shapes, elements, gpt2, llama, lora, vit
 
 REFERENCE, BARE_LOOP, CEILING = f"{OURS} reference", "bare loop", "ceiling"
 #: The same optimizer, its launches timed from within.
@@ -26,47 +26,6 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     "groups": (OURS, TIMED[OURS], FLAT, TIMED[FLAT], FUSED, DEEPSPEED),
 }
 SLOWLY = 100_000  # elements of the largest case that the reference steps
-
-Shapes = tuple[tuple[int, ...], ...]
-
-
-def elements(shapes: Sequence[tuple[int, ...]]) -> int:
-    """Elements of all tensors."""
-    return sum(map(math.prod, shapes))
-
-
-def transformer(layers: int, width: int) -> Shapes:
-    """Layers with biases everywhere, and the norm after the last."""
-    norm = ((width,), (width,))
-    attention = ((width, 3 * width), (3 * width,), (width, width), (width,))
-    feed_forward = ((width, 4 * width), (4 * width,), (4 * width, width), (width,))
-    return (*(norm + attention + norm + feed_forward) * layers, *norm)
-
-
-def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> Shapes:
-    """GPT-2, its head tied to the token embedding; the defaults are those of the smallest."""
-    return ((vocabulary, width), (context, width), *transformer(layers, width))
-
-
-def vit(layers: int = 24, width: int = 1024, image: int = 224, patch: int = 16, classes: int = 1000) -> Shapes:
-    """A vision transformer with a class token; the defaults are ViT-L/16."""
-    embedding = ((1, 1, width), (1, (image // patch) ** 2 + 1, width), (width, 3, patch, patch), (width,))
-    return (*embedding, *transformer(layers, width), (classes, width), (classes,))
-
-
-def llama(layers: int = 32, width: int = 4096, inner: int = 14336, heads: int = 32, vocabulary: int = 128256) -> Shapes:
-    """Llama 3, of 8 heads of keys and values, with a head of its own; the defaults are the 8B."""
-    narrow = width // heads * 8
-    attention = ((width, width), (narrow, width), (narrow, width), (width, width))
-    layer = (*attention, (inner, width), (inner, width), (width, inner), (width,), (width,))
-    return ((vocabulary, width), *layer * layers, (width,), (vocabulary, width))
-
-
-def lora(layers: int = 32, width: int = 4096, inner: int = 11008, rank: int = 16) -> Shapes:
-    """LoRA's A and B on the seven projections of every layer; the defaults are a 7B model's: 448 matrices."""
-    projections = [(width, width)] * 4 + [(inner, width)] * 2 + [(width, inner)]
-    return tuple(matrix for rows, columns in projections for matrix in ((rank, columns), (rows, rank))) * layers
-
 
 #: By name; LAYERS may follow, as in llama3_8b:20. The tiny one is for rehearsals.
 MODELS: dict[str, Callable[..., Shapes]] = {

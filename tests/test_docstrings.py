@@ -25,6 +25,7 @@ OWN += [
     f"wd_kernels.schedules.{name}"
     for name in ("composed", "drawing", "normalized", "published", "reporting", "shapes", "tables")
 ]
+OWN += ["wd_kernels.byte_model", "wd_kernels.model_shapes"]
 # A program, the libraries, and what only a machine with Triton can import.
 NOT_IMPORTED = (
     "wd_kernels.__main__",

@@ -1,7 +1,8 @@
-"""`python -m wd_kernels`: its sections, and that it finds backends which compute wrong."""
+"""`python -m wd_kernels`: the commands, the self-check's sections, and that it finds backends which compute wrong."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import wd_kernels
 from wd_kernels import __main__ as program
 from wd_kernels import self_check
 from wd_kernels.backends import BACKENDS, Launch, Prepared
+from wd_kernels.commands import check as command
+from wd_kernels.printing import aligned
 from wd_kernels.rules import RULES
 
 Damage = Callable[[object, object, Tensor], None]
@@ -81,7 +85,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[self_check.Case]:
         for rule, variant in (("AdamW", "amsgrad"), ("SGDW", "nesterov"))
         for dtype in self_check.DTYPES
     ]
-    monkeypatch.setattr(program, "all_cases", lambda: cases)
+    monkeypatch.setattr(command, "all_cases", lambda: cases)
     return cases
 
 
@@ -93,6 +97,48 @@ def test_as_a_program_it_prints_every_section_and_exits_0():
         assert title in done.stdout
     assert f"torch       {torch.__version__}" in done.stdout
     assert "all backends compute right" in done.stdout
+
+
+def test_check_by_its_name_is_the_same(few, capsys: pytest.CaptureFixture[str]):
+    said = []
+    for argv in ([], ["check"]):
+        assert program.main(argv) == 0
+        said.append(re.sub(r"[\d.]+ s\)", "s)", capsys.readouterr().out))
+    assert said[0] == said[1]
+    assert "all backends compute right" in said[0]
+
+
+def exits(argv: list[str]) -> object:
+    with pytest.raises(SystemExit) as raised:
+        program.main(argv)
+    return raised.value.code
+
+
+def test_help_names_every_command_and_imports_none(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(program.importlib, "import_module", lambda *names: pytest.fail(f"imports {names}"))
+    assert exits(["--help"]) == 0
+    said = capsys.readouterr().out
+    for name in ("check", "bench", "plan", "convert"):
+        assert re.search(rf"^  {name} +\w", said, re.MULTILINE), name
+    assert exits(["--version"]) == 0
+    assert capsys.readouterr().out == f"wd_kernels {wd_kernels.__version__}\n"
+
+
+def test_a_command_imports_no_other():
+    """Beside the package itself, which a program of the package always imports."""
+    code = "import sys, wd_kernels.__main__ as m; m.main(['plan', '--model', 'gpt2']); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    modules = done.stdout.splitlines()[-1]
+    assert "'wd_kernels.commands.plan'" in modules
+    for name in ("wd_kernels.commands.check", "wd_kernels.commands.bench", "wd_kernels.self_check", "matplotlib'"):
+        assert f"'{name}" not in modules
+
+
+@pytest.mark.parametrize("argv", [["banch"], ["--modle"], ["check", "plan"], ["check", "--model", "gpt2"]])
+def test_what_is_no_command_is_an_error(argv: list[str], capsys: pytest.CaptureFixture[str]):
+    assert exits(argv) == 2
+    assert argv[-1] in (said := capsys.readouterr().err) or argv[-2] in said
 
 
 def test_the_self_check_has_every_rule_variant_decay_and_dtype():
@@ -169,5 +215,5 @@ def test_without_the_reference_nothing_is_claimed(few, monkeypatch, capsys):
 
 
 def test_columns_are_aligned():
-    lines = program.aligned([("name", "n"), ("a", 5), ("bcdef", 10)], indent="").splitlines()
+    lines = aligned([("name", "n"), ("a", 5), ("bcdef", 10)], indent="").splitlines()
     assert lines == ["name    n", "a       5", "bcdef  10"]

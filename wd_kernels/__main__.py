@@ -1,143 +1,53 @@
-"""`python -m wd_kernels`: what is here, what was chosen, does it compute right.
-
-Every backend that is there is compared with the reference, bit for bit, and each step of it with the same step in
-float64 from the same values. The exit status is 1 on a mismatch, or where nothing could be checked.
-"""
+"""`python -m wd_kernels`: the self-check, and the other commands."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
-import platform
+import importlib
 import sys
-import time
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-
-from . import native
-from .backends import BACKENDS, FASTEST, triton
-from .layout import Spec
-from .self_check import LIMIT, STEPS, Outcome, all_cases, check, device_of
 from .version import __version__
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
 
-
-def refusal(name: str) -> str | None:
-    """Why a backend that is there does not step tensors of the GPU that it would be checked on."""
-    device = device_of(name)
-    return None if device.type == "cpu" else BACKENDS[name].refuses(Spec(device, (), ()))
-
-
-def aligned(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
-    """Rows as lines of aligned columns: numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = [all(c[:1].isdigit() or c == "-" for c in column[1:]) for column in zip(*cells, strict=True)]
-    lines = []
-    for row in cells:
-        padded = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
-        lines.append((indent + "  ".join(padded)).rstrip())
-    return "\n".join(lines)
-
-
-def versions() -> list[tuple[str, str]]:
-    """Names and versions of what takes part."""
-    numpy = "not installed"
-    if importlib.util.find_spec("numpy") is not None:
-        import numpy as np
-
-        numpy = np.__version__
-    return [
-        ("wd_kernels", __version__),
-        ("torch", torch.__version__),
-        ("python", platform.python_version()),
-        ("numpy", numpy),
-        ("triton", triton.version() or "not installed"),
-        ("platform", platform.platform()),
-    ]
-
-
-def fastest(kind: str) -> str:
-    """What backend="auto" takes for tensors of a type of device."""
-    return next((name for name in FASTEST.get(kind, ()) if BACKENDS[name].why_not() is None), "reference")
-
-
-def choices() -> list[tuple[str, str]]:
-    """What was chosen on this machine."""
-    if native.C is None:
-        instructions = "none: the native extension is not there"
-    else:
-        try:
-            instructions = native.C.instruction_set()
-        except RuntimeError as raised:
-            instructions = str(raised).splitlines()[0]
-        forced = os.environ.get("WD_KERNELS_ISA")
-        instructions += f" (WD_KERNELS_ISA={forced})" if forced else ""
-    check = "native"
-    if not native.CHECKS:
-        check = "Python (slower: the native extension is missing, or torch is one that it does not know)"
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    name = "none" if accelerator is None else str(accelerator)
-    if name.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-    threads = str(torch.get_num_threads())
-    kinds = [("CPU tensors", "cpu"), *([("GPU tensors", "cuda")] if accelerator is not None else [])]
-    chosen = [(what, f"stepped with {fastest(kind)!r} by backend='auto'") for what, kind in kinds]
-    chosen += [("instruction set", instructions), ("threads", threads), ("check", check), ("accelerator", name)]
-    return chosen + ([("CUDA kernels", native.OPS.cuda_built())] if native.load_cuda() is None else [])
-
-
-def print_self_check(names: Sequence[str]) -> int:
-    """Checks the backends, prints the table and what is wrong; returns the exit status."""
-    started = time.perf_counter()
-    table: dict[tuple[str, str, torch.dtype], Outcome] = {}
-    for case in all_cases():
-        for name, outcome in check(case, names).items():
-            row = table.setdefault((name, case.optimizer, case.dtype), Outcome())
-            row.cases += outcome.cases
-            row.wrong += outcome.wrong
-            row.param_error = max(row.param_error, outcome.param_error)
-            row.state_error = max(row.state_error, outcome.state_error)
-    rows: list[tuple[object, ...]] = [
-        ("backend", "optimizer", "dtype", "cases", "parameter error", "state error", "result")
-    ]
-    for (name, optimizer, dtype), outcome in sorted(table.items(), key=lambda item: names.index(item[0][0])):
-        no_oracle = dtype == torch.float64 and not outcome.wrong
-        errors = ("-", "-") if no_oracle else (f"{outcome.param_error:.2f}", f"{outcome.state_error:.2f}")
-        right = "within the limit" if name == "reference" else "equal to the reference"
-        result = f"WRONG in {len(outcome.wrong)}" if outcome.wrong else right
-        rows.append((name, optimizer, str(dtype).removeprefix("torch."), outcome.cases, *errors, result))
-    print(aligned(rows))
-    print(f"  error: of one step against float64, in units of eps * max(|before|, |after|, rms); limit {LIMIT:g}")
-
-    wrong = [f"{name}: {what}" for (name, _, _), outcome in table.items() for what in outcome.wrong]
-    seconds = time.perf_counter() - started
-    for line in wrong[:20]:
-        print(f"  WRONG  {line}")
-    if len(wrong) > 20:
-        print(f"  and {len(wrong) - 20} more")
-    summary = f"{len(wrong)} cases are wrong" if wrong else "all backends compute right"
-    print(f"\n{summary} ({sum(o.cases for o in table.values())} cases of {STEPS} steps, {seconds:.1f} s)")
-    return 1 if wrong else 0
+#: Each is a module of `commands`, with HELP, add_arguments(parser) and run(arguments), which is imported when it is
+#: asked for; and what the list of commands says of it.
+COMMANDS = {
+    "check": "what is installed, what was chosen, and does it compute right (the default)",
+    "bench": "time a step on this machine, beside torch's fused class, on the shapes of a model",
+    "plan": "bytes, memory and predicted time of a step, for a model, storage formats and a GPU",
+    "convert": "carry a saved optimizer state to another library, format or form",
+}
+EXAMPLES = """examples:
+  python -m wd_kernels
+  python -m wd_kernels bench --model gpt2
+  python -m wd_kernels plan --model llama-8b --shard 64 --gpu h200
+  python -m wd_kernels bench --help"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the sections; returns the exit status."""
-    argparse.ArgumentParser(prog="python -m wd_kernels", description=__doc__.split("\n", 1)[0]).parse_args(argv)
-    why_not = {name: backend.why_not() or refusal(name) for name, backend in BACKENDS.items()}
-    backends = [(name, f"not available: {why}" if why else "available") for name, why in why_not.items()]
-    for title, section in (("Versions", versions()), ("Backends", backends), ("Chosen", choices())):
-        print(f"{title}\n{aligned(section)}\n")
-    print("Self-check")
-    if why_not["reference"]:
-        print(f"  Nothing can be checked without the reference: {why_not['reference']}")
-        return 1
-    return print_self_check(
-        ["reference", *(name for name, why in why_not.items() if why is None and name != "reference")]
-    )
+    """Runs a command, the self-check where none is named; returns the exit status."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    shown = "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m wd_kernels", usage="%(prog)s [--version] [command] ...",
+        description=f"Fused steps for PyTorch.\n\ncommands:\n{shown}", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"wd_kernels {__version__}")
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS), default="check", help=argparse.SUPPRESS)
+    # Of what follows a command its own parser is the judge: only that command's module is imported.
+    name = parser.parse_args(given[:1]).command
+    command: Any = importlib.import_module(f".commands.{name}", __package__)
+    own = argparse.ArgumentParser(
+        prog=f"python -m wd_kernels {name}", description=command.HELP,
+        epilog=getattr(command, "EXAMPLES", None), formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    command.add_arguments(own)
+    status: int = command.run(own.parse_args(given[1:]))
+    return status
 
 
 if __name__ == "__main__":

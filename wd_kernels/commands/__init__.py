@@ -1,0 +1,1 @@
+"""What `python -m wd_kernels` can do: a module for each command."""

@@ -1,0 +1,63 @@
+"""What commands print: aligned tables, and how far long work is."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["aligned", "failed", "gib", "progress"]
+
+
+def aligned(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
+    """Rows as lines of aligned columns: numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [all(c[:1].isdigit() or c == "-" for c in column[1:]) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
+        lines.append((indent + "  ".join(padded)).rstrip())
+    return "\n".join(lines)
+
+
+def gib(size: float) -> str:
+    """Bytes, as GiB."""
+    return f"{size / 2**30:.3g} GiB" if size < 1000 * 2**30 else f"{size / 2**30:.0f} GiB"
+
+
+def failed(command: str, error: Exception) -> int:
+    """Says on stderr what is wrong with what a command was given; returns its exit status."""
+    print(f"python -m wd_kernels {command}: error: {error}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """Within it, what is called after each of so many parts of some work; all is told on stderr.
+
+    A bar of rich, or tqdm, where one is installed and stderr is a terminal; else a line for every quarter.
+    """
+    if sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda: bar.advance(task)
+    elif sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None:
+        tqdm: Any = importlib.import_module("tqdm").tqdm
+        with tqdm(total=total, desc=what, leave=False) as bar:
+            yield lambda: bar.update() and None
+    else:
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            if done * 4 // total > (done - 1) * 4 // total:
+                print(f"{what}: {100 * done // total}%", file=sys.stderr, flush=True)
+
+        yield advance
