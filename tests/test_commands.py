@@ -1,4 +1,4 @@
-"""The commands `plan` and `bench`, the shapes that they take, and the bytes that they count, beside hand-worked ones."""
+"""The commands `plan` and `bench`: the shapes they take, and the bytes that they count, beside hand-worked ones."""
 
 from __future__ import annotations
 

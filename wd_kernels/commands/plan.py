@@ -205,7 +205,7 @@ def assumptions(arguments: argparse.Namespace, rate: float | None) -> Iterator[s
     if arguments.clip:
         yield "clipping: gradients are read once more; torch's clip_grad_norm_ also reads and rewrites them"
     if arguments.accumulate:
-        yield f"accumulation: {arguments.accumulate} gradients are added to a sum, which is stepped; torch's row has none"
+        yield f"accumulation: {arguments.accumulate} gradients are added up, and the sum stepped; torch's row has none"
     if arguments.ema:
         yield "average: in the pass of the step; torch's AveragedModel reads the weights once more, and has their dtype"
     if arguments.decay_to:
