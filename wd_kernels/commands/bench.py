@@ -7,6 +7,7 @@ import gc
 import importlib
 import importlib.util
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,13 +43,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--optimizer", choices=list(RULES), default="adamw", help="sgdw has momentum; default: adamw")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients")
-    parser.add_argument("--state-dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of ours")
-    parser.add_argument("--master-weights", choices=("none", "split32", "split24", "float32"), default="none")
-    parser.add_argument("--against", nargs="+", choices=("fused", "foreach", "for-loop"), default=["fused"])
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients; float32")
+    words = ("float32", "bfloat16", "int8")
+    parser.add_argument("--state-dtype", choices=words, default="float32", help="of ours; float32")
+    masters = ("none", "split32", "split24", "float32")
+    parser.add_argument("--master-weights", choices=masters, default="none", help="of ours, in 16 bits; none")
+    parser.add_argument(
+        "--against", nargs="+", choices=("fused", "foreach", "for-loop"), default=["fused"], metavar="HOW",
+        help="torch's implementations, some of fused, foreach, for-loop; fused",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
-    parser.add_argument("--threads", type=int, help="of the CPU; by default what torch takes")
-    parser.add_argument("--rounds", type=int, default=15, help="in each of which all take a turn; default: 15")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; by default what torch takes")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="in each all take a turn; default: 15")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture; needs matplotlib")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all that was measured")
 
@@ -268,7 +274,8 @@ def plot(path: Path, title: str, results: dict[str, dict[str, Any]]) -> None:
         bars = axis.barh(
             names, [q[1] for q in each], xerr=errors, color=colors, height=0.6, ecolor="#303030", capsize=3
         )
-        axis.bar_label(bars, [f"{q[1]:.3g}" for q in each], label_type="center", color="white")
+        axis.bar_label(bars, [f"{q[1]:.3g}" for q in each], padding=3)
+        axis.set_xlim(0, 1.15 * max(q[2] for q in each))
         axis.set_xlabel(what, size=9)
         axis.tick_params(axis="y", length=0)
         for side in ("top", "right", "left"):
@@ -277,7 +284,7 @@ def plot(path: Path, title: str, results: dict[str, dict[str, Any]]) -> None:
     if STREAM in results:
         rate = statistics.median(rates(results[STREAM]))
         right.axvline(rate, color="#303030", linestyle="--")
-        right.set_xlim(0, 1.15 * max(rate, right.get_xlim()[1] / 1.05))
+        right.set_xlim(0, max(1.15 * rate, right.get_xlim()[1]))
         right.annotate(f"stream {rate:.3g}", (rate, 1), (3, 2), xycoords=("data", "axes fraction"),
                        textcoords="offset points", size=8)  # fmt: skip
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -288,6 +295,8 @@ def machine(device: torch.device) -> str:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"threads: {torch.get_num_threads()}"
     if device.type == "cpu" and native.C is not None:
         where += f", {native.C.instruction_set()}"
+    if device.type == "cpu" and hasattr(os, "getloadavg"):  # of what else runs here
+        where += f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before it began"
     return f"wd_kernels {__version__}, torch {torch.__version__}, {where}"
 
 

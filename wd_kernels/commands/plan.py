@@ -58,10 +58,13 @@ class Row(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--optimizer", choices=list(RULES), default="adamw", help="sgdw has momentum; default: adamw")
-    what = "these alone; by default all that there are"
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="of parameters; default: float32 bfloat16")
-    parser.add_argument("--state-dtype", nargs="+", choices=STATES, help=what)
-    parser.add_argument("--master-weights", nargs="+", choices=MASTERS, help=what)
+
+    def some_of(name: str, words: Sequence[str], what: str) -> None:
+        parser.add_argument(name, nargs="+", choices=words, metavar="WORD", help=f"{what}: some of {', '.join(words)}")
+
+    some_of("--dtype", list(DTYPES), "of parameters, float32 and bfloat16 unless asked for")
+    some_of("--state-dtype", STATES, "all unless asked for")
+    some_of("--master-weights", MASTERS, "beside 16-bit parameters, all unless asked for")
     parser.add_argument("--grad-dtype", choices=list(DTYPES), help="of gradients; default: the parameters'")
     parser.add_argument("--amsgrad", action="store_true", help="with the largest second moments")
     parser.add_argument("--clip", action="store_true", help="max_grad_norm: gradients are read once more")
