@@ -18,7 +18,8 @@ def step_bytes(
     rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype, master: torch.dtype | None = None
 ) -> float:
     """Bytes per parameter and step, all states being of one dtype."""
-    return Stored(param, grad, (state,) * STATES[rule], master).step_bytes
+    moved = Stored(param, grad, (state,) * STATES[rule], master).step_bytes
+    return int(moved) if moved.is_integer() else moved
 
 
 def _blocks(plain: int, n: int, numel: int | None, tail: bool) -> float:

@@ -274,7 +274,8 @@ def plot(path: Path, title: str, results: dict[str, dict[str, Any]]) -> None:
         bars = axis.barh(
             names, [q[1] for q in each], xerr=errors, color=colors, height=0.6, ecolor="#303030", capsize=3
         )
-        axis.bar_label(bars, [f"{q[1]:.3g}" for q in each], padding=3)
+        beside: dict[str, Any] = {"padding": 3, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
+        axis.bar_label(bars, [f"{q[1]:.3g}" for q in each], **beside)
         axis.set_xlim(0, 1.15 * max(q[2] for q in each))
         axis.set_xlabel(what, size=9)
         axis.tick_params(axis="y", length=0)
