@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import wd_kernels
 from wd_kernels import __main__ as program
 from wd_kernels import printing
 from wd_kernels.byte_model import Stored, stored_as
-from wd_kernels.commands import bench
+from wd_kernels.commands import bench, plan
 from wd_kernels.model_shapes import MODELS, elements, model_shapes, read_shapes, sharded
 
 ROOT = Path(__file__).parent.parent
@@ -489,6 +489,50 @@ def test_a_plot_without_matplotlib_is_an_error_before_anything_is_measured(run, 
     assert "--plot needs matplotlib, which is not installed" in found.err
 
 
+# The page -------------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "command-line.md").read_text()
+SHOWN = re.findall(r"```console\n\$ python -m wd_kernels (\w+) (.*?)\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize(("argv", "printed"), [own[1:] for own in SHOWN if own[0] == "plan"])
+def test_plans_of_the_page_are_what_is_printed(run, argv, printed):
+    assert run("plan", *shlex.split(argv)).out == printed
+
+
+def test_benchmarks_of_the_page_are_of_the_form_that_is_printed(run, small, monkeypatch):
+    (first, whole), (second, refused) = [own[1:] for own in SHOWN if own[0] == "bench"]
+    assert first.startswith("--model gpt2 ")
+    found = run("bench", "--shapes", small, "--rounds", 2, *first.split()[2:]).out
+    numbers = r"\d[\d.]*(e\+\d+)?( [KMG]iB)?"
+    forms = [re.sub(numbers, "0", re.sub(r" +", " ", text)).splitlines() for text in (found, whole)]
+    assert forms[0][2:4] == forms[1][2:4]
+    assert [line.split()[:2] for line in forms[0][4:8]] == [line.split()[:2] for line in forms[1][4:8]]
+    assert forms[0][8:] == forms[1][8:]
+    monkeypatch.setattr(bench, "free_memory", lambda: int(20.6 * 2**30))
+    assert run("bench", *second.split()).err == refused
+
+
+def test_code_of_the_page_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    said = [line.rsplit("  # ", 1) for line in block.splitlines() if "  # " in line]
+    assert len(said) == 2
+    for code, comment in said:
+        assert repr(eval(code, names)) == comment
+
+
+def test_every_option_is_on_the_page():
+    for command in (bench, plan):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        words = [word for action in parser._actions for word in action.option_strings if word.startswith("--")]
+        assert len(words) > 10
+        for word in words:
+            assert f"`{word}" in PAGE or word == "--help", word
+
+
 # Progress -------------------------------------------------------------------------------------------------------------
 
 
@@ -507,8 +551,12 @@ def test_progress_is_told_on_stderr(there, capsys, monkeypatch):
         assert "working" in said.err
 
 
-def test_hints_and_sizes_are_readable():
-    assert [printing.gib(size) for size in (2**30, 3 * 2**29, 2**20, 5000 * 2**30)] == [
-        "1 GiB", "1.5 GiB", "0.000977 GiB", "5000 GiB"
-    ]  # fmt: skip
-    assert math.isclose(float(printing.gib(179.5 * 2**30).split()[0]), 180, rel_tol=0.01)
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (2**30, "1 GiB"), (3 * 2**29, "1.5 GiB"), (1577.4 * 2**30, "1577 GiB"), (2**28, "256 MiB"), (2**30 - 1, "1024 MiB"),
+        (2.25 * 2**20, "2.25 MiB"), (512, "0.5 KiB"), (99.96 * 2**30, "100 GiB"),
+    ],
+)  # fmt: skip
+def test_sizes_are_readable(size, text):
+    assert printing.in_bytes(size) == text

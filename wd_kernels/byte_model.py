@@ -2,7 +2,7 @@
 
 A parameter and its states are read and written, a gradient is read. Dividing by the time of a step gives a rate that
 can be held against the machine's memory, and that is comparable between optimizers of different formats. Scalars (step
-counts, rows, what says where tensors lie) are left out: some 200 bytes a tensor.
+counts, rows, what says where tensors lie) are left out: a few hundred bytes a tensor.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["aligned", "failed", "gib", "progress"]
+__all__ = ["aligned", "failed", "in_bytes", "progress"]
 
 
 def aligned(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
@@ -23,9 +23,10 @@ def aligned(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
     return "\n".join(lines)
 
 
-def gib(size: float) -> str:
-    """Bytes, as GiB."""
-    return f"{size / 2**30:.3g} GiB" if size < 1000 * 2**30 else f"{size / 2**30:.0f} GiB"
+def in_bytes(size: float) -> str:
+    """A size in memory."""
+    unit, shift = next(((u, s) for u, s in (("GiB", 30), ("MiB", 20)) if size >= 1 << s), ("KiB", 10))
+    return f"{size / (1 << shift):{'.0f' if size >= 100 << shift else '.3g'}} {unit}"
 
 
 def failed(command: str, error: Exception) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import native
 from ..byte_model import Stored, stored_as
 from ..model_shapes import Shapes, add_model_arguments, asked_shapes, elements
-from ..printing import aligned, failed, gib, progress
+from ..printing import aligned, failed, in_bytes, progress
 from ..rules import RULES
 from ..turns import MOST_MEMORY, Contender, Timer, filled, first_line, free_memory, random_values, rounds
 from ..version import __version__
@@ -153,9 +153,11 @@ def check_memory(setting: Setting, arguments: argparse.Namespace) -> None:
     hints = [f"--shard {n}" for n in (2**k for k in range(1, 13)) if fits(shard=n)][:1]
     if arguments.model is not None and arguments.model.partition("/")[0] != "resnet50":
         hints += [f"--layers {n}" for n in range(arguments.layers or 100, 0, -1) if fits(layers=n)][:1]
-    parts = ", ".join(f"{gib(size)} for {what}" for what, size in needed.items() if size > 0.001 * sum(needed.values()))
+    parts = ", ".join(
+        f"{in_bytes(size)} for {what}" for what, size in needed.items() if size > 0.001 * sum(needed.values())
+    )
     raise ValueError(
-        f"memory: {setting.label} needs {gib(sum(needed.values()))} ({parts}); {gib(free)} are free, of which "
+        f"memory: {setting.label} needs {in_bytes(sum(needed.values()))} ({parts}); {in_bytes(free)} are free, of which "
         f"{MOST_MEMORY:.0%} may be taken. {' or '.join(hints) + ' would fit' if hints else 'Nothing smaller fits'}"
     )
 
@@ -321,7 +323,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(aligned(cells_of(results, total), indent=""))
     for name, why in skipped.items():
         print(f"left out: {name}: {why}")
-    streamed = gib(setting.stream_bytes(setting.shapes))
+    streamed = in_bytes(setting.stream_bytes(setting.shapes))
     print(
         f"\nms: median of {arguments.rounds} rounds, in each of which all take a turn. Ratios: medians of the quotients"
     )

@@ -202,7 +202,7 @@ def cells_of(table: Sequence[Row], total: int, rate: float | None, alike: bool) 
 def assumptions(arguments: argparse.Namespace, rate: float | None) -> Iterator[str]:
     """What the numbers mean."""
     yield "kept: in the memory of one process, gradients too. moved: read and written by a step, of long tensors"
-    yield "scalars, step counts and the table of tensors are left out: some 200 bytes a tensor"
+    yield "scalars, step counts and the table of tensors are left out: a few hundred bytes a tensor"
     if rate:
         yield "ms: bytes moved by the rate of the memory. Arithmetic, launches and caches are left out, for all rows"
     if arguments.clip:
