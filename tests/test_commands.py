@@ -132,6 +132,7 @@ def test_weights_are_not_loaded(tmp_path, monkeypatch):
         ("a.txt", "1x2 *x\n", "a.txt, line 1: "),
         ("a.txt", "-3x4\n", "a.txt, line 1: "),
         ("a.txt", "# none\n", "a.txt has no shapes"),
+        ("a.txt", "0x3\n", "a.txt has no elements"),
         ("a.json", '{"w": [3, "4"]}', "a.json, entry 'w': [3, '4']; expected a list of whole numbers"),
         ("a.json", '{"w": [3, -4]}', "a.json, entry 'w': "),
         ("a.json", "3", "a.json, entry '': 3"),
@@ -554,7 +555,8 @@ def test_progress_is_told_on_stderr(there, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("size", "text"),
     [
-        (2**30, "1 GiB"), (3 * 2**29, "1.5 GiB"), (1577.4 * 2**30, "1577 GiB"), (2**28, "256 MiB"), (2**30 - 1, "1024 MiB"),
+        (2**30, "1 GiB"), (3 * 2**29, "1.5 GiB"),
+        (1577.4 * 2**30, "1577 GiB"), (2**28, "256 MiB"), (2**30 - 1, "1024 MiB"),
         (2.25 * 2**20, "2.25 MiB"), (512, "0.5 KiB"), (99.96 * 2**30, "100 GiB"),
     ],
 )  # fmt: skip

@@ -182,6 +182,8 @@ def asked_shapes(arguments: argparse.Namespace) -> tuple[str, Shapes]:
         ranks = int(number) if slash else ranks
         shapes = model_shapes(label, arguments.layers)
         label += "" if arguments.layers is None else f", layers: {arguments.layers}"
+    if not elements(shapes):
+        raise ValueError(f"{label} has no elements")
     if ranks is not None:
         label, shapes = f"{label}, one of {ranks} shards", sharded(shapes, ranks)
     return label, shapes

@@ -153,11 +153,10 @@ def check_memory(setting: Setting, arguments: argparse.Namespace) -> None:
     hints = [f"--shard {n}" for n in (2**k for k in range(1, 13)) if fits(shard=n)][:1]
     if arguments.model is not None and arguments.model.partition("/")[0] != "resnet50":
         hints += [f"--layers {n}" for n in range(arguments.layers or 100, 0, -1) if fits(layers=n)][:1]
-    parts = ", ".join(
-        f"{in_bytes(size)} for {what}" for what, size in needed.items() if size > 0.001 * sum(needed.values())
-    )
+    whole = sum(needed.values())
+    parts = ", ".join(f"{in_bytes(size)} for {what}" for what, size in needed.items() if size > 0.001 * whole)
     raise ValueError(
-        f"memory: {setting.label} needs {in_bytes(sum(needed.values()))} ({parts}); {in_bytes(free)} are free, of which "
+        f"memory: {setting.label} needs {in_bytes(whole)} ({parts}); {in_bytes(free)} are free, of which "
         f"{MOST_MEMORY:.0%} may be taken. {' or '.join(hints) + ' would fit' if hints else 'Nothing smaller fits'}"
     )
 
