@@ -16,10 +16,10 @@ import torch
 from cases import Piece, assert_same, f32, f64, gradient, make_params, snapshot
 
 import wd_kernels
-from wd_kernels import __main__ as program
 from wd_kernels import native
 from wd_kernels.backends import BACKENDS, FallbackWarning, cuda, resolve
 from wd_kernels.clipping import Window
+from wd_kernels.commands import check as program
 from wd_kernels.formats import format_of
 from wd_kernels.layout import Spec
 from wd_kernels.norms import Bank

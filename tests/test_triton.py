@@ -24,7 +24,7 @@ from cases import (
 )
 
 import wd_kernels
-import wd_kernels.__main__ as program
+import wd_kernels.commands.check as program
 from wd_kernels.backends import device, triton
 
 
