@@ -2,7 +2,7 @@
 
 timm imports torchvision for its transforms and for `FrozenBatchNorm2d`, and torchvision, when it is imported, says what
 two of its operators make of meta tensors, which is an error where nobody has defined them. So they are defined, by
-their schemas alone: nothing here calls them, and who did would be told that there is no kernel. Import this before timm.
+their schemas alone: nothing here calls them, and they have no kernel. Import this before timm.
 """
 
 from __future__ import annotations
