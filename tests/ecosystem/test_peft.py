@@ -6,6 +6,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torchvision_alone  # noqa: F401
+
+# isort: split
 import peft
 import pytest
 import torch
@@ -54,7 +57,7 @@ def train(model: Any, opt: Any, steps: range) -> None:
 def test_adapters(kind: str, tmp_path: Path) -> None:
     model, other = adapted(**ADAPTERS[kind]), adapted(**ADAPTERS[kind])
     before = copy.deepcopy(model.state_dict())
-    opt = wd_kernels.AdamW(model.parameters(), **OPTIONS)  # frozen parameters have no gradients: neither step nor states
+    opt = wd_kernels.AdamW(model.parameters(), **OPTIONS)  # of frozen parameters there is no gradient, no state
     train(model, opt, range(4))
     model.save_pretrained(tmp_path)
     torch.save(opt.state_dict(), tmp_path / "optimizer.pt")

@@ -6,8 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torchvision_alone  # noqa: F401
+
+# isort: split
 import pytest
-import timm_alone  # noqa: F401  before timm
 import torch
 from loops import assert_trained_alike
 from timm.models import create_model, resume_checkpoint
