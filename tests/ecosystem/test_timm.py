@@ -111,11 +111,11 @@ def test_independent_decay_follows_its_scheduler(scaled: bool) -> None:
     before = copy.deepcopy(model.state_dict())
     groups, theirs = (param_groups_layer_decay(m, weight_decay=decay, layer_decay=0.75) for m in (model, other))
     assert min(group["lr_scale"] for group in groups) < 0.5
-    for group, their in zip(groups, theirs, strict=True):
-        base = lr * group["lr_scale"] if scaled else lr
-        group["base_lr"] = base
-        their["weight_decay"] = group["weight_decay"] / base
     opt = wd_kernels.AdamW(groups, lr, BETAS, 1e-4, weight_decay=decay, decay="independent", schedule="from_lr")
+    for group, their in zip(opt.param_groups, theirs, strict=True):
+        if scaled:
+            group["base_lr"] = lr * group["lr_scale"]
+        their["weight_decay"] = group["weight_decay"] / group["base_lr"]
     train(model, opt, range(STEPS), cosine(opt))
     their_opt = torch.optim.AdamW(theirs, lr, BETAS, 1e-4)
     train(other, their_opt, range(STEPS), cosine(their_opt))
