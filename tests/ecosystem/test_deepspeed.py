@@ -27,11 +27,16 @@ def engine(seed: int, ours: bool, stage: int, bfloat16: bool, clips: bool = True
     deepspeed.logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled: gloo does what it does
     model = new_model(seed)
-    groups = wd_kernels.decay_groups(model, OPTIONS["weight_decay"])
+    lr, decay = OPTIONS["lr"], OPTIONS["weight_decay"]
     # A schedule counts calls of step(): ZeRO 3 makes one for every group, ZeRO 0 with bfloat16 one before the first.
     scheduled = ours and (stage in (1, 2) or (stage == 0 and not bfloat16))
-    own = {"schedule": Cosine(12)} if scheduled else {}
-    opt: Any = wd_kernels.AdamW(groups, **OPTIONS, **own) if ours else torch.optim.AdamW(groups, **OPTIONS)
+    if not ours:
+        opt: Any = torch.optim.AdamW(wd_kernels.decay_groups(model, decay), **OPTIONS)
+    elif scheduled:
+        opt = wd_kernels.AdamW(wd_kernels.decay_groups(model, decay), **OPTIONS, schedule=Cosine(12))
+    else:
+        own = {**OPTIONS, "weight_decay": lr * decay, "decay": "independent", "schedule": "from_lr"}
+        opt = wd_kernels.AdamW(wd_kernels.decay_groups(model, lr * decay), **own)
     scheduler = None if scheduled else torch.optim.lr_scheduler.LambdaLR(opt, Cosine(12))
     config = {
         "train_micro_batch_size_per_gpu": 2,

@@ -52,7 +52,7 @@ def test_trained_for_quantisation(kind: str, tmp_path: Path) -> None:
     opt = wd_kernels.AdamW(model.parameters(), **OPTIONS)
     theirs = torch.optim.AdamW(other.parameters(), **OPTIONS)
     for t in range(STEPS):
-        other.load_state_dict(model.state_dict())  # a last place may be a code: two of torch.s part, too
+        other.load_state_dict(model.state_dict())  # a last place may be a code: two of torch's own part, too
         train(model, opt, range(t, t + 1))
         train(other, theirs, range(t, t + 1))
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
