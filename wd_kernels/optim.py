@@ -41,16 +41,16 @@ class AdamW(DecoupledOptimizer):
         \theta &\leftarrow \theta - \Big(\lambda' \theta
             + \frac{a}{1-\beta_1^t}\,\frac{m}{\sqrt{v/(1-\beta_2^t)} + \epsilon}\Big)
 
-    ====================  =====================================================================================
+    ===================== =====================================================================================
     ``decay``             where :math:`\lambda` enters
-    ====================  =====================================================================================
+    ===================== =====================================================================================
     ``"lr_scaled"``       :math:`\lambda' = \eta\alpha\lambda`: torch.optim.AdamW (the default)
     ``"independent"``     :math:`\lambda' = \eta\lambda`: the paper's AdamW, Algorithm 2
     ``"l2"``              :math:`g \leftarrow g + \lambda\theta`, :math:`\lambda' = 0`: torch.optim.Adam
     ``"proximal"``        the whole step is divided by :math:`1 + \eta\lambda`: ProxAdam
     ``"metric_proximal"`` the prox of :math:`\frac{\lambda}{2}\|\theta\|^2` in Adam's own metric
     ``"corrected"``       :math:`\lambda' = \eta\alpha\cdot\eta\lambda`: AdamC, for weights before a norm
-    ====================  =====================================================================================
+    ===================== =====================================================================================
 
     Decay and update are summed before they are rounded into the parameter once. Parameters may be float64, float32,
     bfloat16, float16 or complex, of any shape and dense layout; gradients have the parameter's dtype, or are float32
