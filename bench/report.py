@@ -1,9 +1,9 @@
-"""Turns the JSON of the benchmarks into tables, plots, and the README's section on performance.
+"""Turns the JSON of the benchmarks into tables, plots, and what README and docs/performance.md show of them.
 
     python bench/report.py bench.json                   # the tables
-    python bench/report.py bench.json --save --readme   # keeps all of it in bench/results, rewrites the section
-    python bench/report.py gpu/gpu.json --save --readme # the same, of what bench/gpu.py measured
-    python bench/report.py --readme                     # the section again, of what is kept
+    python bench/report.py bench.json --save --docs   # keeps all of it in bench/results, rewrites README and page
+    python bench/report.py gpu/gpu.json --save --docs # the same, of what bench/gpu.py measured
+    python bench/report.py --docs                     # README and page again, of what is kept
 
 A JSON is pytest-benchmark's (make bench), or bench/gpu.py's, which has the same parts. What is kept of it are the
 figures of every round, machine, versions and date; the statistics that pytest-benchmark makes of them are not.
@@ -25,7 +25,7 @@ from tables import filled, filled_columns, lost, ms, percent, render, scaling, s
 from workloads import CEILING, LEAD
 
 ROOT = Path(__file__).parent.parent
-RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
+RESULTS, README, PAGE = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs" / "performance.md"
 CPU = ("brand_raw", "count", "l3_cache_size")  # what is kept of it
 
 
@@ -67,7 +67,7 @@ def save(report: Report) -> list[Path]:
     return paths + plot(report, RESULTS, stem)
 
 
-# The README -----------------------------------------------------------------------------------------------------------
+# README and page ------------------------------------------------------------------------------------------------------
 
 HEADER = (
     "tensors × elements", "rule", "dtype", "gradients", "ours, ms", "ours, device ms", "flat, ms", "torch fused, ms",
@@ -88,11 +88,16 @@ def replaced(text: str, part: str, content: str) -> str:
     return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
+def opening(text: str, report: Report) -> str:
+    """README's text with its plot and its few rows made anew. Raises as `replaced` does."""
+    lead = {name: them for name, them in results(report).items() if name in LEAD}
+    plot = f"![Time of a step, ours and others'](bench/results/{stem_of(report)}-lead.png)" if lead else ""
+    return replaced(replaced(text, "plot", plot), "figures", table(lead))
+
+
 def rewritten(text: str, report: Report, gpu: Report | None) -> str:
-    """A text with its plot and its section made anew. Raises as `replaced` does."""
-    drawn = set(LEAD) & set(results(report))
-    plot = f"![Time of a step, ours and others'](bench/results/{stem_of(report)}-lead.png)" if drawn else ""
-    return replaced(replaced(text, "plot", plot), "performance", section(report, gpu))
+    """The page's text with its section made anew. Raises as `replaced` does."""
+    return replaced(text, "performance", section(report, gpu))
 
 
 OPENING = """
@@ -106,12 +111,12 @@ AGAIN = """All rows, with quartile ranges and rates, are in [bench/results]({}.t
 
     make peers  # optional: the other libraries; the benchmark names those that are missing
     make bench
-    .venv/bin/python bench/report.py bench.json --save --readme"""
+    .venv/bin/python bench/report.py bench.json --save --docs"""
 
 
 def section(report: Report, gpu: Report | None) -> str:
     """What stands between the markers."""
-    cases, files, own = results(report), f"bench/results/{stem_of(report)}", report["machine_info"]["wd_kernels"]
+    cases, files, own = results(report), f"../bench/results/{stem_of(report)}", report["machine_info"]["wd_kernels"]
     names = dict.fromkeys(name for them in cases.values() for name, _ in them if is_peer(name))
     about = own | {"cpu": device(report), "date": report["datetime"][:10], "names": ", ".join(names)}
     about["missing"] = f"Missing: {', '.join(report['missing'])}." if report.get("missing") else ""
@@ -123,7 +128,7 @@ def section(report: Report, gpu: Report | None) -> str:
         rate, torch = copy_rate(gpu), gpu["machine_info"]["wd_kernels"].get("torch")
         copy = f"; a copy, the ceiling there, moves {rate:.0f} GB/s" if rate else ""
         parts.append(filled(f"On a GPU: {device(gpu)}, torch {torch}, {gpu['datetime'][:10]}{copy}."))
-        parts += [table(results(gpu)), f"![Contenders on a GPU](bench/results/{stem_of(gpu)}-peers.png)"]
+        parts += [table(results(gpu)), f"![Contenders on a GPU](../bench/results/{stem_of(gpu)}-peers.png)"]
     return "\n\n".join(part for part in (*parts, AGAIN.format(files)) if part)
 
 
@@ -163,22 +168,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("report", type=Path, nargs="?", help="a benchmark's JSON (default: the newest of a CPU, kept)")
     parser.add_argument("--save", action="store_true", help="keep it, in bench/results")
-    parser.add_argument("--readme", action="store_true", help="rewrite the README's section")
+    parser.add_argument("--docs", action="store_true", help="rewrite what README and docs/performance.md show")
     arguments = parser.parse_args(argv)
     report = json.loads(arguments.report.read_text()) if arguments.report else newest()
     if report is None:
         parser.error(f"no report is in {RESULTS}: give one")
-    if report.get("rehearsal") and (arguments.save or arguments.readme):
+    if report.get("rehearsal") and (arguments.save or arguments.docs):
         parser.error(f"{arguments.report} is of a rehearsal: no figure in it is a GPU's")
-    if arguments.report or not arguments.readme:
+    if arguments.report or not arguments.docs:
         print(render(report), end="")
     for path in save(report) if arguments.save else ():
         print(f"saved: {path}")
-    if arguments.readme:
+    if arguments.docs:
         cpu, gpu = (slim(report) if of_gpu(report) == gpu else newest(gpu) for gpu in (False, True))
         assert cpu is not None, f"no report of a CPU is in {RESULTS}"
-        README.write_text(rewritten(README.read_text(), cpu, gpu))
-        print(f"rewritten: {README}")
+        README.write_text(opening(README.read_text(), cpu))
+        PAGE.write_text(rewritten(PAGE.read_text(), cpu, gpu))
+        print(f"rewritten: {README}, {PAGE}")
     return 0
 
 

@@ -48,7 +48,7 @@ def percent(value: float | None) -> str:
 
 
 def filled(*sentences: str) -> str:
-    """A paragraph, as wide as the README's others."""
+    """A paragraph, as wide as those of README and docs."""
     return textwrap.fill(" ".join(" ".join(sentences).split()), 120, break_long_words=False, break_on_hyphens=False)
 
 

@@ -62,12 +62,12 @@ NAMES = r"^( +\w+(?:, \w+)*,)\n +(?=\w+[,:])"
 
 
 def as_rest(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """What docstrings write for who reads them in an editor, in reST's words: `code`, and arguments over several lines."""
+    """What docstrings write for who reads them in an editor, in reST's words: `code`, arguments of several lines."""
 
     def literal(found: re.Match[str]) -> str:
         return f"``{found[1]}``" + (r"\ " if found[2] else "") if found[1] else found[0]
 
-    text = re.sub(r":[\w:]+:`[^`]*`|``.*?``|`([^`]+)`(?=(\w)?)", literal, "\n".join(lines))
+    text = re.sub(r":[\w:]+:`[^`]*`|``(?s:.*?)``|`([^`]+)`(?=(\w)?)", literal, "\n".join(lines))
     text, before = re.sub(NAMES, r"\1 ", text, flags=re.MULTILINE), text
     while text != before:
         text, before = re.sub(NAMES, r"\1 ", text, flags=re.MULTILINE), text

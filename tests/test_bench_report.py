@@ -1,4 +1,4 @@
-"""The report of a benchmark, CPU's and GPU's, of hand-made JSON: figures, verdicts, tables, plots, the README."""
+"""The report of a benchmark, CPU's and GPU's, of hand-made JSON: figures, verdicts, tables, plots, README and page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import report as program
 import tables
 from workloads import LEAD, TARGETS
 
-ROOT = Path(__file__).parent.parent
 TIMED, FLAT_TIMED = "wd_kernels, launches timed", "wd_kernels flat, launches timed"
 
 
@@ -274,9 +273,10 @@ def test_the_text_of_a_gpu(gpu):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """What is kept lies in tmp_path / "results", and the README in tmp_path."""
+    """What is kept lies in tmp_path / "results", README and page in tmp_path."""
     monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(program, "README", tmp_path / "README.md")
+    monkeypatch.setattr(program, "PAGE", tmp_path / "performance.md")
     program.RESULTS.mkdir()
     return program.RESULTS
 
@@ -306,7 +306,7 @@ def test_the_newest_report_is_found(folder):
     assert program.newest(gpu=True) == {"name": "2027-01-01-x-gpu"}
 
 
-# The README -----------------------------------------------------------------------------------------------------------
+# README and page ------------------------------------------------------------------------------------------------------
 
 
 def test_the_section_of_a_report(report):
@@ -321,7 +321,7 @@ def test_the_section_of_a_report(report):
         "A parameter group adds 2.00 µs to a step",
         "One tensor of 1e+05 elements takes 10.0 ms, 0 GB/s, 80% of the ceiling.",
         "Missing: optimi AdamW.",
-        "(bench/results/2026-03-04-a-fast-cpu-scaling.png)",
+        "(../bench/results/2026-03-04-a-fast-cpu-scaling.png)",
     ):
         assert part in text.replace("\n", " ") or part in text, part
     assert max(len(line) for line in text.splitlines() if line[:1] not in "|!" and "](" not in line) <= 120
@@ -330,60 +330,75 @@ def test_the_section_of_a_report(report):
 def test_a_gpu_report_is_kept_and_joins_the_section(report, gpu, folder, tmp_path, capsys):
     for name, content in (("bench.json", report), ("gpu.json", gpu)):
         (tmp_path / name).write_text(json.dumps(content))
-    path = tmp_path / "README.md"
-    path.write_text("\n".join(f"<!-- {part}:{end} -->" for part in ("plot", "performance") for end in ("begin", "end")))
+    readme, path = tmp_path / "README.md", tmp_path / "performance.md"
+    readme.write_text("\n".join(f"<!-- {part}:{end} -->" for part in ("plot", "figures") for end in ("begin", "end")))
+    path.write_text("<!-- performance:begin -->\n<!-- performance:end -->")
     assert program.main([str(tmp_path / "bench.json"), "--save"]) == 0
-    assert program.main([str(tmp_path / "gpu.json"), "--save", "--readme"]) == 0
+    assert program.main([str(tmp_path / "gpu.json"), "--save", "--docs"]) == 0
     assert "Budgets" in capsys.readouterr().out
     text = path.read_text()
     assert "On a GPU: some GPU, torch 2.11.0, 2026-03-04; a copy, the ceiling there, moves 2000 GB/s." in text
     row = "| 1 × 1000000000 | AdamW | float32 | kept | 14.0 | 14.0 | 15.4 | 1.10× | 1.50× | 100% |"
     assert row in text
     stem = "2026-03-04-some-gpu-gpu"
-    assert f"](bench/results/{stem}-peers.png)" in text
+    assert f"](../bench/results/{stem}-peers.png)" in text
     assert "on 2 threads of A (fast) CPU" in text
     files = {f"{stem}{end}" for end in (".json", ".txt", "-peers.png")}
     assert {p.name for p in folder.iterdir() if p.name.startswith(stem)} == files
     assert program.newest(gpu=True) == program.slim(gpu)
     assert program.newest() == program.slim(report)
     assert (folder / f"{stem}.txt").read_text() == tables.render(gpu)
-    assert program.main([str(tmp_path / "bench.json"), "--save", "--readme"]) == 0
+    assert program.main([str(tmp_path / "bench.json"), "--save", "--docs"]) == 0
     assert path.read_text() == text
 
 
-def test_the_section_is_rewritten_between_its_markers_only(report):
-    plot, plotted, begin, end = (f"<!-- {p}:{e} -->" for p in ("plot", "performance") for e in ("begin", "end"))
-    text = f"before\n{plot}\n{plotted}\nbetween\n{begin}\nold\n{end}\nafter\n"
+def test_what_is_shown_is_rewritten_between_its_markers_only(report):
+    begin, end = "<!-- performance:begin -->", "<!-- performance:end -->"
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
     once = program.rewritten(text, report, None)
-    assert once.startswith(f"before\n{plot}\n\n{plotted}\nbetween\n{begin}\nWhole `opt.step()`")
+    assert once.startswith(f"before\n{begin}\nWhole `opt.step()`")
     assert once.endswith(f"{end}\nafter\n")
     assert "old" not in once
     assert program.rewritten(once, report, None) == once
-    drawn = json.loads(json.dumps(report).replace('"some"', f'"{LEAD[0]}"'))
-    assert "](bench/results/2026-03-04-a-fast-cpu-lead.png)\n" in program.rewritten(once, drawn, None)
-    for broken in ("nothing", f"{plot} {plotted} {end} {begin}", f"{plotted} {plot} {begin} {end}", text + text):
+    for broken in ("nothing", f"{end} {begin}", text + text):
         with pytest.raises(ValueError, match="once each"):
             program.rewritten(broken, report, None)
+
+
+def test_the_readme_begins_with_a_plot_and_a_few_rows(report):
+    plot, plotted, begin, end = (f"<!-- {p}:{e} -->" for p in ("plot", "figures") for e in ("begin", "end"))
+    text = f"before\n{plot}\nold\n{plotted}\nbetween\n{begin}\nold\n{end}\nafter\n"
+    once = program.opening(text, report)  # which has none of the leading cases
+    assert once.startswith(f"before\n{plot}\n\n{plotted}\nbetween\n{begin}\n| tensors × elements |")
+    assert once.endswith(f"{end}\nafter\n")
+    drawn = json.loads(json.dumps(report).replace('"some"', f'"{LEAD[0]}"'))
+    again = program.opening(once, drawn)
+    assert "](bench/results/2026-03-04-a-fast-cpu-lead.png)\n" in again
+    rows = [line for line in again.splitlines() if line.startswith("|")]
+    assert rows[2:] == ["| 1000 × 1000 | AdamW | float32 | kept | 2.00 | 1.60 | 8.00 | slow one: 14.0 | 4.00× | 40% |"]
+    assert program.opening(again, drawn) == again
+    for broken in ("nothing", f"{plot} {plotted} {end} {begin}", f"{plotted} {plot} {begin} {end}", text + text):
+        with pytest.raises(ValueError, match="once each"):
+            program.opening(broken, report)
 
 
 def test_a_rehearsal_is_not_kept(gpu, folder, tmp_path, capsys):
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(gpu | {"rehearsal": True}))
-    for option in ("--save", "--readme"):
+    for option in ("--save", "--docs"):
         with pytest.raises(SystemExit):
             program.main([str(path), option])
         assert "no figure in it is a GPU's" in capsys.readouterr().err
     assert program.main([str(path)]) == 0
 
 
-def test_the_readme_says_what_was_measured():
-    """`python bench/report.py --readme` makes it so."""
-    text = (ROOT / "README.md").read_text()
+def test_readme_and_page_say_what_was_measured():
+    """`python bench/report.py --docs` makes it so."""
+    readme, page = program.README.read_text(), program.PAGE.read_text()
     report, gpu = program.newest(), program.newest(gpu=True)
     assert report is not None
-    assert program.rewritten(text, report, gpu) == text
-    for link in {part.split(")")[0] for part in text.split("](bench/")[1:]}:
-        assert (ROOT / "bench" / link).exists(), link
+    assert program.opening(readme, report) == readme
+    assert program.rewritten(page, report, gpu) == page
 
 
 def test_what_is_kept_is_what_its_json_says():

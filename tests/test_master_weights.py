@@ -577,7 +577,7 @@ def test_on_meta() -> None:
     assert opt.state[p][MASTER_NAME].dtype == torch.int8
 
 
-#: (parameter, gradient, state, master) of the rows of README's table of storage formats.
+#: (parameter, gradient, state, master) of the rows of the page's table of storage formats.
 ROWS: dict[str, tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]] = {
     "| float32 | float32 |": (f32, f32, f32, None),
     "| float32 | bfloat16 |": (f32, f32, bf16, None),
@@ -596,10 +596,11 @@ ROWS: dict[str, tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_bytes_of_the_readme(row: str) -> None:
+def test_bytes_of_the_page(row: str) -> None:
     """By the model, which test_kernels.py holds against what compiled kernels load and store."""
     from byte_model import step_bytes
 
-    (line,) = [own for own in (ROOT / "README.md").read_text().splitlines() if own.startswith(row)]
+    page = ROOT / "docs" / "features" / "storage-formats.md"
+    (line,) = [own for own in page.read_text().splitlines() if own.startswith(row)]
     expected = [step_bytes(rule, *ROWS[row]) for rule in ("adamw", "sgdw")]
     assert line.split("|")[3].strip() == ", ".join(map(str, expected))

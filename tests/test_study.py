@@ -365,11 +365,11 @@ def test_the_choice_is_made_on_validation_alone(tiny: tuple[Findings, Path]) -> 
 def test_the_program(
     tiny: tuple[Findings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trains, prints, draws; keeps; writes the README's section, between its markers alone."""
-    results, readme, (_, work) = tmp_path / "results", tmp_path / "README.md", tiny
+    """Trains, prints, draws; keeps; writes the page's section, between its markers alone."""
+    results, page, (_, work) = tmp_path / "results", tmp_path / "study.md", tiny
     results.mkdir()
-    readme.write_text("before\n<!-- study:begin -->\nstale words\n<!-- study:end -->\nafter\n")
-    for name, value in (("REHEARSAL", TINY), ("Plan", lambda: TINY), ("RESULTS", results), ("README", readme)):
+    page.write_text("before\n<!-- study:begin -->\nstale words\n<!-- study:end -->\nafter\n")
+    for name, value in (("REHEARSAL", TINY), ("Plan", lambda: TINY), ("RESULTS", results), ("PAGE", page)):
         monkeypatch.setattr(program, name, value)
     assert program.main(["--work", str(work), "--rehearse"]) == 0
     out = capsys.readouterr().out
@@ -377,10 +377,10 @@ def test_the_program(
     pictures = {f"study_{name}.png" for name in report.PICTURES}
     assert {path.name for path in work.glob("*.png")} == pictures
     assert not list(results.iterdir())
-    assert program.main(["--work", str(work), "--save", "--readme"]) == 0
+    assert program.main(["--work", str(work), "--save", "--docs"]) == 0
     assert {path.name for path in results.iterdir()} == {*pictures, "study.json", "study.txt"}
     assert all((results / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n<!-- study:begin -->\n`make study` trains")
     assert text.endswith("<!-- study:end -->\nafter\n")
     assert "stale words" not in text
@@ -396,10 +396,10 @@ def test_the_program(
     assert "--rehearse shows nothing that is worth keeping" in capsys.readouterr().err
 
 
-def test_the_readme_says_what_was_found() -> None:
-    """`python bench/study --readme` makes it so."""
+def test_the_page_says_what_was_found() -> None:
+    """`python bench/study --docs` makes it so."""
     kept = Findings.unpacked(json.loads((program.RESULTS / "study.json").read_text()))
-    text = program.README.read_text()
+    text = program.PAGE.read_text()
     assert replaced(text, "study", section(kept)) == text
     assert (program.RESULTS / "study.txt").read_text() == render(kept)
     assert kept.plan == Plan()
@@ -408,7 +408,7 @@ def test_the_readme_says_what_was_found() -> None:
 
 def test_the_guide_says_what_was_found() -> None:
     """Every number with decimals in docs/weight-decay.md's words on the study is in what was kept of it."""
-    guide, numbers = (program.README.parent / "docs" / "weight-decay.md").read_text(), re.compile(r"[+-]?\d+\.\d+")
+    guide, numbers = (program.PAGE.parent / "weight-decay.md").read_text(), re.compile(r"[+-]?\d+\.\d+")
     said = guide[guide.index("**What [the study]") : guide.index("So the laws are first guesses")]
     found = set(numbers.findall((program.RESULTS / "study.txt").read_text()))
     assert len(numbers.findall(said)) > 20

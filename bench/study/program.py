@@ -3,7 +3,7 @@
     python bench/study                    # trains what is not yet trained, prints and draws what it says
     python bench/study --save             # and keeps pictures, findings and numbers in bench/results
     python bench/study --add              # trains what the kept findings lack, and adds it to them
-    python bench/study --readme           # and writes the README's section
+    python bench/study --docs             # and writes the section of docs/study.md
     python bench/study --rehearse         # the same in little, in a minute
 
 Every run that is finished is kept in the work folder: what was interrupted goes on where it was.
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from cpuinfo import get_cpu_info  # type: ignore[import-untyped]
-from report import README, RESULTS, replaced
+from report import RESULTS, ROOT, replaced
 
 from . import train
 from .figures import draw
@@ -32,6 +32,7 @@ from .plan import RIVALS, SCHEDULES, Plan, anytime, budgets, finals, grids, grow
 from .report import render, section
 from .train import NOISE, Run
 
+PAGE = ROOT / "docs" / "study.md"
 REHEARSAL = Plan(
     size=4, epochs=4, seeds=2, budgets=(2, 4, 8), decays=6, finals=2, restarts=(2, 2, 6),
     samples=(32, 64, 128), widths=(8, 16, 32), grown_epochs=(4, 2), grown_decays=6,
@@ -106,11 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="a small plan, which shows nothing but that all works")
     parser.add_argument("--save", action="store_true", help="keep pictures and numbers in bench/results")
     parser.add_argument("--add", action="store_true", help="train what the kept findings lack alone, and keep it too")
-    parser.add_argument("--readme", action="store_true", help="make the README's section anew, of what is kept")
+    parser.add_argument("--docs", action="store_true", help="make the section of docs/study.md anew, of what is kept")
     arguments = parser.parse_args(argv)
-    if arguments.rehearse and (arguments.save or arguments.add or arguments.readme):
-        parser.error("--rehearse shows nothing that is worth keeping: allowed is neither --save, --add nor --readme")
-    if arguments.save or arguments.add or not arguments.readme:
+    if arguments.rehearse and (arguments.save or arguments.add or arguments.docs):
+        parser.error("--rehearse shows nothing that is worth keeping: allowed is neither --save, --add nor --docs")
+    if arguments.save or arguments.add or not arguments.docs:
         if arguments.add:
             found = Findings.unpacked(json.loads((RESULTS / "study.json").read_text()))
             trainer = Trainer(arguments.work)
@@ -125,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         (folder / "study.txt").write_text(text)
         for path in draw(found, folder):
             print(f"drawn: {path}")
-    if arguments.readme:
+    if arguments.docs:
         found = Findings.unpacked(json.loads((RESULTS / "study.json").read_text()))
-        README.write_text(replaced(README.read_text(), "study", section(found)))
-        print(f"rewritten: {README}")
+        PAGE.write_text(replaced(PAGE.read_text(), "study", section(found)))
+        print(f"rewritten: {PAGE}")
     return 0

@@ -1,4 +1,4 @@
-"""What the study found, in words and numbers: the text that is kept, and the README's section."""
+"""What the study found, in words and numbers: the text that is kept, and the section of docs/study.md."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ interval):
 """
 GROWING = """\
 **How the best λ moves as data and width grow**, beside what the laws of
-[Which weight decay](docs/weight-decay.md#from-one-training-to-another) say. Data: {samples} digits, for {data} epochs,
+[Which weight decay](weight-decay.md#from-one-training-to-another) say. Data: {samples} digits, for {data} epochs,
 at one lr. Width: {widths} units in each of two hidden layers, for {wide} epochs, at one lr or by muP, where the lr of
 all matrices but the first falls as 1/width. *Yes*: the 95% interval holds the exponent; *nearly*: it is within 0.25;
 *by layer*: the laws say +1 of layers whose lr falls and 0 of the others, while one λ was tried for all. {seeds} seeds.
@@ -187,7 +187,7 @@ PICTURES = {
 
 
 def section(found: Findings) -> str:
-    """The README's section."""
+    """The section of docs/study.md."""
     trained = {"minutes": f"{found.about['seconds'] / 60:.0f}", "train": TRAIN, "noise": NOISE["noisy"]}
     opening = OPENING.format(**found.about, **trained, batch=BATCH, steps=STEPS_AN_EPOCH)
     seen = [claims(found, network) for network in NOISE]
@@ -206,8 +206,8 @@ def section(found: Findings) -> str:
         markdown(tables(found)[GROWN]),
         filled(VARYING.format(finals=found.plan.finals, added=added)),
         markdown(varied(found)),
-        *(f"![{title}](bench/results/study_{name}.png)" for name, title in PICTURES.items()),
-        "All numbers are in [bench/results](bench/results/study.txt). To train again, and to keep what comes:",
-        "    make study\n    .venv/bin/python bench/study --save --readme",
+        *(f"![{title}](../bench/results/study_{name}.png)" for name, title in PICTURES.items()),
+        "All numbers are in [bench/results](../bench/results/study.txt). To train again, and to keep what comes:",
+        "    make study\n    .venv/bin/python bench/study --save --docs",
     ]
     return "\n\n".join(parts)
