@@ -1,7 +1,7 @@
 """The documentation: its Python runs, its links lead somewhere, Sphinx builds it, and its pictures are what is drawn.
 
-Blocks of a page run one after another, in one namespace, which begins with what PREAMBLE makes. Those of docs/recipes are
-not here: they want the libraries that they are about, and tests/ecosystem/test_recipes.py runs them.
+Blocks of a page run one after another, in one namespace, which begins with what PREAMBLE makes. Those of docs/recipes
+are not here: they want the libraries that they are about, and tests/ecosystem/test_recipes.py runs them.
 """
 
 from __future__ import annotations
