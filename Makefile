@@ -20,7 +20,7 @@ ECOSYSTEM := $(VENV)/ecosystem
 # Those that ask for a torchvision, whose compiled operators only its own torch can load (tests/ecosystem does without).
 ALONE := timm==1.0.31 torchvision==0.28.0
 
-.PHONY: demo test test-ecosystem mutants torture bench peers bench-gpu codegen convergence study docs check lint format dist clean
+.PHONY: demo test test-ecosystem mutants torture bench peers bench-gpu codegen convergence study check lint format dist clean
 
 demo: $(NATIVE)
 	$(RUN) bench/demo.py
@@ -61,6 +61,7 @@ convergence: $(NATIVE)  ## every storage format on real training, and pure weigh
 study: $(NATIVE)  ## decoupled weight decay, seen: trains grids of networks (half an hour of one core), goes on where it was interrupted
 	$(RUN) bench/study
 
+.PHONY: docs
 docs: $(NATIVE)  ## the documentation site, into build/docs; every warning is an error
 	$(RUN) -m sphinx -q -W --keep-going -b html docs build/docs
 

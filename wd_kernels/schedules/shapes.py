@@ -102,7 +102,7 @@ class Schedule(ABC):
 @opaque
 @dataclass(frozen=True)
 class Constant(Schedule):
-    r""":math:`\eta_t = ` `value`.
+    r""":math:`\eta_t =` `value`.
 
     Args:
         value: the multiplier, at least 0.
