@@ -8,6 +8,7 @@ the mean and what is left of it is decay.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,7 @@ def means(decay: DecayMode, steps: int, size: float = 1.0, pairs: int = 256, **o
 def share(decay: DecayMode, lr: float, weight_decay: float, size: float = 1.0, steps: int = 50) -> float:
     """What share of a weight AdamW takes off in a step, in the mean over a few."""
     *_, last = means(decay, steps, size, lr=lr, weight_decay=weight_decay)
-    return 1 - abs(last) ** (1 / steps)
+    return 1.0 - math.pow(abs(last), 1 / steps)
 
 
 def left(decay: DecayMode, product: float) -> float:
