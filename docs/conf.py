@@ -74,11 +74,22 @@ def as_rest(app: Sphinx, what: str, name: str, thing: object, options: object, l
     lines[:] = text.split("\n")
 
 
+def outside(app: Sphinx, page: str, source: list[str]) -> None:
+    """Links to Markdown that is no page of the site are links to files."""
+    folder = Path(app.srcdir, page).parent
+
+    def as_file(found: re.Match[str]) -> str:
+        return found[0] if (folder / found[1]).resolve().is_relative_to(app.srcdir) else f"](path:{found[1]})"
+
+    source[0] = re.sub(r"\]\(([^):#]+\.md)\)", as_file, source[0])
+
+
 # The docstring of a property is prose: its first colon does not end a type.
 GoogleDocstring._parse_attribute_docstring = lambda self: self._consume_to_end()
 
 
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", outside)
     app.connect("autodoc-process-docstring", as_rest, priority=400)  # before napoleon
     inline, block = ((lambda self, node, b=b: math(self, node, b), None) for b in (False, True))
     app.add_html_math_renderer("mathml", inline, block)
