@@ -151,6 +151,22 @@ def test_the_readme_is_read_in_two_minutes() -> None:
     assert {"    make demo ", "    make test "} <= {line[:14] for line in lines}
 
 
+def test_the_readme_s_figures_are_those_that_are_kept() -> None:
+    """Rows with a file: both times, to three digits, are in one line of it. Counts are those of the pages."""
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| [^|]* \| ([\d.]+) \| ([\d.]+) \| .*\]\((bench/results/.*?)\)", text, re.MULTILINE)
+    assert len(rows) == 2
+    for theirs, ours, path in rows:
+        lines = [re.findall(r"\d+\.\d+", line) for line in (ROOT / path).read_text().splitlines()]
+        assert any({f"{float(theirs):.3g}", ours} <= {f"{float(number):.3g}" for number in line} for line in lines), (
+            path
+        )
+    behind, of = re.findall(r"(\d+) of (\d+) comparisons in which ours is behind", text)[0]
+    assert f"Ours is ahead in {int(of) - int(behind)} of {of} comparisons" in (DOCS / "performance.md").read_text()
+    trained = re.findall(r"trains (\d+) small networks", text)[0]
+    assert f"`make study` trains {trained} networks" in (DOCS / "study.md").read_text()
+
+
 @pytest.mark.slow  # half a minute of Sphinx
 def test_the_site_is_built_and_asks_nobody(tmp_path: Path) -> None:
     """Without a warning (of a page in no toctree, a reference to nothing); no script, style or picture is elsewhere."""
