@@ -171,7 +171,7 @@ def _cubin(asm: Mapping[str, Any]) -> tuple[tuple[int, int, int], list[str]]:
         cubin.write(asm["cubin"])
         cubin.flush()
         used = usage(tool("cuobjdump", "-res-usage", cubin.name))
-        return used, tool("nvdisasm", "-c", cubin.name).splitlines()
+        return used, tool("nvdisasm", "-c", "-ndf", cubin.name).splitlines()
 
 
 def tool(name: str, *arguments: str, cwd: str | None = None) -> str:

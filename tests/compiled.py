@@ -92,33 +92,39 @@ def triton_kernel(version: str, target: str, kernel: codegen.Kernel | codegen.Be
     return found
 
 
-PROBE = """
+PROBES = """
 import sys, pathlib, codegen, probe_triton
-kernel = next(k for k in codegen.kernels() if str(k) == sys.argv[1])
-formats = tuple(fmt.code for fmt in kernel.formats)
-outputs = (1 if formats[0] == 1 else 3,) * 2
-more = {"epilogues": (probe_triton.probe,), "sizes": ((2, 2, 3, 2, 1, probe_triton.probe.cache_key),), "block": 1024}
-made = codegen.compiled(kernel, sys.argv[2], {**more, "formats": formats + outputs})
-pathlib.Path(sys.argv[3]).write_text(made.asm["ptx"])
-print(made.metadata.shared)
+wanted, folder = sys.argv[2:-1], pathlib.Path(sys.argv[-1])
+for kernel in (own for own in codegen.kernels() if str(own) in wanted):
+    formats = tuple(fmt.code for fmt in kernel.formats)
+    outputs = (1 if formats[0] == 1 else 3,) * 2
+    sizes = ((2, 2, 3, 2, 1, probe_triton.probe.cache_key),)
+    more = {"epilogues": (probe_triton.probe,), "sizes": sizes, "block": 1024, "formats": formats + outputs}
+    made = codegen.compiled(kernel, sys.argv[1], more)
+    (folder / f"{kernel}.ptx").write_text(made.asm["ptx"])
+    (folder / f"{kernel}.shared").write_text(str(made.metadata.shared))
 """
+#: Of a version and a target ("oldest/sm_90"), the kernels that tests want with the epilogue of probe.py. One process
+#: compiles them all: its start takes six times as long as a kernel.
+probes: dict[str, set[str]] = {}
 
 
 @cache
 def triton_probe(version: str, target: str, kernel: codegen.Kernel) -> ptx.Kernel:
-    """A kernel with the epilogue of probe.py, to be executed."""
+    """A kernel with the epilogue of probe.py, to be executed: one of `probes`."""
+    wanted = sorted(probes[f"{version}/{target}"])
+    assert str(kernel) in wanted
 
     def make(path: Path) -> None:
         own = environment(version)
         own["PYTHONPATH"] += os.pathsep + str(ROOT / "tests")
-        command = [sys.executable, "-c", PROBE, str(kernel), target, str(path / "ptx")]
+        command = [sys.executable, "-c", PROBES, target, *wanted, str(path)]
         done = subprocess.run(command, env=own, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
-        (path / "shared").write_text(done.stdout)
 
-    path = _once(f"probe-{version}-{target}-{kernel}", make)
-    found = ptx.parse((path / "ptx").read_text())
-    found.shared_size += int((path / "shared").read_text())  # what a launch would ask for
+    path = _once(f"probes-{version}-{target}", make)
+    found = ptx.parse((path / f"{kernel}.ptx").read_text())
+    found.shared_size += int((path / f"{kernel}.shared").read_text())  # what a launch would ask for
     return found
 
 

@@ -31,7 +31,7 @@ from wd_kernels.layout import PADDING, Bucket, Spec, Table, native_kernel
 from wd_kernels.norms import Bank, Norms
 from wd_kernels.rules import RULES, Rule
 
-__all__ = ["ENGINES", "CUDAOnPTX", "Launch", "OnPTX", "TritonOnPTX", "kernel_of"]
+__all__ = ["ENGINES", "KIND_OF", "CUDAOnPTX", "Launch", "OnPTX", "TritonOnPTX", "kernel_of"]
 
 #: backend, compiler's version, target.
 ENGINES = (
@@ -40,7 +40,8 @@ ENGINES = (
 )
 
 
-_KIND_OF = {(rule.name, states): kind for kind, (rule, states) in KINDS.items()}
+#: The key of internals.KINDS of a rule's name and its states.
+KIND_OF = {(rule.name, states): kind for kind, (rule, states) in KINDS.items()}
 
 
 def kernel_of(rule: Rule, spec: Spec) -> codegen.Kernel:
@@ -49,7 +50,7 @@ def kernel_of(rule: Rule, spec: Spec) -> codegen.Kernel:
     assert len(set(states)) <= 1, f"no kernel is compiled of the formats {[fmt.name for fmt in states]}"
     state = states[0] if states else format_of(arithmetic_dtype(param.dtype))
     names = tuple(own.name for own in spec.epilogues if own.name in codegen.EPILOGUES)
-    return codegen.Kernel(_KIND_OF[rule.name, spec.states], param, grad, state, names, spec.pull)
+    return codegen.Kernel(KIND_OF[rule.name, spec.states], param, grad, state, names, spec.pull)
 
 
 def is_probe(spec: Spec) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import codegen
 import codegen_cuda
+import compiled
 import numpy as np
 import pytest
 import torch
@@ -14,13 +16,14 @@ from cases import BODIES, Case, Piece, bf16, f16, f32, f64, gradient, guarded, s
 from covering import covering
 from engines import CPU, absent
 from on_cpu import OnCPU
-from on_ptx import CUDAOnPTX, TritonOnPTX
+from on_ptx import KIND_OF, CUDAOnPTX, TritonOnPTX
 from probe import PROBE, ProbeTable, extension, operators
 from torch import Tensor
 
 from wd_kernels import backends, native, reference
 from wd_kernels.backends import BACKENDS, cpu, device
 from wd_kernels.epilogues import AVERAGE, CHANGES, STATISTICS, Epilogue
+from wd_kernels.formats import arithmetic_dtype, format_of
 from wd_kernels.rules import RULES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow
@@ -127,6 +130,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 ROWS = covering({"engine": ENGINES, "case": BODIES, "dtypes": DTYPES, "size": [1024, 4096]})
+for of in ROWS:
+    if of["engine"].startswith("triton-") and "/" in of["engine"]:
+        kind, formats = KIND_OF[of["case"].rule, states_of(of["case"])], map(format_of, of["dtypes"])
+        kernel = codegen.Kernel(kind, *formats, format_of(arithmetic_dtype(of["dtypes"][0])))
+        compiled.probes.setdefault(of["engine"].removeprefix("triton-"), set()).add(str(kernel))
 
 
 @pytest.mark.parametrize(

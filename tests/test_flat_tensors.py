@@ -212,6 +212,7 @@ def test_buffers_are_freed(rule: str, walk: str) -> None:
 
 
 @both
+@pytest.mark.usefixtures("own_garbage")
 def test_what_is_deleted_is_freed(rule: str, walk: str) -> None:
     """The model with its optimizer, or either alone; without the garbage collector's help where torch needs none."""
     refs: list[weakref.ref[Any]] = []
@@ -237,6 +238,7 @@ def test_what_is_deleted_is_freed(rule: str, walk: str) -> None:
     assert all(ref() is None for ref in refs)
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_many_steps_keep_nothing(walk: str) -> None:
     """As many tensors live after fifty steps with every kind of exchange as after five."""
 

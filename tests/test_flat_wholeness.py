@@ -166,6 +166,7 @@ WAYS: dict[str, Callable[[Any, nn.Module, Tensor], object]] = {
 
 @pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "plain"])
+@pytest.mark.usefixtures("own_garbage")
 def test_circles_are_collected(way: str, flat: bool, walk: str) -> None:
     """Whatever of a parameter leads back to its optimizer, and whenever it comes: before the last step or after it."""
     for late in (True, False):

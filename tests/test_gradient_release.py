@@ -401,6 +401,7 @@ def test_checkpoints_and_copies() -> None:
     same(released, ordinary)
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_nothing_is_kept_alive() -> None:
     (model, opt), _ = pair()
     seen = [weakref.ref(opt), weakref.ref(release_gradients(model, opt)), weakref.ref(model[0].weight)]

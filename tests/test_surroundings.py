@@ -321,6 +321,7 @@ def test_data_parallel(as_bucket_view: bool, set_to_none: bool, flat: bool, one_
 
 @pytest.mark.parametrize("flat", [False, True])
 @BOTH
+@pytest.mark.usefixtures("own_garbage")
 def test_what_is_dropped_is_freed_at_once(build: Any, flat: bool) -> None:
     """As torch's: no circle of references waits for the garbage collector with a model's memory."""
     gc.collect()
@@ -343,6 +344,7 @@ def test_what_is_dropped_is_freed_at_once(build: Any, flat: bool) -> None:
         gc.enable()
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_a_parameter_that_refers_to_its_optimizer_is_collected() -> None:
     params = [parameter(4), parameter(3)]
     wd_kernels.flatten_(params)

@@ -152,8 +152,7 @@ def test_children_forked_during_a_step() -> None:
     assert torture.apart("forks", "ours", 12) == {"children": 12, "bad": 0}
 
 
-@pytest.mark.parametrize("sharing", ["file_descriptor", "file_system"])
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@pytest.mark.parametrize(("method", "sharing"), [("forkserver", "file_descriptor"), ("spawn", "file_system")])
 def test_processes_that_are_given_an_optimizer_with_its_state(method: str, sharing: str) -> None:
     assert torture.apart("started", "ours", method, 2, sharing) == {"children": 2, "bad": 0}
 

@@ -788,6 +788,7 @@ def test_toggling_keeps_no_launches() -> None:
     assert len(opt._table._watching) <= 2
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_what_is_dropped_is_freed_at_once() -> None:
     """Not when the garbage collector comes: a table and its watched launches are no circle."""
     p = nn.Parameter(torch.ones(100))

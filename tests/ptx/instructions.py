@@ -7,7 +7,7 @@ A builder below takes an instruction and claims its modifiers; one that nobody c
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,10 @@ _PARAMETERS = 1 << 40
 class Own:
     """An instruction while it is translated: its modifiers are claimed, its operands become readers and writers."""
 
-    def __init__(self, instruction: Instruction, kernel: Kernel) -> None:
+    def __init__(self, instruction: Instruction, kernel: Kernel, known: Collection[int] = ()) -> None:
         self.instruction, self.kernel = instruction, kernel
+        self.known = known  # registers of which every thread that comes here has written its own
+        self.touched: set[int] = set()  # those that are known when it is executed
         self.left = list(instruction.modifiers)
         self.line = instruction.line
 
@@ -89,9 +91,10 @@ class Own:
         if isinstance(operand, Register):
             index, own = operand.index, operand.width
             name, line = operand.name, self.line
-            if own == width and unwritten:
+            if own == width and (unwritten or index in self.known):
                 return lambda s, at: s.registers[index][at]
             if own == width:
+                self.touched.add(index)
 
                 def read(s: Any, at: Any) -> Any:
                     if not s.whole[index]:
@@ -128,6 +131,7 @@ class Own:
         if not isinstance(operand, Register):
             raise self.wrong(f"the destination {operand} is not known here")
         index, own = operand.index, operand.width
+        self.touched.add(index)
         if own == width:
 
             def write(s: Any, at: Any, value: Any) -> None:
@@ -174,18 +178,24 @@ def builds(*opcodes: str) -> Callable[[Callable[[Own], Run]], Callable[[Own], Ru
     return register
 
 
-def translate(instruction: Instruction, kernel: Kernel) -> Run:
+def translate(instruction: Instruction, kernel: Kernel, known: set[int] | None = None) -> Run:
     """An instruction as a function of the launch and of the threads that execute it.
+
+    `known` are registers that the instructions before it in a block have read or written: the threads are the same, so
+    they need not be looked at again. Those of this one are added.
 
     Raises:
         PtxError: it is not known here.
     """
     if instruction.opcode not in _BUILDERS:
         raise PtxError(f"the instruction {instruction.name} is not known here", instruction.line)
-    run = _BUILDERS[instruction.opcode](Own(instruction, kernel))
+    known = set() if known is None else known
+    own = Own(instruction, kernel, known)
+    run = _BUILDERS[instruction.opcode](own)
     if instruction.predicate is None:
+        known |= own.touched
         return run
-    read, wanted = Own(instruction, kernel).read(instruction.predicate, 1), not instruction.negated
+    read, wanted = Own(instruction, kernel, known).read(instruction.predicate, 1), not instruction.negated
 
     def predicated(s: Any, at: Any) -> None:
         true = read(s, at) == wanted

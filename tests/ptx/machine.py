@@ -23,6 +23,8 @@ __all__ = ["Report", "launch", "translated"]
 
 #: What a register holds before it is written; reading it is an error.
 POISON = 0xA5C3_5A3C_DEAD_BEEF
+#: Which threads execute an instruction, where all do.
+EVERY = slice(None)
 #: Blocks of instructions that a launch may execute: more is taken for a loop without an end.
 MOST = 1_000_000
 
@@ -86,28 +88,28 @@ class _State:
         count = blocks * threads
         self.kernel, self.blocks, self.threads, self.memory = kernel, blocks, threads, memory
         self.ids = np.arange(count, dtype=np.int32)
-        self.registers = [
-            np.full(count, POISON & ((1 << width) - 1), dtype=UNSIGNED[width]) for width in kernel.registers
-        ]
+        of_width = Counter(kernel.registers)  # one array for all registers of a width
+        rows = {w: iter(np.full((n, count), POISON & ((1 << w) - 1), UNSIGNED[w])) for w, n in of_width.items()}
+        self.registers = [next(rows[width]) for width in kernel.registers]
         self.shared = _Shared(blocks, shared, threads)
         self.whole = [False] * len(kernel.registers)  # has every thread written it?
-        self.written: dict[int, Any] = {}  # which threads have, until then
+        self.written = list(np.zeros((len(kernel.registers), count), dtype=bool))  # which threads have, until then
         self.arguments: dict[str, bytes] = {}
 
     def wrote(self, index: int, at: Any) -> None:
         """Notes that threads have written a register."""
-        if isinstance(at, slice):
+        if at is EVERY:
             self.whole[index] = True
         else:
-            self.written.setdefault(index, np.zeros(len(self.ids), dtype=bool))[at] = True
+            self.written[index][at] = True
 
     def check(self, index: int, at: Any, name: str, line: int) -> None:
         """An error where a thread reads what it has not written."""
         if self.whole[index]:
             return
-        known = self.written.get(index)
-        missing = self.ids[at] if known is None else self.ids[at][~known[at]]
-        if len(missing):
+        known = self.written[index][at]
+        if not known.all():
+            missing = self.ids[at][~known]
             raise PtxError(f"thread {int(missing[0])} reads the register {name}, which it has never written", line)
 
 
@@ -167,7 +169,9 @@ def translated(kernel: Kernel) -> list[list[Any]]:
         PtxError: an instruction, one that is never executed too, is not known here.
     """
     if not kernel.code:
-        kernel.code = [[translate(i, kernel) for i in b.instructions if i.opcode not in JUMPS] for b in kernel.blocks]
+        for block in kernel.blocks:
+            known: set[int] = set()
+            kernel.code.append([translate(i, kernel, known) for i in block.instructions if i.opcode not in JUMPS])
     return kernel.code
 
 
@@ -199,7 +203,7 @@ def _run(kernel: Kernel, code: Sequence[Sequence[Any]], state: _State, report: R
     places = [0]
     waiting: list[tuple[int, int, Any]] = []  # at a barrier: which, where they go on, which threads
     alive = np.full(state.blocks, state.threads)
-    executed = 0
+    executed, passed = 0, [0] * len(kernel.blocks)  # how many threads have passed each block
 
     def go(place: int, ids: Any, line: int) -> None:
         if not len(ids):
@@ -217,14 +221,15 @@ def _run(kernel: Kernel, code: Sequence[Sequence[Any]], state: _State, report: R
         place = heapq.heappop(places)
         groups = standing.pop(place)
         ids = groups[0] if len(groups) == 1 else np.concatenate(groups)
-        at: Any = slice(None) if len(ids) == count else ids
+        at: Any = ids
         if len(ids) == count:
-            ids = state.ids
+            at, ids = EVERY, state.ids
+        elif ids[-1] - ids[0] == len(ids) - 1 and bool((ids[1:] > ids[:-1]).all()):
+            at = slice(int(ids[0]), int(ids[-1]) + 1)  # neighbours: numpy need not gather them
         for run in code[place]:
             run(state, at)
         instructions = kernel.blocks[place].instructions
-        for instruction in instructions:
-            report.instructions[instruction.name] += len(ids)
+        passed[place] += len(ids)
         executed += 1
         if executed > MOST:
             raise PtxError("the launch does not end", instructions[0].line if instructions else 0)
@@ -250,6 +255,9 @@ def _run(kernel: Kernel, code: Sequence[Sequence[Any]], state: _State, report: R
             alive -= np.bincount(taken // state.threads, minlength=state.blocks)
         elif len(taken):
             waiting.append((_barrier(last), place + 1, taken))
+    for block, threads in zip(kernel.blocks, passed, strict=True):
+        for instruction in block.instructions if threads else ():
+            report.instructions[instruction.name] += threads
 
 
 def _together(taken: Any, ids: Any, state: _State, instruction: Instruction) -> None:

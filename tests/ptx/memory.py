@@ -116,6 +116,7 @@ class Memory:
         self._noted = np.array([b.writable or b.noted for b in self.buffers], dtype=bool)
         self._together = np.array([b.together for b in self.buffers], dtype=np.int32)
         self._shifts = np.array([b.shift for b in self.buffers], dtype=np.uint64)
+        self._plain = np.array([not b.atomic for b in self.buffers], dtype=bool)
         granules = [(b.end - b.begin + b.itemsize - 1) >> b.shift for b in self.buffers]
         self._bases = np.concatenate([[0], np.cumsum(granules)]).astype(np.uint64)
         self.races = Races(int(self._bases[-1]))
@@ -198,6 +199,8 @@ class Memory:
             at, thread = int(address[askew][0]), int(threads[askew][0])
             name = self.buffers[int(k[askew][0])].name
             raise PtxError(f"a {what} of {width} bytes of {name} at {at:#x} by thread {thread} is not aligned", line)
+        if not atomic and bool(self._plain[k].all()):
+            return k
         wrong = np.array([b.atomic != atomic or (bool(atomic) and b.itemsize != width) for b in self.buffers])[k]
         if bool(wrong.any()):
             buffer = self.buffers[int(k[wrong][0])]

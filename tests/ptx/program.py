@@ -217,12 +217,12 @@ class _Reader:
 
     def _statements(self, begin: int) -> Iterator[tuple[int, str]]:
         """(line, text) of each statement of the body; opens and closes scopes between them."""
-        at, start, depth, line = begin, begin, 1, self.line_of(begin)
-        text, count = self.text, len(self.text)
-        while at < count:
-            c = text[at]
+        start, depth, line, text = begin, 1, self.line_of(begin), self.text
+        for found in re.compile(r"[\n{};]").finditer(text, begin):
+            at, c = found.start(), found[0]
             if c == "\n":
                 line += 1
+                continue
             own = text[start:at].strip()
             if c == "{" and (not own or own.endswith(":")):
                 if own:
@@ -243,7 +243,6 @@ class _Reader:
             elif c == ";":
                 yield line, own
                 start = at + 1
-            at += 1
         raise PtxError("the kernel's body does not end", line)
 
     def _directive(self, statement: str, line: int) -> None:
@@ -336,6 +335,8 @@ class _Reader:
 
 def _split(operands: str) -> list[str]:
     """At commas that are not in braces or brackets."""
+    if "{" not in operands and "[" not in operands:
+        return [part for part in operands.split(",") if part.strip()]
     parts, depth, own = [], 0, ""
     for c in operands:
         depth += (c in "{[") - (c in "}]")
