@@ -3,6 +3,8 @@ flashoptim 0.1.4 (in Triton's interpreter), with what these decode their own sta
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +185,8 @@ def test_torch() -> None:
     opt = wd_kernels.AdamW([p], master_weights=True)
     p.grad = torch.ones_like(p)
     opt.step()
-    written = convert_state(opt.state_dict(), target="torch")
+    with pytest.warns(UserWarning, match="torch has no place for 'master_param' of its parameters: left behind"):
+        written = convert_state(opt.state_dict(), target="torch")
     assert set(written["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
     theirs = torch.optim.AdamW([p])
     theirs.load_state_dict(written)
@@ -194,8 +197,12 @@ def test_torch() -> None:
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({}, ValueError, r"source=None, target=None: one of them must be given, 'torch', 'transformer_engine'"),
     ({"source": "torch", "target": "torch"}, ValueError, "one of them must be given"),
-    ({"source": "apex"}, ValueError, r"source='apex': allowed are 'torch', 'transformer_engine', 'bitsandbytes'"),
-    ({"target": "optimi"}, ValueError, "target='optimi': allowed are"),
+    (
+        {"source": "lion"},
+        ValueError,
+        r"source='lion': allowed are 'torch', 'transformer_engine', 'apex', 'deepspeed', 'optimi'",
+    ),
+    ({"target": "auto"}, ValueError, "target='auto': allowed are"),
     ({"source": "torch", "params": []}, ValueError, "0 params are given, and the state is one of 1"),
     ({"target": "torch", "groups": []}, ValueError, "groups have other numbers of parameters"),
 ]
@@ -239,3 +246,344 @@ def test_states_that_are_none() -> None:
     amsgrad = {name: torch.ones(3) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
     with pytest.raises(ValueError, match="parameter 0 has 3 states: theirs has two at most"):
         convert_state({"state": {0: amsgrad}, "param_groups": groups}, target="bitsandbytes")
+
+
+# apex, DeepSpeed, optimi: their layouts by hand, of states that torch's classes made in float64 -----------------------
+
+LR, BETAS, EPS, DECAY = 0.02, (0.8, 0.95), 1e-6, 0.3
+
+
+def double_params() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(11)
+    return [nn.Parameter(torch.randn(shape, generator=generator).double()) for shape in ((40,), (5, 3))]
+
+
+def train(opt: torch.optim.Optimizer, params: list[nn.Parameter], first: int, last: int) -> None:
+    for t in range(first, last):
+        for k, p in enumerate(params):
+            p.grad = torch.arange(p.numel()).mul(0.3 * (k + 1)).add(t).sin().view(p.shape).to(p.dtype) * (1 + t % 3)
+        opt.step()
+
+
+def as_theirs(library: str, state: dict[str, Any], decay: str) -> dict[str, Any]:
+    """What their optimizer would have saved in the place of torch's AdamW or Adam, after its source."""
+    own = {k: {name: v.float() for name, v in value.items()} for k, value in state["state"].items()}
+    steps = int(own[0]["step"])
+    group = {"lr": LR, "weight_decay": DECAY, "eps": EPS, "betas": BETAS, "bias_correction": True, "params": [0, 1]}
+    moments = {k: {"exp_avg": value["exp_avg"], "exp_avg_sq": value["exp_avg_sq"]} for k, value in own.items()}
+    if library == "apex":
+        group["step"] = steps
+    elif library == "apex, capturable":
+        group |= {"step": torch.tensor([steps], dtype=torch.int), "lr": torch.tensor(LR)}
+    elif library == "DeepSpeedCPUAdam":
+        group["amsgrad"] = False
+        moments = {k: {"step": steps, **value} for k, value in moments.items()}
+    elif library == "DeepSpeed's FusedAdam":  # which counts in the last parameter of a group
+        moments = {k: {"step": steps if k == 1 else 0, **value} for k, value in moments.items()}
+    else:
+        del group["betas"], group["bias_correction"]
+        words = {"decouple_wd": decay != "l2", "decouple_lr": False, "max_lr": None, "kahan_sum": None, "foreach": None,
+                 "triton": False, "gradient_release": False, "setup": True}  # fmt: skip
+        group |= {"beta1": BETAS[0], "beta2": BETAS[1], "step": torch.tensor(steps, dtype=torch.int32), **words}
+        biases = {"exp_avg": 1 - BETAS[0] ** steps, "exp_avg_sq": 1 - BETAS[1] ** steps}
+        moments = {
+            k: {**{name: (v.double() / biases[name]).float() for name, v in value.items()}, "kahan_comp": None}
+            for k, value in moments.items()
+        }
+    return {"state": moments, "param_groups": [group]}
+
+
+THEIRS = ["apex", "apex, capturable", "DeepSpeedCPUAdam", "DeepSpeed's FusedAdam", "optimi"]
+
+
+@pytest.mark.parametrize("decay", ["lr_scaled", "l2"])
+@pytest.mark.parametrize("who", THEIRS)
+def test_what_others_have_of_adamw(who: str, decay: Any) -> None:
+    source: Any = "apex" if "apex" in who else "deepspeed" if "Deep" in who else "optimi"
+    kind = torch.optim.AdamW if decay == "lr_scaled" else torch.optim.Adam
+    whole = double_params()
+    theirs = kind(whole, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    train(theirs, whole, 0, 5)
+    params = [nn.Parameter(p.detach().float()) for p in whole]
+    saved = as_theirs(who, theirs.state_dict(), decay)
+    kept = copy.deepcopy(saved)
+    found = convert_state(saved, source=source)
+    assert saved["param_groups"] == kept["param_groups"]
+    opt = wd_kernels.AdamW(params, lr=0.5, decay=decay, weight_decay=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.load_state_dict(found)
+    assert opt.param_groups[0]["lr"] == pytest.approx(LR)
+    assert not {"bias_correction", "step", "beta1", "kahan_sum"} & set(opt.param_groups[0])
+    train(theirs, whole, 5, 9)
+    train(opt, params, 5, 9)
+    for p, q in zip(params, whole, strict=True):
+        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=2e-6, atol=2e-6)
+
+    back = convert_state(opt.state_dict(), target=source, groups=saved["param_groups"])
+    like = as_theirs(who, theirs.state_dict(), decay)
+    assert {k: set(v) for k, v in back["state"].items()} == {k: set(v) for k, v in like["state"].items()}
+    assert set(back["param_groups"][0]) >= set(like["param_groups"][0])
+    for k, own in like["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(back["state"][k][name], own[name], rtol=2e-5, atol=1e-6)
+        if "Deep" in who:
+            assert back["state"][k]["step"] == 9
+            assert type(back["state"][k]["step"]) is int
+    if "Deep" not in who:
+        assert int(back["param_groups"][0]["step"]) == 9
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.8])
+def test_optimi_s_sgd(dampening: float) -> None:
+    """Its momentum is torch's buffer, of gradients or, with its dampening, of 1 - momentum of them."""
+    whole = double_params()
+    theirs = torch.optim.SGD(whole, lr=LR, momentum=0.8, dampening=dampening, weight_decay=DECAY)
+    train(theirs, whole, 0, 5)
+    buffers = {k: {"exp_avg": own["momentum_buffer"].float(), "kahan_comp": None} for k, own in
+               theirs.state_dict()["state"].items()}  # fmt: skip
+    group = {"lr": LR, "momentum": 0.8, "weight_decay": DECAY, "dampening": dampening > 0, "decouple_wd": False,
+             "decouple_lr": False, "max_lr": None, "kahan_sum": None, "torch_init": False, "setup": True,
+             "params": [0, 1]}  # fmt: skip
+    found = convert_state({"state": buffers, "param_groups": [group]}, source="auto")
+    params = [nn.Parameter(p.detach().float()) for p in whole]
+    opt = wd_kernels.SGDW(params, lr=0.5, momentum=0.1, decay="l2")
+    opt.load_state_dict(found)
+    train(theirs, whole, 5, 9)
+    train(opt, params, 5, 9)
+    for p, q in zip(params, whole, strict=True):
+        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=2e-6, atol=2e-6)
+    back = convert_state(opt.state_dict(), target="optimi")
+    assert back["param_groups"][0]["dampening"] is (dampening > 0)
+    assert_same_bits(back["state"][1]["exp_avg"], opt.state[params[1]]["momentum_buffer"])
+    opt.param_groups[0]["dampening"] = 0.5
+    with pytest.raises(ValueError, match=r"dampening=0.5, momentum=0.8: optimi's is 0 or as the momentum"):
+        convert_state(opt.state_dict(), target="optimi")
+
+
+def test_optimi_s_decay_that_follows_no_lr() -> None:
+    """1 - (lr / max_lr) weight_decay, which is ours of schedule="from_lr"; worked out by hand."""
+    state = {"exp_avg": torch.zeros(1), "exp_avg_sq": torch.ones(1), "kahan_comp": None}
+    group = {"lr": 0.25, "beta1": 0.5, "beta2": 0.5, "eps": 0.0, "weight_decay": 0.5, "decouple_wd": True,
+             "decouple_lr": True, "max_lr": 1.0, "kahan_sum": None, "step": 3, "params": [0]}  # fmt: skip
+    saved = {"state": {0: state}, "param_groups": [group]}
+    with pytest.warns(UserWarning, match=r"lr=0.25, max_lr=1: .*schedule='from_lr'"):
+        found = convert_state(saved, source="optimi")
+    p = nn.Parameter(torch.tensor([8.0]))
+    opt = wd_kernels.AdamW([p], lr=1.0, weight_decay=0.5, decay="independent", schedule="from_lr")
+    opt.load_state_dict(found)
+    p.grad = torch.zeros(1)
+    opt.step()
+    assert p.item() == 8.0 * (1 - 0.25 * 0.5)
+    back = convert_state(opt.state_dict(), target="optimi")["param_groups"][0]
+    assert (back["lr"], back["max_lr"], back["decouple_lr"], back["weight_decay"]) == (0.25, 1.0, True, 0.5)
+
+
+def test_kahan_s_compensation_is_a_master() -> None:
+    p = nn.Parameter(torch.tensor([1.0, -3.0, 0.5, 2.0**-20], dtype=bf16))
+    rest = torch.tensor([2.0**-10, -(2.0**-9), 2.0**-30, -(2.0**-31)], dtype=bf16)
+    exact = torch.tensor([1.0 + 2.0**-10, -3.0 - 2.0**-9, 0.5, 2.0**-20 - 2.0**-31])  # 2**-30 is below 0.5's last place
+    moments = {"exp_avg": torch.ones(4, dtype=bf16), "exp_avg_sq": torch.ones(4, dtype=bf16)}
+    group = {"lr": 0.5, "beta1": 0.5, "beta2": 0.75, "eps": 0.0, "weight_decay": 0.0, "decouple_wd": True,
+             "decouple_lr": False, "max_lr": None, "kahan_sum": True, "step": 2, "params": [0]}  # fmt: skip
+    saved = {"state": {0: {**moments, "kahan_comp": rest}}, "param_groups": [group]}
+    own = convert_state(saved, source="optimi", params=[p])["state"][0]
+    assert_same_bits(own[MASTER_NAME], exact)
+    assert_same_bits(own["exp_avg"], torch.full((4,), 1 - 0.5**2))
+    assert_same_bits(own["exp_avg_sq"], torch.full((4,), 1 - 0.75**2))
+    opt = wd_kernels.AdamW([p], lr=0.5, master_weights="float32")
+    opt.load_state_dict(convert_state(saved, source="optimi", params=[p]))
+    back = convert_state(opt.state_dict(), target="optimi", params=[p])
+    assert back["param_groups"][0]["kahan_sum"] is True
+    assert_same_bits(back["state"][0]["kahan_comp"][[0, 1, 3]], rest[[0, 1, 3]])
+    assert_same_bits(back["state"][0]["exp_avg"], torch.ones(4))
+    with pytest.raises(ValueError, match="has a compensation: give the parameters that it belongs to"):
+        convert_state(saved, source="optimi")
+    with pytest.raises(ValueError, match="has a master weight: give the parameters that it belongs to"):
+        convert_state(opt.state_dict(), target="optimi")
+    with pytest.raises(ValueError, match=r"compensation of .*shape \(4,\), its parameter \(5,\)"):
+        convert_state(saved, source="optimi", params=[torch.ones(5, dtype=bf16)])
+
+
+def test_apex_s_sgd() -> None:
+    buffers = {0: {"momentum_buffer": torch.ones(3)}}
+    group = {"lr": 0.5, "momentum": 0.5, "dampening": 0.0, "weight_decay": 0.25, "nesterov": False, "params": [0]}
+    p = nn.Parameter(torch.full((3,), 4.0))
+    opt = wd_kernels.SGDW([p], lr=0.1, momentum=0.1, decay="l2")
+    opt.load_state_dict(convert_state({"state": buffers, "param_groups": [group]}, source="apex"))
+    p.grad = torch.full((3,), 1.0)
+    opt.step()  # the buffer is 0.5 + 1 + 0.25 * 4, and moves by half of it
+    assert p.tolist() == [4 - 0.5 * 2.5] * 3
+    back = convert_state(opt.state_dict(), target="apex")
+    assert back["state"][0]["momentum_buffer"].tolist() == [2.5] * 3
+    assert "step" not in {*back["state"][0], *back["param_groups"][0]}
+
+
+# What has no equal ----------------------------------------------------------------------------------------------------
+
+
+def stepped(rule: str, **options: Any) -> dict[str, Any]:
+    """A state of ours, after two steps."""
+    p = nn.Parameter(torch.linspace(-1, 1, 64).to(options.pop("dtype", f32)))
+    opt = CLASSES[rule]([p], lr=0.1, **options)
+    for _ in range(2):
+        p.grad = torch.linspace(0.5, 1, 64).to(p.dtype)
+        opt.step()
+    return opt.state_dict()
+
+
+LOSES: list[tuple[str, str, dict[str, Any], str]] = [
+    ("torch", "adamw", {"decay": "independent", "weight_decay": 1e-3},
+     r"param group 0 has decay='independent', weight_decay=0.001: of 'torch' AdamW does lr_scaled and l2. Carry .*"
+     r"convert_weight_decay\(0.001, 'independent', 'lr_scaled', lr=0.1, rule='adamw'\)"),
+    ("torch", "sgdw", {"decay": "lr_scaled", "momentum": 0.9, "weight_decay": 0.1},
+     r"of 'torch' SGDW does l2.*momentum=0.9"),
+    ("torch", "adamw", {"decay": "proximal", "weight_decay": 0.1}, "has decay='proximal'"),
+    ("bitsandbytes", "adamw", {"decay": "l2", "weight_decay": 0.1}, "of 'bitsandbytes' AdamW does lr_scaled"),
+    ("apex", "adamw", {"decay": "independent", "weight_decay": 0.1}, "of 'apex' AdamW does lr_scaled and l2"),
+    ("apex", "adagradw", {}, "is one of AdagradW, which 'apex' has no layout for"),
+    ("deepspeed", "sgdw", {}, "is one of SGDW, which 'deepspeed' has no layout for"),
+    ("optimi", "adamw", {"decay": "metric_proximal", "weight_decay": 0.1}, "does lr_scaled and l2 and independent"),
+    ("optimi", "adamw", {"amsgrad": True}, "has amsgrad=True, which AdamW of 'optimi' has not"),
+    ("optimi", "sgdw", {"momentum": 0.9, "nesterov": True}, "has nesterov=True, which SGDW of 'optimi' has not"),
+    ("deepspeed", "adamw", {"maximize": True}, "has maximize=True"),
+    ("torch", "sgdw", {"momentum": 0.9, "form": "paper"}, "has form='paper'"),
+    ("torch", "adamw", {"weight_decay": 0.1, "decay_center": 1.0}, "has decay_center=1.0"),
+    ("flashoptim", "adamw", {"weight_decay": 0.1, "cautious": True}, "has cautious=True"),
+    ("optimi", "adamw", {"weight_decay": 0.1, "decay": "independent",
+                         "schedule": wd_kernels.NormalizedDecay(wd_kernels.schedules.Cosine(8))},
+     r"has schedule='NormalizedDecay\("),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("library", "rule", "options", "message"), LOSES)
+def test_what_would_train_otherwise_is_an_error(library: Any, rule: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert_state(stepped(rule, **options), target=library)
+
+
+@pytest.mark.parametrize("decay", ["lr_scaled", "l2"])
+def test_torch_s_adam_decays_as_ours_did(decay: Any) -> None:
+    """torch's Adam does either, by a flag of its groups: that of the live one does not outlive the saved mode."""
+    state = stepped("adamw", decay=decay, weight_decay=0.5)
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 64).double()) for _ in range(2))
+    theirs = torch.optim.Adam([p], decoupled_weight_decay=decay == "l2")
+    theirs.load_state_dict(convert_state(state, target="torch", groups=theirs.param_groups))
+    ours = wd_kernels.AdamW([q], decay=decay)
+    ours.load_state_dict(state)
+    train(theirs, [p], 0, 3)
+    train(ours, [q], 0, 3)
+    torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_decay_of_nothing_has_every_mode() -> None:
+    state = stepped("adamw", decay="independent", weight_decay=0.0)
+    assert convert_state(state, target="torch")["param_groups"][0]["weight_decay"] == 0.0
+
+
+def test_what_is_left_behind_is_said() -> None:
+    state = stepped("adamw", dtype=bf16, master_weights=True, ema_decay=0.9, weight_decay=0.1,
+                    schedule=wd_kernels.schedules.Cosine(8))  # fmt: skip
+    with pytest.warns(UserWarning, match=r"apex has no place for 'ema' .*'master_param' .*schedule=Cosine.*eta=0.9"):
+        found = convert_state(state, target="apex")
+    assert set(found["state"][0]) == {"exp_avg", "exp_avg_sq"}
+    with pytest.warns(UserWarning, match="transformer_engine has no place for 'ema'"):
+        found = convert_state(state, target="transformer_engine")
+    assert set(found["state"][0]) == {"exp_avg", "exp_avg_sq", MASTER_NAME}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_state(stepped("adamw", schedule="from_lr"), target="torch")
+
+
+def test_counts_of_a_group_that_has_one() -> None:
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = wd_kernels.AdamW([p, q])
+    for own in ([p], [p, q]):
+        for one in own:
+            one.grad = torch.ones(3)
+        opt.step()
+        opt.zero_grad()
+    for library in ("apex", "optimi"):
+        with pytest.raises(ValueError, match=r"have taken \[1, 2\] steps: theirs has one count"):
+            convert_state(opt.state_dict(), target=library)  # type: ignore[arg-type]
+    made = convert_state(opt.state_dict(), target="deepspeed")  # DeepSpeedCPUAdam counts each
+    assert [made["state"][k]["step"] for k in range(2)] == [2, 1]
+    fused = [{"lr": 1, "betas": (0.9, 0.99), "bias_correction": True, "weight_decay": 0, "eps": 0, "params": [0, 1]}]
+    with pytest.raises(ValueError, match=r"have taken \[1, 2\] steps: FusedAdam has one count"):
+        convert_state(opt.state_dict(), target="deepspeed", groups=fused)
+
+
+# Whose it is ----------------------------------------------------------------------------------------------------------
+
+
+def test_whose_a_state_is_by_its_keys() -> None:
+    p = nn.Parameter(torch.ones(3))
+    theirs = torch.optim.AdamW([p])
+    train(theirs, [p], 0, 2)
+    for who in THEIRS:
+        state = as_theirs(who, {"state": {k: theirs.state_dict()["state"][0] for k in range(2)}}, "lr_scaled")
+        if "apex" in who:
+            with pytest.raises(ValueError, match=r"source='auto': the state may be of 'transformer_engine' or 'apex'"):
+                convert_state(state, source="auto")
+            continue
+        expected = "optimi" if who == "optimi" else "deepspeed"
+        assert wd_kernels.state_conversion.identified(state) == expected
+    assert wd_kernels.state_conversion.identified(theirs.state_dict()) == "torch"
+    assert wd_kernels.state_conversion.identified(PEERS["bitsandbytes adamw"]["state"]) == "bitsandbytes"
+    with pytest.raises(ValueError, match="has no key by which a library is known"):
+        convert_state({"state": {0: {"sum": torch.ones(1)}}, "param_groups": [{"params": [0]}]}, source="auto")
+
+
+FOREIGN: list[tuple[type[torch.optim.Optimizer], str]] = [
+    (torch.optim.Adafactor, "Adafactor"), (torch.optim.NAdam, "NAdam"), (torch.optim.Adamax, "Adamax"),
+    (torch.optim.RMSprop, "RMSprop"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), FOREIGN)
+def test_other_rules_are_refused_by_name(kind: Any, name: str) -> None:
+    p = nn.Parameter(torch.ones(4, 4))
+    theirs = kind([p])
+    train(theirs, [p], 0, 2)
+    for source in ("torch", "auto"):
+        with pytest.raises(ValueError, match=rf"has '\w+': it is {name}'s, and nothing here goes on with that"):
+            convert_state(theirs.state_dict(), source=source)
+
+
+@pytest.mark.parametrize("source", ["bitsandbytes", "optimi", "deepspeed", "transformer_engine", "apex"])
+def test_a_state_of_torch_under_another_name(source: Any) -> None:
+    p = nn.Parameter(torch.ones(3))
+    theirs = torch.optim.AdamW([p])
+    train(theirs, [p], 0, 2)
+    if source in ("bitsandbytes", "optimi"):
+        with pytest.raises(ValueError, match=rf"parameter 0 is none of '{source}': it has no '\w+'; the state has"):
+            convert_state(theirs.state_dict(), source=source)
+        with pytest.raises(ValueError, match="a group is none of optimi's Adam, AdamW and SGD: it has"):
+            convert_state({**theirs.state_dict(), "state": {}}, source="optimi")
+    else:  # whose states have all that they need
+        found = convert_state(theirs.state_dict(), source=source)
+        assert float(found["state"][0]["step"]) == 2
+
+
+def test_what_is_no_state_of_others() -> None:
+    part = {"zero_stage": 2, "base_optimizer_state": [], "single_partition_of_fp32_groups": []}
+    with pytest.raises(
+        ValueError, match="one rank's part of DeepSpeed's ZeRO 2, with all parameters of a group in one"
+    ):
+        convert_state(part, source="deepspeed")
+    group = {"params": [0], "betas": (0.9, 0.99), "bias_correction": False, "step": 1}
+    moments = {"exp_avg": torch.ones(1), "exp_avg_sq": torch.ones(1)}
+    for source in ("apex", "transformer_engine", "deepspeed"):
+        with pytest.raises(ValueError, match="bias_correction=False: AdamW here corrects the bias"):
+            convert_state({"state": {0: {**moments, "step": 1}}, "param_groups": [group]}, source=source)  # type: ignore[arg-type]
+    lion = {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": [{"params": [0], "betas": (0.9, 0.99)}]}
+    with pytest.raises(ValueError, match="has 'exp_avg' and no 'exp_avg_sq', as Lion's"):
+        convert_state(lion, source="torch")
+    own = {"step": 1, "state1": torch.ones(3), "state2": torch.ones(3)}
+    ademamix = {"params": [0], "betas": (0.9, 0.99), "alpha": 5.0}
+    with pytest.raises(ValueError, match=r"has alpha=5\.0: it is AdEMAMix's"):
+        convert_state({"state": {0: own}, "param_groups": [ademamix]}, source="bitsandbytes")
+    released = [{**as_theirs("optimi", {"state": {k: {"step": torch.tensor(1.0), **moments} for k in range(2)}},
+                             "l2")["param_groups"][0], "gradient_release": True, "params": [0]}]  # fmt: skip
+    with pytest.raises(ValueError, match="gradient_release=True: optimi loads no state"):
+        convert_state(stepped("adamw"), target="optimi", groups=released)
