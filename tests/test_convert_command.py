@@ -231,6 +231,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "nothing.pt": "is not there",
         "empty": r"is a folder: read are those with optimizer.pt or optimizer.bin, and torch's DCP",
         "zero": "zero_pp_rank_0_mp_rank_00_optim_states.pt is a rank's part of DeepSpeed's ZeRO",
+        "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt": "is a rank's part of DeepSpeed's ZeRO, with all parameters",
         "text.pt": "is no file of torch.save",
         "code.pt": "is no file of torch.save, or holds more than tensors",
         "model.pt": "has no state of an optimizer; its keys are weight",

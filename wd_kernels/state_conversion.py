@@ -172,7 +172,7 @@ def _check_shape(state_dict: Any) -> None:
         stage = int(state_dict.get("zero_stage", 0))
         raise ValueError(
             f"state_dict is one rank's part of DeepSpeed's ZeRO {stage}, with all parameters of a group in one flat "
-            "tensor: it does not say where one ends. Read is the state_dict() of DeepSpeedCPUAdam and FusedAdam"
+            "tensor, which is not read. Read is the state_dict() of DeepSpeedCPUAdam and FusedAdam"
         )
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise TypeError(f"state_dict is a {type(state_dict).__name__}: expected one of an optimizer, with param_groups")

@@ -37,6 +37,8 @@ EXAMPLES = """examples:
 LIBRARIES = get_args(Library)
 #: What holds an optimizer's state in a folder: Transformers', accelerate's.
 FILES = ("optimizer.pt", "optimizer.bin")
+#: How a rank's part of DeepSpeed's is called.
+ZERO = "_optim_states.pt"
 #: Under which key checkpoints hold a model.
 MODELS = ("model", "state_dict", "module", "model_state_dict")
 
@@ -124,16 +126,17 @@ def _read(path: Path) -> tuple[Path, Any]:
                 dcp_to_torch_save(path, os.path.join(folder, "whole.pt"))
                 return path, _read(Path(folder) / "whole.pt")[1]
         if not there:
-            zero = [*path.rglob("*_optim_states.pt")][:1]
-            why = (
-                f"{zero[0].name} is a rank's part of DeepSpeed's ZeRO, with parameters in one flat tensor; "
-                if zero
-                else ""
-            )
-            raise ValueError(f"{path} is a folder: {why}read are those with {' or '.join(FILES)}, and torch's DCP")
+            for part in path.rglob(f"*{ZERO}"):
+                _read(part)
+            raise ValueError(f"{path} is a folder: read are those with {' or '.join(FILES)}, and torch's DCP")
         path = there[0]
     if not path.is_file():
         raise ValueError(f"{path} is not there")
+    if path.name.endswith(ZERO):
+        raise ValueError(
+            f"{path} is a rank's part of DeepSpeed's ZeRO, with all parameters in flat tensors, which is not read; "
+            "read is the state_dict() of DeepSpeedCPUAdam and FusedAdam"
+        )
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
