@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import pickle
 from pathlib import Path
@@ -15,15 +14,13 @@ from cases import bf16
 from torch import nn
 
 import wd_kernels
-from wd_kernels.commands import convert
+from wd_kernels.__main__ import main
 
 PEERS: dict[str, Any] = torch.load(Path(__file__).parent / "checkpoints" / "peers.pt", weights_only=True)
 
 
 def command(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    convert.add_arguments(parser)
-    return convert.run(parser.parse_args([str(word) for word in words]))
+    return main(["convert", *map(str, words)])
 
 
 def load(path: Path) -> Any:

@@ -61,7 +61,7 @@ def convert_state(
     "deepspeed"            FusedAdam's counts, DeepSpeedCPUAdam's:     the same; master weights left out
                            exact
     "optimi"               moments that are corrected for their bias,  the same, to a rounding; of a master, a
-                           :math:`(1-\beta^t)\hat m`, to a rounding;   compensation, to 1/512 of itself
+                           :math:`(1-\beta^t)\hat m`, to a rounding;   compensation, to 1/256 of itself
                            Kahan's compensation as a float32 master,
                            :math:`\theta + c`, to a rounding
     "bitsandbytes"         32 and 8 bits, :math:`q(c)\cdot s`,         in float32: exact; theirs goes on with it;

@@ -5,7 +5,6 @@ Each is compared with its own optimizer, that has never stopped.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import wd_kernels
 from wd_kernels import convert_state
-from wd_kernels.commands import convert
+from wd_kernels.__main__ import main
 
 BETAS, EPS, LR, DECAY = (0.8, 0.95), 1e-6, 0.02, 0.3
 N = 5000  # of the first parameter: enough to be quantised
@@ -135,8 +134,8 @@ def test_optimi_s_compensations(dtype: torch.dtype) -> None:
         before, after = saved["state"][k]["kahan_comp"], back["state"][k]["kahan_comp"]
         assert after.dtype == dtype
         lost = (before.double() - after.double()).abs()
-        # That of the master, float32's, and of the compensation, which is 2**-9 of it in bfloat16.
-        bound = params[k].detach().double().abs() * 2.0**-24 + before.double().abs() * 2.0**-9 + 2.0**-25
+        # That of the master, float32's, and of the compensation, which is 2**-8 of it in bfloat16.
+        bound = params[k].detach().double().abs() * 2.0**-24 + before.double().abs() * 2.0**-8 + 2.0**-25
         assert bool((lost <= bound).all())
         torch.testing.assert_close(back["state"][k]["exp_avg"].to(dtype), saved["state"][k]["exp_avg"])
     assert back["param_groups"][0]["kahan_sum"] is True
@@ -313,9 +312,7 @@ def test_what_transformers_saves(tmp_path: Path) -> None:
 
 
 def command(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    convert.add_arguments(parser)
-    return convert.run(parser.parse_args([str(word) for word in words]))
+    return main(["convert", *map(str, words)])
 
 
 @pytest.mark.works("accelerate", "the folder of save_state, by python -m wd_kernels convert")
