@@ -332,6 +332,10 @@ def test_what_others_have_of_adamw(who: str, decay: Any) -> None:
             assert type(back["state"][k]["step"]) is int
     if "Deep" not in who:
         assert int(back["param_groups"][0]["step"]) == 9
+    if who == "optimi":
+        group = back["param_groups"][0]
+        assert group["setup"] is True  # else it counts from 0
+        assert group["decouple_wd"] is (decay == "lr_scaled")
 
 
 @pytest.mark.parametrize("dampening", [0.0, 0.8])
@@ -474,6 +478,17 @@ def test_torch_s_adam_decays_as_ours_did(decay: Any) -> None:
     train(theirs, [p], 0, 3)
     train(ours, [q], 0, 3)
     torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_bitsandbytes_says_its_decay() -> None:
+    """Its Adam decays weights as its AdamW does: a live optimizer of another mode keeps its own, and says so."""
+    saved = PEERS["bitsandbytes adamw"]
+    decay = saved["state"]["param_groups"][0]["weight_decay"]
+    assert decay > 0
+    opt = wd_kernels.AdamW([nn.Parameter(p.clone()) for p in saved["params"]], decay="l2", weight_decay=0.7)
+    with pytest.warns(UserWarning, match=r"decay='lr_scaled'.*goes on with its own"):
+        opt.load_state_dict(convert_state(saved["state"], source="bitsandbytes"))
+    assert opt.param_groups[0]["weight_decay"] == 0.7
 
 
 def test_decay_of_nothing_has_every_mode() -> None:
