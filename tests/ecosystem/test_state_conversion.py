@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision_alone  # noqa: F401
 from loops import BATCHES, new_model
 from torch import Tensor, nn
 
