@@ -18,7 +18,7 @@ COMMANDS = {
     "check": "what is installed, what was chosen, and does it compute right (the default)",
     "bench": "time a step on this machine, beside torch's fused class, on the shapes of a model",
     "plan": "bytes, memory and predicted time of a step, for a model, storage formats and a GPU",
-    "convert": "carry a saved optimizer state to another library, format or form",
+    "convert": "carry a saved optimizer state to another library or decay mode",
 }
 EXAMPLES = """examples:
   python -m wd_kernels
