@@ -9,6 +9,7 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
+import loops  # noqa: F401 (before whatever imports torchvision)
 import pytest
 import torch
 

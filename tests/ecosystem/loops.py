@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import wd_kernels
+
+#: Of another build than torch's (one for CUDA beside a torch for CPUs), torchvision's operators do not load, and its import
+#: fails for the lack of two. Nothing here calls them. This module is therefore imported before what imports torchvision.
+OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+try:
+    found = importlib.util.find_spec("torchvision")
+    if found is not None:
+        torch.ops.load_library(str(Path(str(found.origin)).with_name("_C.so")))
+except OSError:
+    for name in ("nms", "qnms"):
+        OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 STEPS, BATCH = 8, 4
 X = torch.linspace(-1, 1, STEPS * BATCH * 3).view(STEPS * BATCH, 3).mul(7).sin()
 Y = X.sum(1, keepdim=True).cos()
 BATCHES = list(zip(X.split(BATCH), Y.split(BATCH), strict=True))
+
+
+class SGD(wd_kernels.SGDW):
+    """torch.optim.SGD under its name, for loops that take a class."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, decay="l2", **options)
+
+
+#: Ours, torch's, what both are given; and a norm at which gradients are clipped in most steps.
+ADAMW = (wd_kernels.AdamW, torch.optim.AdamW, {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3})
+SGD_PAIR = (SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.3})
+MAX_NORM = 0.3
 
 
 def new_model(seed: int = 0) -> nn.Sequential:
