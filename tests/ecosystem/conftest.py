@@ -9,9 +9,9 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
-import loops  # noqa: F401 (before whatever imports torchvision)
 import pytest
 import torch
+import torchvision_alone  # noqa: F401 (before whatever imports torchvision)
 
 ROOT = Path(__file__).parent.parent.parent
 BEGIN, END = "<!-- matrix:begin -->", "<!-- matrix:end -->"

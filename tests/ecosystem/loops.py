@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import wd_kernels
-
-#: Of another build than torch's (one for CUDA beside a torch for CPUs), torchvision's operators do not load, and its import
-#: fails for the lack of two. Nothing here calls them. This module is therefore imported before what imports torchvision.
-OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-try:
-    found = importlib.util.find_spec("torchvision")
-    if found is not None:
-        torch.ops.load_library(str(Path(str(found.origin)).with_name("_C.so")))
-except OSError:
-    for name in ("nms", "qnms"):
-        OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 STEPS, BATCH = 8, 4
 X = torch.linspace(-1, 1, STEPS * BATCH * 3).view(STEPS * BATCH, 3).mul(7).sin()

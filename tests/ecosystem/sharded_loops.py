@@ -1,4 +1,7 @@
-"""Loops that run in each process of a gloo group (`ranks.run`), and return the whole weights; every rank has half of a batch."""
+"""Loops that run in each process of a gloo group (`ranks.run`), and return the whole weights.
+
+Every rank has half of a batch.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torchvision_alone  # noqa: F401 (before Lightning)
 from loops import BATCH, BATCHES, MAX_NORM, new_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -96,7 +100,7 @@ def launched() -> Iterator[None]:
 def by_accelerate(
     kind: str, rule: Any, options: dict[str, Any], folder: str, *, resume: bool = False, clips: bool = False
 ) -> Weights:
-    """accelerate takes its FSDP plugin on accelerators alone; here it is told to, and does on CPUs what it does there."""
+    """accelerate takes its FSDP plugin on accelerators alone: here it is told to take it on CPUs."""
     import accelerate
     from accelerate.state import AcceleratorState
 
@@ -106,8 +110,9 @@ def by_accelerate(
         assert accelerator.num_processes == dist.get_world_size()
         if kind == "fsdp2":
             plugin = accelerate.FullyShardedDataParallelPlugin(
-                fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=20, state_dict_type="SHARDED_STATE_DICT"
-            )
+                fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=20,
+                state_dict_type="SHARDED_STATE_DICT",
+            )  # fmt: skip
             for state in (accelerate.PartialState(), accelerator.state):
                 state.distributed_type = accelerate.DistributedType.FSDP
             accelerator.state.fsdp_plugin = plugin
@@ -139,7 +144,8 @@ def by_fabric(
         return fully_shard(net, mesh=mesh["data_parallel"])
 
     with launched():
-        strategy = ModelParallelStrategy(shard, data_parallel_size=2, tensor_parallel_size=1) if kind == "fsdp2" else DDPStrategy()
+        sharded = ModelParallelStrategy(shard, data_parallel_size=2, tensor_parallel_size=1)
+        strategy = sharded if kind == "fsdp2" else DDPStrategy()
         fabric = lightning.Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy=strategy)
         fabric.launch()
         net = new_model(seed=int(resume))

@@ -1,4 +1,4 @@
-"""accelerate: accumulation, clipping, a scheduler that is prepared, bf16; saved and resumed by save_state, load_state."""
+"""accelerate: accumulation, clipping, a scheduler that is prepared, bf16; save_state and load_state."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ def test_two_processes(train: Callable[..., Any], kind: str, pair: Any, clips: b
     """The second half of the runs clips by the library's own function, or that of torch."""
 
     def run(rule: Any, folder: str, **options: Any) -> nn.Module:
-        found = ranks.run(2, functools.partial(train, clips=clips, **options), kind, rule, pair[2], str(tmp_path / folder))
+        train_so = functools.partial(train, clips=clips, **options)
+        found = ranks.run(2, train_so, kind, rule, pair[2], str(tmp_path / folder))
         model = new_model()
         model.load_state_dict(found[0])
         assert all(torch.equal(p, found[1][name]) for name, p in found[0].items())

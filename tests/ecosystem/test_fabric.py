@@ -39,7 +39,9 @@ def trained(
     return model.module
 
 
-def check(file: Path, pair: Any, *, ours: Any = None, tolerance: float = 2e-5, clip: Any = None, **settings: Any) -> Any:
+def check(
+    file: Path, pair: Any, *, ours: Any = None, tolerance: float = 2e-5, clip: Any = None, **settings: Any
+) -> nn.Module:
     """`ours` clips within the step, in place of Fabric."""
     rule, other, options = pair
     mine = {"clip": None if ours else clip, **settings}

@@ -92,13 +92,11 @@ def test_bf16(tmp_path: Path) -> None:
 @pytest.mark.works("lightning", "a GradScaler")
 @pytest.mark.parametrize("unscales", [False, True], ids=["scaler", "optimizer"])
 def test_a_loss_scale(unscales: bool, tmp_path: Path) -> None:
-    """Lightning has none for the CPU: one is handed over, as it has one on a GPU. The scaler unscales, or the step does."""
+    """Lightning has none for the CPU: one is handed over, as on a GPU. The scaler unscales, or the step does."""
     rule, other, options = SGD_PAIR
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=5)
     ours = options | ({"max_grad_norm": math.inf} if unscales else {})
-    whole = trained(
-        Module(rule, ours), tmp_path, scaler=scaler, plugins=[MixedPrecision("bf16-mixed", "cpu")]
-    )
+    whole = trained(Module(rule, ours), tmp_path, scaler=scaler, plugins=[MixedPrecision("bf16-mixed", "cpu")])
     assert scaler.get_scale() == 2.0**13
     theirs = trained(Module(other, options), tmp_path, precision="bf16-mixed")
     assert_trained_alike(whole.net, theirs.net, new_model().state_dict(), tolerance=2e-3)

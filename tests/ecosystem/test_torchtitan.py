@@ -45,7 +45,7 @@ def config(name: str, **options: Any) -> OptimizersContainer.Config:
 def trained(
     made: OptimizersContainer.Config, *, save: Path | None = None, load: Path | None = None, follows: bool = True
 ) -> nn.Module:
-    """As torchtitan's Trainer does: container.step(), schedulers.step(); checkpoints are DCP's of the container's state."""
+    """As torchtitan's Trainer does: the containers' step(); checkpoints are DCP's of their states."""
     model = new_model(seed=int(load is not None))
     optimizers = made.build(model_parts=[model])
     warm = LRSchedulersContainer.Config(warmup_steps=3, decay_ratio=0.5, decay_type="linear")
@@ -81,9 +81,7 @@ def test_its_containers(tmp_path: Path) -> None:
 
 @pytest.mark.works("torchtitan", "decay modes and schedules")
 def test_a_schedule_of_ours(tmp_path: Path) -> None:
-    made = config(
-        "wd_kernels.AdamW", decay="independent", schedule=wd_kernels.schedules.WarmupStableDecay(2, 3, 3)
-    )
+    made = config("wd_kernels.AdamW", decay="independent", schedule=wd_kernels.schedules.WarmupStableDecay(2, 3, 3))
     whole = trained(made, save=tmp_path, follows=False)
     resumed = trained(made, load=tmp_path, follows=False)
     assert all(map(torch.equal, whole.parameters(), resumed.parameters()))

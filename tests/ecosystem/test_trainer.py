@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: optimizers=, optimizer_cls_and_kwargs=, clipping, accumulation, bf16; resumed from its checkpoints."""
+"""Hugging Face's Trainer: an optimizer, or a class; clipping, accumulation, bf16; resumed from its checkpoints."""
 
 from __future__ import annotations
 
