@@ -1,4 +1,4 @@
-"""What people give in configurations: pairs, modes, backends, keys with typos; Hydra builds it all."""
+"""What people give in configurations: pairs, modes, backends, keys with typos. (What Hydra builds: tests/ecosystem.)"""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import pytest
 import torch
 from bits import assert_same_bits
-from omegaconf import ListConfig, OmegaConf
 from semantics import build, parameters, set_gradients
 from torch import nn
 
-import wd_kernels
 from wd_kernels import SGDW, AdamW, functional, native
 
 ROOT = Path(__file__).parents[1]
@@ -32,11 +29,10 @@ ROOT = Path(__file__).parents[1]
     [
         [0.8, 0.95],
         (np.float64(0.8), np.float64(0.95)),
-        ListConfig([0.8, 0.95]),
         np.array([0.8, 0.95]),
         torch.tensor([0.8, 0.95], dtype=torch.float64),
     ],
-    ids=["list", "numpy", "ListConfig", "array", "tensor"],
+    ids=["list", "numpy", "array", "tensor"],
 )
 def test_betas_of_any_kind(betas: Any) -> None:
     """As torch takes them; checkpoints hold numbers. In the constructor, in a group, and in the functional API."""
@@ -63,62 +59,10 @@ def test_betas_of_any_kind(betas: Any) -> None:
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("betas", [0.9, "ab", np.float64(0.9), [0.9], np.ones(3), ListConfig([0.9, "x"])], ids=repr)
+@pytest.mark.parametrize("betas", [0.9, "ab", np.float64(0.9), [0.9], np.ones(3), [0.9, "x"]], ids=repr)
 def test_what_is_no_pair(betas: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"betas.* in the arguments: expected"):
         AdamW(parameters(), betas=betas)
-
-
-# Hydra ----------------------------------------------------------------------------------------------------------------
-
-
-def test_hydra_builds_optimizers_and_schedules() -> None:
-    """Nested `_target_`s, with lists that are ListConfigs; a state of it loads with weights_only."""
-    config = OmegaConf.create("""
-      optimizer:
-        _target_: wd_kernels.AdamW
-        lr: 0.01
-        betas: [0.8, 0.95]
-        weight_decay: 0.02
-        decay: independent
-        schedule:
-          _target_: wd_kernels.NormalizedDecay
-          schedule:
-            _target_: wd_kernels.schedules.Sequential
-            _args_:
-              - _target_: wd_kernels.schedules.Warmup
-                steps: 2
-              - _target_: wd_kernels.schedules.StepDrop
-                milestones: [3, 5]
-                factor: 0.5
-                steps: 8
-      groups:
-        _target_: wd_kernels.decay_groups
-        weight_decay: 0.02
-        exclude: ["*.pos_embed"]
-    """)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 2))
-    model[0].pos_embed = nn.Parameter(torch.ones(2, 2))
-    groups = hydra.utils.instantiate(config.groups, model)
-    assert [name for name, _ in groups[1]["params"]] == ["0.bias", "0.pos_embed"]
-    made = hydra.utils.instantiate(config.optimizer, params=list(model.parameters()))
-    by_hand = wd_kernels.NormalizedDecay(
-        wd_kernels.schedules.Sequential(wd_kernels.schedules.Warmup(2), wd_kernels.schedules.StepDrop((3, 5), 0.5, 8))
-    )
-    twin = nn.Sequential(nn.Linear(3, 2))
-    twin[0].pos_embed = nn.Parameter(torch.ones(2, 2))
-    twin.load_state_dict(model.state_dict())
-    other = AdamW(twin.parameters(), 0.01, (0.8, 0.95), weight_decay=0.02, decay="independent", schedule=by_hand)
-    for t in range(6):
-        for opt, own in ((made, model), (other, twin)):
-            set_gradients(list(own.parameters()), t)
-            opt.step()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_same_bits(p, q)
-    assert made.state_dict()["param_groups"][0]["schedule"] == repr(by_hand)
-    partial = hydra.utils.instantiate({"_target_": "wd_kernels.SGDW", "_partial_": True, "lr": 0.1, "momentum": 0.9})
-    assert isinstance(partial(model.parameters()), SGDW)
 
 
 # The weight decay that nobody chose -----------------------------------------------------------------------------------

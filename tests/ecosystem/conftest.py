@@ -44,21 +44,34 @@ def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -
                 config.stash[SHOWN].setdefault((own[0], own[1]), set()).add(report.outcome)
 
 
-def table(shown: dict[tuple[str, str], set[str]]) -> str:
-    """Markdown: a row for each library, its version, and what passed; what did not is said in its own words."""
-    rows = ["| library | version | works, each test beside torch's class and resumed |", "|---|---|---|"]
+def table(shown: dict[tuple[str, str], set[str]], *, recipes: str, brief: bool) -> str:
+    """Markdown: a row for each library, its version, and what passed; what did not is said in its own words.
+
+    "clipping: within the step" is "clipping" where it is to be brief, "recipe: ddp" a link into the folder of them.
+    """
+    rows = ["| library | version | works | recipe |", "|---|---|---|---|"]
     for library in sorted({name for name, _ in shown}, key=str.lower):
-        own = {what: outcomes for (name, what), outcomes in shown.items() if name == library}
-        cells = [what if outcomes == {"passed"} else f"**not: {what}**" for what, outcomes in own.items()]
-        rows.append(f"| {library} | {version(library)} | {', '.join(cells)} |")
+        cells: dict[str, None] = {}
+        pages: list[str] = []
+        for what, outcomes in sorted((what, found) for (name, what), found in shown.items() if name == library):
+            topic, _, detail = what.partition(": ")
+            if topic == "recipe" and outcomes == {"passed"}:
+                pages.append(f"[{detail}]({recipes}/{detail}.md)")
+            else:
+                words = topic if brief else what
+                cells[words if outcomes == {"passed"} else f"**not: {what}**"] = None
+        known = version(library).split("+")[0]  # of which build says nothing here
+        rows.append(f"| {library} | {known} | {'; '.join(sorted(cells, key=str.lower))} | {', '.join(pages)} |")
     return "\n".join(rows)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not session.config.getoption("--save-matrix") or hasattr(session.config, "workerinput"):
         return
-    for path in (ROOT / "docs" / "compatibility.md", ROOT / "README.md"):
+    shown = session.config.stash[SHOWN]
+    for path, recipes in ((ROOT / "docs" / "compatibility.md", "recipes"), (ROOT / "README.md", "docs/recipes")):
         text = path.read_text()
         if BEGIN in text:
             before, after = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
-            path.write_text(f"{before}{BEGIN}\n{table(session.config.stash[SHOWN])}\n{END}{after}")
+            found = table(shown, recipes=recipes, brief=path.name == "README.md")
+            path.write_text(f"{before}{BEGIN}\n{found}\n{END}{after}")

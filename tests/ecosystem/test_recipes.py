@@ -45,7 +45,9 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.stem, marks=pytest.mark.works(LIBRARIES.get(page.stem, page.stem), "its recipe"))
+        pytest.param(
+            page, id=page.stem, marks=pytest.mark.works(LIBRARIES.get(page.stem, page.stem), f"recipe: {page.stem}")
+        )
         for page in PAGES
     ],
 )
