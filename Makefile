@@ -32,7 +32,7 @@ test: $(NATIVE) $(OLDEST)
 	$(RUN) -m pytest $(PARALLEL) -m "$(TESTS)"
 
 test-ecosystem: $(NATIVE) $(ECOSYSTEM)/ready  ## real training loops of other libraries, beside torch's class in the same loop
-	PYTHONPATH=. $(ECOSYSTEM)/bin/python -m pytest $(PARALLEL) -c tests/ecosystem/pytest.ini tests/ecosystem $(MATRIX)
+	PYTHONPATH=. $(ECOSYSTEM)/bin/python -m pytest $(subst worksteal,loadfile,$(PARALLEL)) -c tests/ecosystem/pytest.ini tests/ecosystem $(MATRIX)
 
 mutants: $(NATIVE) $(OLDEST)  ## plants 616 faults in copies of the product: do the tests that should see each? (some hours)
 	$(RUN) tests/mutants/run.py --hints-only $(MUTANTS)

@@ -54,7 +54,7 @@ def check(folder: Path, pair: Any, *, tolerance: float = 2e-5, **ways: Any) -> n
     return whole
 
 
-@pytest.mark.works("accelerate", "save_state, load_state")
+@pytest.mark.works("accelerate", "`save_state`, `load_state`")
 @pytest.mark.works("accelerate", "LR schedulers")
 def test_a_loop(tmp_path: Path) -> None:
     check(tmp_path, ADAMW)

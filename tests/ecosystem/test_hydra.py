@@ -53,7 +53,7 @@ def train(optimizer: torch.optim.Optimizer, model: nn.Module, first: int = 0, la
         optimizer.zero_grad()
 
 
-@pytest.mark.works("hydra-core", "_target_, _partial_")
+@pytest.mark.works("hydra-core", "`_target_`, `_partial_`")
 def test_beside_torch() -> None:
     config = OmegaConf.create(CONFIG)
     for key, other, options in (
@@ -105,7 +105,7 @@ def test_groups_and_schedules() -> None:
     assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
 
 
-@pytest.mark.works("hydra-core", "values that are a ListConfig")
+@pytest.mark.works("hydra-core", "lists of OmegaConf")
 def test_what_is_no_pair() -> None:
     """Lists of OmegaConf are pairs as others are; what is none is refused by name."""
     opt = wd_kernels.AdamW(new_model().parameters(), betas=ListConfig([0.8, 0.95]))

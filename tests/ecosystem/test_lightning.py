@@ -100,3 +100,15 @@ def test_a_loss_scale(unscales: bool, tmp_path: Path) -> None:
     assert scaler.get_scale() == 2.0**13
     theirs = trained(Module(other, options), tmp_path, precision="bf16-mixed")
     assert_trained_alike(whole.net, theirs.net, new_model().state_dict(), tolerance=2e-3)
+
+
+@pytest.mark.works("lightning", "clipping: by the optimizer, under a precision at which Lightning does not for it")
+def test_a_clipping_that_lightning_refuses(tmp_path: Path) -> None:
+    rule, other, options = SGD_PAIR
+    mixed = {"precision": "bf16-mixed"}
+    ours = options | {"max_grad_norm": MAX_NORM}
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        trained(Module(rule, ours), tmp_path, gradient_clip_val=MAX_NORM, **mixed)
+    theirs = trained(Module(other, options), tmp_path, gradient_clip_val=MAX_NORM, **mixed)
+    whole = trained(Module(rule, ours), tmp_path, **mixed)
+    assert_trained_alike(whole.net, theirs.net, new_model().state_dict(), tolerance=2e-3)

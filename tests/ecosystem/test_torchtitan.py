@@ -71,7 +71,7 @@ def trained(
     return model
 
 
-@pytest.mark.works("torchtitan", "OptimizersContainer, LRSchedulersContainer")
+@pytest.mark.works("torchtitan", "`OptimizersContainer`, `LRSchedulersContainer`")
 @pytest.mark.works("torchtitan", "its states through DCP")
 def test_its_containers(tmp_path: Path) -> None:
     whole = trained(config("wd_kernels.AdamW"), save=tmp_path)
@@ -86,3 +86,14 @@ def test_a_schedule_of_ours(tmp_path: Path) -> None:
     resumed = trained(made, load=tmp_path, follows=False)
     assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
     assert not torch.allclose(whole[0].weight, trained(config("wd_kernels.AdamW"))[0].weight, rtol=0.01)
+
+
+@pytest.mark.works("torchtitan", '`schedule="from_lr"`')
+def test_a_schedule_that_follows_theirs(tmp_path: Path) -> None:
+    """With torch's form of decay it is what torch's class does; with another the decay follows as well."""
+    made = config("wd_kernels.AdamW", schedule="from_lr")
+    whole = trained(made, save=tmp_path)
+    assert_trained_alike(whole, trained(config("AdamW")), new_model().state_dict())
+    assert all(map(torch.equal, whole.parameters(), trained(made, load=tmp_path).parameters()))
+    independent = trained(config("wd_kernels.AdamW", schedule="from_lr", decay="independent"))
+    assert not torch.allclose(whole[0].weight, independent[0].weight, rtol=0.01)

@@ -61,12 +61,12 @@ def check(folder: Path, pair: Any, *, ours: dict[str, Any], theirs: dict[str, An
     return whole
 
 
-@pytest.mark.works("transformers", "optimizers=")
+@pytest.mark.works("transformers", "`optimizers=`")
 def test_an_optimizer(tmp_path: Path) -> None:
     check(tmp_path, ADAMW, ours={"given": "object"}, theirs={"given": "object"})
 
 
-@pytest.mark.works("transformers", "optimizer_cls_and_kwargs=")
+@pytest.mark.works("transformers", "`optimizer_cls_and_kwargs=`")
 @pytest.mark.parametrize("pair", [ADAMW, SGD_PAIR], ids=["adamw", "sgd"])
 def test_a_class(pair: Any, tmp_path: Path) -> None:
     check(tmp_path, pair, ours={}, theirs={})
@@ -98,3 +98,14 @@ def test_bf16(tmp_path: Path) -> None:
     whole = check(tmp_path, ADAMW, ours={"bf16": True}, theirs={"bf16": True}, tolerance=2e-3)
     in_float32 = trained(tmp_path / "float32", *ADAMW[::2])
     assert not torch.equal(whole.net[0].weight, in_float32.net[0].weight)
+
+
+@pytest.mark.works("transformers", '`schedule="from_lr"`')
+def test_a_schedule_that_follows_trainers(tmp_path: Path) -> None:
+    """With torch's form of decay it is what torch's class does under Trainer's schedule."""
+    rule, other, options = ADAMW
+    ours = options | {"schedule": "from_lr"}
+    whole = trained(tmp_path / "ours", rule, ours)
+    assert_trained_alike(whole, trained(tmp_path / "theirs", other, options), Model(0).state_dict())
+    resumed = trained(tmp_path / "ours", rule, ours, resume=True)
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
