@@ -15,6 +15,7 @@ from loops import ADAMW, SGD_PAIR, assert_trained_alike, new_model
 from torch import nn
 
 ranks.MOST = 2  # processes that are started
+ranks.PATIENCE = 300.0  # seconds: to import a library, where others do so, too
 
 
 def a_case(library: str, train: Callable[..., Any], kind: str) -> Any:
