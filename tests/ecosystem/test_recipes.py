@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
+PAGES = sorted(page for page in (ROOT / "docs" / "recipes").glob("*.md") if page.stem != "index")
 BLOCK = re.compile(r"^```(python|yaml|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(?:torchrun|python|deepspeed|accelerate launch) .*?(\w+\.py).*$", re.MULTILINE)
 LIBRARIES = {
