@@ -17,7 +17,6 @@ Environment, beside CXX:
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -26,8 +25,9 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -44,6 +44,7 @@ INSTRUCTION_SETS = {
     "avx2": "-mavx2",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
+NAMESPACE = "-DWD_NAMESPACE=$namespace"  # of what registers operators: movers know nothing of torch
 #: Of the test build: what would be a fault on a GPU, or wrong, ends the process.
 TRAPS = "-fsanitize=alignment,bounds,null,shift,signed-integer-overflow -fsanitize-undefined-trap-on-error"
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
@@ -151,7 +152,7 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
         "-Xlinker --push-state,--no-as-needed,-ltorch,--pop-state -ltorch_cpu -lc10",
         "  description = link $out",
         *edge(kernels, "nvcc", CSRC / "cuda" / "kernels.cu"),
-        *edge(ops, "compile", CSRC / "cuda" / "ops.cpp", set=f"-DUSE_CUDA '-DWD_BUILT=\"{built}\"'"),
+        *edge(ops, "compile", CSRC / "cuda" / "ops.cpp", set=f"{NAMESPACE} -DUSE_CUDA '-DWD_BUILT=\"{built}\"'"),
         *edge(library, "nvlink", kernels, ops),
     ]
 
@@ -169,7 +170,7 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 
 def ninja_rules(home: Path, library: Path) -> list[str]:
     """How ninja builds the library that is always there, and the CUDA kernels as the tests run them on the CPU."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    x86 = sysconfig.get_platform().lower().endswith(("x86_64", "amd64"))  # which _PYTHON_HOST_PLATFORM may say
     sets = INSTRUCTION_SETS if x86 else {"baseline": ""}
     sources = [CSRC / "cpu" / "plan.cpp", *sorted((CSRC / "python").glob("*.cpp"))]
     sources += [CSRC / "cpu" / f"{name}.cpp" for name in sets]
@@ -182,7 +183,7 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
         f"namespace = {namespace}",
         f"flags = {FLAGS} -ffile-prefix-map={_word(ROOT)}/= -DTORCH_TARGET_VERSION={TARGET_TORCH} {includes}",
         "rule compile",
-        "  command = $cxx $flags -DWD_NAMESPACE=$namespace $set -MMD -MF $out.d -c $in -o $out",
+        "  command = $cxx $flags $set -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $in",
@@ -206,7 +207,8 @@ def linked(library: Path, folder: Path, sources: Sequence[Path], flags: str = ""
     objects = [folder / f"{source.stem}.o" for source in sources]
     lines = edge(library, "link", *objects)
     for source, target in zip(sources, objects, strict=True):
-        lines += edge(target, "compile", source, set=f"{INSTRUCTION_SETS.get(source.stem, '')} {flags}", **variables)
+        own = INSTRUCTION_SETS.get(source.stem, "") if source.parent.name == "cpu" else NAMESPACE
+        lines += edge(target, "compile", source, set=f"{own} {flags}", **variables)
     return lines
 
 
@@ -293,8 +295,39 @@ class NinjaBuild(build_ext):
                     shutil.copy(built / file, inplace.with_name(file))
 
 
+# What the package index shows -----------------------------------------------------------------------------------------
+
+
+class Project(Distribution):
+    """README.md as a page of its own: its links lead into the repository, where `project.urls` names one."""
+
+    def parse_config_files(self, *arguments: Any, **options: Any) -> None:
+        super().parse_config_files(*arguments, **options)
+        repository = (self.metadata.project_urls or {}).get("Repository")
+        if repository:
+            of_version = f"v{self.metadata.version}"
+            self.metadata.long_description = absolute(self.metadata.long_description, repository, of_version)
+
+
+def absolute(markdown: str, repository: str, revision: str) -> str:
+    """Its relative links, in Markdown and in HTML, as addresses in the repository; code is left as it is."""
+
+    def address(found: re.Match[str]) -> str:
+        before, target, after = found.groups()
+        kind = "raw" if re.search(r"\.(png|svg|gif|jpg)$", target) else "blob"
+        return f"{before}{repository.rstrip('/')}/{kind}/{revision}/{target.removeprefix('./')}{after}"
+
+    relative = r"(?![a-z][a-z0-9+.-]*:|#|/)"
+    parts = re.split(r"(^ *```.*?^ *```|`[^`\n]+`)", markdown, flags=re.DOTALL | re.MULTILINE)
+    for k in range(0, len(parts), 2):  # between pieces of code
+        for link in (rf"(\]\(){relative}([^)\s]+)(\))", rf"(\b(?:src|href)=\"){relative}([^\"]+)(\")"):
+            parts[k] = re.sub(link, address, parts[k])
+    return "".join(parts)
+
+
 if __name__ == "__main__":  # not where a test reads it
     setup(
+        distclass=Project,
         ext_modules=[Extension(f"wd_kernels.{name}", [], py_limited_api=True, optional=True) for name in LIBRARIES],
         cmdclass={"build_ext": NinjaBuild},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
