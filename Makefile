@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 # A stamp, not the extension itself: without a compiler the package is there without it.
 NATIVE  := $(VENV)/built
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
-CPP     := $(SOURCES) bench/stream.cpp tests/probe.h
+CPP     := $(SOURCES) bench/stream.cpp tests/probe.h tests/mover.cpp
 
 # How tests are spread over processes; PARALLEL= runs them in one.
 PARALLEL ?= -n 2 --dist worksteal
@@ -72,7 +72,9 @@ dist: $(VENV)/ready  ## sdist, and from it the wheel, into dist/
 # torch's libraries are not packed: the torch that is there has them.
 REPAIR := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist
 
-wheel-manylinux: dist  ## the same wheel, named by the oldest glibc that it runs with
+wheel-manylinux: $(VENV)/ready  ## sdist and wheel as `make dist` makes them, but for glibc 2.28, which torch's own wheels want
+	rm -rf dist
+	WD_KERNELS_LINK_WITH="$$($(RUN) bench/old_glibc.py build/glibc)" $(RUN) -m build --no-isolation
 	$(REPAIR) dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 
@@ -83,7 +85,7 @@ EMULATOR ?= qemu-aarch64-static
 ARM      := build/aarch64
 
 wheel-aarch64: $(NATIVE) $(ARM)/torch  ## for 64-bit Arm, by a cross compiler; its kernels run in an emulator, and what they gave is kept
-	PYTHONPATH=bench $(RUN) tests/portable.py --compiler $(CROSS) --run "$(EMULATOR)" --save aarch64
+	PYTHONPATH=bench:. $(RUN) tests/portable.py --compiler $(CROSS) --run "$(EMULATOR)" --save aarch64
 	_PYTHON_HOST_PLATFORM=linux-aarch64 CXX=$(CROSS) WD_KERNELS_CUDA=0 WD_KERNELS_TORCH_HOME="$(CURDIR)/$(ARM)" $(RUN) -m build --wheel --no-isolation
 	$(REPAIR) dist/*-linux_aarch64.whl
 	rm dist/*-linux_aarch64.whl

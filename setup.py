@@ -11,6 +11,7 @@ Environment, beside CXX:
     CUDA_HOME, CUDA_PATH     the CUDA toolkit (or else: that of the nvcc on the PATH, or /usr/local/cuda)
     TORCH_CUDA_ARCH_LIST     what it is built for, as torch reads it: "8.0;9.0+PTX"
     WD_KERNELS_NAMESPACE     the operators' namespace in torch.ops
+    WD_KERNELS_LINK_WITH     files that both libraries are linked with
     WD_KERNELS_TORCH_HOME    the directory that holds torch
 """
 
@@ -39,6 +40,7 @@ TARGET_TORCH = "0x020a000000000000"  # 2.10, the oldest torch supported
 # vectorise the root and the selections.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math"
 LINK = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-Wl,--as-needed"
+LINK_WITH = os.environ.get("WD_KERNELS_LINK_WITH", "").replace("$", "$$")
 INSTRUCTION_SETS = {
     "baseline": "",
     "avx2": "-mavx2",
@@ -137,7 +139,7 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
     built = f"CUDA {release[1] if release else '?'} for {', '.join(targets)}".replace("+PTX", " and its PTX")
     host = os.environ.get("CXX", "")
     ccbin = f" -ccbin {_word(host)}" if len(host.split()) == 1 else ""  # nvcc takes no "ccache g++"
-    kernels, ops = BUILD / "kernels.o", BUILD / "cuda_ops.o"
+    kernels, ops, single = BUILD / "kernels.o", BUILD / "cuda_ops.o", BUILD / "single_threaded.o"
     return [
         f"nvcc = {_word(compiler)}{ccbin}",
         "rule nvcc",
@@ -149,11 +151,11 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
         "rule nvlink",
         # libtorch.so, needed or not, brings libtorch_cuda.so where torch has it: the current stream is asked of that.
         f"  command = $nvcc -shared -nodlink -cudart static $in -o $out -L{_word(home / 'lib')} "
-        "-Xlinker --push-state,--no-as-needed,-ltorch,--pop-state -ltorch_cpu -lc10",
+        f"-Xlinker --push-state,--no-as-needed,-ltorch,--pop-state -ltorch_cpu -lc10 {LINK_WITH}",
         "  description = link $out",
         *edge(kernels, "nvcc", CSRC / "cuda" / "kernels.cu"),
         *edge(ops, "compile", CSRC / "cuda" / "ops.cpp", set=f"{NAMESPACE} -DUSE_CUDA '-DWD_BUILT=\"{built}\"'"),
-        *edge(library, "nvlink", kernels, ops),
+        *edge(library, "nvlink", kernels, ops, single),
     ]
 
 
@@ -188,7 +190,7 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
         "  deps = gcc",
         "  description = compile $in",
         "rule link",
-        f"  command = $cxx -shared $in -o $out -L{_word(home / 'lib')} -ltorch_cpu -ltorch -lc10 {LINK}",
+        f"  command = $cxx -shared $in -o $out -L{_word(home / 'lib')} -ltorch_cpu -ltorch -lc10 {LINK} {LINK_WITH}",
         "  description = link $out",
     ]
     lines += linked(library, BUILD, sources)

@@ -46,7 +46,8 @@ int main() {
   const auto rows = read<double>(number() * launch.row_width);
   const auto control = read<wd::Control>(1);
 
-  // Stretches of memory: where each lay, and how long it is. Here it lies elsewhere, as far from a multiple of 64 bytes.
+  // Stretches of memory: where each lay, and how long it is. Here it lies elsewhere, as far from a multiple of 64
+  // bytes.
   const auto stretches = read<int64_t>(2 * number());
   std::map<int64_t, char*> here;
   for (size_t i = 0; i < stretches.size(); i += 2) {
@@ -66,7 +67,6 @@ int main() {
   launch.chunks = chunks.data(), launch.places = places.data(), launch.moving = moving.data();
   launch.rows = rows.data(), launch.control = control.data();
   if (control[0].skip == 0) kernel.step_chunks(kernel, launch, 0, int64_t(chunks.size()));
-  for (size_t i = 0; i < stretches.size(); i += 2)
-    std::fwrite(here[stretches[i]], 1, size_t(stretches[i + 1]), stdout);
+  for (size_t i = 0; i < stretches.size(); i += 2) std::fwrite(here[stretches[i]], 1, size_t(stretches[i + 1]), stdout);
   return 0;
 }

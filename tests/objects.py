@@ -1,8 +1,9 @@
 """A compiler that compiles nothing twice: `objects.py c++ ... -c a.cpp -o a.o` takes what an equal command made before.
 
 Equal are commands of the same words but for where things lie, of compilers of the same version, with the same torch and
-Python, where all of csrc is the same. Tests that build the package again and again use it (building.py): what they say
-of files, tags and installations stays true. It takes over what `make` has compiled, so that CI compiles little.
+Python, where the source and all that csrc has to include are the same. Tests that build the package again and again use
+it (building.py): what they say of files, tags and installations stays true. It takes over what `make` has compiled, so
+that CI compiles little.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ def version(compiler: str) -> str:
 
 
 @cache
-def contents(csrc: Path) -> str:
-    """Of all native sources, and of the epilogue that tests have."""
+def contents(csrc: Path, source: Path) -> str:
+    """Of a source, and of all that it may include."""
     found = hashlib.sha256()
-    for file in (*sorted(csrc.rglob("*.*")), csrc.parent / "tests" / "probe.h"):
-        if file.is_file():
+    for file in sorted(csrc.rglob("*.*")):
+        if file.is_file() and (file == source or file.suffix != ".cpp"):
             found.update(f"{file.relative_to(csrc.parent)}\n".encode() + file.read_bytes())
     return found.hexdigest()
 
@@ -48,14 +49,14 @@ def headers(folder: Path) -> str:
 
 
 def place(compiler: str, words: Sequence[str]) -> Path | None:
-    """Where the object of a command is kept; None of what compiles no file of csrc."""
-    if "-c" not in words or "-o" not in words:
+    """Where the object of a command is kept; None of what compiles no file of csrc, or includes a file of tests."""
+    if "-c" not in words or "-o" not in words or "WD_TEST_EPILOGUE" in " ".join(words):
         return None
     source = Path(words[words.index("-c") + 1]).resolve()
     csrc = next((parent for parent in source.parents if parent.name == "csrc"), None)
     if csrc is None:
         return None
-    key, rest = [version(compiler), contents(csrc), str(source.relative_to(csrc))], iter(words)
+    key, rest = [version(compiler), contents(csrc, source), str(source.relative_to(csrc))], iter(words)
     for word in rest:
         if word in ("-o", "-MF", "-c", "-ccbin"):
             next(rest)

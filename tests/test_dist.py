@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,7 +39,7 @@ def test_the_version_stands_in_one_place() -> None:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `make dist` does it, of a copy: the sdist, and the wheel that is built from it."""
+    """As `make wheel-manylinux` does it, of a copy: the sdist, and the wheel that is built from it."""
     folder = tmp_path_factory.mktemp("dist")
     tracked = done("git", "ls-files", cwd=ROOT).splitlines()
     for name in tracked:
@@ -44,9 +47,24 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, target)
-    assert "$(RUN) -m build --no-isolation\n" in (ROOT / "Makefile").read_text()
-    done(sys.executable, "-m", "build", "--no-isolation", cwd=folder / "source", **compilers())
+    rules = (ROOT / "Makefile").read_text()
+    assert 'WD_KERNELS_LINK_WITH="$$($(RUN) bench/old_glibc.py build/glibc)" $(RUN) -m build --no-isolation\n' in rules
+    old = done(sys.executable, ROOT / "bench" / "old_glibc.py", folder / "glibc", cwd=folder).strip()
+    build = (sys.executable, "-m", "build", "--no-isolation")
+    done(*build, cwd=folder / "source", **compilers(), WD_KERNELS_LINK_WITH=old)
     return folder / "source" / "dist"
+
+
+@pytest.fixture(scope="module")
+def named(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel with the name that auditwheel gives it, as the Makefile calls it."""
+    folder = tmp_path_factory.mktemp("named")
+    rule = re.search(r"^REPAIR := .*-m (auditwheel repair .*)--wheel-dir dist$", (ROOT / "Makefile").read_text(), re.M)
+    assert rule
+    (wheel,) = dist.glob("*.whl")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done(sys.executable, "-m", *shlex.split(rule[1]), "--wheel-dir", folder, wheel, cwd=folder, PATH=path)
+    return next(folder.glob("*.whl"))
 
 
 def names(dist: Path) -> tuple[list[str], list[str]]:
@@ -70,6 +88,20 @@ def test_what_is_in_them(dist: Path) -> None:
     assert {name for name in wheel if ".dist-info/" not in name} == modules | native
     assert f"wd_kernels-{version}.dist-info/licenses/LICENSE" in wheel
     assert path.stat().st_size < 5 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the name is of glibc")
+def test_the_name_of_the_wheel(dist: Path, named: Path) -> None:
+    """It runs wherever torch's own wheels do (glibc 2.28); nothing was packed into it, of torch least of all."""
+    tag = re.fullmatch(r"wd_kernels-[\d.]+-cp310-abi3-((?:\.?manylinux\w+)+)\.whl", named.name)
+    assert tag, named.name
+    oldest = min(int(n) for n in re.findall(r"manylinux_2_(\d+)_", tag[1]))
+    assert oldest <= 28
+    own = {name for name in zipfile.ZipFile(named).namelist() if ".dist-info/" not in name}
+    assert own == {name for name in names(dist)[1] if ".dist-info/" not in name}
+    said = zipfile.ZipFile(named).read(f"wd_kernels-{wd_kernels.__version__}.dist-info/WHEEL").decode()
+    assert re.findall(r"^Tag: cp310-abi3-(\S+)$", said, re.M) == tag[1].split(".")
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +159,9 @@ def installed(artifact: Path, python: Path, folder: Path, **variables: str) -> s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
-def test_installed_into_an_empty_environment(kind: str, dist: Path, empty: Path, tmp_path: Path) -> None:
-    assert installed(next(dist.glob(kind)), empty, tmp_path, **compilers()) is None
+def test_installed_into_an_empty_environment(kind: str, dist: Path, named: Path, empty: Path, tmp_path: Path) -> None:
+    artifact = named if kind == "*.whl" else next(dist.glob(kind))
+    assert installed(artifact, empty, tmp_path, **compilers()) is None
     if kind == "*.tar.gz":  # the same package: the whole self-check, half a minute long, is of the wheel
         return
     said = done(empty, "-m", "wd_kernels", cwd=tmp_path)
