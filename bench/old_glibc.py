@@ -44,7 +44,8 @@ def make(folder: Path, soname: str, functions: dict[str, str]) -> Path:
         f'void own_{name}(void) {{}} __asm__(".symver own_{name}, {name}@@GLIBC_{v}");' for name, v in functions.items()
     ]
     nodes = [f"GLIBC_{version} {{}};" for version in sorted(set(functions.values()))]
-    source, script, library = folder / f"{soname}.c", folder / f"{soname}.map", folder / soname
+    plain = folder / f"{soname.partition('.so')[0]}.so"  # nvcc takes no other endings
+    source, script, library = plain.with_suffix(".c"), plain.with_suffix(".map"), plain
     source.write_text("\n".join([*code, ""]))
     script.write_text("\n".join([*nodes, ""]))
     command = ["cc", "-shared", "-fPIC", "-nostdlib", f"-Wl,-soname,{soname}", f"-Wl,--version-script={script}"]
