@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 from email import message_from_string
@@ -127,4 +126,3 @@ def test_what_the_project_says_of_itself(tmp_path: Path) -> None:
     assert [own for own in found.get_all("Requires-Dist") if "extra" not in own] == ["torch>=2.10"]
     pythons = {own.rpartition(" ")[2] for own in found.get_all("Classifier") if "Python :: 3." in own}
     assert pythons == {"3.10", "3.11", "3.12", "3.13", "3.14"}
-    assert shutil.which("wd_kernels") is None  # `python -m wd_kernels` is all that there is
