@@ -13,6 +13,7 @@ from typing import Any
 
 import portable
 import pytest
+from bits import assert_same_bits
 from building import ENVIRONMENT, ROOT, sources
 from cases import Case, ids
 
@@ -37,6 +38,12 @@ def test_portable_mover(case: Case, program: Path, monkeypatch: pytest.MonkeyPat
     backend = portable.provide(monkeypatch, [program])
     portable.compare(case)
     assert backend.launches >= 4
+
+
+def test_portable_mover_of_subnormals(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = portable.subnormal_run("reference")
+    portable.provide(monkeypatch, [program])
+    assert_same_bits(portable.subnormal_run("cpu"), expected)
 
 
 # Pythons --------------------------------------------------------------------------------------------------------------
