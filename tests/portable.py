@@ -163,8 +163,8 @@ def main() -> None:
         f"{datetime.date.today()}, {compiler.splitlines()[0]}, -O3{emulator}.",
         "",
         f"{len(every_kernel())} kernels, {backend.launches} launches; parameters, states, scales and masters after 4 "
-        "steps have the bits of the reference, on this machine's own processor; so have subnormal numbers, where the thread "
-        "that steps flushes them.",
+        "steps have the bits of the reference, on this machine's own processor; so have subnormal numbers, where the "
+        "thread that steps flushes them.",
         "",
         *(f"- {case}" for case in every_kernel()),
         "",
