@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 # A stamp, not the extension itself: without a compiler the package is there without it.
 NATIVE  := $(VENV)/built
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
-CPP     := $(SOURCES) bench/stream.cpp tests/probe.h
+CPP     := $(SOURCES) bench/stream.cpp tests/probe.h tests/mover.cpp
 
 # How tests are spread over processes; PARALLEL= runs them in one.
 PARALLEL ?= -n 2 --dist worksteal
@@ -20,7 +20,7 @@ ECOSYSTEM := $(VENV)/ecosystem
 # Those that ask for a torchvision, whose compiled operators only its own torch can load (tests/ecosystem does without).
 ALONE := timm==1.0.31 torchvision==0.28.0
 
-.PHONY: demo test test-ecosystem mutants torture bench peers bench-gpu codegen convergence study check lint format dist clean
+.PHONY: demo test test-ecosystem mutants torture bench peers bench-gpu codegen convergence study check lint format dist wheel-manylinux wheel-aarch64 kernels clean
 
 demo: $(NATIVE)
 	$(RUN) bench/demo.py
@@ -68,6 +68,34 @@ docs: $(NATIVE)  ## the documentation site, into build/docs; every warning is an
 dist: $(VENV)/ready  ## sdist, and from it the wheel, into dist/
 	rm -rf dist
 	$(RUN) -m build --no-isolation
+
+# torch's libraries are not packed: the torch that is there has them.
+REPAIR := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist
+
+wheel-manylinux: $(VENV)/ready  ## sdist and wheel as `make dist` makes them, but for glibc 2.28, which torch's own wheels want
+	rm -rf dist
+	WD_KERNELS_LINK_WITH="$$($(RUN) bench/old_glibc.py build/glibc)" $(RUN) -m build --no-isolation
+	$(REPAIR) dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+
+# With a cross compiler and an emulator (Debian: g++-aarch64-linux-gnu, qemu-user-static); torch's libraries of that
+# processor are linked against, and are not run.
+CROSS    ?= aarch64-linux-gnu-g++
+EMULATOR ?= qemu-aarch64-static
+ARM      := build/aarch64
+
+wheel-aarch64: $(NATIVE) $(ARM)/torch  ## for 64-bit Arm, by a cross compiler; its kernels run in an emulator, and what they gave is kept
+	PYTHONPATH=bench:. $(RUN) tests/portable.py --compiler $(CROSS) --run "$(EMULATOR)" --save aarch64
+	_PYTHON_HOST_PLATFORM=linux-aarch64 CXX=$(CROSS) WD_KERNELS_CUDA=0 WD_KERNELS_TORCH_HOME="$(CURDIR)/$(ARM)" $(RUN) -m build --wheel --no-isolation
+	$(REPAIR) dist/*-linux_aarch64.whl
+	rm dist/*-linux_aarch64.whl
+
+$(ARM)/torch: requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --target $(ARM) --upgrade --platform manylinux_2_28_aarch64 --only-binary=:all: --no-deps $$(grep '^torch==' requirements-dev.txt)
+	touch $@
+
+kernels: $(VENV)/ready  ## the folder that Hugging Face's `kernels` loads, into dist/kernels
+	$(RUN) bench/kernels_folder.py
 
 check: $(NATIVE)  ## what is installed, and does it compute right
 	$(RUN) -m wd_kernels

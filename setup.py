@@ -11,13 +11,13 @@ Environment, beside CXX:
     CUDA_HOME, CUDA_PATH     the CUDA toolkit (or else: that of the nvcc on the PATH, or /usr/local/cuda)
     TORCH_CUDA_ARCH_LIST     what it is built for, as torch reads it: "8.0;9.0+PTX"
     WD_KERNELS_NAMESPACE     the operators' namespace in torch.ops
+    WD_KERNELS_LINK_WITH     files that both libraries are linked with
     WD_KERNELS_TORCH_HOME    the directory that holds torch
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -26,8 +26,9 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -39,11 +40,13 @@ TARGET_TORCH = "0x020a000000000000"  # 2.10, the oldest torch supported
 # vectorise the root and the selections.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math"
 LINK = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-Wl,--as-needed"
+LINK_WITH = os.environ.get("WD_KERNELS_LINK_WITH", "").replace("$", "$$")
 INSTRUCTION_SETS = {
     "baseline": "",
     "avx2": "-mavx2",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
+NAMESPACE = "-DWD_NAMESPACE=$namespace"  # of what registers operators: movers know nothing of torch
 #: Of the test build: what would be a fault on a GPU, or wrong, ends the process.
 TRAPS = "-fsanitize=alignment,bounds,null,shift,signed-integer-overflow -fsanitize-undefined-trap-on-error"
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
@@ -136,7 +139,7 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
     built = f"CUDA {release[1] if release else '?'} for {', '.join(targets)}".replace("+PTX", " and its PTX")
     host = os.environ.get("CXX", "")
     ccbin = f" -ccbin {_word(host)}" if len(host.split()) == 1 else ""  # nvcc takes no "ccache g++"
-    kernels, ops = BUILD / "kernels.o", BUILD / "cuda_ops.o"
+    kernels, ops, single = BUILD / "kernels.o", BUILD / "cuda_ops.o", BUILD / "single_threaded.o"
     return [
         f"nvcc = {_word(compiler)}{ccbin}",
         "rule nvcc",
@@ -148,11 +151,11 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
         "rule nvlink",
         # libtorch.so, needed or not, brings libtorch_cuda.so where torch has it: the current stream is asked of that.
         f"  command = $nvcc -shared -nodlink -cudart static $in -o $out -L{_word(home / 'lib')} "
-        "-Xlinker --push-state,--no-as-needed,-ltorch,--pop-state -ltorch_cpu -lc10",
+        f"-Xlinker --push-state,--no-as-needed,-ltorch,--pop-state -ltorch_cpu -lc10 {LINK_WITH}",
         "  description = link $out",
         *edge(kernels, "nvcc", CSRC / "cuda" / "kernels.cu"),
-        *edge(ops, "compile", CSRC / "cuda" / "ops.cpp", set=f"-DUSE_CUDA '-DWD_BUILT=\"{built}\"'"),
-        *edge(library, "nvlink", kernels, ops),
+        *edge(ops, "compile", CSRC / "cuda" / "ops.cpp", set=f"{NAMESPACE} -DUSE_CUDA '-DWD_BUILT=\"{built}\"'"),
+        *edge(library, "nvlink", kernels, ops, single),
     ]
 
 
@@ -169,7 +172,7 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 
 def ninja_rules(home: Path, library: Path) -> list[str]:
     """How ninja builds the library that is always there, and the CUDA kernels as the tests run them on the CPU."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    x86 = sysconfig.get_platform().lower().endswith(("x86_64", "amd64"))  # which _PYTHON_HOST_PLATFORM may say
     sets = INSTRUCTION_SETS if x86 else {"baseline": ""}
     sources = [CSRC / "cpu" / "plan.cpp", *sorted((CSRC / "python").glob("*.cpp"))]
     sources += [CSRC / "cpu" / f"{name}.cpp" for name in sets]
@@ -182,12 +185,12 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
         f"namespace = {namespace}",
         f"flags = {FLAGS} -ffile-prefix-map={_word(ROOT)}/= -DTORCH_TARGET_VERSION={TARGET_TORCH} {includes}",
         "rule compile",
-        "  command = $cxx $flags -DWD_NAMESPACE=$namespace $set -MMD -MF $out.d -c $in -o $out",
+        "  command = $cxx $flags $set -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $in",
         "rule link",
-        f"  command = $cxx -shared $in -o $out -L{_word(home / 'lib')} -ltorch_cpu -ltorch -lc10 {LINK}",
+        f"  command = $cxx -shared $in -o $out -L{_word(home / 'lib')} -ltorch_cpu -ltorch -lc10 {LINK} {LINK_WITH}",
         "  description = link $out",
     ]
     lines += linked(library, BUILD, sources)
@@ -206,7 +209,8 @@ def linked(library: Path, folder: Path, sources: Sequence[Path], flags: str = ""
     objects = [folder / f"{source.stem}.o" for source in sources]
     lines = edge(library, "link", *objects)
     for source, target in zip(sources, objects, strict=True):
-        lines += edge(target, "compile", source, set=f"{INSTRUCTION_SETS.get(source.stem, '')} {flags}", **variables)
+        own = INSTRUCTION_SETS.get(source.stem, "") if source.parent.name == "cpu" else NAMESPACE
+        lines += edge(target, "compile", source, set=f"{own} {flags}", **variables)
     return lines
 
 
@@ -293,8 +297,39 @@ class NinjaBuild(build_ext):
                     shutil.copy(built / file, inplace.with_name(file))
 
 
+# What the package index shows -----------------------------------------------------------------------------------------
+
+
+class Project(Distribution):
+    """README.md as a page of its own: its links lead into the repository, where `project.urls` names one."""
+
+    def parse_config_files(self, *arguments: Any, **options: Any) -> None:
+        super().parse_config_files(*arguments, **options)
+        repository = (self.metadata.project_urls or {}).get("Repository")
+        if repository:
+            of_version = f"v{self.metadata.version}"
+            self.metadata.long_description = absolute(self.metadata.long_description, repository, of_version)
+
+
+def absolute(markdown: str, repository: str, revision: str) -> str:
+    """Its relative links, in Markdown and in HTML, as addresses in the repository; code is left as it is."""
+
+    def address(found: re.Match[str]) -> str:
+        before, target, after = found.groups()
+        kind = "raw" if re.search(r"\.(png|svg|gif|jpg)$", target) else "blob"
+        return f"{before}{repository.rstrip('/')}/{kind}/{revision}/{target.removeprefix('./')}{after}"
+
+    relative = r"(?![a-z][a-z0-9+.-]*:|#|/)"
+    parts = re.split(r"(^ *```.*?^ *```|`[^`\n]+`)", markdown, flags=re.DOTALL | re.MULTILINE)
+    for k in range(0, len(parts), 2):  # between pieces of code
+        for link in (rf"(\]\(){relative}([^)\s]+)(\))", rf"(\b(?:src|href)=\"){relative}([^\"]+)(\")"):
+            parts[k] = re.sub(link, address, parts[k])
+    return "".join(parts)
+
+
 if __name__ == "__main__":  # not where a test reads it
     setup(
+        distclass=Project,
         ext_modules=[Extension(f"wd_kernels.{name}", [], py_limited_api=True, optional=True) for name in LIBRARIES],
         cmdclass={"build_ext": NinjaBuild},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -19,6 +19,7 @@ from semantics import all_params, assert_close, build, mode_of, parameters, set_
 from torch import nn
 
 from wd_kernels import SGDW, AdagradW, AdamW, NormalizedDecay, convert_weight_decay, schedules
+from wd_kernels.version import __version__
 
 every = pytest.mark.parametrize("rule", ["adamw", "sgdw", "adagradw"])
 INDEPENDENT = {"decay": "independent", "weight_decay": 1e-4}
@@ -249,11 +250,19 @@ def test_saving_and_resuming_is_quiet(rule: str, decay: str, schedule: Any) -> N
 # What older versions saved --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["0.1.0"])
-@pytest.mark.parametrize("name", list(frozen.runs()))
+RELEASES = {"0.1.0": 11, "0.2.0": 24}  # and how many runs each has saved
+
+
+def test_every_release_has_saved_its_states() -> None:
+    """This one too, and what they saved is there."""
+    assert {file.stem for file in frozen.FOLDER.glob("[0-9]*.pt")} == {*RELEASES, __version__}
+    assert {version: len(frozen.saved_by(version)) for version in RELEASES} == RELEASES
+
+
+@pytest.mark.parametrize(("version", "name"), [(v, n) for v in RELEASES for n in [*frozen.runs()][: RELEASES[v]]])
 def test_states_of_older_versions(version: str, name: str) -> None:
     """They load without a word, and the run goes on to the bit."""
-    saved = torch.load(frozen.FOLDER / f"{version}.pt", weights_only=True)[name]
+    saved = frozen.saved_by(version)[name]
     opt, params = frozen.make(name, saved["weights"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -128,13 +128,14 @@ def test_a_checkpoint_that_does_not_say_how_it_decays(tmp_path: Path) -> None:
     assert b.param_groups[0]["weight_decay"] == 1e-4
 
 
+@pytest.mark.parametrize("version", ["0.1.0", "0.2.0"])
 @pytest.mark.parametrize("name", ["independent", "sgdw"])
-def test_checkpoints_of_older_versions(name: str) -> None:
-    saved = torch.load(frozen.FOLDER / "0.1.0.pt", weights_only=True)[name]
+def test_checkpoints_of_older_versions(name: str, version: str) -> None:
+    saved = frozen.saved_by(version)[name]
     opt, params = frozen.make(name, saved["weights"])
     frozen.train(opt, params, range(1))  # makes the states that are to be filled
     state = {"optimizer": opt.state_dict()}
-    dcp.load(state, checkpoint_id=frozen.FOLDER / f"0.1.0-dcp-{name}", no_dist=True)
+    dcp.load(state, checkpoint_id=frozen.FOLDER / f"{version}-dcp-{name}", no_dist=True)
     opt.load_state_dict(state["optimizer"])
     for p, weights in zip(params, saved["weights"], strict=True):
         p.data.copy_(weights)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from building import ENVIRONMENT, ROOT, built_in, sources
+from building import ENVIRONMENT, ROOT, built_in, compilers, sources
 
 PROGRAM = """
 import sys, torch, wd_kernels
@@ -42,7 +42,7 @@ print("both", torch.ops.their_kernels.adamw_flat_.default._schema.name)
 @pytest.mark.slow
 def test_operators_of_a_vendored_build(tmp_path: Path) -> None:
     source = sources(tmp_path)
-    built = built_in(source, WD_KERNELS_NAMESPACE="their_kernels", WD_KERNELS_CUDA="0")
+    built = built_in(source, WD_KERNELS_NAMESPACE="their_kernels", **compilers() | {"WD_KERNELS_CUDA": "0"})
     assert built.returncode == 0, built.stderr
     (tmp_path / "their").mkdir()
     (tmp_path / "their" / "__init__.py").touch()

@@ -10,6 +10,16 @@ class DefaultRounding {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+ public:
+  DefaultRounding() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
+  }
+  ~DefaultRounding() { __asm__ volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
 #else
  public:
   DefaultRounding() {}
