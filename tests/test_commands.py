@@ -197,9 +197,9 @@ def test_bytes_are_those_that_a_stepped_optimizer_really_keeps(cls, options, dty
     assert roles.get("average", stored.roles(0)["weights"]).kept == of_report.get("ema", 0)
 
 
-def test_bytes_are_those_of_the_readme_s_table():
+def test_bytes_are_those_of_the_page_on_storage_formats():
     """Its rows, made by what it says they are asked for."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "features" / "storage-formats.md").read_text()
     lines = text[text.index("| parameters | states | bytes a") :].split("\n\n")[0].splitlines()[2:]
     assert len(lines) == 13
     for line in lines:

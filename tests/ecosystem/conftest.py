@@ -1,5 +1,7 @@
 """What works with which library: a test says it by `@pytest.mark.works("accelerate", "save and load")`.
 
+One that shows nothing of ours with it, but something of the library itself, says `works("torchao")` alone.
+
 `--save-matrix` writes the table, with the versions that were there, where docs and README show it.
 """
 
@@ -33,13 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marks = list(item.iter_markers("works"))
         if not marks:
             raise pytest.UsageError(f'{item.nodeid} does not say what it shows: @pytest.mark.works("library", "what")')
-        item.user_properties.extend(("works", list(mark.args)) for mark in marks)
+        item.user_properties.extend(("works", list(mark.args)) for mark in marks if len(mark.args) == 2)
 
 
 def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> None:
     """Keeps how each claim fared; with xdist this is called where the reports of all workers come together."""
     if report.when == "call" or report.outcome != "passed":
-        for name, own in report.user_properties:
+        for name, own in getattr(report, "user_properties", ()):  # what could not be collected has none
             if name == "works":
                 config.stash[SHOWN].setdefault((own[0], own[1]), set()).add(report.outcome)
 

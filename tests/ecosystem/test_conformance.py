@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import conformance
 
 PEERS = [
-    pytest.param(name, id=name, marks=pytest.mark.works(subject.package, "the conformance kit, as its table says"))
+    pytest.param(name, id=name, marks=pytest.mark.works(subject.package))
     for name, subject in conformance.SUBJECTS.items()
     if subject.package not in ("torch", "wd_kernels")  # of the main suite: tests/test_testing.py
 ]

@@ -51,7 +51,7 @@ def alike(library: ModuleType, backend: str) -> None:
     assert not torch.equal(steps(library, backend)[0], torch.linspace(-2, 3, 1031))
 
 
-@pytest.mark.works("kernels", "loaded from a local folder")
+@pytest.mark.works("kernels", "get_local_kernel: CPU and universal variants, loaded from a local folder")
 def test_loaded_from_a_local_folder(folder: Path) -> None:
     """The variant of the CPU is chosen, its operators have a namespace of their own, and its bits are the package's."""
     assert sorted(path.name for path in (folder / "build").iterdir()) == sorted(NAMES)
@@ -65,7 +65,7 @@ def test_loaded_from_a_local_folder(folder: Path) -> None:
     assert library.AdamW is not wd_kernels.AdamW
 
 
-@pytest.mark.works("kernels", "without native code, where no variant fits")
+@pytest.mark.works("kernels", "get_local_kernel: without native code, where no variant fits")
 def test_loaded_without_native_code(folder: Path) -> None:
     library = kernels.get_local_kernel(folder / "build" / NAMES[1])
     assert library.native.C is None
@@ -73,7 +73,7 @@ def test_loaded_without_native_code(folder: Path) -> None:
     alike(library, "reference")
 
 
-@pytest.mark.works("kernels", "named by build.toml")
+@pytest.mark.works("kernels", "get_local_kernel: named by build.toml")
 def test_the_declaration_is_read() -> None:
     """By the library's own parser, which knows every field."""
     assert [str(own).lower() for own in Build.open(ROOT).general.backends] == ["cpu", "cuda"]

@@ -56,7 +56,7 @@ def train(model: nn.Module, opt: Any, steps: range) -> None:
         opt.step(closure if isinstance(opt, pytorch_optimizer.SAM) else None)
 
 
-@pytest.mark.works("pytorch_optimizer", "`Lookahead`, `SAM`, `ScheduleFreeWrapper`, `OrthoGrad` around it")
+@pytest.mark.works("pytorch-optimizer", "`Lookahead`, `SAM`, `ScheduleFreeWrapper`, `OrthoGrad` around it")
 @pytest.mark.parametrize("build", [lookahead, pulled_back, sam, schedule_free, orthograd])
 def test_wrapped(build: Build, tmp_path: Path) -> None:
     ours, theirs = (wd_kernels.SGDW, torch.optim.SGD) if build is pulled_back else (wd_kernels.AdamW, torch.optim.AdamW)

@@ -82,7 +82,7 @@ def there_and_back(
 # optimi ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.works("torch-optimi", "states of Adam, AdamW and SGD, in every decay mode of theirs, to and from ours")
+@pytest.mark.works("torch-optimi", "states: of Adam, AdamW and SGD, in every decay mode of theirs, to and from ours")
 @pytest.mark.parametrize(
     ("words", "decay", "strength"),
     [({}, "l2", 0.3), ({"decouple_wd": True}, "lr_scaled", 0.3), ({"decouple_lr": True}, "independent", 3e-3)],
@@ -105,7 +105,7 @@ def test_optimi(name: str, words: dict[str, Any], decay: Any, strength: float) -
         there_and_back(make, "optimi", wd_kernels.SGDW, 2e-6, decay=decay, weight_decay=0.9, momentum=0.1)
 
 
-@pytest.mark.works("torch-optimi", "Kahan's compensations as float32 masters, and back")
+@pytest.mark.works("torch-optimi", "states: Kahan's compensations as float32 masters, and back")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_optimi_s_compensations(dtype: torch.dtype) -> None:
     """bfloat16 parameters of theirs and their float32 masters of ours stay together as bfloat16 alone would not."""
@@ -156,7 +156,7 @@ def test_optimi_s_compensations(dtype: torch.dtype) -> None:
     assert max(map(float, drift)) < 0.2 * max(map(float, moved))
 
 
-@pytest.mark.works("torch-optimi", "its other optimizers are refused by name")
+@pytest.mark.works("torch-optimi", "states: those of its other optimizers are refused by name")
 def test_what_optimi_has_beside() -> None:
     import optimi
 
@@ -204,7 +204,7 @@ class Op:
 
 
 @pytest.mark.works(
-    "deepspeed", "states of DeepSpeedCPUAdam and FusedAdam, to and from ours (its own classes, in float64)"
+    "deepspeed", "states: of DeepSpeedCPUAdam and FusedAdam, to and from ours (its own classes, in float64)"
 )
 @pytest.mark.parametrize("adamw", [True, False])
 @pytest.mark.parametrize("name", ["DeepSpeedCPUAdam", "FusedAdam"])
@@ -225,7 +225,7 @@ def test_deepspeed(name: str, adamw: bool, monkeypatch: pytest.MonkeyPatch) -> N
 # bitsandbytes and torchao ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.works("bitsandbytes", "states of AdamW and SGD in 32 bits, to and from ours")
+@pytest.mark.works("bitsandbytes", "states: of AdamW and SGD in 32 bits, to and from ours")
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_bitsandbytes(name: str) -> None:
     import bitsandbytes
@@ -241,7 +241,7 @@ def test_bitsandbytes(name: str) -> None:
         there_and_back(make, "bitsandbytes", wd_kernels.SGDW, 1e-5, decay="l2", weight_decay=0.9, momentum=0.1)
 
 
-@pytest.mark.works("bitsandbytes", "8-bit states of AdamW to ours")
+@pytest.mark.works("bitsandbytes", "states: 8 bits of AdamW to ours")
 def test_bitsandbytes_in_8_bits(tmp_path: Path) -> None:
     import bitsandbytes
 
@@ -260,7 +260,7 @@ def test_bitsandbytes_in_8_bits(tmp_path: Path) -> None:
     assert distance(params, whole) <= 1e-5  # the step is taken before it is rounded to 8 bits again
 
 
-@pytest.mark.works("torchao", "states of AdamW8bit and AdamW4bit to ours, and from ours")
+@pytest.mark.works("torchao", "states: of AdamW8bit and AdamW4bit, to and from ours")
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
 def test_torchao(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchao
@@ -286,7 +286,9 @@ def test_torchao(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 # Transformers and accelerate ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.works("transformers", "optimizer.pt of its names of AdamW is known by its keys; Adafactor is refused")
+@pytest.mark.works(
+    "transformers", "states: optimizer.pt of its names of AdamW is known by its keys; Adafactor is refused"
+)
 def test_what_transformers_saves(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
     from transformers.optimization import Adafactor
@@ -316,7 +318,7 @@ def command(*words: object) -> int:
     return main(["convert", *map(str, words)])
 
 
-@pytest.mark.works("accelerate", "the folder of save_state, by python -m wd_kernels convert")
+@pytest.mark.works("accelerate", "states: the folder of save_state, by `python -m wd_kernels convert`")
 def test_what_accelerate_saves(tmp_path: Path) -> None:
     from accelerate import Accelerator
 
@@ -334,7 +336,7 @@ def test_what_accelerate_saves(tmp_path: Path) -> None:
     assert distance(params, list(model.parameters())) <= 2e-6
 
 
-@pytest.mark.works("lightning", "the optimizer in a .ckpt, by python -m wd_kernels convert")
+@pytest.mark.works("lightning", "states: the optimizer in a .ckpt, by `python -m wd_kernels convert`")
 def test_what_lightning_saves(tmp_path: Path) -> None:
     import lightning
 
