@@ -11,6 +11,7 @@ import pytest
 import torch
 from bits import assert_same_bits
 from cases import bf16
+from safetensors.torch import save_file
 from torch import nn
 
 import wd_kernels
@@ -123,7 +124,7 @@ def test_compensations_take_a_model(
     if suffix == ".pt":
         torch.save({"model": model.state_dict()}, file)
     else:
-        pytest.importorskip("safetensors.torch").save_file(model.state_dict(), file)
+        save_file(model.state_dict(), file)
     assert command(tmp_path / "ours.pt", tmp_path / "theirs.pt", "--to", "optimi") == 2
     assert "params=[...]; --model FILE gives them" in capsys.readouterr().err
     words = (tmp_path / "ours.pt", tmp_path / "theirs.pt", "--to", "optimi", "--model", file)
