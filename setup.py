@@ -46,7 +46,6 @@ INSTRUCTION_SETS = {
     "avx2": "-mavx2",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
-NAMESPACE = "-DWD_NAMESPACE=$namespace"  # of what registers operators: movers know nothing of torch
 #: Of the test build: what would be a fault on a GPU, or wrong, ends the process.
 TRAPS = "-fsanitize=alignment,bounds,null,shift,signed-integer-overflow -fsanitize-undefined-trap-on-error"
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
@@ -154,7 +153,12 @@ def cuda_rules(home: Path, library: Path) -> list[str]:
         f"-Xlinker --push-state,--no-as-needed,-ltorch,--pop-state -ltorch_cpu -lc10 {LINK_WITH}",
         "  description = link $out",
         *edge(kernels, "nvcc", CSRC / "cuda" / "kernels.cu"),
-        *edge(ops, "compile", CSRC / "cuda" / "ops.cpp", set=f"{NAMESPACE} -DUSE_CUDA '-DWD_BUILT=\"{built}\"'"),
+        *edge(
+            ops,
+            "compile",
+            CSRC / "cuda" / "ops.cpp",
+            set=f"-DWD_NAMESPACE=$namespace -DUSE_CUDA '-DWD_BUILT=\"{built}\"'",
+        ),
         *edge(library, "nvlink", kernels, ops, single),
     ]
 
@@ -204,13 +208,15 @@ def ninja_rules(home: Path, library: Path) -> list[str]:
     return lines
 
 
-def linked(library: Path, folder: Path, sources: Sequence[Path], flags: str = "", **variables: str) -> list[str]:
-    """How a library of these sources is built, each with the flags of its instruction set."""
+def linked(
+    library: Path, folder: Path, sources: Sequence[Path], flags: str = "", namespace: str = "$namespace"
+) -> list[str]:
+    """How a library is built: movers for their instruction sets, what registers operators in a namespace."""
     objects = [folder / f"{source.stem}.o" for source in sources]
     lines = edge(library, "link", *objects)
     for source, target in zip(sources, objects, strict=True):
-        own = INSTRUCTION_SETS.get(source.stem, "") if source.parent.name == "cpu" else NAMESPACE
-        lines += edge(target, "compile", source, set=f"{own} {flags}", **variables)
+        own = INSTRUCTION_SETS.get(source.stem, "") if source.parent.name == "cpu" else f"-DWD_NAMESPACE={namespace}"
+        lines += edge(target, "compile", source, set=f"{own} {flags}")
     return lines
 
 
