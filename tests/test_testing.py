@@ -130,7 +130,8 @@ class Planted(torch.optim.Optimizer):
         v = beta2 * before + (1 - beta2) * g * g
         state["exp_avg_sq"].copy_(v.sqrt() if fault == "root kept" else v)
         corrected = 1 if fault == "no bias correction" else 1 - beta1**t
-        v = v / (1 - beta2**t)
+        second = 1 - torch.tensor(beta2, dtype=torch.float32) ** t if fault == "correction in float32" else 1 - beta2**t
+        v = v / second
         root = (v + eps**2).sqrt() if fault == "eps in the root" else v.sqrt() + eps
         u = factor * m / corrected / root
         if fault == "update in bfloat16":
@@ -327,6 +328,40 @@ def test_a_report(capsys: pytest.CaptureFixture[str]) -> None:
         report.raise_if_failed()
     with pytest.raises(testing.Fault, match="closure: is allowed to fail, and does not"):
         report.raise_if_failed(allow=["bad-options", "closure"])
+    report.raise_if_failed(allow=(name for name in ["bad-options"]))  # of any iterable, once
+    with pytest.raises(testing.Fault, match="decay: is allowed to fail, and was not run"):
+        report.raise_if_failed(allow=["bad-options", "decay"])
+
+
+def test_overflow_is_no_fault_of_a_checkpoint() -> None:
+    """torch.optim.Adam in float16 divides 0 by 0, in the uninterrupted run as in the resumed one."""
+    claim = testing.AdamW(decay="l2")
+    report = testing.check(torch.optim.Adam, claim, only=["resume-float16", "decay-float16"])
+    assert report.failed == ("decay-float16",)
+    nan, zero = torch.tensor([math.nan]), torch.tensor(0.0)
+    testing.same([nan, zero], [nan.clone(), zero.clone()], "as they are")
+    for other in (-zero, torch.tensor(1.0), nan[0]):
+        with pytest.raises(testing.Fault):
+            testing.same([zero], [other], "another")
+
+
+class Rounds32(Planted):
+    """Its bias correction in float32, as of steps that a graph captures: no wrong one."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, fault="correction in float32", **options)
+
+
+def test_a_bias_correction_in_float32_is_one() -> None:
+    (check,) = testing.checks(Rounds32, testing.AdamW(), only=["first-steps"])
+    assert 64 < float(check().split()[0]) <= 320
+
+
+def test_a_refused_state_is_not_offered() -> None:
+    only = ["torch-state"]
+    report = testing.check(wd_kernels.AdamW, testing.AdamW(), only=only, state_dtype="int8")
+    assert report.findings[0].verdict == "not offered"
+    assert "has dtype torch.float32" in report.findings[0].found
 
 
 def test_an_adapter() -> None:

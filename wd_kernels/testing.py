@@ -355,10 +355,15 @@ def away(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return worst
 
 
+def bits(x: Tensor) -> Tensor:
+    return x.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
 def same(found: Sequence[Tensor], right: Sequence[Tensor], what: str) -> None:
-    """To the bit."""
+    """To the bit: NaN is like NaN, so that states which overflow are no fault of what keeps them."""
     if not all(
-        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) for a, b in zip(found, right, strict=True)
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+        for a, b in zip(found, right, strict=True)
     ):
         raise Fault(f"{what}: differs by {away(found, right):.3g} eps")
 
@@ -475,10 +480,11 @@ def first_steps(s: Subject) -> str:
     """The first three updates: Adam's bias correction, the first momentum buffer of SGD.
 
     Why: without it the first steps are too long or too short by factors. Judged as `update` is, from the first step
-    on.
+    on, to 64 eps of the update and 256 more: a root of 1 - 0.999^t in float32, as captured steps take it, is up to
+    125 (1 + 1/t) eps off.
     """
     worst, t = updates(s, 0, 3, (1e10, 1e15))
-    must(worst <= 64, f"step {t} is {worst:.3g} eps of the update off")
+    must(worst <= 64 + 256, f"step {t} is {worst:.3g} eps of the update off")
     return f"{worst:.2g} eps of the update off"
 
 
@@ -1030,7 +1036,7 @@ def resume(s: Subject) -> str:
     of states right after loading: of a bfloat16 parameter, torch's load_state_dict casts float32 states unless a
     class takes care.
     """
-    params = s.params((5000,), *SHAPES)
+    params = s.params((8192,), *SHAPES)  # states of 8 bits are often kept from 4096 elements on, in blocks
     optimizer = s.optimizer(params)
     s.train(optimizer, params, 0, 5)
     file = io.BytesIO()
@@ -1058,7 +1064,7 @@ def torch_state(s: Subject) -> str:
     """States load from torch's class of the same rule, and into it, if they have its names.
 
     Why: going over to another optimizer, or back, in the middle of a run. Judged by three more steps of torch's
-    class.
+    class; a refusal is no fault.
     """
     other = s.claim.torchs()
     if other is None:
@@ -1074,10 +1080,10 @@ def torch_state(s: Subject) -> str:
     for into, own in ((s.optimizer, "from torch"), (lambda p: other(p, lr=LR, **s.claim.options), "into torch")):
         source, begin = (torchs, theirs) if own == "from torch" else (optimizer, params)
         moved = [torch.nn.Parameter(p.detach().clone()) for p in begin]
-        loaded = into(moved)
-        loaded.load_state_dict(copy.deepcopy(source.state_dict()))
-        before = values(begin)
-        s.train(loaded, moved, 3, 6)
+        loaded, before = into(moved), values(begin)
+        with offered():
+            loaded.load_state_dict(copy.deepcopy(source.state_dict()))
+            s.train(loaded, moved, 3, 6)
         s.train(source, begin, 3, 6)
         near(moved, begin, before, own)
     return "both ways"
@@ -1309,11 +1315,11 @@ class Report:
 
     def raise_if_failed(self, allow: Iterable[str] = ()) -> None:
         """Raises Fault if a check does not hold that `allow` does not name, or if one that it names holds by now."""
-        wrong = [f for f in self.findings if f.verdict == "does not" and f.check not in set(allow)]
-        mended = [name for name in allow if name not in self.failed]
-        lines = [f"{f.check}: {f.found}" for f in wrong] + [
-            f"{name}: is allowed to fail, and does not" for name in mended
-        ]
+        allowed, run = tuple(allow), {f.check for f in self.findings}
+        lines = [f"{f.check}: {f.found}" for f in self.findings if f.verdict == "does not" and f.check not in allowed]
+        for name in allowed:
+            if name not in self.failed:
+                lines.append(f"{name}: is allowed to fail, and {'does not' if name in run else 'was not run'}")
         if lines:
             raise Fault("\n".join([f"{self.name} as {self.claim}:", *lines]))
 
