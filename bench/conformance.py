@@ -3,7 +3,8 @@
 python bench/conformance.py [--only NAME] [--check CHECK] [--save]
 
 Needs the environment of `make test-ecosystem` for the other libraries; what is not installed is named. `--save` keeps
-the table in bench/results/conformance.txt and shows its summary in docs/conformance.md.
+the table in bench/results/conformance.txt and shows its summary in docs/conformance.md; with `--only` the other
+optimizers' lines stay as they are.
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ SUBJECTS = {
     "torchao.AdamW8bit": Subject("torchao", "torchao.optim:AdamW8bit", ADAMW),
     "pytorch_optimizer.SGDW": Subject("pytorch-optimizer", "pytorch_optimizer:SGDW", MOMENTUM),
     "flashoptim.FlashAdamW": Subject("flashoptim", "flashoptim:FlashAdamW", ADAMW),
+    "flashoptim.FlashAdamW, plain": Subject(
+        "flashoptim", "flashoptim:FlashAdamW", ADAMW, {"quantize": False, "master_weight_bits": None, "fused": False}
+    ),
 }
 
 
@@ -108,6 +112,17 @@ def verdicts(lines: list[str]) -> dict[str, dict[str, str]]:
     return found
 
 
+def merged(kept: list[str], lines: list[str]) -> list[str]:
+    """The kept lines of all subjects, those of `lines` instead of their own."""
+    blocks: dict[str, list[str]] = {}
+    for line in (*kept, *lines):
+        if " as " in line and not line.startswith(" "):
+            blocks[name := line.split(" as ")[0]] = [line]
+        elif line.startswith("  "):
+            blocks[name].append(line)
+    return [line for name in SUBJECTS for line in (*blocks.get(name, []), "") if name in blocks]
+
+
 def summary(lines: list[str]) -> str:
     """Markdown: a row for each subject."""
     rows = ["| optimizer | as | holds | does not hold | not offered |", "|---|---|---|---|---|"]
@@ -148,6 +163,8 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="keep the table, and show it in the documentation")
     parser.add_argument("--here", action="store_true", help="in this process")
     own = parser.parse_args()
+    if own.save and own.check:
+        parser.error("--save keeps all checks of an optimizer: leave --check out")
     lines: list[str] = []
     for name in own.only or SUBJECTS:
         try:
@@ -162,6 +179,7 @@ def main() -> None:
         print("\n".join([*found, ""]), flush=True)
         lines += [*found, ""]
     if own.save:
+        lines = merged(KEPT.read_text().splitlines() if own.only else [], lines)
         packages = dict.fromkeys(s.package for s in SUBJECTS.values() if s.package != "wd_kernels")
         head = f"CPU tensors; {', '.join(f'{p} {version(p)}' for p in packages)}; without torch.compile"
         KEPT.write_text("\n".join([head, "", *lines]).rstrip() + "\n")

@@ -438,3 +438,12 @@ def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_kept_table(name: str) -> None:
     kept = conformance.verdicts(conformance.KEPT.read_text().splitlines())
     assert conformance.verdicts(conformance.lines_of(name, [])) == {name: kept[name]}
+
+
+def test_a_part_of_the_table_is_made_anew() -> None:
+    """--only with --save: the lines of the others stay."""
+    kept = conformance.KEPT.read_text().splitlines()
+    assert conformance.merged(kept, []) == [*kept[2:], ""]
+    new = ["torch.SGD as SGD, l2: 1 holds, 0 does not, 0 not offered", ""]
+    found = conformance.verdicts(conformance.merged(kept, new))
+    assert found == conformance.verdicts(kept) | {"torch.SGD": {}}

@@ -1274,6 +1274,7 @@ class Check:
             NotOffered: the optimizer refuses what the check asks for; pytest shows it as skipped.
         """
         with torch.random.fork_rng(), one_thread():
+            torch.manual_seed(0)  # what is random in a step is the same in every run
             if self.subject.dtype != F32:
                 with offered():
                     params = self.subject.params((4,))
