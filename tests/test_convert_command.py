@@ -224,14 +224,16 @@ def test_nothing_is_overwritten_or_half_written(
     assert "out.pt is there: --force overwrites it" in capsys.readouterr().err
     assert (tmp_path / "out.pt").read_text() == "mine"
 
-    def fails(*_: Any) -> None:
-        raise OSError("the disk is full")
+    for error in (OSError("the disk is full"), RuntimeError("of torch.save: the disk is full")):
 
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "save", fails)
-        assert command(tmp_path / "in.pt", tmp_path / "out.pt", "--force") == 2
-    assert "the disk is full" in capsys.readouterr().err
-    assert (tmp_path / "out.pt").read_text() == "mine"
+        def fails(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "save", fails)
+            assert command(tmp_path / "in.pt", tmp_path / "out.pt", "--force") == 2
+        assert "the disk is full" in capsys.readouterr().err
+        assert (tmp_path / "out.pt").read_text() == "mine"
     os.chmod(tmp_path / "out.pt", 0o640)
     assert command(tmp_path / "in.pt", tmp_path / "out.pt", "--force") == 0
     assert "exp_avg" in load(tmp_path / "out.pt")["state"][0]

@@ -172,8 +172,10 @@ def _write(checkpoint: Any, out: Path) -> None:
         mode = out.stat().st_mode if out.exists() else 0o666 & ~_umask()
         os.chmod(name, mode)
         os.replace(name, out)
-    except BaseException:
+    except BaseException as raised:
         os.unlink(name)
+        if isinstance(raised, RuntimeError):  # torch.save's, of a disk that is full
+            raise OSError(f"{out} cannot be written: {first_line(raised)}") from raised
         raise
 
 
