@@ -97,6 +97,18 @@ def test_a_file_of_shapes(tmp_path):
     assert read_shapes(path) == ((768, 3072), *((768, 3072),) * 12, (4,), (4,), (4,), (768,), *((2, 3, 4, 5),) * 2)
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.txt", "3x4\r\n"), ("a.json", "[[3, 4]]")])
+def test_a_mark_of_the_byte_order_is_no_name(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert read_shapes(tmp_path / name) == ((3, 4),)
+
+
+def test_a_sparse_tensor_is_an_error(tmp_path):
+    torch.save({"w": torch.ones(3, 4).to_sparse()}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: a tensor of \(3, 4\) is torch.sparse_coo"):
+        read_shapes(tmp_path / "a.pt")
+
+
 def test_shapes_of_models_in_files_are_those_of_their_parameters(tmp_path):
     from safetensors.torch import save_file
 
@@ -125,6 +137,12 @@ def test_weights_are_not_loaded(tmp_path, monkeypatch):
     assert read_shapes(tmp_path / "large.safetensors") == ((1 << 20, 1 << 10),)
 
 
+def header(held: Any) -> str:
+    """A .safetensors file of it alone."""
+    text = json.dumps(held)
+    return len(text).to_bytes(8, "little").decode() + text
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -138,6 +156,12 @@ def test_weights_are_not_loaded(tmp_path, monkeypatch):
         ("a.json", "3", "a.json, entry '': 3"),
         ("a.json", "{", "a.json is no JSON"),
         ("a.safetensors", "abc", "a.safetensors is no .safetensors file: its header would be longer"),
+        ("a.safetensors", header([1]), "a.safetensors is no .safetensors file: its header is a list"),
+        ("a.safetensors", header({"w": 5}), "'w' has no dtype and shape in its header"),
+        ("a.safetensors", header({"w": {"dtype": "F32"}}), "'w' has no dtype and shape in its header"),
+        ("a.safetensors", header({"w": {"dtype": "F32", "shape": [-3]}}), "'w' has no dtype and shape in its header"),
+        ("a.json", '{"weight_map": {"w": 5}}', "No such file"),
+        ("a.txt", "3x4\n2x2 *99999999999\n", "a.txt, line 2: 99999999999 times; allowed are up to 1000000"),
         ("a.pt", "abc", "a.pt is not read by torch.load"),
     ],
 )
@@ -325,7 +349,7 @@ def test_without_a_gpu_a_plan_has_no_time(run):
     [
         (["--model", "gpt5"], f"model 'gpt5': known are {', '.join(MODELS)}"),
         (["--model", "resnet50", "--layers", "3"], "layers=3 of resnet50"),
-        (["--model", "gpt2", "--layers", "0"], "layers=0: allowed are 1 and more"),
+        (["--model", "gpt2", "--layers", "0"], "layers=0: allowed are 1 to 10000"),
         (["--model", "gpt2", "--shard", "0"], "shard=0: allowed are 1 and more"),
         (["--model", "gpt2/x"], "--model gpt2/x: expected NAME, with --shard N, or NAME/N"),
         (["--model", "gpt2/4", "--shard", "4"], "expected NAME, with --shard N, or NAME/N"),
@@ -480,6 +504,15 @@ def test_a_benchmark_that_cannot_be_is_an_error(run, monkeypatch, argv, said):
     found = run("bench", *argv)
     assert (found.status, found.out) == (2, "")
     assert said in found.err
+
+
+@pytest.mark.parametrize("option", ["--plot", "--json"])
+def test_a_file_that_cannot_be_written_is_an_error_before_anything_is_measured(run, small, monkeypatch, option):
+    monkeypatch.setattr(bench, "build", lambda *_: pytest.fail("allocates"))
+    for path in (small.parent / "none" / "x.png", small.parent):
+        found = run("bench", "--shapes", small, option, path)
+        assert found.status == 2
+        assert f"{path} cannot be written: it is a folder, or is in one that is not there" in found.err
 
 
 def test_a_plot_without_matplotlib_is_an_error_before_anything_is_measured(run, small, monkeypatch):

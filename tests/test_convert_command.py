@@ -156,6 +156,33 @@ def test_a_decay_that_is_carried_over(tmp_path: Path, capsys: pytest.CaptureFixt
     theirs.load_state_dict(load(tmp_path / "out.pt"))
 
 
+def test_a_decay_of_ours_that_is_carried_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = trained([nn.Parameter(torch.ones(40))], decay="independent", weight_decay=1e-3).state_dict()
+    torch.save(own, tmp_path / "in.pt")
+    long = tmp_path / f"{'o' * 240}.pt"
+    assert command(tmp_path / "in.pt", long) == 2
+    assert "has the layout of wd_kernels already" in capsys.readouterr().err
+    assert command(tmp_path / "in.pt", long, "--decay", "lr_scaled") == 0
+    assert "weight decay 0.001 (independent) is 0.1 (lr_scaled) at lr=0.01" in capsys.readouterr().out
+    opt = wd_kernels.AdamW([nn.Parameter(torch.ones(40))], lr=1.0)
+    opt.load_state_dict(load(long))
+    assert opt.param_groups[0]["weight_decay"] == pytest.approx(0.1)
+    assert torch.equal(opt.state_dict()["state"][0]["exp_avg"], own["state"][0]["exp_avg"])
+    with_norms = wd_kernels.NormalizedDecay(wd_kernels.schedules.Cosine(8))
+    own = trained([nn.Parameter(torch.ones(40))], decay="lr_scaled", weight_decay=0.1, schedule=with_norms).state_dict()
+    torch.save(own, tmp_path / "in.pt")
+    assert command(tmp_path / "in.pt", long, "--decay", "l2", "--force") == 2
+    assert "schedule=NormalizedDecay(" in capsys.readouterr().err
+
+
+def test_a_model_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(trained([nn.Parameter(torch.ones(4))]).state_dict(), tmp_path / "in.pt")
+    torch.save([torch.ones(4)], tmp_path / "model.pt")
+    words = (tmp_path / "in.pt", tmp_path / "out.pt", "--to", "optimi", "--model", tmp_path / "model.pt")
+    assert command(*words) == 2
+    assert "model.pt has no model: expected its state_dict()" in capsys.readouterr().err
+
+
 def test_groups_like_another_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sgd = wd_kernels.SGDW([p := nn.Parameter(torch.ones(300))], lr=0.1, momentum=0.9, decay="l2")
     p.grad = torch.ones(300)
@@ -197,14 +224,16 @@ def test_nothing_is_overwritten_or_half_written(
     assert "out.pt is there: --force overwrites it" in capsys.readouterr().err
     assert (tmp_path / "out.pt").read_text() == "mine"
 
-    def fails(*_: Any) -> None:
-        raise OSError("the disk is full")
+    for error in (OSError("the disk is full"), RuntimeError("of torch.save: the disk is full")):
 
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "save", fails)
-        assert command(tmp_path / "in.pt", tmp_path / "out.pt", "--force") == 2
-    assert "the disk is full" in capsys.readouterr().err
-    assert (tmp_path / "out.pt").read_text() == "mine"
+        def fails(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "save", fails)
+            assert command(tmp_path / "in.pt", tmp_path / "out.pt", "--force") == 2
+        assert "the disk is full" in capsys.readouterr().err
+        assert (tmp_path / "out.pt").read_text() == "mine"
     os.chmod(tmp_path / "out.pt", 0o640)
     assert command(tmp_path / "in.pt", tmp_path / "out.pt", "--force") == 0
     assert "exp_avg" in load(tmp_path / "out.pt")["state"][0]
@@ -218,6 +247,12 @@ def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "zero" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     (tmp_path / "text.pt").write_text("no checkpoint")
     (tmp_path / "code.pt").write_bytes(pickle.dumps(Path))
+    (tmp_path / "bytes.pt").touch()
+    (tmp_path / "memo.pt").write_text("hello\n")  # of which the unpickler makes a KeyError
+    (tmp_path / "bytes.safetensors").write_bytes(bytes(range(100)))
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / ".metadata").write_text("no metadata")
+    torch.save({"state": [1], "param_groups": [{"params": [0], "foreach": None, "maximize": False}]}, tmp_path / "l.pt")
     torch.save({"weight": torch.ones(3)}, tmp_path / "model.pt")
     adafactor = {"state": {0: {"exp_avg_sq_row": torch.ones(3)}}, "param_groups": [{"lr": 1, "params": [0]}]}
     torch.save(adafactor, tmp_path / "adafactor.pt")
@@ -232,6 +267,11 @@ def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt": "is a rank's part of DeepSpeed's ZeRO, with all parameters",
         "text.pt": "is no file of torch.save",
         "code.pt": "is no file of torch.save, or holds more than tensors",
+        "bytes.pt": "bytes.pt is no file of torch.save",
+        "memo.pt": "memo.pt is no file of torch.save",
+        "bytes.safetensors": "bytes.safetensors is no .safetensors file",
+        "dcp": "dcp is no DCP that torch reads",
+        "l.pt": "'state' of state_dict is a list",
         "model.pt": "has no state of an optimizer; its keys are weight",
         "adafactor.pt": "has 'exp_avg_sq_row': it is Adafactor's",
         "zero.pt": "one rank's part of DeepSpeed's ZeRO 1",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import wd_kernels
 from wd_kernels import convert_state
 from wd_kernels.formats import MASTER_NAME
+from wd_kernels.reference import load
 
 PEERS: dict[str, Any] = torch.load(Path(__file__).parent / "checkpoints" / "peers.pt", weights_only=True)
 NAMES = {"adamw": ["exp_avg", "exp_avg_sq"], "sgdw": ["momentum_buffer"], "adagradw": ["sum"]}
@@ -551,7 +552,8 @@ def test_whose_a_state_is_by_its_keys() -> None:
 
 FOREIGN: list[tuple[type[torch.optim.Optimizer], str]] = [
     (torch.optim.Adafactor, "Adafactor"), (torch.optim.NAdam, "NAdam"), (torch.optim.Adamax, "Adamax"),
-    (torch.optim.RMSprop, "RMSprop"),
+    (torch.optim.RMSprop, "RMSprop"), (torch.optim.Adadelta, "Adadelta"), (torch.optim.ASGD, "ASGD"),
+    (torch.optim.Rprop, "Rprop"), (torch.optim.Muon, "Muon"),
 ]  # fmt: skip
 
 
@@ -563,6 +565,85 @@ def test_other_rules_are_refused_by_name(kind: Any, name: str) -> None:
     for source in ("torch", "auto"):
         with pytest.raises(ValueError, match=rf"has '\w+': it is {name}'s, and nothing here goes on with that"):
             convert_state(theirs.state_dict(), source=source)
+
+
+def test_radam_is_refused_though_its_states_are_those_of_adam() -> None:
+    theirs = torch.optim.RAdam([p := nn.Parameter(torch.ones(4))])
+    train(theirs, [p], 0, 2)
+    for source in ("torch", "auto"):
+        with pytest.raises(ValueError, match="it is RAdam's, and nothing here goes on with that"):
+            convert_state(theirs.state_dict(), source=source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("own", "eps", "message"),
+    [
+        ({}, 1e-8, "eps=1e-08, which SGD has not: it is RMSprop's"),  # its alpha is where SGD's momentum is
+        ({"unorm_vec": torch.ones(1)}, 0.0, "has 'unorm_vec': it is LARS or LAMB's"),
+    ],
+)
+def test_other_rules_of_bitsandbytes(own: dict[str, Any], eps: float, message: str) -> None:
+    hidden = {"step": 3, "__bnb_optimizer_quant_state__": {"state1": torch.ones(3), **own}}
+    group = {"lr": 0.1, "betas": (0.9, 0), "eps": eps, "weight_decay": 0, "params": [0]}
+    for source in ("bitsandbytes", "auto"):
+        with pytest.raises(ValueError, match=message):
+            convert_state({"state": {0: hidden}, "param_groups": [group]}, source=source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("library", ["transformer_engine", "apex"])
+def test_sgd_has_no_count_there(library: Any) -> None:
+    """Its masters are there without momentum, too, and a count of 0 would say that they are of no step."""
+    params = [nn.Parameter(torch.linspace(-1, 1, 9).to(bf16)) for _ in range(2)]
+    opt = wd_kernels.SGDW(params, lr=0.1, master_weights=True, decay="l2")
+    train(opt, params, 0, 2)
+    saved = opt.state_dict()
+    with warnings.catch_warnings(record=True):
+        theirs = convert_state(saved, target=library)
+    assert "step" not in theirs["param_groups"][0]
+    if library == "transformer_engine":
+        new = wd_kernels.SGDW([nn.Parameter(p.detach().clone()) for p in params], master_weights=True, decay="l2")
+        new.load_state_dict(convert_state(theirs, source=library))
+        assert_same_bits(new.state_dict()["state"][1][MASTER_NAME], saved["state"][1][MASTER_NAME])
+
+    opt = wd_kernels.SGDW(params, lr=0.1, momentum=0.9, decay="l2", state_dtype="int8")
+    for own in (params[:1], params):  # each counts its own, as its rounding wants
+        opt.zero_grad()
+        for p in own:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    assert [float(own["step"]) for own in opt.state_dict()["state"].values()] == [2, 1]
+    theirs = convert_state(opt.state_dict(), target=library)
+    assert [set(own) for own in theirs["state"].values()] == [{"momentum_buffer"}] * 2
+
+
+def test_deepspeed_s_adagrad_begins_with_states() -> None:
+    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    opt = wd_kernels.AdagradW(params, lr=0.1, decay="l2")
+    params[0].grad = torch.ones(4)
+    opt.step()
+    saved = opt.state_dict()
+    found = convert_state(convert_state(saved, target="deepspeed"), source="deepspeed")
+    assert [float(found["state"][k]["step"]) for k in range(2)] == [float(saved["state"][k]["step"]) for k in range(2)]
+
+
+def test_flashoptim_and_back_with_split_masters() -> None:
+    p = nn.Parameter(torch.linspace(-1, 1, 64).to(bf16))
+    opt = wd_kernels.AdamW([p], lr=0.01, master_weights="split32")
+    train(opt, [p], 0, 3)
+    theirs = convert_state(opt.state_dict(), target="flashoptim", params=[p])
+    new = wd_kernels.AdamW([q := nn.Parameter(p.detach().clone())], lr=0.01, master_weights="split32")
+    new.load_state_dict(convert_state(theirs, source="flashoptim", params=[p]), convert_states=True)
+    masters = [load(x.detach(), f32, own.state[x][MASTER_NAME]) for x, own in ((q, new), (p, opt))]
+    assert bool((masters[1] != p).any())
+    assert bool(((masters[0] - masters[1]).abs() <= masters[1].abs() * 2**-21).all())  # 1/65534 of a last place
+
+
+def test_bitsandbytes_has_no_sgd_without_momentum() -> None:
+    opt = wd_kernels.SGDW([p := nn.Parameter(torch.ones(4).to(bf16))], lr=0.1, master_weights=True, decay="l2")
+    train(opt, [p], 0, 2)
+    groups = [{"lr": 0.1, "betas": (0, 0), "params": [0]}]
+    with pytest.raises(ValueError, match="is one of SGD without momentum, which bitsandbytes has not"):
+        convert_state(opt.state_dict(), target="bitsandbytes", groups=groups)
 
 
 @pytest.mark.parametrize("source", ["bitsandbytes", "optimi", "deepspeed", "transformer_engine", "apex"])

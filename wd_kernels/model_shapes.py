@@ -23,6 +23,8 @@ __all__ = [
 ]  # fmt: skip
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+#: Far above any model, and far below what lists of shapes would fill the memory.
+MOST_LAYERS, MOST_TENSORS = 10_000, 1_000_000
 
 
 def elements(shapes: Sequence[tuple[int, ...]]) -> int:
@@ -127,8 +129,8 @@ def model_shapes(name: str, layers: int | None = None) -> Shapes:
         raise ValueError(
             f"layers={layers} of resnet50: its blocks differ from each other, so it is whole or not at all"
         )
-    if layers < 1:
-        raise ValueError(f"layers={layers}: allowed are 1 and more")
+    if not 1 <= layers <= MOST_LAYERS:
+        raise ValueError(f"layers={layers}: allowed are 1 to {MOST_LAYERS}")
     if not isinstance(make, partial):
         return make(layers)
     shapes: Shapes = make.func(layers, *make.args[1:], **make.keywords)
@@ -215,7 +217,7 @@ def read_shapes(path: Path) -> Shapes:
 
 def _of_text(path: Path) -> Iterator[tuple[int, ...]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text; allowed are text, .json, .safetensors, .pt, .pth, .bin") from error
     for number, line in enumerate(lines, 1):
@@ -225,7 +227,10 @@ def _of_text(path: Path) -> Iterator[tuple[int, ...]]:
         match = _LINE.fullmatch(text)
         if match is None:
             raise ValueError(f"{path}, line {number}: {line.strip()!r}; expected [NAME] 768x3072 [*12] [# comment]")
-        yield from [tuple(map(int, match[1].split("x")))] * int(match[2] or 1)
+        times = int(match[2] or 1)
+        if times > MOST_TENSORS:
+            raise ValueError(f"{path}, line {number}: {times} times; allowed are up to {MOST_TENSORS}")
+        yield from [tuple(map(int, match[1].split("x")))] * times
 
 
 def _of_safetensors(path: Path) -> Iterator[tuple[int, ...]]:
@@ -238,23 +243,37 @@ def _of_safetensors(path: Path) -> Iterator[tuple[int, ...]]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise ValueError(f"{path} is no .safetensors file: its header is no JSON") from error
+    if not isinstance(header, Mapping):
+        raise ValueError(f"{path} is no .safetensors file: its header is a {type(header).__name__}")
     for name, entry in header.items():
-        if name != "__metadata__" and not re.match("I|U|BOOL", entry["dtype"]):
+        if name == "__metadata__":
+            continue
+        if (
+            not isinstance(entry, Mapping)
+            or not isinstance(entry.get("dtype"), str)
+            or not _is_shape(entry.get("shape"))
+        ):
+            raise ValueError(f"{path} is no .safetensors file: {name!r} has no dtype and shape in its header")
+        if not re.match("I|U|BOOL", entry["dtype"]):
             yield tuple(entry["shape"])
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def _of_json(path: Path) -> Iterator[tuple[int, ...]]:
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if isinstance(held, Mapping) and isinstance(held.get("weight_map"), Mapping):
-        for name in sorted(set(held["weight_map"].values())):
-            yield from _of_safetensors(path.parent / name)
+        for file in sorted(set(map(str, held["weight_map"].values()))):
+            yield from _of_safetensors(path.parent / file)
         return
     named = held.items() if isinstance(held, Mapping) else enumerate(held) if isinstance(held, list) else [("", held)]
     for name, shape in named:
-        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+        if not _is_shape(shape):
             raise ValueError(f"{path}, entry {name!r}: {shape!r}; expected a list of whole numbers, [768, 3072]")
         yield tuple(shape)
 
@@ -273,6 +292,9 @@ def _of_torch(path: Path) -> Iterator[tuple[int, ...]]:
     seen = set()
     for value in held.values():
         if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+            if value.layout != torch.strided:
+                shape = tuple(value.shape)
+                raise ValueError(f"{path}: a tensor of {shape} is {value.layout}, which no step here takes")
             lies = (value.untyped_storage()._cdata, value.storage_offset(), value.shape)
             if lies not in seen:
                 yield tuple(value.shape)

@@ -35,8 +35,11 @@ OWN = (EMA_NAME, REFERENCE_NAME)
 FOREIGN = {
     "exp_avg_sq_row": "Adafactor", "exp_avg_sq_col": "Adafactor", "RMS": "Adafactor", "row_var": "Adafactor",
     "variance": "Adafactor", "exp_avg_diff": "Adan", "eps_sq": "StableAdamW", "la_param": "Ranger",
-    "mu_product": "NAdam", "exp_inf": "Adamax", "square_avg": "RMSprop",
+    "mu_product": "NAdam", "exp_inf": "Adamax", "acc_delta": "Adadelta", "square_avg": "RMSprop", "ax": "ASGD",
+    "prev": "Rprop", "unorm_vec": "LARS or LAMB",
 }  # fmt: skip
+#: The same of its groups, where the states are called as those of ours.
+FOREIGN_GROUPS = {"ns_steps": "Muon", "momentum_decay": "NAdam"}
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "lr_decay", "amsgrad")
 NAMES = tuple(state.name for rule in RULES.values() for state in rule.states)
 
@@ -176,22 +179,37 @@ def _check_shape(state_dict: Any) -> None:
         )
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise TypeError(f"state_dict is a {type(state_dict).__name__}: expected one of an optimizer, with param_groups")
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict[key], kind):
+            found = type(state_dict[key]).__name__
+            raise TypeError(f"{key!r} of state_dict is a {found}: expected that of an optimizer")
     for i, group in enumerate(state_dict["param_groups"]):
         if not isinstance(group, Mapping) or "params" not in group:
             raise TypeError(f"param group {i} of state_dict is no dict with 'params'")
+        where = f"param group {i} of state_dict"
+        for key, rule in FOREIGN_GROUPS.items():
+            if key in group:
+                raise _foreign(where, key, rule)
+        if FLAG in group and "capturable" in group and "amsgrad" not in group:  # which torch's Adam always has
+            raise ValueError(
+                f"{where} has {FLAG!r} and no 'amsgrad': it is RAdam's, and nothing here goes on with that"
+            )
 
 
 def _check_known(own: Mapping[str, Any], what: str) -> None:
     """Raises ValueError where a state is that of a rule which this package has not."""
     for key, rule in FOREIGN.items():
         if key in own:
-            raise ValueError(
-                f"{what} has {key!r}: it is {rule}'s, and nothing here goes on with that. Read are AdamW's, SGD's and "
-                "Adagrad's"
-            )
+            raise _foreign(what, key, rule)
     alone = {"exp_avg_sq", "exp_avg_sq::quantized", "kahan_comp"}.isdisjoint(own)
     if isinstance(own.get("exp_avg"), Tensor) and alone:
         raise ValueError(f"{what} has 'exp_avg' and no 'exp_avg_sq', as Lion's: it is of none of AdamW, SGD, Adagrad")
+
+
+def _foreign(what: str, key: str, rule: str) -> ValueError:
+    return ValueError(
+        f"{what} has {key!r}: it is {rule}'s, and nothing here goes on with that. Read are AdamW's, SGD's and Adagrad's"
+    )
 
 
 def identified(state_dict: Mapping[str, Any]) -> Library:
@@ -336,7 +354,7 @@ def _write_torch_group(group: dict[str, Any], saved: Mapping[str, Any], states: 
 def _read_counted(own: Mapping[str, Any], group: Mapping[str, Any], p: Tensor | None, what: str) -> State:
     if not group.get("bias_correction", True):
         raise ValueError(f"the group of {what} has bias_correction=False: AdamW here corrects the bias of its moments")
-    if "momentum_buffer" in own or "sum" in own:
+    if "exp_avg" not in own:  # SGD, which counts nothing
         return dict(own)
     if "step" not in group and "step" not in own:
         raise ValueError(f"the group of {what} has no 'step', and so no count of it is known")
@@ -365,10 +383,11 @@ def _one_count(states: Sequence[State]) -> int:
 
 
 def _write_counted_group(group: dict[str, Any], saved: Mapping[str, Any], states: Sequence[State]) -> None:
-    count = _one_count(states)
-    if any("momentum_buffer" in own for own in states):
+    if "betas" not in saved:  # SGD, which counts nothing
+        for own in states:
+            own.pop("step", None)
         return
-    group["step"] = count
+    group["step"] = _one_count(states)
     group.setdefault("bias_correction", True)
 
 
@@ -392,7 +411,7 @@ def _read_deepspeed_group(group: dict[str, Any], states: Sequence[State]) -> Non
     group.pop("step", None)
     latest = max((own["step"] for own in states if "step" in own), default=None)
     for own in states:
-        if latest is not None and not own["step"]:
+        if latest is not None and not own["step"] and "exp_avg" in own:  # Adagrad's states are there before a step
             own["step"] = latest.clone()
 
 
@@ -526,11 +545,14 @@ def _write_optimi_group(group: dict[str, Any], saved: Mapping[str, Any], states:
 
 def _read_bitsandbytes(own: Mapping[str, Any], group: Mapping[str, Any], p: Tensor | None, what: str) -> State:
     own = {**own, **own.get(WRAPPED, {})}
+    _check_known(own, what)
     beta1, beta2 = group.get("betas", (0, 0))[:2]
     if group.get("alpha"):
         raise ValueError(f"the group of {what} has alpha={group['alpha']}: it is AdEMAMix's, which has a moment more")
     if "state1" in own and "state2" not in own and beta2:
         raise ValueError(f"{what} has one moment and betas={group['betas']}: it is of none of AdamW, SGD and Adagrad")
+    if "state1" in own and "state2" not in own and beta1 and group.get("eps"):
+        raise ValueError(f"{what} has one moment, and its group eps={group['eps']}, which SGD has not: it is RMSprop's")
     names = ("exp_avg", "exp_avg_sq") if "state2" in own else ("momentum_buffer" if beta1 else "sum",)
     found: State = {"step": _count(own["step"])}
     for k, name in enumerate(names, 1):
@@ -558,6 +580,8 @@ def _write_bitsandbytes(own: Mapping[str, Any], group: Mapping[str, Any], p: Ten
     states = [own[name].float() for name in NAMES if isinstance(own.get(name), Tensor)]
     if len(states) > 2:
         raise ValueError(f"{what} has {len(states)} states: theirs has two at most, and no amsgrad")
+    if not states:
+        raise ValueError(f"{what} is one of SGD without momentum, which bitsandbytes has not")
     return {"step": int(own.get("step", 1)), WRAPPED: {f"state{k}": t for k, t in enumerate(states, 1)}}
 
 
@@ -645,6 +669,10 @@ def _read_flashoptim(own: Mapping[str, Any], group: Mapping[str, Any], p: Tensor
     return found
 
 
+def _read_flashoptim_group(group: dict[str, Any], states: Sequence[State]) -> None:
+    group.pop("master_weights", None)  # as ours had it, and not as the masters are now
+
+
 def _half_ulp(theta: Tensor) -> Tensor:
     """Half of the last place of 16-bit numbers, in float32; of 0 and subnormals, of the least normal one."""
     mantissa, least = (7, -126) if theta.dtype == torch.bfloat16 else (10, -14)
@@ -710,7 +738,7 @@ LIBRARIES: dict[str, _Layout] = {
         _read_torchao, _write_torchao, _read_torchao_group, _write_torchao_group, {"adamw": BOTH}, ("maximize",)
     ),
     "flashoptim": _Layout(
-        _read_flashoptim, _write_flashoptim, write_group=_write_flashoptim_group,
+        _read_flashoptim, _write_flashoptim, _read_flashoptim_group, _write_flashoptim_group,
         decays={"adamw": (*BOTH, "independent"), "sgdw": ("l2", "lr_scaled", "independent")},
         lacks=("amsgrad", "maximize"), masters=True,
     ),

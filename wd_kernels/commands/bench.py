@@ -125,6 +125,9 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
         raise ValueError(f"--device {arguments.device}: there are {torch.cuda.device_count()} GPUs here")
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    for path in (arguments.plot, arguments.json):  # not after minutes of measuring
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{path} cannot be written: it is a folder, or is in one that is not there")
     if arguments.dtype == "float32" and arguments.master_weights != "none":
         raise ValueError("--master-weights with --dtype float32: allowed beside bfloat16 and float16 parameters")
     if arguments.dtype == "float16" and arguments.master_weights.startswith("split"):
@@ -329,8 +332,6 @@ def run(arguments: argparse.Namespace) -> int:
     print("within a round. B moved: a parameter and step, by the byte model.")
     print(f"stream: torch negates {streamed} in place, read and written once.")
     try:
-        if arguments.plot is not None:
-            plot(arguments.plot, f"{setting.label}, {what}\n{here}", results)
         if arguments.json is not None:
             about = {
                 "model": setting.label,
@@ -340,6 +341,8 @@ def run(arguments: argparse.Namespace) -> int:
                 "on": here,
             }
             arguments.json.write_text(json.dumps({**about, "results": results, "left_out": skipped}, indent=1) + "\n")
+        if arguments.plot is not None:
+            plot(arguments.plot, f"{setting.label}, {what}\n{here}", results)
     except (OSError, ValueError) as error:  # no such folder, or no such kind of picture
         return failed("bench", error)
     return 0

@@ -2,15 +2,14 @@
 
 The file may be an optimizer's state, or hold one among other entries, which stay as they are: Transformers'
 ``optimizer.pt``, accelerate's ``optimizer.bin``, Lightning's ``.ckpt``, ``{"model": ..., "optimizer": ...}``. A folder
-of torch's distributed checkpoints is read whole. Files are read with ``weights_only=True``, and written beside their
-place and renamed, so that none is ever half written.
+of torch's distributed checkpoints is read whole. Files are read with ``weights_only=True`` (but torch unpickles what
+describes a distributed checkpoint), and written beside their place and renamed, so that none is ever half written.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from ..decay_conversion import convert_weight_decay
 from ..printing import aligned, failed
 from ..rules import DECAY_MODES, FLAG
 from ..state_conversion import Library, convert_state, identified, saved_decay
+from ..turns import first_line
 
 __all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
@@ -86,7 +86,7 @@ def _converted(arguments: argparse.Namespace) -> str:
     saved = _at(checkpoint, path)
     if source == "auto":
         source = OURS if _is_state(saved) and _is_ours(saved) else identified(saved)
-    if source == target:
+    if source == target and (source != OURS or arguments.decay is None):
         raise ValueError(f"{read_from} has the layout of {source} already")
     params = None if arguments.model is None else _params_of(saved, arguments.model)
     like = None
@@ -120,10 +120,14 @@ def _read(path: Path) -> tuple[Path, Any]:
     if path.is_dir():
         there = [path / name for name in FILES if (path / name).is_file()]
         if (path / ".metadata").is_file():
+            from torch.distributed.checkpoint.api import CheckpointException
             from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
             with tempfile.TemporaryDirectory() as folder:
-                dcp_to_torch_save(path, os.path.join(folder, "whole.pt"))
+                try:
+                    dcp_to_torch_save(path, os.path.join(folder, "whole.pt"))
+                except (Exception, CheckpointException) as raised:  # whatever damaged files make of it
+                    raise ValueError(f"{path} is no DCP that torch reads: {first_line(raised)}") from None
                 return path, _read(Path(folder) / "whole.pt")[1]
         if not there:
             for part in path.rglob(f"*{ZERO}"):
@@ -142,27 +146,36 @@ def _read(path: Path) -> tuple[Path, Any]:
             from safetensors.torch import load_file
         except ImportError:
             raise ImportError(f"{path} wants the package safetensors: pip install safetensors") from None
-        return path, load_file(path)
+        try:
+            return path, load_file(path)
+        except OSError:
+            raise
+        except Exception as raised:  # its own, of a damaged file
+            raise ValueError(f"{path} is no .safetensors file: {first_line(raised)}") from None
     try:
         return path, torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as raised:
+    except OSError:
+        raise
+    except Exception as raised:  # whatever a damaged file makes of the unpickler
         raise ValueError(
             f"{path} is no file of torch.save, or holds more than tensors, numbers, strings and containers, which is "
-            f"not loaded, since it may run code: {str(raised).splitlines()[0]}"
+            f"not loaded, since it may run code: {first_line(raised)}"
         ) from None
 
 
 def _write(checkpoint: Any, out: Path) -> None:
     """Beside its place, and renamed."""
-    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name[:40]}.")
     try:
         with os.fdopen(handle, "wb") as file:
             torch.save(checkpoint, file)
         mode = out.stat().st_mode if out.exists() else 0o666 & ~_umask()
         os.chmod(name, mode)
         os.replace(name, out)
-    except BaseException:
+    except BaseException as raised:
         os.unlink(name)
+        if isinstance(raised, RuntimeError):  # torch.save's, of a disk that is full
+            raise OSError(f"{out} cannot be written: {first_line(raised)}") from raised
         raise
 
 
@@ -232,8 +245,9 @@ def _is_ours(state: Any) -> bool:
 def _params_of(state: Mapping[str, Any], file: Path) -> list[Tensor]:
     """The weights of the parameters, in the order of the groups: by their names, or where there is one order alone."""
     _, model = _read(file)
-    while isinstance(model, Mapping) and not all(isinstance(value, Tensor) for value in model.values()):
-        inner = next((model[key] for key in MODELS if isinstance(model.get(key), Mapping)), None)
+    while not isinstance(model, Mapping) or not all(isinstance(value, Tensor) for value in model.values()):
+        held = model if isinstance(model, Mapping) else {}
+        inner = next((held[key] for key in MODELS if isinstance(held.get(key), Mapping)), None)
         if inner is None:
             raise ValueError(f"{file} has no model: expected its state_dict(), alone or under {', '.join(MODELS)}")
         model = inner
@@ -266,6 +280,10 @@ def _carry(state: Mapping[str, Any], mode: Any) -> list[str]:
         if found is None:
             raise ValueError(f"param group {i} says no rule, by which its decay could be carried over")
         rule, was, decay = found
+        if decay and str(group.get("schedule")).startswith("NormalizedDecay("):
+            raise ValueError(
+                f"param group {i} has schedule={group['schedule']}: its weight decay is not that of a step"
+            )
         momentum = float(group.get("momentum", 0.0))
         lr = group.get("base_lr", group.get("lr"))
         new = convert_weight_decay(decay, was, mode, lr=lr, rule=rule.name, momentum=momentum) if decay else None  # type: ignore[arg-type]
