@@ -4,6 +4,7 @@ flashoptim 0.1.4 (in Triton's interpreter), with what these decode their own sta
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -683,3 +684,18 @@ def test_what_is_no_state_of_others() -> None:
                              "l2")["param_groups"][0], "gradient_release": True, "params": [0]}]  # fmt: skip
     with pytest.raises(ValueError, match="gradient_release=True: optimi loads no state"):
         convert_state(stepped("adamw"), target="optimi", groups=released)
+
+
+@pytest.mark.parametrize(
+    ("step", "raised"), [(-1, ValueError), (7.5, ValueError), ("7", TypeError), (math.nan, ValueError)]
+)
+@pytest.mark.parametrize("library", ["optimi", "apex", "bitsandbytes", "torch"])
+def test_counts_are_whole_numbers(library, step, raised):
+    """Of groups and of parameters, read and written: a negative one has no power of beta."""
+    own = {"exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
+    group = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "params": [0]}
+    counted = {"state": {0: own}, "param_groups": [{**group, "step": step}]}
+    with pytest.raises(raised, match="'step' of the group of the state of parameter 0"):
+        convert_state(counted, source=library)
+    with pytest.raises(raised, match="'step' of the state of parameter 0"):
+        convert_state({"state": {0: {**own, "step": step}}, "param_groups": [group]}, target=library)

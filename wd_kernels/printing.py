@@ -6,7 +6,6 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 __all__ = ["aligned", "failed", "in_bytes", "progress"]
 
@@ -39,7 +38,7 @@ def failed(command: str, error: Exception) -> int:
 def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     """Within it, what is called after each of so many parts of some work; all is told on stderr.
 
-    A bar of rich, or tqdm, where one is installed and stderr is a terminal; else a line for every quarter.
+    A bar, where rich is installed and stderr is a terminal; else a line for every quarter.
     """
     if sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
         from rich.console import Console
@@ -48,10 +47,6 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
-    elif sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None:
-        tqdm: Any = importlib.import_module("tqdm").tqdm
-        with tqdm(total=total, desc=what, leave=False) as bar:
-            yield lambda: bar.update() and None
     else:
         done = 0
 

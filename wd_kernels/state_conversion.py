@@ -17,6 +17,7 @@ from .reference import load
 from .rules import FLAG, PULLS, RULES, Rule, ipow
 from .scales import widened
 from .sharding import local, sharded_like
+from .validation import step_count
 
 __all__ = ["Library", "convert_state", "identified", "saved_decay"]
 
@@ -136,6 +137,9 @@ def convert_state(
             if not isinstance(own, Mapping):
                 raise TypeError(f"{what} is a {type(own).__name__}: expected a dict")
             _check_known(own, what)
+            for holder, where in ((own, what), (group, f"the group of {what}")):
+                if holder.get("step") is not None:
+                    step_count(holder["step"], f"'step' of {where}")
             if target is not None:
                 own = {k: v for k, v in widened(imported(own, group, what), what).items() if k not in OWN}
             try:
