@@ -72,7 +72,7 @@ dist: $(VENV)/ready  ## sdist, and from it the wheel, into dist/
 # torch's libraries are not packed: the torch that is there has them.
 REPAIR := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist
 
-wheel-manylinux: $(VENV)/ready  ## sdist and wheel as `make dist` makes them, but for glibc 2.28, which torch's own wheels want
+wheel-manylinux: $(VENV)/ready  ## sdist and wheel as `make dist` makes them, but for older systems: glibc 2.24, where torch's own wheels want 2.28
 	rm -rf dist
 	WD_KERNELS_LINK_WITH="$$($(RUN) bench/old_glibc.py build/glibc)" $(RUN) -m build --no-isolation
 	$(REPAIR) dist/*-linux_*.whl

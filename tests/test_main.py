@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -217,3 +218,25 @@ def test_without_the_reference_nothing_is_claimed(few, monkeypatch, capsys):
 def test_columns_are_aligned():
     lines = aligned([("name", "n"), ("a", 5), ("bcdef", 10)], indent="").splitlines()
     assert lines == ["name    n", "a       5", "bcdef  10"]
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_read_enough_is_no_error(buffered: bool) -> None:
+    """As with `| head -1`; 1 would be a backend that computes wrong."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [
+        sys.executable,
+        *([] if buffered else ["-u"]),
+        "-m",
+        "wd_kernels",
+        "plan",
+        "--model",
+        "gpt2",
+        "--gpu",
+        "h200",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -416,6 +416,33 @@ def test_without_the_extension_cpu_is_an_error_that_says_why(said: list[str]) ->
     assert step.startswith("True"), step
 
 
+SOURCES = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+from wd_kernels import native
+print(native.__file__, native.WHY_NOT, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("note", [None, "no C++ compiler was found"])
+def test_sources_in_which_nothing_was_built_are_named(tmp_path: Path, note: str | None) -> None:
+    """As Python sees them that is started in a checkout after `pip install .`: building again there would not help."""
+    own = tmp_path / "wd_kernels"
+    shutil.copytree(ROOT / "wd_kernels", own, ignore=shutil.ignore_patterns("*.so", "_*.txt", "__pycache__"))
+    (tmp_path / "csrc").mkdir()
+    if note:
+        (own / "_C.txt").write_text(note)
+    done = subprocess.run([sys.executable, "-c", SOURCES], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    where, why = done.stdout.splitlines()
+    assert Path(where) == own / "native.py"
+    if note:
+        assert why.startswith(f"the native extension is not there ({note}); mend that and build")
+    else:
+        assert f"Python imports the sources in {own}, where nothing was built" in why
+        assert "start it in another folder" in why
+
+
 def test_without_the_extension_auto_warns_once_and_steps(said: list[str]) -> None:
     there: dict[str, Any] = {"torch": torch}
     exec(STEPS, there)

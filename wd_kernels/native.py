@@ -34,6 +34,20 @@ def _reason(name: str, otherwise: object) -> str:
     return note.read_text(encoding="utf-8").strip() if note.exists() else str(otherwise)
 
 
+def _without(error: ImportError) -> str:
+    """Why the native extension is not there, and what to do."""
+    package = Path(__file__).parent
+    sources = (package.parent / "csrc").is_dir() and not (package / "_C.txt").exists()
+    if sources and isinstance(error, ModuleNotFoundError):
+        # Python started in their folder imports them, whatever is installed.
+        return (
+            f"the native extension is not there (Python imports the sources in {package}, where nothing was built); "
+            "start it in another folder, where it finds the installed package, or build here: "
+            "pip install --no-deps --editable ."
+        )
+    return f"the native extension is not there ({_reason('_C', error)}); {AGAIN}{PIP}"
+
+
 def _connect() -> bool:
     """Gives native code what it reads tensors with, and an example of each lazy bit; False where torch lacks it."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
@@ -50,7 +64,7 @@ def _connect() -> bool:
 try:
     C = importlib.import_module("._C", __package__)
 except ImportError as error:
-    WHY_NOT = f"the native extension is not there ({_reason('_C', error)}); {AGAIN}{PIP}"
+    WHY_NOT = _without(error)
 else:
     CHECKS = _connect()
 
