@@ -91,7 +91,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[self_check.Case]:
 
 
 def test_as_a_program_it_prints_every_section_and_exits_0():
-    done = subprocess.run([sys.executable, "-m", "wd_kernels"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "wd_kernels"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not done.stderr
     for title in ("Versions\n", "Backends\n", "Chosen\n", "Self-check\n"):
@@ -128,7 +128,7 @@ def test_help_names_every_command_and_imports_none(capsys: pytest.CaptureFixture
 def test_a_command_imports_no_other():
     """Beside the package itself, which a program of the package always imports."""
     code = "import sys, wd_kernels.__main__ as m; m.main(['plan', '--model', 'gpt2']); print(sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     modules = done.stdout.splitlines()[-1]
     assert "'wd_kernels.commands.plan'" in modules
