@@ -68,9 +68,9 @@ class NotOffered(unittest.SkipTest):
 
 @dataclass(frozen=True)
 class Claim:
-    r"""A rule that an optimizer claims: its options by torch's names, and its step in float64.
+    """A rule that an optimizer claims: its options by torch's names, and its step in float64.
 
-    With :math:`\alpha_t` the learning rate, :math:`u` the update of the rule, :math:`\lambda` the weight decay:
+    With α_t the learning rate, u the update of the rule, λ the weight decay::
 
         lr_scaled    θ ← θ − α_t λ θ − α_t u
         independent  θ ← θ − λ θ − α_t u
@@ -1344,7 +1344,7 @@ def checks(
     """The checks of an optimizer, for a loop of one's own or pytest's parametrize.
 
     Args:
-        make: the class, or a function of (params, **options) that makes it; options have torch's names: `lr`,
+        make: the class, or a function of `(params, **options)` that makes it; options have torch's names: `lr`,
             `weight_decay`, and of AdamW `betas`, `eps`, `amsgrad`, of SGD `momentum`, `dampening`, `nesterov`, of
             Adagrad `eps`, `lr_decay`; `maximize` where a check asks whether it is taken. Groups may have `lr` and
             `weight_decay` of their own.
