@@ -1,4 +1,4 @@
-"""What to link with, so that libraries built here run with glibc 2.28, as torch's do: `make wheel-manylinux`.
+"""What to link with, so that libraries built here run with glibc 2.24 and newer: `make wheel-manylinux`.
 
     WD_KERNELS_LINK_WITH="$(python bench/old_glibc.py build/glibc)" python -m build
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon.docstring import GoogleDocstring
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import wd_kernels
 
-import wd_kernels  # noqa: E402
+ROOT = Path(__file__).parent.parent
+
 
 project, author, copyright = "wd_kernels", "the authors of wd_kernels", "the authors of wd_kernels"
 version = release = wd_kernels.__version__

@@ -29,7 +29,7 @@ def load(path: Path) -> Any:
 
 
 def trained(params: list[nn.Parameter] | list[tuple[str, nn.Parameter]], **options: Any) -> wd_kernels.AdamW:
-    opt = wd_kernels.AdamW(params, lr=0.01, **options)  # type: ignore[arg-type]
+    opt = wd_kernels.AdamW(params, lr=0.01, **options)
     for t in range(3):
         for p in opt.param_groups[0]["params"]:
             p.grad = torch.linspace(-1, 2, p.numel()).roll(t).view(p.shape).to(p.dtype)

@@ -522,7 +522,7 @@ def test_counts_of_a_group_that_has_one() -> None:
         opt.zero_grad()
     for library in ("apex", "optimi"):
         with pytest.raises(ValueError, match=r"have taken \[1, 2\] steps: theirs has one count"):
-            convert_state(opt.state_dict(), target=library)  # type: ignore[arg-type]
+            convert_state(opt.state_dict(), target=library)
     made = convert_state(opt.state_dict(), target="deepspeed")  # DeepSpeedCPUAdam counts each
     assert [made["state"][k]["step"] for k in range(2)] == [2, 1]
     fused = [{"lr": 1, "betas": (0.9, 0.99), "bias_correction": True, "weight_decay": 0, "eps": 0, "params": [0, 1]}]
@@ -573,7 +573,7 @@ def test_radam_is_refused_though_its_states_are_those_of_adam() -> None:
     train(theirs, [p], 0, 2)
     for source in ("torch", "auto"):
         with pytest.raises(ValueError, match="it is RAdam's, and nothing here goes on with that"):
-            convert_state(theirs.state_dict(), source=source)  # type: ignore[arg-type]
+            convert_state(theirs.state_dict(), source=source)
 
 
 @pytest.mark.parametrize(
@@ -588,7 +588,7 @@ def test_other_rules_of_bitsandbytes(own: dict[str, Any], eps: float, message: s
     group = {"lr": 0.1, "betas": (0.9, 0), "eps": eps, "weight_decay": 0, "params": [0]}
     for source in ("bitsandbytes", "auto"):
         with pytest.raises(ValueError, match=message):
-            convert_state({"state": {0: hidden}, "param_groups": [group]}, source=source)  # type: ignore[arg-type]
+            convert_state({"state": {0: hidden}, "param_groups": [group]}, source=source)
 
 
 @pytest.mark.parametrize("library", ["transformer_engine", "apex"])
@@ -672,7 +672,7 @@ def test_what_is_no_state_of_others() -> None:
     moments = {"exp_avg": torch.ones(1), "exp_avg_sq": torch.ones(1)}
     for source in ("apex", "transformer_engine", "deepspeed"):
         with pytest.raises(ValueError, match="bias_correction=False: AdamW here corrects the bias"):
-            convert_state({"state": {0: {**moments, "step": 1}}, "param_groups": [group]}, source=source)  # type: ignore[arg-type]
+            convert_state({"state": {0: {**moments, "step": 1}}, "param_groups": [group]}, source=source)
     lion = {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": [{"params": [0], "betas": (0.9, 0.99)}]}
     with pytest.raises(ValueError, match="has 'exp_avg' and no 'exp_avg_sq', as Lion's"):
         convert_state(lion, source="torch")

@@ -59,7 +59,7 @@ class Planted(torch.optim.Optimizer):
             return self
         own = Planted.__new__(Planted)
         memo[id(self)] = own
-        own.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        own.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return own
 
     def __getstate__(self) -> dict[str, Any]:
@@ -387,7 +387,7 @@ def test_claims_by_hand() -> None:
     """One step from θ = 1, g = 0.5, lr 0.1, λ = 0.3, and a second one of momentum."""
     one, half = torch.tensor([1.0], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
     for decay, right in {"lr_scaled": 0.92, "independent": 0.65, "l2": 0.92, "proximal": 0.95 / 1.3}.items():
-        assert testing.SGD(decay=decay).step(one, half, {}, 0.1, 0.3).item() == pytest.approx(right, rel=1e-14)  # type: ignore[arg-type]
+        assert testing.SGD(decay=decay).step(one, half, {}, 0.1, 0.3).item() == pytest.approx(right, rel=1e-14)
     state: dict[str, Any] = {}
     first = testing.SGD(momentum=0.9, dampening=0.5).step(one, half, state, 0.1, 0.3)  # b = 0.5
     second = testing.SGD(momentum=0.9, dampening=0.5).step(first, half, state, 0.1, 0.3)  # b = 0.45 + 0.25
@@ -403,9 +403,9 @@ def test_claims_by_hand() -> None:
 
 def test_errors() -> None:
     with pytest.raises(ValueError, match="decay must be one of lr_scaled, independent, l2, proximal, got 'decoupled'"):
-        testing.AdamW(decay="decoupled")  # type: ignore[arg-type]
+        testing.AdamW(decay="decoupled")
     with pytest.raises(TypeError, match=r"claim must be one of testing\.AdamW, SGD, Adagrad, got 'AdamW'"):
-        testing.checks(torch.optim.AdamW, "AdamW")  # type: ignore[arg-type]
+        testing.checks(torch.optim.AdamW, "AdamW")
     with pytest.raises(ValueError, match="only has no check decay-int8, there are equation, "):
         testing.checks(torch.optim.AdamW, testing.AdamW(), only=["decay-int8"])
 

@@ -14,7 +14,7 @@ from .caller import warn
 from .formats import EMA_NAME, MASTER_NAME, REFERENCE_NAME
 from .master_weights import imported
 from .reference import load
-from .rules import FLAG, PULLS, RULES, Rule, ipow
+from .rules import FLAG, PULLS, RULES, DecayMode, Rule, ipow
 from .scales import widened
 from .sharding import local, sharded_like
 from .validation import step_count
@@ -256,7 +256,7 @@ def identified(state_dict: Mapping[str, Any]) -> Library:
 # What has an equal ----------------------------------------------------------------------------------------------------
 
 
-def saved_decay(group: Mapping[str, Any]) -> tuple[Rule, str, float] | None:
+def saved_decay(group: Mapping[str, Any]) -> tuple[Rule, DecayMode, float] | None:
     """(rule, decay mode, weight decay) of a group that this package has saved; None where it says no rule."""
     name = "adamw" if "betas" in group else "sgdw" if "momentum" in group else "adagradw"
     rule = RULES[name]

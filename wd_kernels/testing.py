@@ -23,6 +23,7 @@ import io
 import math
 import pickle
 import unittest
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -67,7 +68,7 @@ class NotOffered(unittest.SkipTest):
 
 
 @dataclass(frozen=True)
-class Claim:
+class Claim(ABC):
     """A rule that an optimizer claims: its options by torch's names, and its step in float64.
 
     With α_t the learning rate, u the update of the rule, λ the weight decay::
@@ -87,18 +88,18 @@ class Claim:
             raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
 
     @property
+    @abstractmethod
     def options(self) -> dict[str, Any]:
         """What the constructor is given beside lr and weight_decay."""
-        raise NotImplementedError
 
     @property
     def wrong_options(self) -> list[dict[str, Any]]:
         """Options that no step is defined for."""
         return [{"lr": -1.0}, {"lr": math.nan}, {"weight_decay": -1.0}]
 
+    @abstractmethod
     def update(self, g: Tensor, state: State) -> Tensor:
         """u, of a gradient and the state, which it changes; both float64."""
-        raise NotImplementedError
 
     def rate(self, lr: float, state: State) -> float:
         return lr
@@ -286,6 +287,20 @@ class Subject:
             torch.manual_seed(t)
             optimizer.step()
 
+    def train_both(
+        self,
+        optimizer: Any,
+        oracle: Oracle,
+        params: Sequence[Any],
+        steps: Iterable[int],
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """An optimizer, and the equation on the same gradients, which has lr and decay from here."""
+        for t in steps:
+            self.train(optimizer, params, t, t + 1)
+            oracle.step(self.gradients(params, t), lr, weight_decay)
+
     def alone(self, p: Tensor, i: int, steps: Iterable[int], **changed: Any) -> Tensor:
         """Parameter `i` after these steps in an optimizer of its own, from the values of `p`."""
         own = torch.nn.Parameter(p.detach().clone())
@@ -431,13 +446,9 @@ def equation(s: Subject) -> str:
     2 units of eps·max|θ| a step, which leaves room for two roundings of a parameter.
     """
     params = s.params()
-    oracle, optimizer = (
-        Oracle(s.claim, params),
-        s.optimizer(params, lr=0.05, weight_decay=s.claim.weight_decay(0.02, 0.05)),
-    )
-    for t in range(10):
-        s.train(optimizer, params, t, t + 1)
-        oracle.step(s.gradients(params, t), 0.05, s.claim.weight_decay(0.02, 0.05))
+    strength = s.claim.weight_decay(0.02, 0.05)
+    oracle, optimizer = Oracle(s.claim, params), s.optimizer(params, lr=0.05, weight_decay=strength)
+    s.train_both(optimizer, oracle, params, range(10), 0.05, strength)
     off = away(params, oracle.values)
     must(off <= 20, f"{off:.3g} eps off after 10 steps, at most 20 are allowed")
     return f"{off:.2g} eps off after 10 steps"
@@ -512,9 +523,7 @@ def drift(s: Subject) -> str:
     params = s.params((512,))
     decay = s.claim.weight_decay(RATE / 10, 1e-3)
     oracle, optimizer = Oracle(s.claim, params), s.optimizer(params, lr=1e-3, weight_decay=decay)
-    for t in range(1000):
-        s.train(optimizer, params, t, t + 1)
-        oracle.step(s.gradients(params, t), 1e-3, decay)
+    s.train_both(optimizer, oracle, params, range(1000), 1e-3, decay)
     return near(params, oracle.values, oracle.before, "after 1000 steps", 1e-4 if s.dtype == F32 else 0.1)
 
 
@@ -664,8 +673,7 @@ def decay_is_read(s: Subject) -> str:
         strength = s.claim.weight_decay(10 * RATE * t)
         for group in optimizer.param_groups:
             group["weight_decay"] = strength
-        s.train(optimizer, params, t, t + 1)
-        oracle.step(s.gradients(params, t), LR, strength)
+        s.train_both(optimizer, oracle, params, [t], LR, strength)
     return near(params, oracle.values, oracle.before, "with a weight_decay that changes")
 
 
@@ -683,8 +691,7 @@ def lr_scheduler(s: Subject) -> str:
     oracle, optimizer = Oracle(s.claim, params), s.optimizer(params)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
     for t in range(5):
-        s.train(optimizer, params, t, t + 1)
-        oracle.step(s.gradients(params, t), LR / (1 + t), s.claim.weight_decay(RATE))
+        s.train_both(optimizer, oracle, params, [t], LR / (1 + t), s.claim.weight_decay(RATE))
         scheduler.step()
     return near(params, oracle.values, oracle.before, "under a schedule")
 

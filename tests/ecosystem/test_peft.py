@@ -6,8 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torchvision_alone  # noqa: F401
-
 # isort: split
 import peft
 import pytest

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision_alone  # noqa: F401
 from loops import BATCHES, new_model
 from torch import Tensor, nn
 

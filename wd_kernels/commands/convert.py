@@ -286,7 +286,7 @@ def _carry(state: Mapping[str, Any], mode: Any) -> list[str]:
             )
         momentum = float(group.get("momentum", 0.0))
         lr = group.get("base_lr", group.get("lr"))
-        new = convert_weight_decay(decay, was, mode, lr=lr, rule=rule.name, momentum=momentum) if decay else None  # type: ignore[arg-type]
+        new = convert_weight_decay(decay, was, mode, lr=lr, rule=rule.name, momentum=momentum) if decay else None
         group["decay"] = mode
         group.pop(FLAG, None)
         if new is not None:
